@@ -1,0 +1,11 @@
+"""Fused additive (Bahdanau) attention for PyTorch over jagged or padded encoder states."""
+
+from importlib.metadata import version
+
+from . import reference
+from .functional import additive_attention
+from .memory import AttentionMemory
+from .module import AdditiveAttention
+
+__all__ = ["AdditiveAttention", "AttentionMemory", "additive_attention", "reference"]
+__version__ = version("attn_ext")

@@ -1,0 +1,50 @@
+"""Which backends this installation has, why one is missing, and which one a call gets."""
+
+from pathlib import Path
+
+import torch
+
+BACKENDS = ("triton", "cuda", "cpu", "reference")
+
+
+def _load_cpu() -> str | None:
+    """Load the C++ library and return why that failed, or None."""
+    libraries = sorted(Path(__file__).parent.glob("_C*.so"))
+    if not libraries:
+        return (
+            "the C++ extension was not built; reinstall where a C++17 compiler is found: "
+            "pip install --no-build-isolation --force-reinstall --no-deps attn_ext"
+        )
+    try:
+        torch.ops.load_library(str(libraries[0]))
+    except (OSError, RuntimeError) as error:
+        return f"{libraries[0]} does not load ({error}); rebuild it with this torch"
+    return None
+
+
+_cpu_problem = _load_cpu()
+
+
+def problem(backend: str, device: torch.device) -> str | None:
+    """Why ``backend`` cannot compute on ``device``, with the remedy, or None if it can."""
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        if device.type != "cpu":
+            return f"it computes on CPU tensors; use .cpu() or backend=None for {device}"
+        return _cpu_problem
+    return f"this version has no {backend} kernels; use backend='cpu' or 'reference'"
+
+
+def choose(backend: str | None, device: torch.device) -> str:
+    """Resolve the ``backend`` argument; an explicit choice never falls back to another."""
+    if backend is None:
+        return next(name for name in BACKENDS if problem(name, device) is None)
+    if not isinstance(backend, str):
+        raise TypeError(f"backend: expected a str or None, got {type(backend).__name__}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected None or one of {', '.join(BACKENDS)}, got {backend!r}")
+    reason = problem(backend, device)
+    if reason is not None:
+        raise ValueError(f"backend: {backend!r} is not available: {reason}")
+    return backend

@@ -1,0 +1,130 @@
+"""The public function: checks, the internal form, and the choice of a backend."""
+
+import torch
+from torch import Tensor
+
+from . import backends, layout, ops, reference
+from .layout import KeySide, QuerySide
+
+
+def additive_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_weight: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    key_padding_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
+    need_weights: bool = False,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend with additive scores: ``softmax_j(w . tanh(q_i + k_j))`` weighs the values.
+
+    The additive ("Bahdanau") attention of Bahdanau, Cho and Bengio, "Neural Machine Translation by
+    Jointly Learning to Align and Translate" (ICLR 2015), with queries and keys already projected:
+    ``e_ij = sum_d w_d tanh(q_id + k_jd)``, ``alpha_ij = softmax_j(e_ij)`` over the keys of the
+    query's own sequence, ``context_i = sum_j alpha_ij value_j``. Nothing of size Tq * Tk * D is
+    stored, forward or backward.
+
+    Args:
+        query: ``(B, Tq, D)``; one query a sequence ``(B, D)``; jagged ``(total_q, D)``; or a jagged
+            nested tensor. float32, float16, bfloat16 or float64.
+        key: ``(B, Tk, D)``, jagged ``(total_k, D)`` or nested; query's dtype.
+        value: as key with ``Dv`` features; float64 goes only with float64.
+        score_weight: ``(D,)``, or ``(H, D)`` for H heads: then every other tensor has an H axis
+            before its last.
+        cu_seqlens_q: ``(B + 1,)`` int32 or int64 offsets of jagged queries, starting at 0. Rows
+            past the last offset belong to no sequence.
+        cu_seqlens_k: the same for keys and values.
+        max_seqlen_q: the longest query sequence or more. Given, nothing synchronises with an
+            accelerator.
+        max_seqlen_k: the same for keys.
+        key_padding_mask: ``(B, Tk)`` bool, True = ignore that key (padded layouts).
+        key_lengths: ``(B,)`` int32 or int64, the valid prefix of each row of keys (padded layouts).
+        dropout_p: probability to drop an attention weight; kept ones are scaled by
+            ``1 / (1 - dropout_p)``.
+        need_weights: also return the attention weights (after dropout).
+        deterministic: repeat results bit for bit; None follows
+            ``torch.are_deterministic_algorithms_enabled()``.
+        backend: "triton", "cuda", "cpu" or "reference"; None takes the best available.
+
+    Returns:
+        The context, in value's dtype: ``(B, Tq, Dv)``, ``(B, Dv)``, ``(total_q, Dv)``, or nested
+        as query is. With ``need_weights``, ``(context, weights)``, weights being ``(B, Tq, Tk)``,
+        ``(B, Tk)`` for one query a sequence, ``(B, max Tq, max Tk)`` with zeros outside for
+        jagged sequences (``max_seqlen_*`` where given), and ``(total_k,)`` for one query a jagged
+        sequence. Heads add an axis before Tq, or ``(B, H, Tk)`` and ``(total_k, H)``. A sequence
+        without keys gets context and weights 0.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, device, layout or value, or an unavailable backend.
+
+    Differentiable once in query, key, value and score_weight, through context and weights; on the
+    "reference" backend any number of times.
+    """
+    keys = layout.check_key_side(
+        key,
+        value,
+        score_weight,
+        cu_seqlens_k,
+        max_seqlen_k,
+        key_padding_mask,
+        key_lengths,
+        need_max=need_weights,
+    )
+    queries = layout.check_query_side(query, keys, cu_seqlens_q, max_seqlen_q, need_weights)
+    layout.check_flag("need_weights", need_weights)
+    layout.check_flag("deterministic", deterministic, optional=True)
+    dropout_p = layout.check_dropout(dropout_p)
+    backend = backends.choose(backend, queries.query.device)
+    seed = reference.draw_seed(queries.query.device) if dropout_p > 0 else None
+    if backend == "reference":
+        return reference.attend(queries, keys, dropout_p, seed, need_weights)
+    return _attend(queries, keys, dropout_p, seed, need_weights, deterministic, backend)
+
+
+def _attend(
+    queries: QuerySide,
+    keys: KeySide,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_weights: bool,
+    deterministic: bool | None,
+    backend: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    weights_layout = layout.weights_layout(queries, keys) if need_weights else 0
+    context, weights, _ = ops.forward(
+        queries.query,
+        keys.key,
+        keys.value,
+        keys.score_weight,
+        None,
+        None,
+        queries.cu_seqlens,
+        keys.cu_seqlens,
+        keys.lengths,
+        keys.padding_mask,
+        queries.max_seqlen,
+        keys.max_seqlen,
+        dropout_p,
+        seed,
+        weights_layout,
+        is_deterministic(deterministic),
+        backend,
+    )
+    context = queries.restore_context(context)
+    if not need_weights:
+        return context
+    return context, queries.restore_weights(weights, weights_layout)
+
+
+def is_deterministic(deterministic: bool | None) -> bool:
+    """Resolve the ``deterministic`` argument."""
+    return torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic

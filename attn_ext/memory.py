@@ -1,0 +1,243 @@
+"""Attention for decoders that attend once a step, with the key side prepared once."""
+
+import torch
+from torch import Tensor
+
+from . import backends, layout, ops, reference
+from .functional import additive_attention, is_deterministic
+from .layout import KeySide, QuerySide
+
+
+class AttentionMemory:
+    """Keys and values that a decoder attends to once a step, prepared once.
+
+    Each :meth:`attend` gives the values and gradients of one :func:`attn_ext.additive_attention`
+    with one query a sequence. What the steps share is done once: the exponentials of the keys in
+    forward and, in backward, the gradients of key, value and score_weight, which one batched pass
+    computes for all the steps of a ``backward()`` call; a step alone gives its query's gradient.
+
+    Args:
+        key: ``(B, Tk, D)``, jagged ``(total_k, D)``, or nested; with heads an H axis before D.
+        value: as key with ``Dv`` features.
+        score_weight: ``(D,)`` or ``(H, D)``.
+        cu_seqlens_k: ``(B + 1,)`` offsets of jagged keys.
+        max_seqlen_k: the longest key sequence or more.
+        key_padding_mask: ``(B, Tk)`` bool, True = ignore (padded keys).
+        key_lengths: ``(B,)`` valid prefixes (padded keys).
+        dropout_p: probability to drop an attention weight, drawn anew each step.
+        deterministic: repeat results bit for bit; None follows PyTorch's global setting.
+        backend: as :func:`attn_ext.additive_attention`.
+
+    Raises:
+        TypeError, ValueError: as :func:`attn_ext.additive_attention`.
+
+    Differentiable once in query, key, value and score_weight. Key, value and score_weight must not
+    change in place between the first step and the backward pass.
+    """
+
+    def __init__(
+        self,
+        key: Tensor,
+        value: Tensor,
+        score_weight: Tensor,
+        *,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_k: int | None = None,
+        key_padding_mask: Tensor | None = None,
+        key_lengths: Tensor | None = None,
+        dropout_p: float = 0.0,
+        deterministic: bool | None = None,
+        backend: str | None = None,
+    ):
+        keys = layout.check_key_side(
+            key, value, score_weight, cu_seqlens_k, max_seqlen_k, key_padding_mask, key_lengths
+        )
+        layout.check_flag("deterministic", deterministic, optional=True)
+        self._keys = keys
+        self._dropout_p = layout.check_dropout(dropout_p)
+        self._backend = backends.choose(backend, keys.key.device)
+        self._choice = is_deterministic(deterministic), self._backend
+        # A compiled graph cannot follow the Python list that collects the steps; there, and on the
+        # reference backend, a step is a call of the public function.
+        self._steps: _Steps | None = None
+        if self._backend == "reference" or torch.compiler.is_compiling():
+            self._arguments = (key, value, score_weight)
+            self._keywords = {
+                "cu_seqlens_k": cu_seqlens_k,
+                "max_seqlen_k": max_seqlen_k,
+                "key_padding_mask": key_padding_mask,
+                "key_lengths": key_lengths,
+                "dropout_p": dropout_p,
+                "deterministic": deterministic,
+                "backend": backend,
+            }
+        else:
+            self._steps = _Steps(keys, self._choice)
+            self._token = _Collect.apply(keys.key, keys.value, keys.score_weight, self._steps)
+
+    def attend(
+        self, query: Tensor, *, need_weights: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend with one query a sequence.
+
+        Args:
+            query: ``(B, D)``, or ``(B, H, D)`` with heads; key's dtype.
+            need_weights: also return the attention weights.
+
+        Returns:
+            context ``(B, Dv)`` (or ``(B, H, Dv)``), and with ``need_weights`` the weights,
+            ``(B, Tk)`` (``(B, H, Tk)``) for padded keys and ``(total_k,)`` (``(total_k, H)``) for
+            jagged ones.
+
+        Raises:
+            TypeError, ValueError: as :func:`attn_ext.additive_attention`.
+        """
+        if self._steps is None:
+            key, value, score_weight = self._arguments
+            return additive_attention(
+                query, key, value, score_weight, need_weights=need_weights, **self._keywords
+            )
+        layout.check_flag("need_weights", need_weights)
+        queries = layout.check_query_side(query, self._keys)
+        if not queries.is_one_step:
+            expected = f"(B, {self._keys.dims}), one query a sequence"
+            raise ValueError(f"query: expected shape {expected}, got {tuple(query.shape)}")
+        return self._attend(queries, need_weights)
+
+    def _attend(self, queries: QuerySide, need_weights: bool) -> Tensor | tuple[Tensor, Tensor]:
+        weights_layout = layout.weights_layout(queries, self._keys) if need_weights else 0
+        seed = None
+        if self._dropout_p > 0:
+            seed = reference.draw_seed(queries.query.device)
+        context, weights = _Attend.apply(
+            queries.query, self._token, self._steps, self._dropout_p, seed, weights_layout
+        )
+        context = queries.restore_context(context)
+        if not need_weights:
+            return context
+        return context, queries.restore_weights(weights, weights_layout)
+
+
+class _Steps:
+    """The prepared key side, and what the steps of a backward pass leave for the batched pass."""
+
+    def __init__(self, keys: KeySide, choice: tuple[bool, str]):
+        self.keys = keys
+        self.choice = choice
+        self.inputs = tuple(t.detach() for t in (keys.key, keys.value, keys.score_weight))
+        self.prepared = ops.prepare(self.inputs[0])
+        self.key_layout = (keys.cu_seqlens, keys.lengths, keys.padding_mask)
+        self._versions = self._current_versions()
+        self._pass_id = None
+        self._records: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    def _current_versions(self) -> list[int]:
+        tensors = (self.keys.key, self.keys.value, self.keys.score_weight, *self.key_layout)
+        tracked = (t for t in tensors if t is not None and not t.is_inference())
+        return [tensor._version for tensor in tracked]
+
+    def check_unchanged(self) -> None:
+        if self._current_versions() != self._versions:
+            raise RuntimeError(
+                "attn_ext.AttentionMemory: key, value, score_weight, or the offsets, lengths or "
+                "mask were modified in place after the memory was made; make a new memory"
+            )
+
+    def leave(self, *record: Tensor) -> None:
+        """Keep a step's (query, dscores, weights, dcontext) for this backward pass."""
+        pass_id = torch._C._current_graph_task_id()
+        if pass_id != self._pass_id:  # an earlier pass ended without reaching the memory
+            self._records, self._pass_id = [], pass_id
+        self._records.append(record)
+
+    def take(self) -> list[Tensor] | None:
+        """All records of this backward pass, stacked over steps, or None if there are none."""
+        records, self._records = self._records, []
+        if not records or self._pass_id != torch._C._current_graph_task_id():
+            return None
+        return [torch.stack(column) for column in zip(*records, strict=True)]
+
+
+class _Collect(torch.autograd.Function):
+    """Gives the token that every step takes, so that its backward runs after all of theirs."""
+
+    @staticmethod
+    def forward(ctx, key, value, score_weight, steps):
+        ctx.steps = steps
+        return key.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, _):
+        steps, wanted = ctx.steps, ctx.needs_input_grad[:3]
+        columns = steps.take()
+        if columns is None:
+            return None, None, None, None
+        steps.check_unchanged()
+        query, dscores, weights, dcontext = columns
+        gradients = ops.memory_backward(
+            query.squeeze(2),
+            dscores,
+            weights,
+            dcontext.squeeze(2),
+            *steps.inputs,
+            *steps.prepared,
+            *steps.key_layout,
+            steps.keys.max_seqlen,
+            sum(needed << bit for bit, needed in enumerate((False, *wanted))),
+            *steps.choice,
+        )
+        chosen = (grad if needed else None for grad, needed in zip(gradients, wanted, strict=True))
+        return (*chosen, None)
+
+
+class _Attend(torch.autograd.Function):
+    """One step: only the query's gradient is computed in its backward."""
+
+    @staticmethod
+    def forward(ctx, query, token, steps, dropout_p, seed, weights_layout):
+        steps.check_unchanged()
+        keys = steps.keys
+        context, weights, stats = ops.forward(
+            query,
+            *steps.inputs,
+            *steps.prepared,
+            None,
+            *steps.key_layout,
+            1,
+            keys.max_seqlen,
+            dropout_p,
+            seed,
+            weights_layout,
+            *steps.choice,
+        )
+        ctx.steps, ctx.dropout_p, ctx.weights_layout = steps, dropout_p, weights_layout
+        ctx.save_for_backward(query, stats, seed)
+        ctx.set_materialize_grads(False)
+        return context, weights
+
+    @staticmethod
+    def backward(ctx, dcontext, dweights):
+        if dcontext is None and dweights is None:
+            return (None,) * 6
+        steps = ctx.steps
+        steps.check_unchanged()
+        query, stats, seed = ctx.saved_tensors
+        dquery, dscores, weights = ops.step_backward(
+            dcontext,
+            dweights,
+            query,
+            *steps.inputs,
+            *steps.prepared,
+            stats,
+            *steps.key_layout,
+            steps.keys.max_seqlen,
+            ctx.dropout_p,
+            seed,
+            ctx.weights_layout,
+            *steps.choice,
+        )
+        if ctx.needs_input_grad[1]:
+            if dcontext is None:
+                dcontext = query.new_zeros((*query.shape[:-1], steps.inputs[1].size(-1)))
+            steps.leave(query, dscores, weights, dcontext)
+        return dquery if ctx.needs_input_grad[0] else None, None, None, None, None, None

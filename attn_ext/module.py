@@ -1,0 +1,203 @@
+"""Additive attention as a module that holds its projections."""
+
+import torch
+from torch import Tensor, nn
+
+from .functional import additive_attention
+from .memory import AttentionMemory
+
+
+class AdditiveAttention(nn.Module):
+    """Additive attention with learned projections of query and key.
+
+    ``e_ij = w . tanh(W_q query_i + W_k key_j)`` (Bahdanau et al. 2015). With ``normalize`` the
+    score is ``g * v / |v| . tanh(W_q query_i + W_k key_j + b)``, the weight-normalised form of GNMT
+    (Wu et al. 2016; Salimans and Kingma 2016).
+
+    Args:
+        query_dim: features of a query.
+        key_dim: features of a key.
+        attn_dim: features of the projections, all heads together.
+        num_heads: heads; divides ``attn_dim`` and the features of a value.
+        bias: whether the projections have biases.
+        normalize: normalise the score weight, with a gain ``g`` and a bias ``b``.
+        dropout: probability to drop an attention weight in training.
+
+    Attributes:
+        query_proj, key_proj: ``nn.Linear`` to ``attn_dim``.
+        score_weight: ``(attn_dim,)``, or ``(num_heads, attn_dim // num_heads)``.
+        g, b: gain, one a head, and bias, as score_weight; only with ``normalize``.
+    """
+
+    def __init__(
+        self,
+        query_dim: int,
+        key_dim: int,
+        attn_dim: int,
+        *,
+        num_heads: int = 1,
+        bias: bool = False,
+        normalize: bool = False,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        if num_heads < 1 or attn_dim % num_heads:
+            raise ValueError(
+                f"num_heads: expected a divisor of attn_dim = {attn_dim}, got {num_heads}"
+            )
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"dropout: expected a probability between 0 and 1, got {dropout}")
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.query_proj = nn.Linear(query_dim, attn_dim, bias=bias)
+        self.key_proj = nn.Linear(key_dim, attn_dim, bias=bias)
+        shape = (attn_dim,) if num_heads == 1 else (num_heads, attn_dim // num_heads)
+        self.score_weight = nn.Parameter(torch.empty(shape))
+        self.g = nn.Parameter(torch.empty(shape[:-1])) if normalize else None
+        self.b = nn.Parameter(torch.empty(shape)) if normalize else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        self.query_proj.reset_parameters()
+        self.key_proj.reset_parameters()
+        bound = self.score_weight.size(-1) ** -0.5
+        nn.init.uniform_(self.score_weight, -bound, bound)
+        if self.g is not None:
+            nn.init.constant_(self.g, bound)
+            nn.init.zeros_(self.b)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, normalize={self.g is not None}, dropout={self.dropout}"
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | None = None,
+        *,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+        key_padding_mask: Tensor | None = None,
+        key_lengths: Tensor | None = None,
+        need_weights: bool = False,
+        deterministic: bool | None = None,
+        backend: str | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Project query and key and attend.
+
+        Args:
+            query: ``query_dim`` wide, in a layout of :func:`attn_ext.additive_attention` without
+                heads.
+            key: likewise, ``key_dim`` wide.
+            value: as key, any width that ``num_heads`` divides; None takes key.
+            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_padding_mask, key_lengths,
+                need_weights, deterministic, backend: as :func:`attn_ext.additive_attention`.
+
+        Returns:
+            The context, as wide as value, and with ``need_weights`` the weights (with an H axis
+            when ``num_heads`` > 1).
+
+        Raises:
+            TypeError, ValueError: as :func:`attn_ext.additive_attention`.
+        """
+        result = additive_attention(
+            self._project_query(query),
+            self._split(self.key_proj(key)),
+            self._split(key if value is None else value),
+            self._normed_score_weight(),
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            key_padding_mask=key_padding_mask,
+            key_lengths=key_lengths,
+            dropout_p=self.dropout if self.training else 0.0,
+            need_weights=need_weights,
+            deterministic=deterministic,
+            backend=backend,
+        )
+        return self._join_context(result)
+
+    def memory(
+        self,
+        key: Tensor,
+        value: Tensor | None = None,
+        *,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_k: int | None = None,
+        key_padding_mask: Tensor | None = None,
+        key_lengths: Tensor | None = None,
+        deterministic: bool | None = None,
+        backend: str | None = None,
+    ) -> AttentionMemory:
+        """Prepare keys and values once for a decoder that attends once a step.
+
+        Args:
+            key, value, cu_seqlens_k, max_seqlen_k, key_padding_mask, key_lengths, deterministic,
+                backend: as :meth:`forward`.
+
+        Returns:
+            An :class:`attn_ext.AttentionMemory` whose ``attend`` takes the unprojected query,
+            ``(B, query_dim)``.
+
+        Raises:
+            TypeError, ValueError: as :func:`attn_ext.additive_attention`.
+        """
+        return _ProjectingMemory(
+            self,
+            self._split(self.key_proj(key)),
+            self._split(key if value is None else value),
+            self._normed_score_weight(),
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_k=max_seqlen_k,
+            key_padding_mask=key_padding_mask,
+            key_lengths=key_lengths,
+            dropout_p=self.dropout if self.training else 0.0,
+            deterministic=deterministic,
+            backend=backend,
+        )
+
+    def _project_query(self, query: Tensor) -> Tensor:
+        projected = self._split(self.query_proj(query))
+        return projected if self.b is None else projected + self.b
+
+    def _normed_score_weight(self) -> Tensor:
+        if self.g is None:
+            return self.score_weight
+        return nn.functional.normalize(self.score_weight, dim=-1, eps=0.0) * self.g.unsqueeze(-1)
+
+    def _split(self, features: Tensor) -> Tensor:
+        if self.num_heads == 1:
+            return features
+        if features.size(-1) % self.num_heads:
+            raise ValueError(
+                f"value: expected features that num_heads = {self.num_heads} divides, "
+                f"got {features.size(-1)}"
+            )
+        return features.unflatten(-1, (self.num_heads, -1))
+
+    def _join_context(self, result: Tensor | tuple[Tensor, Tensor]):
+        if self.num_heads == 1:
+            return result
+        if isinstance(result, tuple):
+            context, weights = result
+            return context.flatten(-2), weights
+        return result.flatten(-2)
+
+
+class _ProjectingMemory(AttentionMemory):
+    """An attention memory whose queries pass through the module's projection."""
+
+    def __init__(self, module: AdditiveAttention, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self._module = module
+
+    def attend(
+        self, query: Tensor, *, need_weights: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Project the query ``(B, query_dim)`` and attend: see :class:`AttentionMemory`."""
+        projected = self._module._project_query(query)
+        return self._module._join_context(super().attend(projected, need_weights=need_weights))

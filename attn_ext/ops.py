@@ -1,0 +1,162 @@
+"""torch.library definitions: schemas, fake kernels and autograd. Backends register the kernels.
+
+The CPU kernels are registered by the C++ library (``csrc/registration.cpp``). Arguments are in the
+internal form of :mod:`attn_ext.layout`; nothing is checked here.
+"""
+
+import torch
+from torch import Tensor
+
+_KEY_LAYOUT = "Tensor? cu_seqlens_k, Tensor? key_lengths, Tensor? key_padding_mask"
+_LAYOUT = f"Tensor? cu_seqlens_q, {_KEY_LAYOUT}, SymInt max_seqlen_q, SymInt max_seqlen_k"
+_DROPOUT = "float dropout_p, Tensor? dropout_seed"
+_CHOICE = "bool deterministic, str backend"
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor score_weight"
+_PREPARED = "Tensor exp_key, Tensor key_bound"
+_GRADS = "Tensor? dcontext, Tensor? dweights"
+
+_SCHEMAS = {
+    "additive_attention_forward": f"({_INPUTS}, Tensor? exp_key, Tensor? key_bound, {_LAYOUT}, "
+    f"{_DROPOUT}, int weights_layout, {_CHOICE}) -> (Tensor context, Tensor weights, Tensor stats)",
+    "additive_attention_backward": f"({_GRADS}, {_INPUTS}, Tensor stats, {_LAYOUT}, {_DROPOUT}, "
+    f"int weights_layout, int grad_mask, {_CHOICE}) "
+    "-> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dscore_weight)",
+    "additive_attention_prepare": "(Tensor key) -> (Tensor exp_key, Tensor key_bound)",
+    "additive_attention_step_backward": f"({_GRADS}, {_INPUTS}, {_PREPARED}, Tensor stats, "
+    f"{_KEY_LAYOUT}, SymInt max_seqlen_k, {_DROPOUT}, int weights_layout, {_CHOICE}) "
+    "-> (Tensor dquery, Tensor dscores, Tensor weights)",
+    "additive_attention_memory_backward": "(Tensor query, Tensor dscores, Tensor weights, "
+    "Tensor dcontext, Tensor key, Tensor value, Tensor score_weight, "
+    f"{_PREPARED}, {_KEY_LAYOUT}, SymInt max_seqlen_k, int grad_mask, {_CHOICE}) "
+    "-> (Tensor dkey, Tensor dvalue, Tensor dscore_weight)",
+}
+
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"attn_ext::{_name}", _schema)
+
+forward = torch.ops.attn_ext.additive_attention_forward.default
+backward = torch.ops.attn_ext.additive_attention_backward.default
+prepare = torch.ops.attn_ext.additive_attention_prepare.default
+step_backward = torch.ops.attn_ext.additive_attention_step_backward.default
+memory_backward = torch.ops.attn_ext.additive_attention_memory_backward.default
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores and sums: float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("attn_ext::additive_attention_forward")
+def _forward_fake(
+    query,
+    key,
+    value,
+    score_weight,
+    exp_key,
+    key_bound,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    key_lengths,
+    key_padding_mask,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p,
+    dropout_seed,
+    weights_layout,
+    deterministic,
+    backend,
+):
+    rows, heads = query.shape[:2], query.size(2)
+    batch = query.size(0) if cu_seqlens_q is None else cu_seqlens_q.size(0) - 1
+    weights_shape = ((0,), (batch, heads, max_seqlen_q, max_seqlen_k), (key.size(1), heads))
+    return (
+        value.new_empty((*rows, heads, value.size(-1))),
+        value.new_empty(weights_shape[weights_layout]),
+        query.new_empty((*rows, heads, 2), dtype=compute_dtype(query.dtype)),
+    )
+
+
+def _gradient(like: Tensor, wanted: int) -> Tensor:
+    return like.new_empty(like.shape if wanted else (0,))
+
+
+@torch.library.register_fake("attn_ext::additive_attention_backward")
+def _backward_fake(dcontext, dweights, query, key, value, score_weight, *rest):
+    grad_mask = rest[-3]
+    inputs = (query, key, value, score_weight)
+    return tuple(_gradient(tensor, grad_mask & 1 << bit) for bit, tensor in enumerate(inputs))
+
+
+@torch.library.register_fake("attn_ext::additive_attention_prepare")
+def _prepare_fake(key):
+    dtype = compute_dtype(key.dtype)
+    return key.new_empty(key.shape, dtype=dtype), key.new_empty(key.shape[:-1], dtype=dtype)
+
+
+@torch.library.register_fake("attn_ext::additive_attention_step_backward")
+def _step_backward_fake(dcontext, dweights, query, key, value, score_weight, exp_key, *rest):
+    scores_shape = exp_key.shape[:-1]
+    return query.new_empty(query.shape), *(exp_key.new_empty(scores_shape) for _ in range(2))
+
+
+@torch.library.register_fake("attn_ext::additive_attention_memory_backward")
+def _memory_backward_fake(query, dscores, weights, dcontext, key, value, score_weight, *rest):
+    grad_mask = rest[-3]
+    inputs = (key, value, score_weight)
+    return tuple(_gradient(tensor, grad_mask & 2 << bit) for bit, tensor in enumerate(inputs))
+
+
+# Arguments of the forward op that the backward op takes over unchanged, by position.
+_LAYOUT_ARGS = slice(6, 12)
+
+
+def _setup_context(ctx, inputs, output):
+    _, _, stats = output
+    ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)
+    *offsets, max_seqlen_q, max_seqlen_k = inputs[_LAYOUT_ARGS]
+    ctx.dropout_p, dropout_seed, ctx.weights_layout, *ctx.choice = inputs[12:]
+    ctx.bounds = max_seqlen_q, max_seqlen_k
+    ctx.save_for_backward(*inputs[:4], stats, dropout_seed, *offsets)
+
+
+def _backward(ctx, dcontext, dweights, dstats):
+    no_gradient = (None,) * 13
+    wanted = ctx.needs_input_grad[:4]
+    if dcontext is None and dweights is None:
+        return (None,) * 4 + no_gradient
+    query, key, value, score_weight, stats, dropout_seed, *offsets = ctx.saved_tensors
+    gradients = backward(
+        dcontext,
+        dweights if ctx.weights_layout else None,
+        query,
+        key,
+        value,
+        score_weight,
+        stats,
+        *offsets,
+        *ctx.bounds,
+        ctx.dropout_p,
+        dropout_seed,
+        ctx.weights_layout,
+        sum(needed << bit for bit, needed in enumerate(wanted)),
+        *ctx.choice,
+    )
+    chosen = (grad if needed else None for grad, needed in zip(gradients, wanted, strict=True))
+    return (*chosen, *no_gradient)
+
+
+def _refuse_second_backward(ctx, *gradients):
+    raise RuntimeError(
+        "attn_ext: the gradient of additive attention is not itself differentiable on this "
+        "backend; use backend='reference' where you need a second derivative"
+    )
+
+
+torch.library.register_autograd(
+    "attn_ext::additive_attention_forward", _backward, setup_context=_setup_context
+)
+for _name in ("backward", "step_backward", "memory_backward"):
+    torch.library.register_autograd(
+        f"attn_ext::additive_attention_{_name}", _refuse_second_backward
+    )
