@@ -167,10 +167,9 @@ def check_query_side(
     is_jagged = cu_seqlens_q is not None
     if is_jagged:
         if not keys_jagged:
-            raise ValueError(
-                "cu_seqlens_q: expected None with padded keys (give cu_seqlens_k as well, or pad "
-                "query), got offsets: jagged and padded layouts do not mix"
-            )
+            name, got = ("cu_seqlens_q", "offsets") if nested is None else ("query", "a nested one")
+            expected = "padded queries with padded keys (jagged and padded layouts do not mix)"
+            raise _mismatch(name, expected, got)
         allowed = {step_rank: f"(total_q, {dims})"}
     elif keys_jagged and not keys.is_nested:
         allowed = {step_rank: f"(B, {dims})"}  # a padded block of queries has its own offsets

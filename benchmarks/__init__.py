@@ -1,0 +1,1 @@
+"""Speed and memory of additive attention against what users would pick instead."""

@@ -1,0 +1,158 @@
+"""The shapes people run, by name, and the inputs for them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Sentence lengths of GNMT training, source and target alike: (tokens, share of sentences).
+GNMT_LENGTHS = (
+    ((10, 15), 0.11),
+    ((15, 20), 0.10),
+    ((20, 25), 0.35),
+    ((30, 35), 0.25),
+    ((45, 50), 0.14),
+    ((55, 60), 0.05),
+)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One attention problem: lengths a sequence, features, and how queries arrive.
+
+    ``steps`` > 0 is a decoder loop of that many steps with one query a sequence each (keys are
+    prepared once); 0 means that all of a sequence's queries attend in one call.
+    """
+
+    name: str
+    key_lengths: tuple[int, ...]
+    query_lengths: tuple[int, ...]
+    dim: int
+    value_dim: int
+    steps: int = 0
+
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs over the whole call or loop."""
+        if self.steps:
+            return self.steps * sum(self.key_lengths)
+        return sum(q * k for q, k in zip(self.query_lengths, self.key_lengths, strict=True))
+
+    @property
+    def description(self) -> str:
+        batch, longest = len(self.key_lengths), max(self.key_lengths)
+        mean = sum(self.key_lengths) / batch
+        queries = f"{self.steps} steps" if self.steps else f"Tq max {max(self.query_lengths)}"
+        keys = f"Tk {longest}" if mean == longest else f"Tk mean {mean:.0f} max {longest}"
+        return f"B={batch} {keys} {queries} D={self.dim} Dv={self.value_dim}"
+
+
+@dataclass
+class Inputs:
+    """The same problem jagged and padded; float leaves require gradients."""
+
+    query: Tensor  # [total_q, D], or [steps, B, D] for a decoder loop
+    key: Tensor  # [total_k, D]
+    value: Tensor  # [total_k, Dv]
+    score_weight: Tensor  # [D]
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    padded_query: Tensor  # [B, Tq, D], or [steps, B, D]
+    padded_key: Tensor  # [B, Tk, D]
+    padded_value: Tensor  # [B, Tk, Dv]
+    padding_mask: Tensor | None  # [B, Tk], True = ignore; None when all lengths are equal
+    query_valid: Tensor  # [B, Tq]
+
+
+def mixture(batch: int, seed: int) -> tuple[int, ...]:
+    """``batch`` lengths drawn without bucketing from GNMT's mixture."""
+    generator = torch.Generator().manual_seed(seed)
+    shares = torch.tensor([share for _, share in GNMT_LENGTHS])
+    drawn = torch.multinomial(shares, batch, replacement=True, generator=generator)
+    bounds = [GNMT_LENGTHS[index][0] for index in drawn.tolist()]
+    return tuple(int(torch.randint(low, high + 1, (), generator=generator)) for low, high in bounds)
+
+
+def uniform(batch: int, low: int, high: int, seed: int) -> tuple[int, ...]:
+    """``batch`` lengths drawn uniformly from ``[low, high]``."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(low, high + 1, (batch,), generator=generator).tolist())
+
+
+def _loop(name: str, keys: tuple[int, ...], steps: int, dim: int, value_dim: int) -> Workload:
+    return Workload(name, keys, (1,) * len(keys), dim, value_dim, steps)
+
+
+SKEWED = (8,) * 1000 + (50_000,)
+LEVEL = (58,) * 943 + (57,) * 58  # as many sequences, and as many keys in all, as SKEWED
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("equal", (32,) * 8, (32,) * 8, 512, 512),
+        Workload("gnmt", mixture(64, 1), mixture(64, 2), 1024, 1024),
+        _loop("step-decoder", mixture(64, 3), 30, 512, 512),
+        Workload("one-long", (100_000,), (1,), 256, 512),
+        Workload("skewed", SKEWED, (1,) * 1001, 256, 256),
+        Workload("level", LEVEL, (1,) * 1001, 256, 256),
+        _loop("rnnsearch", uniform(80, 40, 60, 4), 50, 1000, 2000),
+        _loop("tacotron2", uniform(64, 100, 190, 5), 50, 128, 512),
+        _loop("listen-attend-spell", uniform(16, 200, 500, 6), 20, 1024, 512),
+        _loop("pointer-generator", (400,) * 16, 50, 512, 512),
+        _loop("pointer-network", uniform(512, 20, 100, 7), 20, 128, 128),
+        Workload("mil", (10_000,), (1,), 512, 1024),
+    )
+}
+
+
+def make_inputs(
+    workload: Workload, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+) -> Inputs:
+    """Draw the inputs of a workload, the same numbers for every layout."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        values = torch.randn(shape, generator=generator) * scale
+        return values.to(device, dtype)
+
+    batch = len(workload.key_lengths)
+    key_lengths = torch.tensor(workload.key_lengths, device=device)
+    query_lengths = torch.tensor(workload.query_lengths, device=device)
+    total_k = sum(workload.key_lengths)
+    query_shape = (workload.steps, batch) if workload.steps else (sum(workload.query_lengths),)
+    query = draw(*query_shape, workload.dim)
+    key, value = draw(total_k, workload.dim), draw(total_k, workload.value_dim)
+    key_valid = _valid(key_lengths)
+    query_valid = _valid(query_lengths)
+    inputs = Inputs(
+        query=query,
+        key=key,
+        value=value,
+        score_weight=draw(workload.dim, scale=workload.dim**-0.5),
+        cu_seqlens_q=_offsets(query_lengths),
+        cu_seqlens_k=_offsets(key_lengths),
+        padded_query=query.clone() if workload.steps else _pad(query, query_valid),
+        padded_key=_pad(key, key_valid),
+        padded_value=_pad(value, key_valid),
+        padding_mask=None if bool(key_valid.all()) else ~key_valid,
+        query_valid=query_valid,
+    )
+    for name in ("query", "key", "value", "score_weight"):
+        getattr(inputs, name).requires_grad_()
+    for name in ("padded_query", "padded_key", "padded_value"):
+        getattr(inputs, name).requires_grad_()
+    return inputs
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+
+
+def _valid(lengths: Tensor) -> Tensor:
+    return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+
+
+def _pad(rows: Tensor, valid: Tensor) -> Tensor:
+    padded = rows.new_zeros((*valid.shape, rows.size(-1)))
+    padded[valid] = rows
+    return padded
