@@ -1,0 +1,121 @@
+"""What the command lines share: one clear line for the user's mistakes, atomic files."""
+
+import argparse
+import contextlib
+import importlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+import attn_ext
+
+BACKEND_HELP = "backend of attn_ext: cpu, reference, ... (default: the best available)"
+DEVICE_HELP = "where to compute (default: a GPU where there is one)"
+
+class UsageError(ValueError):
+    """A mistake of the user or the machine that one line explains; never a bug of ours."""
+
+
+def require(module):
+    """Import an optional dependency or say which extra brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise UsageError(
+            f"the package {package!r} is needed for this and cannot be imported ({error}); "
+            "install it with: pip install 'attn_ext[nmt]'"
+        ) from None
+
+
+def positive_int(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
+
+
+def natural_int(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
+    return value
+
+
+def fraction(text):
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, got {text}")
+    return value
+
+
+def check_backend(backend, device):
+    """Say at once, in one line, if a backend cannot be used."""
+    query = torch.zeros(1, 1, device=device)
+    try:
+        attn_ext.additive_attention(query, query[None], query[None], query[0], backend=backend)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--backend: {str(error).splitlines()[0]}") from None
+
+
+def run(main):
+    """Call `main()`; a UsageError becomes `error: ...` and exit status 2, Ctrl-C status 130."""
+    try:
+        status = main()
+        sys.stdout.flush()  # a closed pipe must show here, not in the interpreter's exit
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    sys.exit(status)
+
+
+@contextlib.contextmanager
+def atomic_file(path):
+    """Yield a binary file that becomes `path` when the block ends, whole or not at all."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
+        )
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from None
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(file.name, 0o666 & ~_umask())  # NamedTemporaryFile gives 0600
+        os.replace(file.name, path)
+    except BaseException as error:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(file.name)
+        if isinstance(error, OSError):
+            raise UsageError(f"cannot write {path}: {error.strerror}") from None
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the rename itself survives a power cut
+    finally:
+        os.close(directory)
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def atomic_write(path, content):
+    """Write bytes or text to `path`, whole or not at all."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)

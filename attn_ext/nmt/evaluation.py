@@ -1,0 +1,91 @@
+"""How good a model is: BLEU and chrF next to two baselines, samples, pictures."""
+
+import json
+
+import torch
+
+from attn_ext.nmt import heatmap
+from attn_ext.nmt.cli import atomic_write, require
+from attn_ext.nmt.model import Seq2Seq
+from attn_ext.nmt.search import translate
+
+RESULTS_FILE = "results.json"
+SAMPLES = 10
+PICTURES = 4
+
+
+def bleu_chrf(outputs, references):
+    """Corpus BLEU and chrF by sacrebleu."""
+    metrics = require("sacrebleu.metrics")
+    bleu = metrics.BLEU(effective_order=False).corpus_score(outputs, [references]).score
+    chrf = metrics.CHRF().corpus_score(outputs, [references]).score
+    return {"bleu": round(bleu, 2), "chrf": round(chrf, 2)}
+
+
+def greedy_bleu(vocabulary, pairs, device):
+    """A function that scores a model on `pairs` by greedy search."""
+    sources, references = [pair.source for pair in pairs], [pair.target for pair in pairs]
+
+    def score(model):
+        results = translate(model, vocabulary, sources, device=device)
+        return bleu_chrf([text for text, _, _ in results], references)["bleu"]
+
+    return score
+
+
+def report(model, vocabulary, split, folder, *, beam, seed, backend, device):
+    """Print scores, samples and the paths of pictures; write results.json."""
+    results, outputs = {}, {}
+    for name in ("dev", "test"):
+        pairs = getattr(split, name)
+        sources = [pair.source for pair in pairs]
+        references = [pair.target for pair in pairs]
+        translations = translate(model, vocabulary, sources, beam, device=device)
+        outputs[name] = [text for text, _, _ in translations]
+        results[name] = {
+            "sentences": len(pairs),
+            "trained": bleu_chrf(outputs[name], references),
+            "source copied": bleu_chrf(sources, references),
+        }
+    torch.manual_seed(seed)
+    untrained = Seq2Seq(model.config, backend).to(device).eval()
+    translations = translate(untrained, vocabulary, [p.source for p in split.test], device=device)
+    results["test"]["untrained"] = bleu_chrf(
+        [text for text, _, _ in translations], [pair.target for pair in split.test]
+    )
+
+    print(f"\n{'':6}{'sentences':>10}  {'model':14}{'BLEU':>7}{'chrF':>7}")
+    for name, result in results.items():
+        for system in ("trained", "untrained", "source copied"):
+            if system in result:
+                scores = result[system]
+                print(f"{name:6}{result['sentences']:>10}  {system:14}"
+                      f"{scores['bleu']:>7.1f}{scores['chrf']:>7.1f}")  # fmt: skip
+
+    print("\nHeld-out sentences:")
+    for index in spread(range(len(split.test)), SAMPLES):
+        print(f"\n  source     {split.test[index].source}")
+        print(f"  reference  {split.test[index].target}")
+        print(f"  output     {outputs['test'][index]}")
+
+    print("\nWhere the model looked:")
+    results["pictures"] = []
+    for number, pair in enumerate(picture_pairs(split.test, vocabulary), start=1):
+        path = folder / f"attention-{number}.png"
+        *picture, target = heatmap.align(model, vocabulary, pair.source, None, beam, device)
+        heatmap.draw(path, *picture, title=f"{pair.source}\n{target}")
+        results["pictures"].append(path.name)
+        print(f"  {path}")
+    atomic_write(folder / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
+
+
+def picture_pairs(pairs, vocabulary):
+    """Sentences long enough to show an alignment and short enough to read."""
+    fitting = [pair for pair in pairs if 8 <= len(vocabulary.encode(pair.source)) <= 16]
+    return spread(fitting or pairs, PICTURES)
+
+
+def spread(items, count):
+    """At most `count` items, evenly from all."""
+    count = min(count, len(items))
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]

@@ -1,0 +1,258 @@
+"""The translation model: a bidirectional LSTM encoder and two attention decoders.
+
+Nothing is padded: states are jagged rows (total, D) with offsets, the form `attn_ext` takes.
+
+- "rnnsearch": input feeding. At each step the decoder's state attends once through an
+  `AttentionMemory`, and what it read goes into the next step (Bahdanau et al. 2015, with the
+  state of the same step as the query: Luong et al. 2015).
+- "gnmt": the first decoder layer runs ahead over the whole target; its outputs query all steps at
+  once, and the contexts feed the layers above (Wu et al. 2016).
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+
+import attn_ext
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int
+    decoder: str = "rnnsearch"
+    embedding: int = 256
+    hidden: int = 256
+    encoder_layers: int = 1
+    decoder_layers: int = 1
+    dropout: float = 0.3
+
+    def as_dict(self):
+        return asdict(self)
+
+
+class Seq2Seq(nn.Module):
+    """Encoder, decoder and one embedding matrix for source, target and output.
+
+    Args:
+        config: sizes, see ModelConfig.
+        backend: of `attn_ext`; None is the best available. No parameter depends on it.
+    """
+
+    def __init__(self, config, backend=None):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.embedding)
+        nn.init.normal_(self.embedding.weight, std=config.embedding**-0.5)
+        self.dropout = nn.Dropout(config.dropout)
+        self.encoder = Encoder(config)
+        self.decoder = DECODERS[config.decoder](config, backend)
+        self.output_bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, batch, label_smoothing=0.0):
+        """Teacher-forced loss: (sum of the smoothed losses, sum of the negative log-likelihoods)."""
+        logits = self.logits(batch).float()
+        log_probs = logits.log_softmax(-1)
+        targets = batch.target_output.values
+        nll = nn.functional.nll_loss(log_probs, targets, reduction="sum")
+        if not label_smoothing:
+            return nll, nll.detach()
+        uniform = -log_probs.mean(-1).sum()
+        loss = (1 - label_smoothing) * nll + label_smoothing * uniform
+        return loss, nll.detach()
+
+    def logits(self, batch):
+        """(total target tokens, vocabulary)."""
+        states = self.encode(batch.source)
+        features, _ = self.decoder(self._embed(batch.target_input), states)
+        return self.project(features)
+
+    def alignments(self, batch):
+        """Attention weights of each sentence, one (target, source) matrix each."""
+        states = self.encode(batch.source)
+        _, weights = self.decoder(self._embed(batch.target_input), states, need_weights=True)
+        return weights
+
+    def encode(self, source):
+        """Source tokens to encoder states, jagged (total source tokens, 2 hidden)."""
+        return self.encoder(self._embed(source))
+
+    def embed(self, tokens):
+        """Tokens (N,) to their embeddings (N, embedding), scaled to unit variance."""
+        return self.dropout(self.embedding(tokens) * self.config.embedding**0.5)
+
+    def project(self, features):
+        return nn.functional.linear(features, self.embedding.weight, self.output_bias)
+
+    def _embed(self, tokens):
+        return tokens.like(self.embed(tokens.values))
+
+
+class Encoder(nn.Module):
+    """Bidirectional LSTM over jagged embeddings."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.lstm = nn.LSTM(
+            config.embedding,
+            config.hidden,
+            config.encoder_layers,
+            bidirectional=True,
+            dropout=config.dropout if config.encoder_layers > 1 else 0.0,
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, embedded):
+        return embedded.like(self.dropout(run_lstm(self.lstm, embedded).values))
+
+
+class RNNSearchDecoder(nn.Module):
+    """LSTM with input feeding: one attention a step, its result part of the next step's input."""
+
+    def __init__(self, config, backend):
+        super().__init__()
+        self.backend = backend
+        hidden, state_dim = config.hidden, 2 * config.hidden
+        sizes = [config.embedding * 2] + [hidden] * (config.decoder_layers - 1)
+        self.cells = nn.ModuleList(nn.LSTMCell(size, hidden) for size in sizes)
+        self.attention = attn_ext.AdditiveAttention(hidden, state_dim, hidden)
+        self.readout = nn.Linear(hidden + state_dim, config.embedding)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, embedded, states, need_weights=False):
+        attend = self.attention.memory(
+            states.values,
+            cu_seqlens_k=states.cu_seqlens,
+            max_seqlen_k=states.max_seqlen,
+            backend=self.backend,
+        ).attend
+        # Steps run over a rectangle: a sentence that has ended repeats its last token, and the
+        # rows it makes from there on are dropped.
+        starts = embedded.cu_seqlens[:-1].long()
+        last = embedded.lengths.to(starts.device) - 1
+        state = self.start(states, len(embedded.lengths))
+        features, weights = [], []
+        for step in range(embedded.max_seqlen):
+            row, state, step_weights = self.step(
+                embedded.values[starts + last.clamp(max=step)], state, attend, need_weights
+            )
+            features.append(row)
+            weights.append(step_weights)
+        features = torch.stack(features, 1)  # (B, steps, embedding)
+        steps = torch.arange(embedded.max_seqlen, device=starts.device)
+        features = features[steps <= last[:, None]]  # (total, embedding)
+        if not need_weights:
+            return features, None
+        weights = torch.stack(weights).split(states.lengths.tolist(), dim=1)
+        lengths = embedded.lengths.tolist()
+        return features, [w[:length] for w, length in zip(weights, lengths, strict=True)]
+
+    def start(self, states, rows):
+        """State before the first step: per layer (h, c), and the fed-back readout."""
+        zeros = states.values.new_zeros(rows, self.cells[0].hidden_size)
+        fed = states.values.new_zeros(rows, self.readout.out_features)
+        return [(zeros, zeros) for _ in self.cells], fed
+
+    def step(self, embedded, state, attend, need_weights=False):
+        layers, fed = state
+        hidden, new_layers = torch.cat([embedded, fed], -1), []
+        for cell, layer in zip(self.cells, layers, strict=True):
+            hidden, memory = cell(hidden, layer)
+            new_layers.append((hidden, memory))
+            hidden = self.dropout(hidden)
+        weights = None
+        if need_weights:
+            context, weights = attend(hidden, need_weights=True)
+        else:
+            context = attend(hidden)
+        features = self.dropout(torch.tanh(self.readout(torch.cat([hidden, context], -1))))
+        return features, (new_layers, features), weights
+
+    def select(self, state, rows):
+        """The state of hypotheses `rows`."""
+        layers, fed = state
+        return [(h[rows], c[rows]) for h, c in layers], fed[rows]
+
+
+class GNMTDecoder(nn.Module):
+    """LSTM layers of which the first queries the source, all steps in one call."""
+
+    def __init__(self, config, backend):
+        super().__init__()
+        self.backend = backend
+        hidden, state_dim = config.hidden, 2 * config.hidden
+        self.first = nn.LSTM(config.embedding, hidden)
+        self.upper = nn.ModuleList(
+            nn.LSTM(hidden + state_dim, hidden) for _ in range(config.decoder_layers - 1)
+        )
+        self.attention = attn_ext.AdditiveAttention(hidden, state_dim, hidden)
+        self.readout = nn.Linear(hidden + state_dim, config.embedding)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, embedded, states, need_weights=False):
+        queries = embedded.like(self.dropout(run_lstm(self.first, embedded).values))
+        result = self.attention(
+            queries.values,
+            states.values,
+            cu_seqlens_q=queries.cu_seqlens,
+            cu_seqlens_k=states.cu_seqlens,
+            max_seqlen_q=queries.max_seqlen,
+            max_seqlen_k=states.max_seqlen,
+            need_weights=need_weights,
+            backend=self.backend,
+        )
+        context, weights = result if need_weights else (result, None)
+        hidden = queries
+        for lstm in self.upper:
+            above = hidden.like(torch.cat([hidden.values, context], -1))
+            hidden = hidden.like(hidden.values + self.dropout(run_lstm(lstm, above).values))
+        features = self._read(hidden.values, context)
+        if not need_weights:
+            return features, None
+        sizes = zip(queries.lengths.tolist(), states.lengths.tolist(), strict=True)
+        return features, [weights[b, :tq, :tk] for b, (tq, tk) in enumerate(sizes)]
+
+    def start(self, states, rows):
+        """State before the first step: per layer (h, c), each (1, rows, hidden)."""
+        zeros = states.values.new_zeros(1, rows, self.first.hidden_size)
+        return [(zeros, zeros) for _ in range(1 + len(self.upper))]
+
+    def step(self, embedded, state, attend):
+        hidden, first = self.first(embedded[None], state[0])
+        hidden, new_state = self.dropout(hidden), [first]
+        context = attend(hidden[0])[None]
+        for lstm, layer in zip(self.upper, state[1:], strict=True):
+            above, layer = lstm(torch.cat([hidden, context], -1), layer)
+            hidden = hidden + self.dropout(above)
+            new_state.append(layer)
+        return self._read(hidden[0], context[0]), new_state, None
+
+    def select(self, state, rows):
+        """The state of hypotheses `rows`."""
+        return [(h[:, rows], c[:, rows]) for h, c in state]
+
+    def _read(self, hidden, context):
+        return self.dropout(torch.tanh(self.readout(torch.cat([hidden, context], -1))))
+
+
+DECODERS = {"rnnsearch": RNNSearchDecoder, "gnmt": GNMTDecoder}
+
+
+def run_lstm(lstm, sequences):
+    """An LSTM over jagged rows, without padding.
+
+    torch's packed form wants the rows ordered by step, longest sequence first; going there and back
+    are two gathers.
+    """
+    lengths, order = sequences.lengths.sort(descending=True, stable=True)
+    steps = torch.arange(sequences.max_seqlen)
+    alive = steps[:, None] < lengths  # (steps, B): a prefix of each row
+    starts = (sequences.lengths.cumsum(0) - sequences.lengths)[order]
+    rows = (steps[:, None] + starts)[alive]  # packed position -> jagged row
+    back = torch.empty_like(rows)
+    back[rows] = torch.arange(len(rows))
+    device = sequences.values.device
+    packed = PackedSequence(sequences.values[rows.to(device)], alive.sum(1))
+    return sequences.like(lstm(packed)[0].data[back.to(device)])
+

@@ -1,0 +1,152 @@
+"""Greedy and beam search over many sources at once, with length normalisation."""
+
+from typing import NamedTuple
+
+import torch
+
+import attn_ext
+from attn_ext.nmt.data import Jagged, sorted_batches
+
+
+class Hypothesis(NamedTuple):
+    tokens: list  # without <s> and </s>
+    score: float  # log-probability divided by length ** alpha, the length with </s>
+
+
+@torch.inference_mode()
+def search(model, source, bos, eos, beam=1, alpha=0.6, max_lengths=None):
+    """The best hypothesis found for each source sentence.
+
+    A sentence is done when `beam` hypotheses of it have ended, or when no other can become better
+    than the best of them, or at its greatest length; one without `eos` is taken only where none has
+    ended. A beam of 1 is greedy search.
+
+    Args:
+        model: a Seq2Seq in eval mode.
+        source: Jagged tokens, B sentences, none empty.
+        bos, eos: ids of the marks that begin and end a target.
+        beam: hypotheses kept for each sentence.
+        alpha: exponent of the length by which a log-probability is divided.
+        max_lengths: most target tokens of each sentence, `eos` included; by default generous.
+
+    Returns:
+        B Hypothesis.
+    """
+    sentences, device = len(source.lengths), source.values.device
+    if not sentences:
+        return []
+    if max_lengths is None:
+        max_lengths = [2 * length + 10 for length in source.lengths.tolist()]
+    states = model.encode(source)
+    attend = make_attend(model.decoder, states, beam)
+    state = model.decoder.start(states, sentences * beam)
+    tokens = torch.full((sentences * beam,), bos, device=device)
+    first_rows = torch.arange(sentences, device=device)[:, None] * beam
+    history = torch.empty(sentences, beam, 0, dtype=torch.long, device=device)
+    # At first all hypotheses of a sentence are the same one, so only one may go on.
+    scores = torch.full((sentences, beam), -torch.inf, device=device)
+    scores[:, 0] = 0.0
+    endings = [_Endings() for _ in range(sentences)]
+
+    for step in range(1, max(max_lengths) + 1):
+        features, state, _ = model.decoder.step(model.embed(tokens), state, attend)
+        log_probs = model.project(features).float().log_softmax(-1)
+        totals = (scores[..., None] + log_probs.view(sentences, beam, -1)).flatten(1)
+        # Each hypothesis can end in one way, so of twice the beam at least `beam` go on.
+        top, where = totals.topk(2 * beam, dim=1)
+        origin = where.div(log_probs.size(-1), rounding_mode="floor")
+        token = where % log_probs.size(-1)
+        ends = token == eos
+
+        for b, rank in (ends & top.isfinite())[:, :beam].nonzero().tolist():
+            tokens_before = history[b, origin[b, rank]]
+            endings[b].add(tokens_before, top[b, rank].item() / step**alpha)
+        scores, kept = top.masked_fill(ends, -torch.inf).topk(beam, dim=1)
+        origin, token = origin.gather(1, kept), token.gather(1, kept)
+        history = history.gather(1, origin[..., None].expand(-1, -1, step - 1))
+        history = torch.cat([history, token[..., None]], -1)
+
+        best_going = scores[:, 0].tolist()
+        for b, ending in enumerate(endings):
+            at_end = step >= max_lengths[b]
+            if at_end and ending.best is None:
+                ending.add(history[b, 0], best_going[b] / step**alpha)
+            # The best that a hypothesis still going can reach is to lose no probability.
+            bound = best_going[b] / max_lengths[b] ** alpha
+            ending.done |= at_end or ending.count >= beam
+            ending.done |= ending.best is not None and ending.best.score >= bound
+        if all(ending.done for ending in endings):
+            break
+        state = model.decoder.select(state, (first_rows + origin).flatten())
+        tokens = token.flatten()
+    return [ending.best for ending in endings]
+
+
+class _Endings:
+    """What has ended of one sentence's hypotheses."""
+
+    def __init__(self):
+        self.best = None
+        self.count = 0
+        self.done = False
+
+    def add(self, tokens, score):
+        if self.done:
+            return
+        self.count += 1
+        if self.best is None or score > self.best.score:
+            self.best = Hypothesis(tokens.tolist(), score)
+
+
+def make_attend(decoder, states, beam):
+    """A function from queries (B * beam, D) to contexts; hypotheses share their source's keys.
+
+    One query a sentence is what an AttentionMemory is for; the beam's hypotheses are one jagged
+    sequence of queries, so that no key is copied.
+    """
+    attention = decoder.attention
+    keys = {
+        "cu_seqlens_k": states.cu_seqlens,
+        "max_seqlen_k": states.max_seqlen,
+        "backend": decoder.backend,
+    }
+    if beam == 1:
+        return attention.memory(states.values, **keys).attend
+    projected = attention.key_proj(states.values)
+    cu_seqlens_q = torch.arange(len(states.lengths) + 1, device=states.values.device) * beam
+
+    def attend(query):
+        return attn_ext.additive_attention(
+            attention.query_proj(query),
+            projected,
+            states.values,
+            attention.score_weight,
+            cu_seqlens_q=cu_seqlens_q,
+            max_seqlen_q=beam,
+            **keys,
+        )
+
+    return attend
+
+
+@torch.inference_mode()
+def translate(model, vocabulary, sentences, beam=1, alpha=0.6, batch_tokens=4000, device="cpu"):
+    """Translate texts, in batches of similar length; an empty text stays empty.
+
+    Returns:
+        For each sentence (translation, source ids, target ids).
+    """
+    was_training = model.training
+    model.eval()
+    encoded = [vocabulary.encode(sentence) for sentence in sentences]
+    results = [("", ids, []) for ids in encoded]
+    examples = [(ids, []) for ids in encoded]
+    for indices in sorted_batches(examples, batch_tokens // beam):
+        indices = [index for index in indices if encoded[index]]
+        source = Jagged.from_lists([encoded[i] + [vocabulary.eos] for i in indices], device)
+        found = search(model, source, vocabulary.bos, vocabulary.eos, beam, alpha)
+        for index, hypothesis in zip(indices, found, strict=True):
+            text = vocabulary.decode(hypothesis.tokens)
+            results[index] = (text, encoded[index], hypothesis.tokens)
+    model.train(was_training)
+    return results

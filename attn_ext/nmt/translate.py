@@ -1,0 +1,61 @@
+"""Translate lines from standard input with a trained model.
+
+    python -m attn_ext.nmt.translate --model DIR < in.txt > out.txt
+"""
+
+import argparse
+import itertools
+import sys
+
+from attn_ext.nmt import checkpoint, cli, distributed
+from attn_ext.nmt.corpora import normalise
+from attn_ext.nmt.search import translate
+
+LINES_AT_ONCE = 1000
+
+
+def parse_arguments(arguments=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m attn_ext.nmt.translate",
+        description="Translate standard input, one sentence a line, to standard output.",
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder of a training run")
+    parser.add_argument("--beam", type=cli.positive_int, default=5, metavar="K",
+                        help="hypotheses kept in the search; 1 is greedy (default 5)")  # fmt: skip
+    parser.add_argument("--alpha", type=float, default=0.6,
+                        help="exponent of the length normalisation (default 0.6)")  # fmt: skip
+    parser.add_argument("--batch-tokens", type=cli.positive_int, default=4000, metavar="N",
+                        help="source tokens times beam in a batch (default 4000)")  # fmt: skip
+    parser.add_argument("--backend", metavar="B", help=cli.BACKEND_HELP)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help=cli.DEVICE_HELP)
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    options = parse_arguments(arguments)
+    device = distributed.join(options.device).device
+    cli.check_backend(options.backend, device)
+    model, vocabulary = checkpoint.load_model(options.model, options.backend, device)
+    lines = _input_lines()
+    while chunk := list(itertools.islice(lines, LINES_AT_ONCE)):
+        results = translate(
+            model, vocabulary, chunk, options.beam, options.alpha, options.batch_tokens, device
+        )
+        for text, _, _ in results:
+            sys.stdout.buffer.write(normalise(text).encode() + b"\n")
+        sys.stdout.buffer.flush()
+
+
+def _input_lines():
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        try:
+            yield normalise(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError as error:
+            raise cli.UsageError(
+                f"standard input, line {number}: not UTF-8 (byte "
+                f"{error.object[error.start]:#04x}); convert it first, e.g. with iconv"
+            ) from None
+
+
+if __name__ == "__main__":
+    cli.run(main)
