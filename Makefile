@@ -1,0 +1,98 @@
+# `make` lists the targets. Everything runs in .venv, which they make themselves.
+
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+CORPUS ?= homeassistant
+OUT ?= runs/$(CORPUS)
+# Two threads a worker would only contend: the tests that are about threads set their number.
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); [ $$n -lt 8 ] && echo $$n || echo 8)
+
+# TORCH=2.12.0 or TORCH=anything pip takes installs another torch; the venv remembers it.
+CHOSEN := $(shell cat $(VENV)/.torch 2>/dev/null)
+TORCH ?= $(CHOSEN)
+ifneq ($(TORCH),$(CHOSEN))
+$(VENV)/.installed: FORCE
+endif
+PLAIN_VERSION := $(shell echo '$(TORCH)' | grep -Ex '[0-9]+(\.[0-9]+)*(\+[a-z0-9.]+)?')
+TORCH_REQUIREMENT := $(foreach word,\
+    $(or $(PLAIN_VERSION:%=torch==%),$(TORCH),-r requirements/torch.txt),'$(word)')
+
+SOURCES := $(shell find csrc -type f 2>/dev/null)
+PIP := $(PY) -m pip --disable-pip-version-check
+
+help: ## list the targets
+	@awk -F ': .*## |: ## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@echo "TORCH=2.12.0 (or what pip takes), PYTHON=python3.12, MAX_JOBS=2, ATTN_EXT_BUILD_CPU=0|1"
+
+venv: $(VENV)/.built ## make .venv: pinned packages, and this package built and installed in place
+
+train: $(VENV)/.built ## train a translation model (CORPUS=homeassistant|libreoffice, ARGS="...")
+	$(PY) -m attn_ext.nmt.train --corpus $(CORPUS) --out $(OUT) \
+	    $$([ ! -e $(OUT)/checkpoint.pt ] || echo --resume) $(ARGS)
+
+test: $(VENV)/.built ## run the tests (ARGS="-k name")
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
+
+bench: $(VENV)/.built ## time the op beside what one would pick instead (ARGS="--help")
+	$(PY) -m benchmarks.bench_additive_attention $(ARGS)
+
+lint: $(VENV)/.installed ## check the style of Python and C++
+	@# The pins resolve on any mirror: no index is written down.
+	! grep -nE '://|index-url|find-links' requirements/*
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
+	    | xargs -r $(VENV)/bin/clang-format --dry-run -Werror
+
+format: $(VENV)/.installed ## rewrite Python and C++ in that style
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
+	    | xargs -r $(VENV)/bin/clang-format -i
+
+clean: ## remove what was built; .venv and runs/ stay
+	rm -rf build dist attn_ext.egg-info attn_ext/*.so $(VENV)/.built .pytest_cache .ruff_cache
+	find attn_ext triton_kernels tests -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv too
+	rm -rf $(VENV)
+
+# Three stamps, each written when its step is whole. An install that was cut off leaves
+# .incomplete behind, and the next one starts again from nothing.
+$(VENV)/.installed: $(wildcard requirements/*.txt)
+	@command -v $(PYTHON) >/dev/null || { \
+	    echo "make: $(PYTHON) was not found; PYTHON=... names another" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "make: $(PYTHON) is older than 3.10; PYTHON=... names another" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "make: $(PYTHON) cannot make environments (Debian: apt-get install python3-venv)" >&2; \
+	    exit 1; }
+	@rm -f $(VENV)/.installed $(VENV)/.editable $(VENV)/.built
+	@if [ -e $(VENV)/.incomplete ]; then rm -rf $(VENV); fi
+	@mkdir -p $(VENV) && touch $(VENV)/.incomplete
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -qq -r requirements/tools.txt
+	$(PIP) install -q -c requirements/constraints.txt $(TORCH_REQUIREMENT)
+	@# Nothing installed later may exchange this torch, or the triton that came with it.
+	@$(PIP) list --format=freeze | grep -E '^(torch|triton)==' >$(VENV)/torch.txt
+	@grep -q '^triton==' $(VENV)/torch.txt || cat requirements/triton.txt >>$(VENV)/torch.txt
+	@echo '$(TORCH)' >$(VENV)/.torch
+	@rm $(VENV)/.incomplete
+	@touch $@
+
+# The dependencies and extras that pyproject.toml names; the next step builds.
+$(VENV)/.editable: $(VENV)/.installed pyproject.toml setup.py
+	ATTN_EXT_BUILD_CPU=0 $(PIP) install -qq --no-build-isolation \
+	    -c requirements/constraints.txt -c $(VENV)/torch.txt -e '.[bench,nmt,test]'
+	@touch $@
+
+# Without a compiler nothing is built and no stamp written: once there is one, make finds it.
+$(VENV)/.built: $(VENV)/.editable $(SOURCES)
+	@$(PY) setup.py -q build_ext --inplace
+	@if [ -e attn_ext/_C.abi3.so ]; then touch $@; fi
+
+.PHONY: help venv train test bench lint format clean distclean FORCE
+FORCE:
+.DELETE_ON_ERROR:

@@ -1,0 +1,159 @@
+"""Build of the C++ library; everything static stands in pyproject.toml.
+
+Environment variables:
+    ATTN_EXT_BUILD_CPU  unset: build the C++ CPU backend where a C++17 compiler works, else say so
+                        and install without it. 1: a missing compiler is an error. 0: never build
+                        it (then torch need not be installed while building). Sources that do not
+                        compile are an error in any case.
+    CXX                 the compiler, instead of the first of c++, g++, clang++ that works
+    MAX_JOBS            how many files are compiled at a time
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import setuptools
+
+ROOT = Path(__file__).resolve().parent
+# Other commands (sdist, egg_info, dist_info) need no compiler and no torch.
+BUILDING = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
+STABLE_ABI = (2, 10)  # the libtorch whose stable ABI csrc/ is written against
+OLDEST_SETUPTOOLS = 77  # as in pyproject.toml, which --no-build-isolation does not enforce
+WARNINGS = ["-Wall", "-Wextra"]
+
+
+def say(message: str) -> None:
+    print(f"attn_ext: {message}", file=sys.stderr, flush=True)
+
+
+def compiles(compiler: str) -> bool:
+    """Whether `compiler` makes a shared library of a small C++17 program."""
+    program = "#include <vector>\nint f() { if constexpr (true) return std::vector{1}[0]; }\n"
+    command = [*shlex.split(compiler), "-std=c++17", "-shared", "-fPIC", "-x", "c++", "-"]
+    if not command or not shutil.which(command[0]):
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        command += ["-o", os.path.join(folder, "probe.so")]
+        run = subprocess.run(command, input=program, text=True, capture_output=True)
+    return run.returncode == 0
+
+
+def find_compiler() -> tuple[str, str]:
+    """The C++ compiler ("" without one), and why there is none."""
+    if sys.platform == "win32":
+        return "", "the C++ backend is not built on Windows"
+    chosen = os.environ.get("CXX")
+    for compiler in [chosen] if chosen else ["c++", "g++", "clang++"]:
+        if compiles(compiler):
+            return compiler, ""
+    if chosen:
+        return "", f"CXX={chosen} does not compile C++17"
+    return "", "no working C++17 compiler (c++, g++, clang++) was found"
+
+
+def import_cpp_extension():
+    """`torch.utils.cpp_extension`, or one clear message instead of a traceback."""
+    pin = (ROOT / "requirements" / "torch.txt").read_text().strip()
+    remedy = (
+        f"  pip install {pin} ninja setuptools\n"
+        "  pip install --no-build-isolation .\n"
+        "(ATTN_EXT_BUILD_CPU=0 pip install . needs no PyTorch to build, and installs without the "
+        "C++ backend.)"
+    )
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        sys.exit(
+            f"attn_ext: PyTorch cannot be imported while building ({error}). pip does not fetch it "
+            f"for a build, as it is several GB; install it first, then build beside it:\n{remedy}"
+        )
+    if torch.__version__ < STABLE_ABI:
+        needed = ".".join(map(str, STABLE_ABI))
+        sys.exit(f"attn_ext: PyTorch >= {needed} is needed, found {torch.__version__}:\n{remedy}")
+    return cpp_extension
+
+
+def cpu_extension(cpp_extension, sources: list[Path]):
+    """attn_ext/_C.abi3.so: the operators' CPU kernels, loaded by torch.ops.load_library."""
+    headers = [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.hpp")]
+    major, minor = STABLE_ABI
+    return cpp_extension.CppExtension(
+        "attn_ext._C",
+        sorted(path.relative_to(ROOT).as_posix() for path in sources),
+        depends=sorted(path.relative_to(ROOT).as_posix() for path in headers),
+        include_dirs=[str(ROOT / "csrc")],  # ninja runs elsewhere
+        py_limited_api=True,  # torch adds -DPy_LIMITED_API
+        extra_compile_args={
+            "cxx": [
+                "-O3",
+                "-g0",
+                "-std=c++17",
+                "-fvisibility=hidden",
+                f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}{0:012x}",
+                *WARNINGS,
+                # Our warnings, not those of torch's headers.
+                *(f"-isystem{path}" for path in cpp_extension.include_paths()),
+            ]
+        },
+    )
+
+
+def build_extensions() -> dict:
+    """The arguments of setup() that build what this machine can build."""
+    wish = os.environ.get("ATTN_EXT_BUILD_CPU", "")
+    if wish not in ("", "0", "1"):
+        sys.exit(f"attn_ext: ATTN_EXT_BUILD_CPU is 0, 1 or unset, not {wish!r}")
+    if wish == "0" or not BUILDING & set(sys.argv[1:]):
+        return {}
+    sources = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/**/*.cpp")]
+    compiler, reason = find_compiler() if sources else ("", "csrc/ holds no C++ sources")
+    if not compiler:
+        remedy = "a compiler (Debian: apt-get install g++) and another install give the fast one"
+        if wish == "1":
+            sys.exit(f"attn_ext: ATTN_EXT_BUILD_CPU=1, but {reason}")
+        say(f'{reason}: installing with backend "reference" only; {remedy}.')
+        return {}
+    os.environ["CXX"] = compiler
+    # ninja from pip is a program of this Python, whether or not its environment is activated.
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+    cpp_extension = import_cpp_extension()
+
+    class BuildExtension(cpp_extension.BuildExtension):
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except Exception as error:
+                sys.exit(
+                    "attn_ext: the C++ library was not built, the messages above say why "
+                    f"({error}); ATTN_EXT_BUILD_CPU=0 installs without it."
+                )
+
+    return {
+        "ext_modules": [cpu_extension(cpp_extension, sources)],
+        "cmdclass": {"build_ext": BuildExtension},
+    }
+
+
+if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+    sys.exit(
+        f"attn_ext: setuptools >= {OLDEST_SETUPTOOLS} is needed, found {setuptools.__version__}:\n"
+        "  pip install --upgrade setuptools"
+    )
+# The wheel serves every later Python; free-threaded ones have no limited API to name.
+free_threaded = sysconfig.get_config_var("Py_GIL_DISABLED")
+setuptools.setup(
+    packages=[
+        *setuptools.find_packages(include=["attn_ext", "attn_ext.*"]),
+        "attn_ext.triton_kernels",
+    ],
+    package_dir={"attn_ext.triton_kernels": "triton_kernels"},
+    options={} if free_threaded else {"bdist_wheel": {"py_limited_api": "cp310"}},
+    **build_extensions(),
+)

@@ -1,0 +1,153 @@
+"""The build and what it leaves behind; nothing here reaches the network."""
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import attn_ext
+import attn_ext.triton_kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = Path(attn_ext.__file__).parent / "_C.abi3.so"
+
+
+def test_version_is_the_distribution_s():
+    assert attn_ext.__version__ == importlib.metadata.version("attn_ext")
+
+
+def test_triton_kernels_is_a_subpackage():
+    assert attn_ext.triton_kernels.__name__ == "attn_ext.triton_kernels"
+    assert attn_ext.triton_kernels.__file__
+
+
+def test_triton_is_required_on_linux_only():
+    requirements = importlib.metadata.requires("attn_ext")
+    (triton,) = [line for line in requirements if line.startswith("triton")]
+    assert "Linux" in triton
+
+
+def test_library_serves_every_python_and_torch():
+    if not LIBRARY.exists():
+        pytest.skip("installed without the C++ backend")
+    assert [path.name for path in LIBRARY.parent.glob("_C*")] == ["_C.abi3.so"]
+    if not shutil.which("nm"):
+        pytest.skip("no nm")
+    nm = ["nm", "--dynamic", "--undefined-only", str(LIBRARY)]
+    listing = subprocess.run(nm, check=True, text=True, capture_output=True).stdout
+    names = [line.split()[-1] for line in listing.splitlines()]
+    assert any("torch" in name for name in names)
+    # Mangled at::, c10:: and torch:: names, and CPython's, change between releases.
+    unstable = ("_ZN2at", "_ZNK2at", "_ZN3c10", "_ZNK3c10", "_ZN5torch", "_ZNK5torch", "Py", "_Py")
+    assert not [name for name in names if name.startswith(unstable)]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what the build reads, so that nothing lands in the working tree."""
+    pytest.importorskip("setuptools", minversion="77")
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("the tests of an installed package have no setup.py")
+    tree = tmp_path / "tree"
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in ("attn_ext", "csrc", "requirements", "triton_kernels"):
+        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+    for name in ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, tree)
+    return tree
+
+
+def run_setup(tree, *arguments, **environment):
+    """`python setup.py *arguments` with no compiler to be found unless `environment` has one."""
+    empty = tree.parent / "empty"
+    empty.mkdir(exist_ok=True)
+    inherited = {k: v for k, v in os.environ.items() if k not in ("CXX", "ATTN_EXT_BUILD_CPU")}
+    return subprocess.run(
+        [sys.executable, "setup.py", *arguments],
+        cwd=tree,
+        env={**inherited, "PATH": str(empty), **environment},
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+
+
+def said(run):
+    return [line for line in run.stderr.splitlines() if line.startswith("attn_ext:")]
+
+
+def without_torch(tree):
+    """An import path on which torch is not installed."""
+    torch = tree.parent / "path" / "torch"
+    torch.mkdir(parents=True)
+    (torch / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\")")
+    return str(torch.parent)
+
+
+def test_without_a_compiler_the_install_goes_on_and_says_so_once(tree):
+    run = run_setup(tree, "-q", "bdist_wheel")
+    assert run.returncode == 0, run.stderr
+    (line,) = said(run)
+    assert "compiler" in line and '"reference"' in line
+    (wheel,) = (tree / "dist").iterdir()
+    assert wheel.name == f"attn_ext-{attn_ext.__version__}-py3-none-any.whl"
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "attn_ext/triton_kernels/__init__.py" in names
+    assert "attn_ext/functional.py" in names
+    assert not [name for name in names if name.startswith(("triton_kernels", "tests", "csrc"))]
+
+
+@pytest.mark.parametrize(
+    "environment, reason",
+    [
+        ({"ATTN_EXT_BUILD_CPU": "1"}, "ATTN_EXT_BUILD_CPU=1"),
+        ({"ATTN_EXT_BUILD_CPU": "1", "CXX": "no-such-compiler"}, "CXX=no-such-compiler"),
+        ({"ATTN_EXT_BUILD_CPU": "yes"}, "'yes'"),
+    ],
+    ids=["no-compiler", "bad-cxx", "bad-wish"],
+)
+def test_a_wish_that_cannot_be_met_is_one_line(tree, environment, reason):
+    run = run_setup(tree, "build_ext", **environment)
+    assert run.returncode == 1
+    (line,) = said(run)
+    assert reason in line
+    assert "Traceback" not in run.stderr
+
+
+def test_a_build_without_torch_says_what_to_install(tree):
+    compiler = shutil.which("true")  # finds nothing wrong with the probe
+    run = run_setup(tree, "build_ext", CXX=compiler, PYTHONPATH=without_torch(tree))
+    assert run.returncode == 1
+    assert len(said(run)) == 1
+    pin = (ROOT / "requirements" / "torch.txt").read_text().strip()
+    assert f"pip install {pin}" in run.stderr
+    assert "pip install --no-build-isolation ." in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_sources_that_do_not_compile_are_an_error(tree):
+    compiler = tree.parent / "c++"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *"-x c++ -"*) exit 0;; esac\nexit 1\n')
+    compiler.chmod(0o755)
+    run = run_setup(tree, "build_ext", CXX=str(compiler), PATH=os.environ["PATH"])
+    assert run.returncode == 1
+    (line,) = said(run)
+    assert "ATTN_EXT_BUILD_CPU=0" in line
+    assert "Traceback" not in run.stderr
+
+
+def test_a_source_archive_carries_all_sources_and_needs_no_torch(tree):
+    run = run_setup(tree, "-q", "sdist", PYTHONPATH=without_torch(tree))
+    assert run.returncode == 0, run.stderr
+    (archive,) = (tree / "dist").iterdir()
+    with tarfile.open(archive) as files:
+        names = {Path(name).relative_to(Path(name).parts[0]) for name in files.getnames()}
+    for folder in ("csrc", "requirements", "triton_kernels"):
+        for path in (tree / folder).rglob("*"):
+            assert path.relative_to(tree) in names
