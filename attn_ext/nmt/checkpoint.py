@@ -27,11 +27,14 @@ def load(path, kind):
         UsageError: missing, cut off, something else, or of another version.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        file = open(path, "rb")
     except FileNotFoundError:
         raise UsageError(f"there is no {path}") from None
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    try:
+        with file:
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever its parsers do
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"{path} is not a file of attn_ext.nmt: {reason[:120]}") from None

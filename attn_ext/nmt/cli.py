@@ -15,6 +15,7 @@ import attn_ext
 BACKEND_HELP = "backend of attn_ext: cpu, reference, ... (default: the best available)"
 DEVICE_HELP = "where to compute (default: a GPU where there is one)"
 
+
 class UsageError(ValueError):
     """A mistake of the user or the machine that one line explains; never a bug of ours."""
 

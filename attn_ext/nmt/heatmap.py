@@ -1,6 +1,7 @@
 """Attention pictures: which source tokens each target token was written from."""
 
 import io
+import warnings
 
 import torch
 
@@ -40,7 +41,7 @@ def draw(path, source_pieces, target_pieces, weights, title=None):
         figsize=(2.6 + 0.36 * columns, 2.0 + 0.30 * rows), layout="constrained"
     )
     axes = figure.add_subplot()
-    image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    image = axes.imshow(weights.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(columns), _labels(source_pieces), rotation=90, parse_math=False)
     axes.set_yticks(range(rows), _labels(target_pieces), parse_math=False)
     axes.xaxis.tick_top()
@@ -52,16 +53,26 @@ def draw(path, source_pieces, target_pieces, weights, title=None):
     for side in axes.spines.values():
         side.set_visible(False)
     if title:
-        axes.set_xlabel(title, parse_math=False, fontsize=9, loc="left")
+        axes.set_xlabel(_printable(title), parse_math=False, fontsize=9, loc="left")
     figure.colorbar(image, ax=axes, label="attention weight", pad=0.02)
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=130)
+    with warnings.catch_warnings():
+        # A script that the font lacks is drawn as boxes; the picture is still of use.
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
+        figure.savefig(content, format="png", dpi=130)
     atomic_write(path, content.getvalue())
 
 
 def _labels(pieces):
     """Words as a person writes them; a piece that goes on inside a word starts with a dot."""
-    return [
-        piece[1:] or "▁" if piece.startswith("▁") else piece if piece == "</s>" else f"·{piece}"
-        for piece in pieces
-    ]
+    return [_label(_printable(piece)) for piece in pieces]
+
+
+def _label(piece):
+    if piece in ("<s>", "</s>", "▁"):
+        return piece
+    return piece[1:] if piece.startswith("▁") else f"·{piece}"
+
+
+def _printable(text):
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)

@@ -51,7 +51,7 @@ class Seq2Seq(nn.Module):
         self.output_bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, batch, label_smoothing=0.0):
-        """Teacher-forced loss: (sum of the smoothed losses, sum of the negative log-likelihoods)."""
+        """Teacher-forced sums over target tokens: (smoothed loss, negative log-likelihood)."""
         logits = self.logits(batch).float()
         log_probs = logits.log_softmax(-1)
         targets = batch.target_output.values
@@ -255,4 +255,3 @@ def run_lstm(lstm, sequences):
     device = sequences.values.device
     packed = PackedSequence(sequences.values[rows.to(device)], alive.sum(1))
     return sequences.like(lstm(packed)[0].data[back.to(device)])
-

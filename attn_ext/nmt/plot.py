@@ -1,6 +1,6 @@
 """Draw where a trained model looks while it translates a sentence.
 
-    python -m attn_ext.nmt.plot --model DIR --source "Turn on the light." --out light.png
+python -m attn_ext.nmt.plot --model DIR --source "Turn on the light." --out light.png
 """
 
 import argparse

@@ -91,15 +91,15 @@ class Trainer:
         dev_bleu: a function of a model, to put into the metrics; or None.
     """
 
-    def __init__(self, model, vocabulary, train, dev, options, folder, world, identity, dev_bleu):
+    def __init__(
+        self, model, vocabulary, train, dev, options, folder, world, identity, dev_bleu=None
+    ):
         self.model, self.vocabulary, self.options, self.world = model, vocabulary, options, world
         self.train_examples, self.dev_examples = train, dev
         self.folder, self.identity, self.dev_bleu = Path(folder), identity, dev_bleu
         self.parallel = world.wrap(model)
         self.optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), fused=True)
-        self.averaged = AveragedModel(
-            model, multi_avg_fn=average_parameters(options.averaging)
-        )  # fmt: skip
+        self.averaged = AveragedModel(model, multi_avg_fn=average_parameters(options.averaging))
         self.progress = Progress()
         self._stop_signal = None
 
@@ -159,7 +159,7 @@ class Trainer:
         if self.world.is_main and not self.progress.step:
             atomic_write(path, "")
             self.save_checkpoint()
-        metrics = open(path, "a") if self.world.is_main else None  # noqa: SIM115
+        metrics = open(path, "a") if self.world.is_main else None
         bar = tqdm(
             total=self.options.max_steps,
             initial=self.progress.step,
@@ -328,5 +328,3 @@ def evaluate_loss(model, examples, vocabulary, options, device):
             total += model(batch)[1].item()
         tokens += len(batch.target_output.values)
     return total / tokens
-
-

@@ -1,6 +1,6 @@
 """Translate lines from standard input with a trained model.
 
-    python -m attn_ext.nmt.translate --model DIR < in.txt > out.txt
+python -m attn_ext.nmt.translate --model DIR < in.txt > out.txt
 """
 
 import argparse

@@ -1,0 +1,128 @@
+"""The command lines: what a person sees."""
+
+import builtins
+import io
+import subprocess
+import sys
+
+import pytest
+from toy_data import TINY_RUN, synthetic_pairs
+
+from attn_ext.nmt import cli, plot, train, translate
+
+
+@pytest.fixture(scope="module")
+def trained(tsv, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    train.main(["--data", str(tsv), "--out", str(out), *TINY_RUN, "--max-steps", "3"])
+    return out
+
+
+def status(main, arguments):
+    with pytest.raises(SystemExit) as error:
+        cli.run(lambda: main(arguments))
+    return error.value.code
+
+
+class Input:
+    def __init__(self, content):
+        self.buffer = io.BytesIO(content)
+
+
+def test_end_of_training_shows_the_result(tsv, tmp_path, capsys):
+    train.main(["--data", str(tsv), "--out", str(tmp_path), *TINY_RUN, "--max-steps", "2"])
+    output = capsys.readouterr().out
+    for text in ("BLEU", "chrF", "untrained", "source copied", "reference ", "attention-1.png"):
+        assert text in output
+    assert f"python -m attn_ext.nmt.translate --model {tmp_path} < in.txt > out.txt" in output
+
+
+@pytest.mark.parametrize("beam", ["1", "3"])
+def test_translate(trained, beam, monkeypatch, capfdbinary):
+    monkeypatch.setattr(sys, "stdin", Input("rot grün\n\n  haus \n".encode()))
+    assert status(translate.main, ["--model", str(trained), "--beam", beam]) in (None, 0)
+    lines = capfdbinary.readouterr().out.split(b"\n")
+    assert len(lines) == 4 and lines[1] == b"" and lines[3] == b""
+
+
+def test_translate_wrong_encoding(trained, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", Input(b"rot\n\xfcber\n"))
+    assert status(translate.main, ["--model", str(trained)]) == 2
+    assert capsys.readouterr().err.startswith("error: standard input, line 2: not UTF-8")
+
+
+@pytest.mark.parametrize("target", [[], ["--target", "grün $rot$"]], ids=["search", "given"])
+def test_plot(trained, tmp_path, target):
+    path = tmp_path / "new folder" / "x.png"
+    source = synthetic_pairs(1)[0][0]
+    plot.main(["--model", str(trained), "--source", source, *target, "--out", str(path)])
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (train.main, ["--data", "none.tsv", "--out", "o"], "cannot read none.tsv: No such file"),
+        (train.main, ["--data", ".", "--out", "o"], "cannot read .: Is a directory"),
+        (train.main, ["--out", "o", "--resume", "--overwrite"], "exclude each other"),
+        (train.main, ["--out", "o", "--backend", "gpu"], "--backend: "),
+        (translate.main, ["--model", "none"], "there is no none/model.pt"),
+        (plot.main, ["--model", "none", "--source", "x", "--out", "x.png"], "there is no none/"),
+        (plot.main, ["--model", "none", "--source", " ", "--out", "x.png"], "--source is empty"),
+    ],
+)
+def test_mistakes_get_one_line(main, arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert status(main, arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--out", "o", "--hidden", "0"],
+        ["--out", "o", "--seed", "-1"],
+        ["--out", "o", "--dropout", "1"],
+        ["--out", "o", "--decoder", "transformer"],
+        ["--out", "o", "--corpus", "homeassistant", "--data", "x.tsv"],
+    ],
+)
+def test_bad_options(arguments, capsys):
+    assert status(train.main, arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["sentencepiece", "sacrebleu", "tqdm", "matplotlib"])
+def test_missing_package_names_the_extra(package, tmp_path, monkeypatch, capsys):
+    real_import = builtins.__import__
+
+    def no_package(name, *arguments, **keywords):
+        if name.partition(".")[0] == package:
+            raise ImportError(f"No module named {name!r}")
+        return real_import(name, *arguments, **keywords)
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(cli.importlib, "import_module", no_package)
+    assert status(train.main, ["--out", str(tmp_path / "o")]) == 2
+    error = capsys.readouterr().err
+    assert package in error and "attn_ext[nmt]" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("tool", [train, translate, plot])
+def test_help(tool, capsys):
+    assert status(tool.main, ["--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: python -m {tool.__name__}")
+
+
+def test_as_a_program():
+    """What `python -m` does with a mistake, all the way out."""
+    done = subprocess.run(
+        [sys.executable, "-m", "attn_ext.nmt.translate", "--model", "none"],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "error: there is no none/model.pt\n"

@@ -1,0 +1,102 @@
+import itertools
+
+import pytest
+from toy_data import synthetic_pairs
+
+from attn_ext.nmt import data
+from attn_ext.nmt.cli import UsageError
+from attn_ext.nmt.corpora import Pair
+
+
+def component_pairs():
+    names = ["".join(letters) for letters in itertools.product("klmn", repeat=3)]
+    own = [
+        Pair(f"string {string} of {name}", f"Text {string} von {name}", name)
+        for name in names
+        for string in "abcdefgh"
+    ]
+    shared = [Pair("Name", "Name", name) for name in names]
+    templated = [Pair(f"Zone {i} OPEN", f"Zone {i} offen", name) for i, name in enumerate(names)]
+    return own + shared + templated
+
+
+class TestSplit:
+    def test_groups_stay_together(self):
+        split = data.split_pairs(component_pairs())
+        groups = [{pair.group for pair in part} for part in split]
+        assert all(groups)
+        assert not groups[0] & groups[1] and not groups[0] & groups[2] and not groups[1] & groups[2]
+
+    def test_nothing_held_out_was_trained_on(self):
+        split = data.split_pairs(component_pairs())
+        train, dev, test = ({pair.source for pair in part} for part in split)
+        assert "Name" in train
+        assert not (dev | test) & train and not dev & test
+        assert not any(source.startswith("Zone") for source in dev | test)
+
+    def test_exact_duplicates_are_dropped(self):
+        split = data.split_pairs(component_pairs())
+        for part in split:
+            assert len({pair[:2] for pair in part}) == len(part)
+
+    def test_does_not_depend_on_order(self):
+        pairs = component_pairs()
+        first, second = data.split_pairs(pairs), data.split_pairs(pairs[::-1])
+        for a, b in zip(first, second, strict=True):
+            assert {pair[:2] for pair in a} == {pair[:2] for pair in b}
+
+    def test_too_few_groups(self):
+        with pytest.raises(UsageError, match="2 different group"):
+            data.split_pairs([Pair("a", "b", "a"), Pair("c", "d", "c")])
+
+    def test_nothing_left_to_hold_out(self):
+        pairs = [Pair("Name", "Name", group) for group in "abcdef"]
+        with pytest.raises(UsageError, match="no pairs are left for dev"):
+            data.split_pairs(pairs)
+
+
+class TestBatches:
+    EXAMPLES = [([1] * (i * 7 % 13 + 1), [1] * (i * 5 % 17 + 1)) for i in range(200)]
+
+    def test_an_epoch_has_every_example_once_and_keeps_the_budget(self):
+        batches = data.epoch_batches(self.EXAMPLES, 60, seed=3, epoch=0, pool=64)
+        assert sorted(i for batch in batches for i in batch) == list(range(200))
+        for batch in batches:
+            assert sum(data.example_tokens(self.EXAMPLES[i]) for i in batch) <= 60
+
+    def test_a_function_of_seed_and_epoch(self):
+        def batches(seed, epoch):
+            return data.epoch_batches(self.EXAMPLES, 60, seed, epoch)
+
+        assert batches(3, 1) == batches(3, 1)
+        assert batches(3, 1) != batches(3, 2)
+        assert batches(3, 1) != batches(4, 1)
+
+    @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+    def test_every_rank_gets_a_sentence(self, ranks):
+        batches = data.epoch_batches(self.EXAMPLES, 20, 0, 0, min_sentences=ranks, pool=50)
+        assert min(map(len, batches)) >= ranks
+        assert sorted(i for batch in batches for i in batch) == list(range(200))
+
+    def test_sentence_longer_than_the_budget(self):
+        batches = data.cut_batches([0, 1, 2], [([1], [1] * 99), ([1], [1]), ([1], [1])], 10)
+        assert batches == [[0], [1, 2]]
+
+
+def test_jagged_offsets():
+    jagged = data.Jagged.from_lists([[5, 6, 7], [8], [9, 10]])
+    assert jagged.values.tolist() == [5, 6, 7, 8, 9, 10]
+    assert jagged.cu_seqlens.tolist() == [0, 3, 4, 6]
+    assert jagged.max_seqlen == 3
+    assert [part.tolist() for part in jagged.split()] == [[5, 6, 7], [8], [9, 10]]
+
+
+def test_vocabulary_round_trip(vocabulary):
+    for text in ("das rote Haus", "Größe: 5 µm → {name}", "漢字"):
+        assert vocabulary.decode(vocabulary.encode(text)) == text
+    assert vocabulary.pieces([vocabulary.bos, vocabulary.eos]) == ["<s>", "</s>"]
+
+
+def test_vocabulary_repeats(vocabulary):
+    texts = [text for pair in synthetic_pairs(150) for text in pair]
+    assert type(vocabulary).train(texts, 320).model_bytes == vocabulary.model_bytes

@@ -1,0 +1,70 @@
+import pytest
+import torch
+
+from attn_ext.nmt import data
+from attn_ext.nmt.model import run_lstm
+
+
+def test_run_lstm_is_the_lstm_of_each_sequence():
+    torch.manual_seed(0)
+    lstm = torch.nn.LSTM(5, 4, num_layers=2, bidirectional=True)
+    sequences = [torch.randn(length, 5) for length in (3, 7, 1, 7, 2)]
+    jagged = data.Jagged.of(torch.cat(sequences), [len(s) for s in sequences])
+    for got, sequence in zip(run_lstm(lstm, jagged).split(), sequences, strict=True):
+        torch.testing.assert_close(got, lstm(sequence)[0])
+
+
+def test_logits_do_not_depend_on_the_rest_of_the_batch(model, examples, vocabulary):
+    together = data.make_batch(examples[:9], vocabulary)
+    with torch.no_grad():
+        rows = together.target_output.like(model.logits(together)).split()
+        for row, example in zip(rows, examples[:9], strict=True):
+            alone = model.logits(data.make_batch([example], vocabulary))
+            torch.testing.assert_close(row, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_loss_is_label_smoothed_cross_entropy(model, batch):
+    with torch.no_grad():
+        logits, targets = model.logits(batch), batch.target_output.values
+        loss, nll = model(batch, label_smoothing=0.1)
+    cross_entropy = torch.nn.functional.cross_entropy
+    torch.testing.assert_close(nll, cross_entropy(logits, targets, reduction="sum"))
+    expected = cross_entropy(logits, targets, reduction="sum", label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_alignments_are_distributions_over_the_own_source(model, batch):
+    with torch.no_grad():
+        alignments = model.alignments(batch)
+    for weights, tq, tk in zip(
+        alignments, batch.target_input.lengths, batch.source.lengths, strict=True
+    ):
+        assert weights.shape == (tq, tk)
+        torch.testing.assert_close(weights.sum(1), torch.ones(tq))
+
+
+def test_every_parameter_learns(model, batch):
+    model.train()
+    model(batch, 0.1)[0].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("rows", [[0, 0, 1], [1, 0]])
+def test_select_picks_hypotheses(model, examples, vocabulary, rows):
+    """A step from selected states is the selection of a step."""
+    from attn_ext.nmt.search import make_attend
+
+    batch = data.make_batch(examples[:1] * 2, vocabulary)
+    selected = data.make_batch([examples[0]] * len(rows), vocabulary)
+    with torch.no_grad():
+        states, selected_states = model.encode(batch.source), model.encode(selected.source)
+        attend = make_attend(model.decoder, states, 1)
+        selected_attend = make_attend(model.decoder, selected_states, 1)
+        state = model.decoder.start(states, 2)
+        tokens = torch.tensor([5, 9])
+        _, state, _ = model.decoder.step(model.embed(tokens), state, attend)
+        expected = model.decoder.step(model.embed(tokens), state, attend)[0][rows]
+        state = model.decoder.select(state, torch.tensor(rows))
+        got = model.decoder.step(model.embed(tokens[rows]), state, selected_attend)[0]
+    torch.testing.assert_close(got, expected)

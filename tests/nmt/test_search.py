@@ -1,0 +1,96 @@
+import itertools
+
+import pytest
+import torch
+
+from attn_ext.nmt import data
+from attn_ext.nmt.model import DECODERS, ModelConfig, Seq2Seq
+from attn_ext.nmt.search import search, translate
+
+BOS, EOS = 1, 2
+
+
+def teacher_forced_log_probs(model, source, prefix):
+    """Log-probabilities after each token of a prefix, by the training path."""
+    target = data.Jagged.from_lists([[BOS, *prefix]])
+    with torch.no_grad():
+        logits = model.logits(data.Batch(data.Jagged.from_lists([source]), target, target))
+    return logits.log_softmax(-1)
+
+
+def greedy(model, source, limit):
+    tokens = []
+    while len(tokens) < limit:
+        token = int(teacher_forced_log_probs(model, source, tokens)[-1].argmax())
+        if token == EOS:
+            break
+        tokens.append(token)
+    return tokens
+
+
+def test_beam_of_one_is_greedy(model, examples, vocabulary):
+    sources = [source + [EOS] for source, _ in examples[:8]]
+    limits = [12] * 8
+    found = search(model, data.Jagged.from_lists(sources), BOS, EOS, 1, max_lengths=limits)
+    for source, hypothesis in zip(sources, found, strict=True):
+        assert hypothesis.tokens == greedy(model, source, 12)
+
+
+@pytest.fixture(params=sorted(DECODERS))
+def toy(request):
+    """Five tokens, of which two are <s> and </s>, and sharp random choices."""
+    torch.manual_seed(1)
+    model = Seq2Seq(ModelConfig(5, request.param, embedding=6, hidden=5, decoder_layers=2)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    return model
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0])
+def test_wide_beam_finds_what_brute_force_finds(toy, alpha):
+    limit, sources = 4, [[3, 4, 0, 2], [4, 2], [0, 3, 2]]
+    found = search(toy, data.Jagged.from_lists(sources), BOS, EOS, 5**limit, alpha, [limit] * 3)
+    for source, hypothesis in zip(sources, found, strict=True):
+        best_score, best = -torch.inf, None
+        for length in range(limit):
+            for tokens in itertools.product([0, 1, 3, 4], repeat=length):
+                log_probs = teacher_forced_log_probs(toy, source, tokens)
+                rows = log_probs[range(length + 1), [*tokens, EOS]]
+                score = rows.sum().item() / (length + 1) ** alpha
+                if score > best_score:
+                    best_score, best = score, list(tokens)
+        assert hypothesis.tokens == best
+        assert hypothesis.score == pytest.approx(best_score, abs=1e-4)
+
+
+@pytest.mark.parametrize("beam", [2, 4])
+def test_beam_does_not_depend_on_the_batch_and_beats_greedy(toy, beam):
+    sources = [[3, 4, 0, 2], [4, 2], [0, 3, 0, 0, 3, 2], [4, 4, 2]]
+    limits = [6] * len(sources)
+    together = search(toy, data.Jagged.from_lists(sources), BOS, EOS, beam, 0.0, limits)
+    for source, hypothesis in zip(sources, together, strict=True):
+        (alone,) = search(toy, data.Jagged.from_lists([source]), BOS, EOS, beam, 0.0, [6])
+        assert hypothesis.tokens == alone.tokens
+        assert hypothesis.score == pytest.approx(alone.score, abs=1e-4)
+
+
+def test_without_an_end_the_longest_is_given(toy):
+    with torch.no_grad():
+        toy.output_bias[EOS] = -1e4
+    for beam in (1, 3):
+        (found,) = search(toy, data.Jagged.from_lists([[3, 2]]), BOS, EOS, beam, 0.6, [5])
+        assert len(found.tokens) == 5 and EOS not in found.tokens
+
+
+def test_no_sentences(toy):
+    assert search(toy, data.Jagged.from_lists([]), BOS, EOS) == []
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+def test_translate_keeps_order_and_empty_lines(model, vocabulary, beam):
+    texts = ["rot", "", "licht an", "eins zwei drei vier haus tür", ""]
+    together = translate(model, vocabulary, texts, beam, batch_tokens=12)
+    assert [text for text, _, _ in together][1] == ""
+    for text, result in zip(texts, together, strict=True):
+        assert translate(model, vocabulary, [text], beam)[0] == result

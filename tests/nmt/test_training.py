@@ -1,0 +1,230 @@
+"""The training loop through its command line: resuming exactly, stopping, refusing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from toy_data import TINY_RUN
+
+from attn_ext import backends
+from attn_ext.nmt import checkpoint, train
+from attn_ext.nmt.cli import UsageError
+
+
+def run(tsv, out, *options):
+    arguments = [] if tsv is None else ["--data", str(tsv)]
+    return train.main([*arguments, "--out", str(out), *(TINY_RUN if tsv else []), *options])
+
+
+def metrics(out):
+    """Records by (step, kind), without the timings."""
+    records = {}
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        record.pop("tokens_per_s", None)
+        key = record["step"], "dev" if "dev_loss" in record else "train"
+        assert key not in records
+        records[key] = record
+    return records
+
+
+def state(out):
+    content = checkpoint.load(out / "checkpoint.pt", "checkpoint")
+    return content["model"] | {f"averaged {k}": v for k, v in content["averaged"].items()}
+
+
+def assert_same_run(a, b):
+    assert metrics(a) == metrics(b)
+    first, second = state(a), state(b)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+STEPS = ["--eval-every", "6", "--checkpoint-every", "5", "--lr", "0.02"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tsv, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    assert run(tsv, out, *STEPS, "--max-steps", "30", "--decoder", "rnnsearch") == 0
+    return out
+
+
+def test_loss_falls_and_everything_is_written(uninterrupted):
+    records = metrics(uninterrupted)
+    losses = [records[step, "train"]["loss"] for step in range(1, 31)]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert {step for step, kind in records if kind == "dev"} == {6, 12, 18, 24, 30}
+    assert {"loss", "ppl", "lr", "grad_norm"} <= records[1, "train"].keys()
+    assert {"dev_loss", "dev_bleu"} <= records[6, "dev"].keys()
+    results = json.loads((uninterrupted / "results.json").read_text())
+    assert {"trained", "untrained", "source copied"} <= results["test"].keys()
+    for name in results["pictures"]:
+        assert (uninterrupted / name).read_bytes().startswith(b"\x89PNG")
+    assert not list(uninterrupted.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("stop", [7, 20], ids=["inside-an-epoch", "later"])
+def test_resumed_run_repeats_the_uninterrupted_one(uninterrupted, tsv, tmp_path, stop):
+    out = tmp_path / "out"
+    run(tsv, out, *STEPS, "--max-steps", str(stop), "--decoder", "rnnsearch")
+    run(None, out, "--resume", "--max-steps", "30", "--device", "cpu")
+    assert_same_run(uninterrupted, out)
+
+
+def start(tsv, out, *options):
+    command = [sys.executable, "-m", "attn_ext.nmt.train", "--data", str(tsv), "--out", str(out)]
+    return subprocess.Popen(
+        [*command, *TINY_RUN, *STEPS, "--decoder", "rnnsearch", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as this process: sums have the same order
+    )
+
+
+def wait_for_step(process, out, step):
+    """Until the metrics of a running process show this step."""
+    path = out / "metrics.jsonl"
+    for _ in range(6000):
+        if path.exists() and f'{{"step": {step}, ' in path.read_text():
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    raise AssertionError("the training did not get on")
+
+
+def test_kill_loses_at_most_the_steps_since_the_checkpoint(uninterrupted, tsv, tmp_path):
+    out = tmp_path / "out"
+    process = start(tsv, out, "--max-steps", "100000")
+    wait_for_step(process, out, 13)
+    process.kill()
+    process.communicate()
+    step = checkpoint.load(out / "checkpoint.pt", "checkpoint")["progress"]["step"]
+    assert step >= 10
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9999, "loss"')  # as a kill inside a write leaves it
+    resumed_to = max(30, step)
+    run(None, out, "--resume", "--max-steps", str(resumed_to), "--device", "cpu")
+    if resumed_to == 30:
+        assert_same_run(uninterrupted, out)
+    else:  # the kill came late; the steps before it are still the same
+        ours, theirs = metrics(out), metrics(uninterrupted)
+        assert all(ours[key] == theirs[key] for key in theirs)
+
+
+def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(tsv, tmp_path):
+    out = tmp_path / "out"
+    process = start(tsv, out, "--max-steps", "100000", "--checkpoint-every", "100000")
+    wait_for_step(process, out, 3)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("interrupted after step") and last.endswith("--resume")
+    assert "Traceback" not in output
+    step = checkpoint.load(out / "checkpoint.pt", "checkpoint")["progress"]["step"]
+    assert step == max(step for step, _ in metrics(out)) >= 3
+
+
+class TestRefuses:
+    @pytest.fixture
+    def copy(self, uninterrupted, tmp_path):
+        for path in uninterrupted.iterdir():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+        return tmp_path
+
+    def refuses(self, message, *arguments):
+        with pytest.raises(UsageError, match=message) as error:
+            run(*arguments)
+        assert "\n" not in str(error.value)
+
+    def test_to_write_over_a_run(self, uninterrupted, tsv):
+        before = {path: path.read_bytes() for path in uninterrupted.iterdir()}
+        self.refuses("holds a run already; --resume goes on", tsv, uninterrupted)
+        assert before == {path: path.read_bytes() for path in uninterrupted.iterdir()}
+
+    def test_another_shape(self, uninterrupted):
+        self.refuses("--hidden 24 does not fit", None, uninterrupted, "--resume", "--hidden", "24")
+
+    def test_another_seed(self, uninterrupted):
+        self.refuses("--seed 9 does not fit", None, uninterrupted, "--resume", "--seed", "9")
+
+    def test_other_data(self, uninterrupted, tmp_path):
+        other = tmp_path / "other.tsv"
+        other.write_text("".join(f"a {w}\tb {w}\n" for w in "qwertzuiop"))
+        self.refuses("data are not those", None, uninterrupted, "--resume", "--data", str(other))
+
+    @pytest.mark.parametrize("name", ["checkpoint.pt", "model.pt"])
+    @pytest.mark.parametrize("content", [b"", b"hello", None], ids=["empty", "text", "cut"])
+    def test_broken_file(self, copy, name, content):
+        path = copy / name
+        path.write_bytes(path.read_bytes()[:-5000] if content is None else content)
+        with pytest.raises(UsageError, match="is not a file of attn_ext.nmt"):
+            checkpoint.load(path, name.removesuffix(".pt"))
+
+    def test_a_file_with_code(self, copy):
+        torch.save({"kind": "model", "x": pytest.raises}, copy / "model.pt")
+        with pytest.raises(UsageError, match="is not a file of attn_ext.nmt"):
+            checkpoint.load_model(copy)
+
+    def test_the_other_kind(self, copy):
+        (copy / "model.pt").write_bytes((copy / "checkpoint.pt").read_bytes())
+        with pytest.raises(UsageError, match="is not a model file"):
+            checkpoint.load_model(copy)
+
+    def test_parameters_of_another_shape(self, copy):
+        content = torch.load(copy / "model.pt", weights_only=True)
+        content["config"]["hidden"] = 24
+        torch.save(content, copy / "model.pt")
+        with pytest.raises(UsageError, match=r"of another shape: .* is \(\d.*\) there, this model"):
+            checkpoint.load_model(copy)
+
+    def test_a_run_that_is_not_there(self, tmp_path):
+        with pytest.raises(UsageError, match="there is no .*model.pt"):
+            checkpoint.load_model(tmp_path)
+
+    def test_an_unknown_backend(self, tsv, tmp_path):
+        self.refuses("--backend: .*abacus", tsv, tmp_path, "--backend", "abacus")
+
+
+def test_resume_before_the_first_checkpoint_starts_at_the_beginning(tsv, tmp_path, capsys):
+    assert run(tsv, tmp_path, "--resume", "--max-steps", "1") == 0
+    assert "starting at the beginning" in capsys.readouterr().err
+
+
+def test_early_stop(tsv, tmp_path, capsys):
+    options = ["--eval-every", "1", "--patience", "2", "--lr", "1e-30", "--max-steps", "50"]
+    assert run(tsv, tmp_path, *options) == 0
+    assert "(no gain on dev)" in capsys.readouterr().out
+    assert max(step for step, _ in metrics(tmp_path)) < 50
+
+
+def test_time_limit(tsv, tmp_path, capsys):
+    assert run(tsv, tmp_path, "--minutes", "1e-9", "--max-steps", "50") == 0
+    assert "ended at step 1 (minutes)" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(
+    backends.problem("cpu", torch.device("cpu")) is not None, reason="no cpu backend here"
+)
+@pytest.mark.parametrize("decoder", ["rnnsearch", "gnmt"])
+def test_backends_give_the_same_losses(tsv, tmp_path, decoder):
+    losses = {}
+    for backend in ("reference", "cpu"):
+        out = tmp_path / backend
+        options = ["--decoder", decoder, "--backend", backend, "--max-steps", "25"]
+        run(tsv, out, *options)
+        losses[backend] = [metrics(out)[step, "train"]["loss"] for step in range(1, 26)]
+    assert losses["cpu"] == pytest.approx(losses["reference"], abs=1e-3)
+
+
+def test_umask_is_respected(uninterrupted):
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (uninterrupted / "model.pt").stat().st_mode & 0o777 == 0o666 & ~mask
