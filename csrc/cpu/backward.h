@@ -1,0 +1,200 @@
+// Backward up to the gradient phase: alpha and s = alpha (dalpha - delta) of a unit, and dvalue.
+#pragma once
+
+#include "call.h"
+#include "forward.h"
+#include "gradient.h"
+
+namespace attn_ext {
+namespace ATTN_EXT_ISA {
+
+// The buffers of one score item: rows of alpha and of dalpha, later s, for its keys. Where dropout
+// drops a weight, the sign of its alpha is set.
+template <class T>
+struct ScoreRows {
+  const BackwardCall<T>& call;
+  const KeyRange& range;
+  const Unit& unit;
+  const Sequence& sequence;
+
+  ScoreRows(const BackwardCall<T>& call, const KeyRange& range)
+      : call(call),
+        range(range),
+        unit(call.wave->units[range.unit]),
+        sequence(call.problem->sequences[unit.sequence]) {}
+
+  T* alpha(int64_t i) const { return call.alpha + unit.scores + i * unit.ld + range.key; }
+  T* dscores(int64_t i) const { return call.dscores + unit.scores + i * unit.ld + range.key; }
+  T* delta(int64_t i, int64_t chunk) const {
+    return call.deltas + unit.deltas + i * unit.chunks + chunk;
+  }
+};
+
+// alpha of one row from its scores, with dropped weights marked; dalpha of kept weights; the row's
+// share of delta = sum alpha dalpha.
+template <class T>
+T row_delta(const ScoreRows<T>& rows, int64_t i, T* dweights, uint8_t* keeps) {
+  const BackwardCall<T>& call = rows.call;
+  const Problem& problem = *call.problem;
+  const int64_t count = rows.range.key_count;
+  const int64_t query = rows.unit.query + i;
+  T* alpha = rows.alpha(i);
+  T* dalpha = rows.dscores(i);
+  if (call.dweights.data != nullptr) {
+    read_along_keys<T>(weight_row(call.dweights, problem, rows.sequence, rows.unit.head, query),
+                       rows.range.key, count, dweights);
+    for (int64_t j = 0; j < count; ++j) {
+      dalpha[j] += dweights[j];
+    }
+  }
+  if (problem.dropout.active) {
+    const RowSource key = key_rows(problem.key, rows.sequence, rows.unit.head);
+    dropout_mask(problem.dropout, rows.sequence, key, rows.unit.head, query, rows.range.key, count,
+                 keeps);
+    const T scale = static_cast<T>(problem.dropout.keep_scale);
+    for (int64_t j = 0; j < count; ++j) {
+      dalpha[j] = keeps[j] ? dalpha[j] * scale : T(0);
+    }
+  }
+  Vec<T> delta{};
+  int64_t j = 0;
+  for (; j + kLanes<T> <= count; j += kLanes<T>) {
+    delta += load<T>(alpha + j) * load<T>(dalpha + j);
+  }
+  const int64_t rest = count - j;
+  delta += load_partial<T>(alpha + j, rest) * load_partial<T>(dalpha + j, rest);
+  if (problem.dropout.active) {
+    for (j = 0; j < count; ++j) {
+      alpha[j] = keeps[j] ? alpha[j] : -alpha[j];
+    }
+  }
+  return sum_of_lanes<T>(delta);
+}
+
+// s of a unit's rows for one range of keys, once their deltas are complete; alpha becomes the
+// weight that multiplies the values.
+template <class T>
+void finish_scores(const BackwardCall<T>& call, const KeyRange& range) {
+  const ScoreRows<T> rows(call, range);
+  const Unit& unit = rows.unit;
+  const Dropout& dropout = call.problem->dropout;
+  const T keep_scale = static_cast<T>(dropout.keep_scale);
+  for (int64_t i = 0; i < unit.query_count; ++i) {
+    T delta = 0;
+    for (int64_t chunk = 0; chunk < unit.chunks; ++chunk) {
+      delta += *rows.delta(i, chunk);
+    }
+    T* alpha = rows.alpha(i);
+    T* s = rows.dscores(i);
+    for (int64_t j = 0; j < range.key_count; ++j) {
+      s[j] = (alpha[j] < 0 ? -alpha[j] : alpha[j]) * (s[j] - delta);
+    }
+    if (dropout.active) {
+      for (int64_t j = 0; j < range.key_count; ++j) {
+        alpha[j] = __builtin_signbit(alpha[j]) ? T(0) : alpha[j] * keep_scale;
+      }
+    }
+    if (call.step_dscores.data != nullptr) {
+      const RowSource ds = key_rows(call.step_dscores, rows.sequence, unit.head);
+      const RowSource weights = key_rows(call.step_weights, rows.sequence, unit.head);
+      write_along_keys<T>(ds, range.key, range.key_count, s);
+      write_along_keys<T>(weights, range.key, range.key_count, alpha);
+    }
+  }
+}
+
+// Recomputes the scores of a unit for a range of keys and turns them into alpha and dalpha.
+template <class T>
+void score_item(const BackwardCall<T>& call, const KeyRange& range) {
+  Scratch scratch;
+  const Problem& problem = *call.problem;
+  const ScoreRows<T> rows(call, range);
+  const Unit& unit = rows.unit;
+  const int64_t weight_size = steps_of<T>(problem.dim) * kWeightVectors * kLanes<T>;
+  const QueryBlock<T> queries =
+      pack_queries<T>(query_rows(problem.query, rows.sequence, unit.head), unit.query,
+                      unit.query_count, 0, problem.dim, scratch);
+  const ScoreRoom<T> room(problem.dim, scratch);
+  score_block<T>(queries, key_side(problem, rows.sequence, unit.head), range.key, range.key_count,
+                 problem.dim, call.packed_weights + unit.head * weight_size, rows.alpha(0), unit.ld,
+                 room);
+  const RowSource stats = query_rows(call.stats, rows.sequence, unit.head);
+  const int64_t padded = round_up(range.key_count, kLanes<T>);
+  T* row = scratch.take<T>(padded);
+  for (int64_t i = 0; i < unit.query_count; ++i) {
+    const T* stat = static_cast<const T*>(stats.data) + stats.offset(unit.query + i);
+    __builtin_memcpy(row, rows.alpha(i), range.key_count * sizeof(T));
+    pad_row<T>(row, range.key_count, padded, static_cast<T>(-__builtin_inf()));
+    exponentiate_row<T>(row, padded, shift_of(stat[0]), 1 / stat[1]);
+    __builtin_memcpy(rows.alpha(i), row, range.key_count * sizeof(T));
+  }
+  if (call.dcontext.data != nullptr && call.needs_scores) {
+    dot_block<T>(query_rows(call.dcontext, rows.sequence, unit.head), unit.query, unit.query_count,
+                 key_rows(problem.value, rows.sequence, unit.head), range.key, range.key_count,
+                 problem.value_dim, rows.dscores(0), unit.ld, scratch);
+  } else {
+    for (int64_t i = 0; i < unit.query_count; ++i) {
+      pad_row<T>(rows.dscores(i), 0, range.key_count, 0);
+    }
+  }
+  uint8_t* keeps = scratch.take<uint8_t>(range.key_count);
+  for (int64_t i = 0; i < unit.query_count; ++i) {
+    *rows.delta(i, range.chunk) = row_delta<T>(rows, i, row, keeps);
+  }
+  if (unit.chunks == 1) {
+    finish_scores<T>(call, range);
+  }
+}
+
+// A memory's backward has s and alpha already: [step, Nk, H], the step being the query.
+template <class T>
+void load_step_scores(const BackwardCall<T>& call, const KeyRange& range) {
+  const ScoreRows<T> rows(call, range);
+  RowSource ds = key_rows(call.step_dscores, rows.sequence, rows.unit.head);
+  RowSource weights = key_rows(call.step_weights, rows.sequence, rows.unit.head);
+  const int64_t ds_base = ds.base;
+  const int64_t weights_base = weights.base;
+  for (int64_t i = 0; i < rows.unit.query_count; ++i) {
+    ds.base = ds_base + (rows.unit.query + i) * call.step_dscores.col;
+    weights.base = weights_base + (rows.unit.query + i) * call.step_weights.col;
+    read_along_keys<T>(ds, range.key, range.key_count, rows.dscores(i));
+    read_along_keys<T>(weights, range.key, range.key_count, rows.alpha(i));
+  }
+}
+
+// dvalue_j = sum_i alpha_ij dcontext_i over the unit's queries, added to what earlier units left.
+template <class T>
+void value_item(const BackwardCall<T>& call, const KeyRange& range) {
+  Scratch scratch;
+  const ScoreRows<T> rows(call, range);
+  const Unit& unit = rows.unit;
+  const int64_t dim = call.problem->value_dim;
+  const int64_t steps = steps_of<T>(dim);
+  const int64_t columns = steps * kStep<T>;
+  T* sums = scratch.take<T>(range.key_count * columns);
+  pad_row<T>(sums, 0, range.key_count * columns, 0);
+  const RowSource sum = key_rows(call.dvalue_sum, rows.sequence, unit.head);
+  if (!unit.first) {
+    for (int64_t j = 0; j < range.key_count; ++j) {
+      __builtin_memcpy(sums + j * columns,
+                       static_cast<const T*>(sum.data) + sum.offset(range.key + j),
+                       dim * sizeof(T));
+    }
+  }
+  const RowSource dcontext = query_rows(call.dcontext, rows.sequence, unit.head);
+  const PanelRoom<T> room(smaller(kValueTile, unit.query_count), dim, scratch);
+  for (int64_t i = 0; i < unit.query_count; i += kValueTile) {
+    const int64_t count = smaller(kValueTile, unit.query_count - i);
+    const Panel<T> panel =
+        panel_of<T>(dcontext, unit.query + i, count, 0, dim, room.data, room.copy);
+    outer_products<T>({rows.alpha(i), 1, unit.ld}, range.key_count, panel, count, steps, sums);
+  }
+  const RowSource target = unit.last ? key_rows(call.dvalue, rows.sequence, unit.head) : sum;
+  for (int64_t j = 0; j < range.key_count; ++j) {
+    write_row<T>(const_cast<void*>(target.data), target.dtype, target.offset(range.key + j), 1, dim,
+                 sums + j * columns);
+  }
+}
+
+}  // namespace ATTN_EXT_ISA
+}  // namespace attn_ext

@@ -1,0 +1,78 @@
+// Arguments of the per-item kernels, and the table of kernels of one instruction set.
+#pragma once
+
+#include "plan.h"
+#include "problem.h"
+
+namespace attn_ext {
+
+// Row length of partial sums: any kernel's padded row fits.
+constexpr int64_t padded_columns(int64_t columns) { return (columns + 63) / 64 * 64; }
+
+template <class T>
+struct ForwardCall {
+  const Problem* problem = nullptr;
+  Rows context;
+  Rows stats;
+  Rows weights;                       // data is null unless asked for
+  Rows scores;                        // as weights, in T: where scores wait for their row's softmax
+  const T* packed_weights = nullptr;  // [heads, packed_weights_size]
+  T* partial_sums = nullptr;          // [partial_rows, padded_columns(value_dim)]
+  T* partial_stats = nullptr;         // [partial_rows, 2]
+};
+
+template <class T>
+struct BackwardCall {
+  const Problem* problem = nullptr;
+  const BackwardPlan* plan = nullptr;
+  const Wave* wave = nullptr;
+  Rows dcontext;  // data is null where it counts as 0
+  Rows dweights;
+  Rows stats;
+  Rows dquery;  // data of a gradient is null unless asked for
+  Rows dkey;
+  Rows dvalue;
+  Rows dkey_sum;  // in T: where rows gather until their last unit
+  Rows dvalue_sum;
+  Rows step_dscores;  // in T, [.., Nk, H] per step: outputs of a step's backward, inputs of a
+                      // memory's
+  Rows step_weights;
+  bool needs_scores = false;   // s, for dquery, dkey or dscore_weight
+  bool needs_weights = false;  // alpha, for dvalue
+  const T* packed_weights = nullptr;
+  const T* score_weight = nullptr;  // [heads, dim]
+  T* alpha = nullptr;               // the wave's scores, [query, key] of each unit
+  T* dscores = nullptr;
+  T* deltas = nullptr;
+  T* partial_dquery = nullptr;        // [partial_rows, padded_columns(dim)]
+  double* partial_dweight = nullptr;  // [weight_rows, dim], null unless asked for
+  double* dscore_weight = nullptr;    // [heads, dim]
+};
+
+template <class T>
+struct Kernels {
+  const char* name;
+  int64_t (*packed_weights_size)(int64_t dim);
+  // Score weights of one head, laid out for the score kernels.
+  void (*pack_weights)(const Rows& score_weight, int64_t head, int64_t dim, T* packed);
+  // The same as a plain row, and the way back for a contiguous [heads, dim].
+  void (*read_weights)(const Rows& score_weight, int64_t head, int64_t dim, T* row);
+  void (*write_weights)(const double* source, int64_t count, const Rows& target);
+  void (*forward_item)(const ForwardCall<T>&, const ForwardItem&);
+  void (*forward_merge)(const ForwardCall<T>&, const ForwardMerge&);
+  void (*score_item)(const BackwardCall<T>&, const KeyRange&);
+  void (*finish_scores)(const BackwardCall<T>&, const KeyRange&);
+  void (*load_step_scores)(const BackwardCall<T>&, const KeyRange&);
+  void (*value_item)(const BackwardCall<T>&, const KeyRange&);
+  void (*gradient_item)(const BackwardCall<T>&, const GradientItem&);
+  void (*query_merge)(const BackwardCall<T>&, const QueryMerge&);
+  // Row `row` (of all batches, heads) of exp_key and key_bound.
+  void (*prepare_rows)(const Rows& key, int64_t batch, int64_t row, int64_t heads, int64_t dim,
+                       T* exp_key, T* key_bound);
+};
+
+// The kernels for this machine, or those that ATTN_EXT_CPU_ISA names.
+template <class T>
+const Kernels<T>& kernels();
+
+}  // namespace attn_ext

@@ -1,0 +1,157 @@
+// Runs the items of a plan phase by phase.
+#include "driver.h"
+
+#include <algorithm>
+#include <iterator>
+
+#include "runtime.h"
+
+namespace attn_ext {
+namespace {
+
+constexpr int64_t kPrepareRows = 64;  // rows of an item of run_prepare
+constexpr double kExpCost = 4;  // of an exponential read from and written to memory, in triples
+
+template <class T>
+Buffer<T> pack_all_weights(const Problem& problem) {
+  const Kernels<T>& kernel = kernels<T>();
+  const int64_t size = kernel.packed_weights_size(problem.dim);
+  Buffer<T> packed(problem.heads * size);
+  for (int64_t head = 0; head < problem.heads; ++head) {
+    kernel.pack_weights(problem.score_weight, head, problem.dim, packed.get() + head * size);
+  }
+  return packed;
+}
+
+// Runs function(call, item) for each item.
+template <class Call, class Item>
+void run_phase(const Call& call, const std::vector<Item>& items, double cost,
+               void (*function)(const Call&, const Item&)) {
+  for_each_item(static_cast<int64_t>(items.size()), cost,
+                [&](int64_t n) { function(call, items[n]); });
+}
+
+// dscore_weight += the wave's partial rows, one head after the other, in their order.
+template <class T>
+void merge_weights(const BackwardCall<T>& call) {
+  const int64_t dim = call.problem->dim;
+  for (const WeightMerge& merge : call.wave->weight_merges) {
+    double* total = call.dscore_weight + merge.head * dim;
+    for (int64_t row = merge.begin; row < merge.end; ++row) {
+      const double* partial = call.partial_dweight + row * dim;
+      for (int64_t c = 0; c < dim; ++c) {
+        total[c] += partial[c];
+      }
+    }
+  }
+}
+
+template <class T>
+void run_wave(BackwardCall<T>& call, const Wave& wave, bool from_steps) {
+  const Kernels<T>& kernel = kernels<T>();
+  const bool needs_dweight = call.dscore_weight != nullptr;
+  Buffer<T> alpha(wave.scores);
+  Buffer<T> dscores(wave.scores);
+  Buffer<T> deltas(wave.deltas);
+  Buffer<T> partial_dquery(wave.partial_rows * padded_columns(call.problem->dim));
+  Buffer<double> partial_dweight(needs_dweight ? wave.weight_rows * call.problem->dim : 0);
+  call.wave = &wave;
+  call.alpha = alpha.get();
+  call.dscores = dscores.get();
+  call.deltas = deltas.get();
+  call.partial_dquery = partial_dquery.get();
+  call.partial_dweight = needs_dweight ? partial_dweight.get() : nullptr;
+  if (from_steps) {
+    run_phase(call, wave.score_items, 0, kernel.load_step_scores);
+  } else {
+    run_phase(call, wave.score_items, wave.score_cost, kernel.score_item);
+    std::vector<KeyRange> unfinished;
+    std::copy_if(wave.score_items.begin(), wave.score_items.end(), std::back_inserter(unfinished),
+                 [&](const KeyRange& range) { return wave.units[range.unit].chunks > 1; });
+    run_phase(call, unfinished, wave.score_cost, kernel.finish_scores);
+  }
+  const int64_t values = call.needs_weights ? static_cast<int64_t>(wave.value_items.size()) : 0;
+  const int64_t gradients =
+      call.needs_scores ? static_cast<int64_t>(wave.gradient_items.size()) : 0;
+  for_each_item(gradients + values, wave.gradient_cost, [&](int64_t n) {
+    if (n < gradients) {
+      kernel.gradient_item(call, wave.gradient_items[n]);
+    } else {
+      kernel.value_item(call, wave.value_items[n - gradients]);
+    }
+  });
+  if (call.dquery.data != nullptr) {
+    run_phase(call, wave.query_merges, wave.gradient_cost, kernel.query_merge);
+  }
+  if (needs_dweight) {
+    merge_weights(call);
+  }
+}
+
+}  // namespace
+
+template <class T>
+void run_forward(ForwardCall<T> call) {
+  const Problem& problem = *call.problem;
+  const Kernels<T>& kernel = kernels<T>();
+  const ForwardPlan plan = plan_forward(problem);
+  const Buffer<T> packed = pack_all_weights<T>(problem);
+  Buffer<T> partial_sums(plan.partial_rows * padded_columns(problem.value_dim));
+  Buffer<T> partial_stats(plan.partial_rows * 2);
+  call.packed_weights = packed.get();
+  call.partial_sums = partial_sums.get();
+  call.partial_stats = partial_stats.get();
+  run_phase(call, plan.items, plan.cost, kernel.forward_item);
+  run_phase(call, plan.merges, plan.cost, kernel.forward_merge);
+}
+
+template <class T>
+void run_backward(BackwardCall<T> call, bool from_steps, const Rows& dscore_weight_out) {
+  const Problem& problem = *call.problem;
+  const Kernels<T>& kernel = kernels<T>();
+  const BackwardPlan plan = plan_backward(problem);
+  const Buffer<T> packed = pack_all_weights<T>(problem);
+  const int64_t weights = problem.heads * problem.dim;
+  Buffer<T> score_weight(weights);
+  Buffer<double> dscore_weight(weights);
+  std::fill_n(dscore_weight.get(), weights, 0.0);
+  for (int64_t head = 0; head < problem.heads; ++head) {
+    kernel.read_weights(problem.score_weight, head, problem.dim,
+                        score_weight.get() + head * problem.dim);
+  }
+  call.packed_weights = packed.get();
+  call.score_weight = score_weight.get();
+  call.dscore_weight = dscore_weight_out.data != nullptr ? dscore_weight.get() : nullptr;
+  for (const Wave& wave : plan.waves) {
+    run_wave(call, wave, from_steps);
+  }
+  if (dscore_weight_out.data != nullptr) {
+    kernel.write_weights(dscore_weight.get(), weights, dscore_weight_out);
+  }
+}
+
+template <class T>
+void run_prepare(const Rows& key, const std::vector<int64_t>& sizes, T* exp_key, T* key_bound) {
+  const Kernels<T>& kernel = kernels<T>();
+  const int64_t rows = sizes[1];
+  const int64_t heads = sizes[2];
+  const int64_t dim = sizes[3];
+  const int64_t total = sizes[0] * rows;
+  const int64_t items = (total + kPrepareRows - 1) / kPrepareRows;
+  for_each_item(items, kExpCost * static_cast<double>(total * heads * dim), [&](int64_t item) {
+    const int64_t end = std::min(total, (item + 1) * kPrepareRows);
+    for (int64_t n = item * kPrepareRows; n < end; ++n) {
+      kernel.prepare_rows(key, n / rows, n % rows, heads, dim, exp_key + n * heads * dim,
+                          key_bound + n * heads);
+    }
+  });
+}
+
+template void run_prepare(const Rows&, const std::vector<int64_t>&, float*, float*);
+template void run_prepare(const Rows&, const std::vector<int64_t>&, double*, double*);
+template void run_forward(ForwardCall<float>);
+template void run_forward(ForwardCall<double>);
+template void run_backward(BackwardCall<float>, bool, const Rows&);
+template void run_backward(BackwardCall<double>, bool, const Rows&);
+
+}  // namespace attn_ext

@@ -1,0 +1,257 @@
+// Forward: scores, softmax and the weighted sum of values.
+#pragma once
+
+#include "call.h"
+#include "softmax.h"
+
+namespace attn_ext {
+namespace ATTN_EXT_ISA {
+
+// Keys whose scores are held at once, [queries, kKeyChunk], and values that are multiplied at once.
+constexpr int64_t kKeyChunk = 512;
+constexpr int64_t kValueTile = 64;
+
+// Running softmax of a block of queries: largest score, sum of exponentials, weighted sum of
+// values.
+template <class T>
+struct RunningSoftmax {
+  T* largest;
+  T* total;
+  T* sums;
+  int64_t columns;
+
+  RunningSoftmax(int64_t queries, int64_t value_dim, Scratch& scratch)
+      : largest(scratch.take<T>(queries)),
+        total(scratch.take<T>(queries)),
+        columns(steps_of<T>(value_dim) * kStep<T>) {
+    sums = scratch.take<T>(queries * columns);
+    for (int64_t i = 0; i < queries; ++i) {
+      largest[i] = static_cast<T>(-__builtin_inf());
+      total[i] = 0;
+    }
+    for (int64_t n = 0; n < queries * columns; ++n) {
+      sums[n] = 0;
+    }
+  }
+
+  // Turns a row of new scores into exponentials and rescales what was summed before.
+  void include(int64_t i, T* scores, int64_t ld) {
+    const T chunk = largest_of_row(scores, ld);
+    const T next = chunk > largest[i] ? chunk : largest[i];
+    const T shift = shift_of(next);
+    if (next > largest[i]) {
+      const T scale = exp_nonpositive_scalar<T>(largest[i] - shift);
+      total[i] *= scale;
+      scale_row(sums + i * columns, columns, scale);
+      largest[i] = next;
+    }
+    total[i] += exponentiate_row(scores, ld, shift, T(1));
+  }
+};
+
+// sums += weights x values for keys [first, first + count).
+template <class T>
+void add_weighted_values(const RowSource& value, int64_t first, int64_t count, int64_t value_dim,
+                         const T* weights, int64_t ld, int64_t queries, T* sums,
+                         const PanelRoom<T>& room) {
+  const int64_t steps = steps_of<T>(value_dim);
+  // One query reads each value once, where it lies. Many read packed values, whose steps do not
+  // compete for the same cache sets.
+  const bool in_place = queries == 1 && lies_in_panel<T>(value, value_dim);
+  for (int64_t j = 0; j < count; j += kValueTile) {
+    const int64_t keys = smaller(kValueTile, count - j);
+    Panel<T> panel{room.data, kStep<T>, keys * kStep<T>};
+    if (in_place) {
+      panel = panel_of<T>(value, first + j, keys, 0, value_dim, room.data, room.copy);
+    } else {
+      pack<T, PackValues<T>>(value, first + j, keys, 0, value_dim, room.data, panel.row, panel.step,
+                             nullptr, room.copy);
+    }
+    outer_products<T>({weights + j, ld, 1}, queries, panel, keys, steps, sums);
+  }
+}
+
+// Context and statistics of one query from its softmax.
+template <class T>
+void write_context(const ForwardCall<T>& call, const Sequence& sequence, int64_t head,
+                   int64_t query, T largest, T total, T* sums, int64_t columns) {
+  scale_row(sums, columns, 1 / total);
+  const Problem& problem = *call.problem;
+  const RowSource context = query_rows(call.context, sequence, head);
+  write_row<T>(call.context.data, context.dtype, context.offset(query), 1, problem.value_dim, sums);
+  const RowSource stats = query_rows(call.stats, sequence, head);
+  T* stat = static_cast<T*>(call.stats.data) + stats.offset(query);
+  stat[0] = largest;
+  stat[1] = total;
+}
+
+// Turns the scores of one query, waiting in call.scores, into weights.
+template <class T>
+void finish_weights(const ForwardCall<T>& call, const Sequence& sequence, int64_t head,
+                    int64_t query, T largest, T total, T* row, uint8_t* keeps) {
+  const Problem& problem = *call.problem;
+  const RowSource scores = weight_row(call.scores, problem, sequence, head, query);
+  const RowSource weights = weight_row(call.weights, problem, sequence, head, query);
+  for (int64_t j = 0; j < sequence.key_count; j += kKeyChunk) {
+    const int64_t count = smaller(kKeyChunk, sequence.key_count - j);
+    const int64_t ld = round_up(count, kLanes<T>);
+    read_along_keys<T>(scores, j, count, row);
+    pad_row<T>(row, count, ld, 0);
+    exponentiate_row<T>(row, ld, shift_of(largest), 1 / total);
+    if (problem.dropout.active) {
+      dropout_mask(problem.dropout, sequence, weights, head, query, j, count, keeps);
+      drop_row<T>(row, keeps, count, static_cast<T>(problem.dropout.keep_scale));
+    }
+    write_along_keys<T>(weights, j, count, row);
+  }
+}
+
+template <class T>
+struct ForwardBlock {
+  const ForwardCall<T>& call;
+  const ForwardItem& item;
+  const Sequence& sequence;
+  RunningSoftmax<T> softmax;
+  T* scores;
+  uint8_t* keeps;
+  int64_t ld;
+
+  ForwardBlock(const ForwardCall<T>& call, const ForwardItem& item, Scratch& scratch)
+      : call(call),
+        item(item),
+        sequence(call.problem->sequences[item.sequence]),
+        softmax(item.query_count, call.problem->value_dim, scratch),
+        ld(round_up(smaller(item.key_count, kKeyChunk), kLanes<T>)) {
+    scores = scratch.take<T>(item.query_count * ld);
+    keeps = scratch.take<uint8_t>(kKeyChunk);
+  }
+
+  bool one_chunk() const {
+    return item.key_count == sequence.key_count && item.key_count <= kKeyChunk;
+  }
+
+  // Softmax of the block's scores for `count` keys from `first`.
+  void normalise(int64_t first, int64_t count) {
+    const Problem& problem = *call.problem;
+    const Dropout& dropout = problem.dropout;
+    const int64_t padded = round_up(count, kLanes<T>);
+    for (int64_t i = 0; i < item.query_count; ++i) {
+      T* row = scores + i * ld;
+      const int64_t query = item.query + i;
+      if (call.weights.data != nullptr && !one_chunk()) {
+        write_along_keys<T>(weight_row(call.scores, problem, sequence, item.head, query), first,
+                            count, row);
+      }
+      pad_row<T>(row, count, padded, static_cast<T>(-__builtin_inf()));
+      softmax.include(i, row, padded);
+      if (dropout.active) {
+        const RowSource key = key_rows(problem.key, sequence, item.head);
+        dropout_mask(dropout, sequence, key, item.head, query, first, count, keeps);
+        drop_row<T>(row, keeps, count, static_cast<T>(dropout.keep_scale));
+      }
+    }
+  }
+
+  void write_weights(T* row) {
+    for (int64_t i = 0; i < item.query_count; ++i) {
+      const int64_t query = item.query + i;
+      if (one_chunk()) {
+        scale_row(scores + i * ld, ld, 1 / softmax.total[i]);
+        write_along_keys<T>(weight_row(call.weights, *call.problem, sequence, item.head, query), 0,
+                            item.key_count, scores + i * ld);
+      } else {
+        finish_weights<T>(call, sequence, item.head, query, softmax.largest[i], softmax.total[i],
+                          row, keeps);
+      }
+    }
+  }
+
+  void write_partial() {
+    const int64_t columns = padded_columns(call.problem->value_dim);
+    for (int64_t i = 0; i < item.query_count; ++i) {
+      const int64_t row = item.partial + i;
+      call.partial_stats[2 * row] = softmax.largest[i];
+      call.partial_stats[2 * row + 1] = softmax.total[i];
+      __builtin_memcpy(call.partial_sums + row * columns, softmax.sums + i * softmax.columns,
+                       softmax.columns * sizeof(T));
+    }
+  }
+};
+
+template <class T>
+void forward_item(const ForwardCall<T>& call, const ForwardItem& item) {
+  Scratch scratch;
+  const Problem& problem = *call.problem;
+  const Sequence& sequence = problem.sequences[item.sequence];
+  const int64_t weight_size = steps_of<T>(problem.dim) * kWeightVectors * kLanes<T>;
+  const T* weights = call.packed_weights + item.head * weight_size;
+  const QueryBlock<T> queries =
+      pack_queries<T>(query_rows(problem.query, sequence, item.head), item.query, item.query_count,
+                      0, problem.dim, scratch);
+  const KeySide keys = key_side(problem, sequence, item.head);
+  const RowSource value = key_rows(problem.value, sequence, item.head);
+  ForwardBlock<T> block(call, item, scratch);
+  const ScoreRoom<T> score_room(problem.dim, scratch);
+  const PanelRoom<T> value_room(smaller(kValueTile, item.key_count), problem.value_dim, scratch);
+  for (int64_t j = 0; j < item.key_count; j += kKeyChunk) {
+    const int64_t first = item.key + j;
+    const int64_t count = smaller(kKeyChunk, item.key_count - j);
+    score_block<T>(queries, keys, first, count, problem.dim, weights, block.scores, block.ld,
+                   score_room);
+    block.normalise(first, count);
+    add_weighted_values<T>(value, first, count, problem.value_dim, block.scores, block.ld,
+                           item.query_count, block.softmax.sums, value_room);
+  }
+  if (item.partial >= 0) {
+    block.write_partial();
+    return;
+  }
+  if (call.weights.data != nullptr) {
+    block.write_weights(scratch.take<T>(kKeyChunk));
+  }
+  for (int64_t i = 0; i < item.query_count; ++i) {
+    write_context<T>(call, sequence, item.head, item.query + i, block.softmax.largest[i],
+                     block.softmax.total[i], block.softmax.sums + i * block.softmax.columns,
+                     block.softmax.columns);
+  }
+}
+
+// Joins the partial softmaxes of one block of queries in the order of their keys.
+template <class T>
+void forward_merge(const ForwardCall<T>& call, const ForwardMerge& merge) {
+  Scratch scratch;
+  const Problem& problem = *call.problem;
+  const ForwardItem& item = merge.whole;
+  const Sequence& sequence = problem.sequences[item.sequence];
+  const int64_t columns = steps_of<T>(problem.value_dim) * kStep<T>;
+  T* sums = scratch.take<T>(columns);
+  T* row = scratch.take<T>(kKeyChunk);
+  uint8_t* keeps = scratch.take<uint8_t>(kKeyChunk);
+  for (int64_t i = 0; i < item.query_count; ++i) {
+    T largest = static_cast<T>(-__builtin_inf());
+    for (int64_t n = 0; n < merge.splits; ++n) {
+      const T next = call.partial_stats[2 * (item.partial + n * item.query_count + i)];
+      largest = next > largest ? next : largest;
+    }
+    T total = 0;
+    pad_row<T>(sums, 0, columns, 0);
+    for (int64_t n = 0; n < merge.splits; ++n) {
+      const int64_t partial = item.partial + n * item.query_count + i;
+      const T* stats = call.partial_stats + 2 * partial;
+      const T scale = exp_nonpositive_scalar<T>(stats[0] - shift_of(largest));
+      total += scale * stats[1];
+      outer_stream<T, 1>(
+          {&scale, 0, 0},
+          {call.partial_sums + partial * padded_columns(problem.value_dim), columns, kStep<T>},
+          steps_of<T>(problem.value_dim), sums);
+    }
+    const int64_t query = item.query + i;
+    if (call.weights.data != nullptr) {
+      finish_weights<T>(call, sequence, item.head, query, largest, total, row, keeps);
+    }
+    write_context<T>(call, sequence, item.head, query, largest, total, sums, columns);
+  }
+}
+
+}  // namespace ATTN_EXT_ISA
+}  // namespace attn_ext

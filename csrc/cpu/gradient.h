@@ -1,0 +1,376 @@
+// The gradient phase: from s = alpha (dalpha - delta) to dquery, dkey and dscore_weight. With h =
+// -tanh(q + k) / 2 and y = 1/4 - h^2:
+//   dquery_id = 4 w_d sum_j s_ij y_ijd,  dkey_jd = 4 w_d sum_i s_ij y_ijd,
+//   dscore_weight_d = -2 sum_ij s_ij h_ijd.
+#pragma once
+
+#include "call.h"
+#include "softmax.h"
+
+namespace attn_ext {
+namespace ATTN_EXT_ISA {
+
+// Keys a register tile holds, and keys whose exponentials are packed at once.
+constexpr int kGradientKeys = kManyRegisters ? 4 : 2;
+constexpr int64_t kGradientTile = 64;
+// Terms of dscore_weight that are summed in the compute type before they join a sum in double.
+constexpr int64_t kWeightTerms = 512;
+
+// h and y of a step of features: a = exp(2q), b = exp(2k), x = 1 + a b, h = 1/x - 1/2.
+template <class T>
+struct FactoredSlope {
+  static ATTN_EXT_INLINE void eval(Vec<T> a0, Vec<T> a1, Vec<T> b0, Vec<T> b1, TanhParts<T>& t0,
+                                   TanhParts<T>& t1) {
+    const Vec<T> x0 = a0 * b0 + 1;
+    const Vec<T> x1 = a1 * b1 + 1;
+    const Vec<T> inverse = reciprocal<T>(x0 * x1);
+    t0.half = x1 * inverse - T(0.5);
+    t1.half = x0 * inverse - T(0.5);
+    t0.slope = T(0.25) - t0.half * t0.half;
+    t1.slope = T(0.25) - t1.half * t1.half;
+  }
+};
+
+// The same from a = q, b = k, for any magnitudes.
+template <class T>
+struct ExactSlope {
+  static ATTN_EXT_INLINE void eval(Vec<T> a0, Vec<T> a1, Vec<T> b0, Vec<T> b1, TanhParts<T>& t0,
+                                   TanhParts<T>& t1) {
+    t0 = tanh_parts<T>(a0 + b0);
+    t1 = tanh_parts<T>(a1 + b1);
+  }
+};
+
+// One step of features of `rows` queries against K keys. Rows of a, dq, dk are kStep apart; dq, dk
+// and dw are added to: sums of s y and of s h.
+template <class T>
+struct GradientOperands {
+  const T* a;
+  int64_t a_row;
+  const T* b;
+  int64_t b_row;
+  const T* s;
+  int64_t s_row;
+  int64_t rows;
+  T* dq;
+  T* dk;
+  T* dw;
+};
+
+template <class T, template <class> class Rule, int K, bool kQuery, bool kKey>
+void gradient_tile(const GradientOperands<T>& o) {
+  constexpr int lanes = kLanes<T>;
+  Vec<T> b0[K];
+  Vec<T> b1[K];
+  Vec<T> dk0[K];
+  Vec<T> dk1[K];
+#pragma GCC unroll 4
+  for (int j = 0; j < K; ++j) {
+    b0[j] = load<T>(o.b + j * o.b_row);
+    b1[j] = load<T>(o.b + j * o.b_row + lanes);
+    if constexpr (kKey) {
+      dk0[j] = load<T>(o.dk + j * kStep<T>);
+      dk1[j] = load<T>(o.dk + j * kStep<T> + lanes);
+    }
+  }
+  Vec<T> dw0{};
+  Vec<T> dw1{};
+  for (int64_t i = 0; i < o.rows; ++i) {
+    const Vec<T> a0 = load<T>(o.a + i * o.a_row);
+    const Vec<T> a1 = load<T>(o.a + i * o.a_row + lanes);
+    Vec<T> dq0{};
+    Vec<T> dq1{};
+#pragma GCC unroll 4
+    for (int j = 0; j < K; ++j) {
+      TanhParts<T> t0;
+      TanhParts<T> t1;
+      Rule<T>::eval(a0, a1, b0[j], b1[j], t0, t1);
+      const Vec<T> s = splat<T>(o.s[i * o.s_row + j]);
+      if constexpr (kKey) {
+        dk0[j] += s * t0.slope;
+        dk1[j] += s * t1.slope;
+        dw0 += s * t0.half;
+        dw1 += s * t1.half;
+      }
+      if constexpr (kQuery) {
+        dq0 += s * t0.slope;
+        dq1 += s * t1.slope;
+      }
+    }
+    if constexpr (kQuery) {
+      T* dq = o.dq + i * kStep<T>;
+      store<T>(dq, load<T>(dq) + dq0);
+      store<T>(dq + lanes, load<T>(dq + lanes) + dq1);
+    }
+  }
+  if constexpr (kKey) {
+#pragma GCC unroll 4
+    for (int j = 0; j < K; ++j) {
+      store<T>(o.dk + j * kStep<T>, dk0[j]);
+      store<T>(o.dk + j * kStep<T> + lanes, dk1[j]);
+    }
+    store<T>(o.dw, load<T>(o.dw) + dw0);
+    store<T>(o.dw + lanes, load<T>(o.dw + lanes) + dw1);
+  }
+}
+
+template <class T, template <class> class Rule, int K>
+void gradient_tile_for(bool query, bool key, const GradientOperands<T>& operands) {
+  const auto kernel = !key    ? gradient_tile<T, Rule, K, true, false>
+                      : query ? gradient_tile<T, Rule, K, true, true>
+                              : gradient_tile<T, Rule, K, false, true>;
+  kernel(operands);
+}
+
+// gradient_tile for any keys <= kGradientKeys.
+template <class T, template <class> class Rule>
+void gradient_keys(bool query, bool key, int64_t keys, GradientOperands<T> operands) {
+  if (keys == kGradientKeys) {
+    gradient_tile_for<T, Rule, kGradientKeys>(query, key, operands);
+    return;
+  }
+  for (int64_t j = 0; j < keys; ++j) {
+    gradient_tile_for<T, Rule, 1>(query, key, operands);
+    operands.b += operands.b_row;
+    operands.s += 1;
+    operands.dk += kStep<T>;
+  }
+}
+
+// The features [col, col + cols) of one unit against tiles of its keys.
+template <class T>
+class GradientBlock {
+ public:
+  GradientBlock(const BackwardCall<T>& call, const GradientItem& item, const Unit& unit,
+                double* dweight, Scratch& scratch)
+      : call_(call),
+        item_(item),
+        unit_(unit),
+        sequence_(call.problem->sequences[unit.sequence]),
+        steps_(steps_of<T>(item.cols)),
+        tile_keys_(unit.query_count < 4 ? kGradientKeys : kGradientTile),
+        queries_(pack_queries<T>(query_rows(call.problem->query, sequence_, unit.head), unit.query,
+                                 unit.query_count, item.col, item.cols, scratch)),
+        side_(key_side(*call.problem, sequence_, unit.head)),
+        room_(tile_keys_, item.cols, scratch),
+        exact_key_(tile_keys_, item.cols, scratch),
+        exact_query_(unit.query_count, item.cols, scratch),
+        dweight_total_(dweight) {
+    const int64_t padded = steps_ * kStep<T>;
+    dquery_ = scratch.take<T>(unit.query_count * padded);
+    dkey_ = scratch.take<T>(tile_keys_ * padded);
+    row_ = scratch.take<T>(padded);
+    dweight_ = scratch.take<T>(padded);
+    pad_row<T>(dquery_, 0, unit.query_count * padded, 0);
+    pad_row<T>(dweight_, 0, padded, 0);
+  }
+
+  void run(int64_t first, int64_t count) {
+    for (int64_t j = 0; j < count; j += tile_keys_) {
+      run_tile(first + j, smaller(tile_keys_, count - j));
+    }
+    if (call_.dquery.data != nullptr) {
+      write_queries();
+    }
+    add_weights();
+  }
+
+ private:
+  void run_tile(int64_t first, int64_t keys) {
+    const KeyBlock<T> block = key_block<T>(side_, first, keys, item_.col, item_.cols, room_);
+    exact_keys_ready_ = false;
+    if (wants_keys()) {
+      pad_row<T>(dkey_, 0, keys * steps_ * kStep<T>, 0);
+    }
+    for (int64_t p = 0; p < steps_; ++p) {
+      for (int64_t j = 0; j < keys; j += kGradientKeys) {
+        run_keys(block, p, first, keys, j, smaller(kGradientKeys, keys - j));
+      }
+    }
+    if (call_.dkey.data != nullptr) {
+      write_keys(first, keys);
+    }
+    weight_terms_ += keys * unit_.query_count;
+    if (weight_terms_ >= kWeightTerms) {
+      add_weights();
+    }
+  }
+
+  // Step p of keys [j, j + cols) of a tile against all queries, in runs of one route.
+  void run_keys(const KeyBlock<T>& block, int64_t p, int64_t first, int64_t keys, int64_t j,
+                int64_t cols) {
+    const T key_bound = largest_bound(block.bounds + j, cols);
+    const int64_t rows = unit_.query_count;
+    for (int64_t i = 0; i < rows;) {
+      const bool factored = in_factored_range(queries_.bounds[i], key_bound);
+      int64_t end = i + 1;
+      while (end < rows && in_factored_range(queries_.bounds[end], key_bound) == factored) {
+        ++end;
+      }
+      Panel<T> a = queries_.exponentials;
+      Panel<T> b = block.exponentials;
+      if (!factored) {
+        a = exact_queries();
+        b = exact_keys(first, keys);
+      }
+      const GradientOperands<T> operands{a.data + i * a.row + p * a.step,
+                                         a.row,
+                                         b.data + j * b.row + p * b.step,
+                                         b.row,
+                                         call_.dscores + unit_.scores + i * unit_.ld + first + j,
+                                         unit_.ld,
+                                         end - i,
+                                         dquery_ + (p * rows + i) * kStep<T>,
+                                         dkey_ + (p * keys + j) * kStep<T>,
+                                         dweight_ + p * kStep<T>};
+      const bool query = call_.dquery.data != nullptr;
+      if (factored) {
+        gradient_keys<T, FactoredSlope>(query, wants_keys(), cols, operands);
+      } else {
+        gradient_keys<T, ExactSlope>(query, wants_keys(), cols, operands);
+      }
+      i = end;
+    }
+  }
+
+  bool wants_keys() const { return call_.dkey.data != nullptr || call_.partial_dweight != nullptr; }
+
+  // The queries as they are, packed when first asked for.
+  Panel<T> exact_queries() {
+    const int64_t rows = unit_.query_count;
+    if (!exact_queries_ready_) {
+      pack<T, PackValues<T>>(queries_.source, queries_.first, rows, item_.col, item_.cols,
+                             exact_query_.data, kStep<T>, rows * kStep<T>, nullptr,
+                             exact_query_.copy);
+      exact_queries_ready_ = true;
+    }
+    return {exact_query_.data, kStep<T>, rows * kStep<T>};
+  }
+
+  // The same for the tile's keys.
+  Panel<T> exact_keys(int64_t first, int64_t keys) {
+    if (!exact_keys_ready_) {
+      pack<T, PackValues<T>>(side_.key, first, keys, item_.col, item_.cols, exact_key_.data,
+                             kStep<T>, keys * kStep<T>, nullptr, exact_key_.copy);
+      exact_keys_ready_ = true;
+    }
+    return {exact_key_.data, kStep<T>, keys * kStep<T>};
+  }
+
+  // Long sums of s h continue in double.
+  void add_weights() {
+    weight_terms_ = 0;
+    if (dweight_total_ != nullptr) {
+      for (int64_t c = 0; c < item_.cols; ++c) {
+        dweight_total_[c] += -2 * static_cast<double>(dweight_[c]);
+      }
+      pad_row<T>(dweight_, 0, steps_ * kStep<T>, 0);
+    }
+  }
+
+  // Row r of `rows` in a step-after-step layout, times 4 w.
+  const T* final_row(const T* data, int64_t r, int64_t rows) {
+    const T* weight = call_.score_weight + unit_.head * call_.problem->dim + item_.col;
+    for (int64_t c = 0; c < item_.cols; c += kStep<T>) {
+      const T* sums = data + (c / kStep<T> * rows + r) * kStep<T>;
+      const int64_t count = smaller(kStep<T>, item_.cols - c);
+      for (int64_t n = 0; n < count; ++n) {
+        row_[c + n] = 4 * weight[c + n] * sums[n];
+      }
+    }
+    return row_;
+  }
+
+  void write_queries() {
+    for (int64_t i = 0; i < unit_.query_count; ++i) {
+      const T* row = final_row(dquery_, i, unit_.query_count);
+      if (item_.dquery_partial >= 0) {
+        T* partial = call_.partial_dquery +
+                     (item_.dquery_partial + i) * padded_columns(call_.problem->dim) + item_.col;
+        __builtin_memcpy(partial, row, item_.cols * sizeof(T));
+      } else {
+        const RowSource target = query_rows(call_.dquery, sequence_, unit_.head);
+        write_row<T>(call_.dquery.data, target.dtype, target.offset(unit_.query + i) + item_.col, 1,
+                     item_.cols, row);
+      }
+    }
+  }
+
+  void write_keys(int64_t first, int64_t keys) {
+    const RowSource sum = key_rows(call_.dkey_sum, sequence_, unit_.head);
+    const RowSource target = unit_.last ? key_rows(call_.dkey, sequence_, unit_.head) : sum;
+    for (int64_t j = 0; j < keys; ++j) {
+      final_row(dkey_, j, keys);
+      if (!unit_.first) {
+        const T* before = static_cast<const T*>(sum.data) + sum.offset(first + j) + item_.col;
+        for (int64_t c = 0; c < item_.cols; ++c) {
+          row_[c] += before[c];
+        }
+      }
+      write_row<T>(const_cast<void*>(target.data), target.dtype,
+                   target.offset(first + j) + item_.col, 1, item_.cols, row_);
+    }
+  }
+
+  const BackwardCall<T>& call_;
+  const GradientItem& item_;
+  const Unit& unit_;
+  const Sequence& sequence_;
+  const int64_t steps_;
+  const int64_t tile_keys_;
+  const QueryBlock<T> queries_;
+  const KeySide side_;
+  const PanelRoom<T> room_;
+  const PanelRoom<T> exact_key_;
+  const PanelRoom<T> exact_query_;
+  double* const dweight_total_;
+  T* dweight_;
+  T* dquery_;
+  T* dkey_;
+  T* row_;
+  int64_t weight_terms_ = 0;
+  bool exact_queries_ready_ = false;
+  bool exact_keys_ready_ = false;
+};
+
+template <class T>
+void gradient_item(const BackwardCall<T>& call, const GradientItem& item) {
+  double* total = nullptr;
+  if (call.partial_dweight != nullptr) {
+    total = call.partial_dweight + item.dweight_row * call.problem->dim + item.col;
+    for (int64_t c = 0; c < item.cols; ++c) {
+      total[c] = 0;
+    }
+  }
+  for (int64_t n = item.unit_begin; n < item.unit_end; ++n) {
+    Scratch scratch;
+    const Unit& unit = call.wave->units[n];
+    GradientBlock<T> block(call, item, unit, total, scratch);
+    block.run(item.key, item.key_count < 0 ? unit.key_count : item.key_count);
+  }
+}
+
+// dquery of one unit from the partial sums over its ranges of keys, in the order of the keys.
+template <class T>
+void query_merge(const BackwardCall<T>& call, const QueryMerge& merge) {
+  Scratch scratch;
+  const Unit& unit = call.wave->units[merge.unit];
+  const Sequence& sequence = call.problem->sequences[unit.sequence];
+  const RowSource target = query_rows(call.dquery, sequence, unit.head);
+  const int64_t dim = call.problem->dim;
+  T* sum = scratch.take<T>(dim);
+  for (int64_t i = 0; i < unit.query_count; ++i) {
+    pad_row<T>(sum, 0, dim, 0);
+    for (int64_t n = 0; n < merge.splits; ++n) {
+      const T* partial =
+          call.partial_dquery + (merge.partial + n * unit.query_count + i) * padded_columns(dim);
+      for (int64_t c = 0; c < dim; ++c) {
+        sum[c] += partial[c];
+      }
+    }
+    write_row<T>(call.dquery.data, target.dtype, target.offset(unit.query + i), 1, dim, sum);
+  }
+}
+
+}  // namespace ATTN_EXT_ISA
+}  // namespace attn_ext

@@ -1,0 +1,37 @@
+// The kernels for avx2.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <utility>
+
+#include "call.h"
+#include "isa.h"
+#include "runtime.h"
+
+#define ATTN_EXT_ISA avx2
+#define ATTN_EXT_ISA_NAME "avx2"
+#define ATTN_EXT_ISA_AVX512 0
+#define ATTN_EXT_VECTOR_BYTES 32
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#include "kernels_impl.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace attn_ext {
+
+const Kernels<float>& avx2_kernels_float() { return avx2::kKernels<float>; }
+const Kernels<double>& avx2_kernels_double() { return avx2::kKernels<double>; }
+
+}  // namespace attn_ext
+#endif

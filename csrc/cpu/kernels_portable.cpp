@@ -1,0 +1,20 @@
+// The kernels for portable.
+#include <utility>
+
+#include "call.h"
+#include "isa.h"
+#include "runtime.h"
+
+#define ATTN_EXT_ISA portable
+#define ATTN_EXT_ISA_NAME "portable"
+#define ATTN_EXT_ISA_AVX512 0
+#define ATTN_EXT_VECTOR_BYTES 16
+
+#include "kernels_impl.h"
+
+namespace attn_ext {
+
+const Kernels<float>& portable_kernels_float() { return portable::kKernels<float>; }
+const Kernels<double>& portable_kernels_double() { return portable::kKernels<double>; }
+
+}  // namespace attn_ext

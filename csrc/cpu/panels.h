@@ -1,0 +1,188 @@
+// Operands of the tile kernels: rows gathered from strided tensors of any dtype into panels of
+// padded rows.
+#pragma once
+
+#include "convert.h"
+#include "runtime.h"
+#include "vecmath.h"
+
+namespace attn_ext {
+namespace ATTN_EXT_ISA {
+
+// Rows of the compute type whose length is padded to whole steps: features [p kStep, (p + 1) kStep)
+// of row i stand at data + i * row + p * step.
+template <class T>
+struct Panel {
+  const T* data;
+  int64_t row;
+  int64_t step;
+
+  ATTN_EXT_INLINE Panel from_row(int64_t i) const { return {data + i * row, row, step}; }
+};
+
+template <class T>
+ATTN_EXT_INLINE int64_t steps_of(int64_t columns) {
+  return (columns + kStep<T> - 1) / kStep<T>;
+}
+
+// Rows j = 0, 1, ... of one head of one sequence, in a tensor.
+struct RowSource {
+  const void* data;
+  DType dtype;
+  int64_t base;
+  int64_t row;
+  int64_t col;
+  int64_t first;         // position of row 0
+  const int64_t* index;  // or the position of every row
+
+  ATTN_EXT_INLINE int64_t position(int64_t j) const { return index ? index[j] : first + j; }
+  ATTN_EXT_INLINE int64_t offset(int64_t j) const { return base + position(j) * row; }
+};
+
+inline RowSource query_rows(const Rows& view, const Sequence& sequence, int64_t head) {
+  const int64_t base = sequence.query_batch * view.batch + sequence.query_begin * view.row;
+  return {view.data, view.dtype, base + head * view.head, view.row, view.col, 0, nullptr};
+}
+
+inline RowSource key_rows(const Rows& view, const Sequence& sequence, int64_t head) {
+  const int64_t base = sequence.key_batch * view.batch + sequence.key_begin * view.row;
+  return {view.data, view.dtype,         base + head * view.head, view.row,
+          view.col,  sequence.first_key, sequence.key_index};
+}
+
+// Columns [begin, begin + count) of row j: in place if they lie there in the compute type, else in
+// `copy`.
+template <class T>
+ATTN_EXT_INLINE const T* row_values(const RowSource& source, int64_t j, int64_t begin,
+                                    int64_t count, T* copy) {
+  const int64_t offset = source.offset(j) + begin * source.col;
+  if (source.dtype == kDTypeOf<T> && source.col == 1) {
+    return static_cast<const T*>(source.data) + offset;
+  }
+  read_row<T>(source.data, source.dtype, offset, source.col, count, copy);
+  return copy;
+}
+
+// What pack() does to each vector: features as they are, padded by 0.
+template <class T>
+struct PackValues {
+  static ATTN_EXT_INLINE Vec<T> map(Vec<T> x) { return x; }
+};
+
+// exp(2x), padded by 1. Outside the factored range the result is not used, only kept finite.
+template <class T>
+struct PackExponentials {
+  static ATTN_EXT_INLINE Vec<T> map(Vec<T> x) {
+    const Vec<T> largest = splat<T>(FactoredRange<T>::kLargest);
+    const Vec<T> below = x < largest ? x : largest;
+    return exp_in_range<T>(2 * (below > -largest ? below : -largest));
+  }
+};
+
+// Largest magnitude of a row. NaN counts as larger than anything, as its bits are.
+template <class T>
+struct LargestMagnitude {
+  VecBits<T> bits{};
+
+  ATTN_EXT_INLINE void include(Vec<T> x) {
+    const VecBits<T> next = bits_of<T>(x) & ~kSignBit<T>;
+    bits = next > bits ? next : bits;
+  }
+
+  ATTN_EXT_INLINE T value() const {
+    typename VectorOf<T>::Integer largest = 0;
+    for (int lane = 0; lane < kLanes<T>; ++lane) {
+      largest = bits[lane] > largest ? bits[lane] : largest;
+    }
+    T result;
+    __builtin_memcpy(&result, &largest, sizeof(result));
+    return result;
+  }
+};
+
+// Packs columns [begin, begin + count) of rows [first, first + rows) and their largest magnitudes.
+template <class T, class Map>
+void pack(const RowSource& source, int64_t first, int64_t rows, int64_t begin, int64_t count,
+          T* target, int64_t row_stride, int64_t step_stride, T* bounds, T* copy) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* values = row_values<T>(source, first + i, begin, count, copy);
+    T* row = target + i * row_stride;
+    LargestMagnitude<T> bound;
+    for (int64_t c = 0; c < count; c += kStep<T>) {
+      const Vec<T> x0 =
+          c + lanes <= count ? load<T>(values + c) : load_partial<T>(values + c, count - c);
+      const Vec<T> x1 = c + 2 * lanes <= count
+                            ? load<T>(values + c + lanes)
+                            : load_partial<T>(values + c + lanes, count - c - lanes);
+      bound.include(x0);
+      bound.include(x1);
+      store<T>(row, Map::map(x0));
+      store<T>(row + lanes, Map::map(x1));
+      row += step_stride;
+    }
+    if (bounds != nullptr) {
+      bounds[i] = bound.value();
+    }
+  }
+}
+
+// Whether the rows can serve as a panel where they are.
+template <class T>
+ATTN_EXT_INLINE bool lies_in_panel(const RowSource& source, int64_t count) {
+  return source.dtype == kDTypeOf<T> && source.col == 1 && source.index == nullptr &&
+         count % kStep<T> == 0;
+}
+
+// Rows [first, first + rows) as a panel: in place if possible, else packed one row after the other
+// into `target`.
+template <class T>
+Panel<T> panel_of(const RowSource& source, int64_t first, int64_t rows, int64_t begin,
+                  int64_t count, T* target, T* copy) {
+  if (lies_in_panel<T>(source, count)) {
+    const T* data = static_cast<const T*>(source.data) + source.offset(first) + begin;
+    return {data, source.row, kStep<T>};
+  }
+  const int64_t row_stride = steps_of<T>(count) * kStep<T>;
+  pack<T, PackValues<T>>(source, first, rows, begin, count, target, row_stride, kStep<T>, nullptr,
+                         copy);
+  return {target, row_stride, kStep<T>};
+}
+
+// A block of queries with their exponentials (step after step, so that reading a step of all rows
+// is reading consecutive memory) and the source to read them again from for the exact route.
+template <class T>
+struct QueryBlock {
+  Panel<T> exponentials;
+  const T* bounds;
+  RowSource source;
+  int64_t first;
+  int64_t count;
+};
+
+template <class T>
+QueryBlock<T> pack_queries(const RowSource& source, int64_t first, int64_t rows, int64_t begin,
+                           int64_t count, Scratch& scratch) {
+  T* data = scratch.take<T>(rows * steps_of<T>(count) * kStep<T>);
+  T* bounds = scratch.take<T>(rows);
+  T* copy = scratch.take<T>(count);
+  pack<T, PackExponentials<T>>(source, first, rows, begin, count, data, kStep<T>, rows * kStep<T>,
+                               bounds, copy);
+  return {{data, kStep<T>, rows * kStep<T>}, bounds, source, first, rows};
+}
+
+// The largest of `count` magnitudes, NaN if one is NaN.
+template <class T>
+ATTN_EXT_INLINE T largest_bound(const T* bounds, int64_t count) {
+  T largest = 0;
+  for (int64_t n = 0; n < count; ++n) {
+    largest = bounds[n] <= largest ? largest : bounds[n];
+    if (bounds[n] != bounds[n]) {
+      return bounds[n];
+    }
+  }
+  return largest;
+}
+
+}  // namespace ATTN_EXT_ISA
+}  // namespace attn_ext

@@ -1,0 +1,245 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace attn_ext {
+namespace {
+
+// Work is counted in query-key-feature triples; AVX-512 does about ten a nanosecond.
+constexpr double kItemCost = 1 << 21;        // where an item is cut, about 0.2 ms
+constexpr double kGroupCost = 1 << 18;       // up to which small gradient items are joined
+constexpr int64_t kLargestQueryBlock = 128;  // queries that share the exponentials of a key
+constexpr int64_t kBlockNumbers = 1 << 17;   // their exponentials, 512 KiB of float, stay in L2
+constexpr int64_t kSmallestKeyRange = 256;   // an item's keys, to outweigh its partial results
+constexpr int64_t kWaveScores = 1 << 20;     // numbers in each of a wave's two score buffers
+constexpr int64_t kFeatureBlock = 64;  // features of a gradient item: whole steps on any machine
+constexpr int64_t kValueKeys = 64;     // keys of a dvalue item
+// Reading a key or a value costs as much as this many queries against it.
+constexpr int64_t kReadCost = 3;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t query_block(int64_t dim) {
+  const int64_t fitting = kBlockNumbers / std::max<int64_t>(dim, 1) / 4 * 4;
+  return std::clamp<int64_t>(fitting, 16, kLargestQueryBlock);
+}
+
+double forward_cost(const Problem& problem, int64_t queries, int64_t keys) {
+  return static_cast<double>(keys) *
+         (static_cast<double>(queries + kReadCost) * problem.dim +
+          static_cast<double>(queries / 8 + kReadCost) * problem.value_dim + 64);
+}
+
+// Into how many ranges to cut the keys of an item, so that each costs about kItemCost, yet all
+// partial rows of its sequence are no more than the sequence's queries and keys.
+int64_t key_splits(double cost, int64_t all_queries, int64_t keys) {
+  const int64_t wanted = static_cast<int64_t>(cost / kItemCost) + 1;
+  const int64_t affordable = (all_queries + keys) / all_queries;
+  return std::max<int64_t>(1, std::min({wanted, affordable, keys / kSmallestKeyRange}));
+}
+
+// Equal ranges of whole multiples of 64 keys.
+int64_t range_keys(int64_t keys, int64_t splits) {
+  return std::max<int64_t>(1, divide_up(divide_up(keys, splits), 64) * 64);
+}
+
+// Costly items first, so that the last items to be taken are short.
+template <class Item, class Cost>
+void sort_by_cost(std::vector<Item>& items, Cost cost) {
+  std::stable_sort(items.begin(), items.end(),
+                   [&](const Item& a, const Item& b) { return cost(a) > cost(b); });
+}
+
+}  // namespace
+
+ForwardPlan plan_forward(const Problem& problem) {
+  ForwardPlan plan;
+  const int64_t block = query_block(problem.dim);
+  for (size_t n = 0; n < problem.sequences.size(); ++n) {
+    const Sequence& sequence = problem.sequences[n];
+    const int64_t keys = sequence.key_count;
+    for (int64_t head = 0; keys > 0 && head < problem.heads; ++head) {
+      for (int64_t query = 0; query < sequence.query_count; query += block) {
+        const int64_t queries = std::min(block, sequence.query_count - query);
+        const double cost = forward_cost(problem, queries, keys);
+        const int64_t splits = key_splits(cost, sequence.query_count, keys);
+        const int64_t range = range_keys(keys, splits);
+        plan.cost += cost;
+        ForwardItem item{static_cast<int64_t>(n), head, query, queries, 0, keys, -1};
+        if (range >= keys) {
+          plan.items.push_back(item);
+          continue;
+        }
+        item.partial = plan.partial_rows;
+        plan.merges.push_back({item, divide_up(keys, range)});
+        for (int64_t key = 0; key < keys; key += range) {
+          item.key = key;
+          item.key_count = std::min(range, keys - key);
+          item.partial = plan.partial_rows;
+          plan.items.push_back(item);
+          plan.partial_rows += queries;
+        }
+      }
+    }
+  }
+  sort_by_cost(plan.items, [](const ForwardItem& item) {
+    return (item.query_count + kReadCost) * item.key_count;
+  });
+  return plan;
+}
+
+namespace {
+
+// Queries of a unit: no more than leave its scores within a wave's buffers.
+int64_t unit_queries(const Problem& problem, const Sequence& sequence) {
+  const int64_t fitting = kWaveScores / std::max<int64_t>(1, sequence.key_count) / 4 * 4;
+  return std::clamp<int64_t>(fitting, 4, query_block(problem.dim));
+}
+
+void plan_unit(const Problem& problem, Unit unit, Wave& wave) {
+  const int64_t index = static_cast<int64_t>(wave.units.size());
+  const int64_t keys = unit.key_count;
+  const Sequence& sequence = problem.sequences[unit.sequence];
+  const double cost = forward_cost(problem, unit.query_count, keys);
+  const int64_t range = range_keys(keys, key_splits(cost, sequence.query_count, keys));
+  unit.ld = divide_up(keys, 16) * 16;
+  unit.scores = wave.scores;
+  unit.deltas = wave.deltas;
+  unit.chunks = divide_up(keys, range);
+  for (int64_t key = 0; key < keys; key += range) {
+    wave.score_items.push_back({index, key / range, key, std::min(range, keys - key)});
+  }
+  for (int64_t key = 0; key < keys; key += kValueKeys) {
+    wave.value_items.push_back({index, key / kValueKeys, key, std::min(kValueKeys, keys - key)});
+  }
+  wave.scores += unit.query_count * unit.ld;
+  wave.deltas += unit.query_count * unit.chunks;
+  wave.score_cost += cost;
+  wave.units.push_back(unit);
+}
+
+// Few queries are followed over whole rows of keys, many over blocks of features that stay in
+// cache.
+int64_t gradient_columns(const Problem& problem, const Unit& unit) {
+  return unit.query_count < 4 ? std::max<int64_t>(1, problem.dim) : kFeatureBlock;
+}
+
+double gradient_cost(const Problem& problem, const Unit& unit) {
+  return 2.0 * static_cast<double>(unit.query_count + kReadCost) *
+         static_cast<double>(unit.key_count * gradient_columns(problem, unit));
+}
+
+// Gradient items of units [begin, end), all of one head; several units are small and not cut.
+void plan_gradient_group(const Problem& problem, int64_t begin, int64_t end, Wave& wave) {
+  const Unit& unit = wave.units[begin];
+  int64_t splits = 1;
+  int64_t range = -1;
+  int64_t partial = -1;
+  if (end - begin == 1) {
+    range = range_keys(unit.key_count,
+                       key_splits(gradient_cost(problem, unit),
+                                  problem.sequences[unit.sequence].query_count, unit.key_count));
+    splits = divide_up(unit.key_count, range);
+  }
+  if (splits > 1) {
+    partial = wave.partial_rows;
+    wave.partial_rows += splits * unit.query_count;
+    wave.query_merges.push_back({begin, partial, splits});
+  }
+  const int64_t block = gradient_columns(problem, unit);
+  for (int64_t n = 0; n < splits; ++n) {
+    for (int64_t col = 0; col < problem.dim; col += block) {
+      GradientItem item{};
+      item.unit_begin = begin;
+      item.unit_end = end;
+      item.col = col;
+      item.cols = std::min(block, problem.dim - col);
+      item.key = splits > 1 ? n * range : 0;
+      item.key_count = splits > 1 ? std::min(range, unit.key_count - item.key) : -1;
+      item.dquery_partial = splits > 1 ? partial + n * unit.query_count : -1;
+      item.dweight_row = wave.weight_rows;
+      wave.gradient_items.push_back(item);
+    }
+    ++wave.weight_rows;
+  }
+}
+
+void plan_gradients(const Problem& problem, Wave& wave) {
+  const int64_t units = static_cast<int64_t>(wave.units.size());
+  for (int64_t begin = 0; begin < units;) {
+    const Unit& first = wave.units[begin];
+    double cost = gradient_cost(problem, first);
+    wave.gradient_cost += cost * problem.dim / gradient_columns(problem, first);
+    int64_t end = begin + 1;
+    while (end < units && wave.units[end].head == first.head &&
+           gradient_columns(problem, wave.units[end]) == gradient_columns(problem, first) &&
+           cost + gradient_cost(problem, wave.units[end]) <= kGroupCost) {
+      const double next = gradient_cost(problem, wave.units[end]);
+      wave.gradient_cost += next * problem.dim / gradient_columns(problem, first);
+      cost += next;
+      ++end;
+    }
+    if (wave.weight_merges.empty() || wave.weight_merges.back().head != first.head) {
+      wave.weight_merges.push_back({first.head, wave.weight_rows, wave.weight_rows});
+    }
+    plan_gradient_group(problem, begin, end, wave);
+    wave.weight_merges.back().end = wave.weight_rows;
+    begin = end;
+  }
+}
+
+void finish_wave(const Problem& problem, Wave&& wave, BackwardPlan& plan) {
+  plan_gradients(problem, wave);
+  const auto cost = [&](const KeyRange& item) {
+    return wave.units[item.unit].query_count * item.key_count;
+  };
+  sort_by_cost(wave.score_items, cost);
+  plan.waves.push_back(std::move(wave));
+}
+
+}  // namespace
+
+BackwardPlan plan_backward(const Problem& problem) {
+  BackwardPlan plan;
+  int64_t rounds = 0;
+  for (const Sequence& sequence : problem.sequences) {
+    if (sequence.key_count > 0) {
+      rounds = std::max(rounds, divide_up(sequence.query_count, unit_queries(problem, sequence)));
+    }
+  }
+  plan.accumulates = rounds > 1;
+  for (int64_t round = 0; round < rounds; ++round) {
+    Wave wave;
+    for (int64_t head = 0; head < problem.heads; ++head) {
+      for (size_t n = 0; n < problem.sequences.size(); ++n) {
+        const Sequence& sequence = problem.sequences[n];
+        const int64_t block = unit_queries(problem, sequence);
+        const int64_t query = round * block;
+        if (sequence.key_count == 0 || query >= sequence.query_count) {
+          continue;
+        }
+        Unit unit{};
+        unit.sequence = static_cast<int64_t>(n);
+        unit.head = head;
+        unit.query = query;
+        unit.query_count = std::min(block, sequence.query_count - query);
+        unit.key_count = sequence.key_count;
+        unit.first = round == 0;
+        unit.last = query + unit.query_count == sequence.query_count;
+        if (!wave.units.empty() &&
+            wave.scores + unit.query_count * (unit.key_count + 15) > kWaveScores) {
+          finish_wave(problem, std::move(wave), plan);
+          wave = Wave{};
+        }
+        plan_unit(problem, unit, wave);
+      }
+    }
+    if (!wave.units.empty()) {
+      finish_wave(problem, std::move(wave), plan);
+    }
+  }
+  return plan;
+}
+
+}  // namespace attn_ext

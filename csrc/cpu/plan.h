@@ -1,0 +1,111 @@
+// How a call is cut into items of about equal cost. The partition follows from shapes alone, never
+// from the number of threads, so that neither do the results.
+#pragma once
+
+#include <vector>
+
+#include "problem.h"
+
+namespace attn_ext {
+
+// Queries [query, query + query_count) of one head of one sequence against keys [key, key +
+// key_count).
+struct ForwardItem {
+  int64_t sequence;
+  int64_t head;
+  int64_t query;
+  int64_t query_count;
+  int64_t key;
+  int64_t key_count;
+  int64_t partial;  // first row of its partial sums, or -1 if it covers all keys
+};
+
+// The partial sums of `splits` items over the same queries.
+struct ForwardMerge {
+  ForwardItem whole;
+  int64_t splits;
+};
+
+struct ForwardPlan {
+  std::vector<ForwardItem> items;
+  std::vector<ForwardMerge> merges;
+  int64_t partial_rows = 0;
+  double cost = 0;
+};
+
+ForwardPlan plan_forward(const Problem& problem);
+
+// A block of queries of one head of one sequence in backward, against all of its keys.
+struct Unit {
+  int64_t sequence;
+  int64_t head;
+  int64_t query;
+  int64_t query_count;
+  int64_t key_count;
+  int64_t ld;      // row stride of its scores
+  int64_t scores;  // where they begin in the wave's buffers
+  int64_t deltas;  // where its rows' sums, one a row and key chunk, begin
+  int64_t chunks;  // number of score items
+  bool first;      // of its head and sequence
+  bool last;
+};
+
+// Keys [key, key + key_count) of a unit.
+struct KeyRange {
+  int64_t unit;
+  int64_t chunk;
+  int64_t key;
+  int64_t key_count;
+};
+
+// Features [col, col + cols) of units [unit_begin, unit_end) of one head; several units come with
+// all their keys.
+struct GradientItem {
+  int64_t unit_begin;
+  int64_t unit_end;
+  int64_t col;
+  int64_t cols;
+  int64_t key;
+  int64_t key_count;       // -1: all
+  int64_t dquery_partial;  // first row of its partial dquery, or -1 if it covers all keys
+  int64_t dweight_row;     // row of its partial dscore_weight
+};
+
+// The partial dquery rows of `splits` items over the same unit.
+struct QueryMerge {
+  int64_t unit;
+  int64_t partial;
+  int64_t splits;
+};
+
+// Partial dscore_weight rows [begin, end) of one head.
+struct WeightMerge {
+  int64_t head;
+  int64_t begin;
+  int64_t end;
+};
+
+// Units whose scores are in memory together: at most one of each head and sequence.
+struct Wave {
+  std::vector<Unit> units;
+  std::vector<KeyRange> score_items;
+  std::vector<KeyRange> value_items;
+  std::vector<GradientItem> gradient_items;
+  std::vector<QueryMerge> query_merges;
+  std::vector<WeightMerge> weight_merges;
+  int64_t scores = 0;
+  int64_t deltas = 0;
+  int64_t partial_rows = 0;
+  int64_t weight_rows = 0;
+  double score_cost = 0;
+  double gradient_cost = 0;
+};
+
+struct BackwardPlan {
+  std::vector<Wave> waves;
+  bool accumulates = false;  // some sequence has units in several waves
+};
+
+BackwardPlan plan_backward(const Problem& problem);
+
+}  // namespace attn_ext

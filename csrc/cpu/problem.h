@@ -1,0 +1,60 @@
+// Plain description of one attention call, shared by the drivers and the kernels: pointers, strides
+// in elements, and the geometry of every sequence. Nothing here depends on the instruction set.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../arithmetic.h"
+
+namespace attn_ext {
+
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kFloat64 };
+
+// A strided view of element (batch, row, head, col).
+struct Rows {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t batch = 0;
+  int64_t row = 0;
+  int64_t head = 0;
+  int64_t col = 0;
+};
+
+// One sequence: where its rows start and which of its keys take part.
+struct Sequence {
+  int64_t number;  // in the batch
+  int64_t query_batch;
+  int64_t query_begin;
+  int64_t query_count;
+  int64_t key_batch;
+  int64_t key_begin;
+  int64_t key_count;         // keys that take part
+  int64_t first_key;         // position of the first of them, if they are consecutive
+  const int64_t* key_index;  // their positions if they are not, else null
+};
+
+struct Dropout {
+  bool active = false;
+  double threshold = 0;   // p * 2^24
+  double keep_scale = 1;  // 1 / (1 - p)
+  PhiloxKey seed{0, 0};
+};
+
+struct Problem {
+  std::vector<Sequence> sequences;
+  std::vector<int64_t> key_indices;  // storage behind Sequence::key_index
+  int64_t heads = 0;
+  int64_t dim = 0;
+  int64_t value_dim = 0;
+  Rows query;
+  Rows key;
+  Rows value;
+  Rows score_weight;  // head, col
+  Rows exp_key;       // optional: exp(2 key), in the compute type
+  Rows key_bound;     // with exp_key: the largest |key| of each row
+  Dropout dropout;
+  bool weights_by_key = false;  // weights are [Nk, H]; else [B, H, max_seqlen_q, max_seqlen_k]
+};
+
+}  // namespace attn_ext

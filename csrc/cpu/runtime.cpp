@@ -1,0 +1,114 @@
+#include "runtime.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <new>
+#include <vector>
+
+namespace attn_ext {
+namespace {
+
+constexpr size_t kAlignment = 64;            // one cache line, one AVX-512 vector
+constexpr double kSmallestSharedCost = 1e5;  // about 15 microseconds; waking threads takes about 5
+constexpr size_t kFirstBlockBytes = size_t{1} << 20;
+constexpr size_t kLargestKeptBytes = size_t{1} << 25;  // a thread keeps at most 32 MiB
+
+struct Block {
+  void* memory;
+  size_t bytes;
+};
+
+// A bump allocator over blocks that never move while a Scratch lives.
+struct Arena {
+  std::vector<Block> blocks;
+  size_t used = 0;  // of the last block
+
+  ~Arena() { clear(); }
+
+  void clear() {
+    for (const Block& block : blocks) {
+      free_aligned(block.memory);
+    }
+    blocks.clear();
+    used = 0;
+  }
+
+  void* take(size_t bytes) {
+    bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    if (blocks.empty() || blocks.back().bytes - used < bytes) {
+      const size_t last = blocks.empty() ? kFirstBlockBytes / 2 : blocks.back().bytes;
+      const size_t size = std::max(2 * last, bytes);
+      blocks.reserve(blocks.size() + 1);
+      blocks.push_back({allocate_aligned(size), size});
+      used = 0;
+    }
+    void* result = static_cast<char*>(blocks.back().memory) + used;
+    used += bytes;
+    return result;
+  }
+
+  // Several blocks mean that the last item outgrew the first: keep only the largest, the last.
+  void release() {
+    while (blocks.size() > 1) {
+      free_aligned(blocks.front().memory);
+      blocks.erase(blocks.begin());
+    }
+    used = 0;
+    if (!blocks.empty() && blocks.back().bytes > kLargestKeptBytes) {
+      clear();
+    }
+  }
+};
+
+Arena& thread_arena() {
+  thread_local Arena arena;
+  return arena;
+}
+
+}  // namespace
+
+void* allocate_aligned(size_t bytes) {
+  return ::operator new(std::max(bytes, kAlignment), std::align_val_t{kAlignment});
+}
+
+void free_aligned(void* memory) { ::operator delete(memory, std::align_val_t{kAlignment}); }
+
+Scratch::Scratch() = default;
+
+Scratch::~Scratch() { thread_arena().release(); }
+
+void* Scratch::take_bytes(size_t bytes) { return thread_arena().take(bytes); }
+
+void run_items(int64_t items, double cost, ItemFunction function, const void* context) {
+  const int64_t threads = cost < kSmallestSharedCost || items < 2
+                              ? 1
+                              : std::min<int64_t>(items, torch::stable::get_num_threads());
+  if (threads < 2) {
+    for (int64_t item = 0; item < items; ++item) {
+      function(context, item);
+    }
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    try {
+      for (int64_t item = next++; item < items && !failed; item = next++) {
+        function(context, item);
+      }
+    } catch (...) {
+      if (!failed.exchange(true)) {
+        error = std::current_exception();
+      }
+    }
+  });
+  if (error) {
+    std::rethrow_exception(error);
+  }
+}
+
+}  // namespace attn_ext

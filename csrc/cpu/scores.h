@@ -1,0 +1,126 @@
+// Scores of a block of queries and a range of keys, each tile by the route its magnitudes allow.
+#pragma once
+
+#include "tiles.h"
+
+namespace attn_ext {
+namespace ATTN_EXT_ISA {
+
+// The key side of one head of one sequence: raw keys, and exponentials where they were prepared.
+struct KeySide {
+  RowSource key;
+  RowSource exp_key;  // data is null without
+  RowSource bound;
+};
+
+inline KeySide key_side(const Problem& problem, const Sequence& sequence, int64_t head) {
+  return {key_rows(problem.key, sequence, head), key_rows(problem.exp_key, sequence, head),
+          key_rows(problem.key_bound, sequence, head)};
+}
+
+// Exponentials of a few consecutive keys, and their largest magnitudes.
+template <class T>
+struct KeyBlock {
+  Panel<T> exponentials;
+  const T* bounds;
+};
+
+// Room for `rows` packed rows of `columns` features.
+template <class T>
+struct PanelRoom {
+  T* data;
+  T* bounds;
+  T* copy;
+
+  PanelRoom(int64_t rows, int64_t columns, Scratch& scratch)
+      : data(scratch.take<T>(rows * steps_of<T>(columns) * kStep<T>)),
+        bounds(scratch.take<T>(rows)),
+        copy(scratch.take<T>(columns)) {}
+};
+
+// Columns [begin, begin + count) of keys [first, first + keys): prepared exponentials in place if
+// possible.
+template <class T>
+KeyBlock<T> key_block(const KeySide& side, int64_t first, int64_t keys, int64_t begin,
+                      int64_t count, const PanelRoom<T>& room) {
+  if (side.exp_key.data != nullptr) {
+    for (int64_t n = 0; n < keys; ++n) {
+      room.bounds[n] = static_cast<const T*>(side.bound.data)[side.bound.offset(first + n)];
+    }
+    return {panel_of<T>(side.exp_key, first, keys, begin, count, room.data, room.copy),
+            room.bounds};
+  }
+  pack<T, PackExponentials<T>>(side.key, first, keys, begin, count, room.data, kStep<T>,
+                               keys * kStep<T>, room.bounds, room.copy);
+  return {{room.data, kStep<T>, keys * kStep<T>}, room.bounds};
+}
+
+// Room for one tile of scores.
+template <class T>
+struct ScoreRoom {
+  PanelRoom<T> key;
+  PanelRoom<T> exact_query;
+  PanelRoom<T> exact_key;
+
+  ScoreRoom(int64_t dim, Scratch& scratch)
+      : key(kTileCols, dim, scratch),
+        exact_query(kTileRows, dim, scratch),
+        exact_key(kTileCols, dim, scratch) {}
+};
+
+// Scores of at most kTileRows queries and kTileCols keys by the exact route.
+template <class T>
+void exact_scores(const QueryBlock<T>& queries, int64_t i, int64_t rows, const RowSource& key,
+                  int64_t j, int64_t cols, int64_t dim, const T* weights, T* out, int64_t out_row,
+                  const ScoreRoom<T>& room) {
+  const Panel<T> a = panel_of<T>(queries.source, queries.first + i, rows, 0, dim,
+                                 room.exact_query.data, room.exact_query.copy);
+  const Panel<T> b = panel_of<T>(key, j, cols, 0, dim, room.exact_key.data, room.exact_key.copy);
+  inner_products<T, ExactScore>(a, rows, b, cols, steps_of<T>(dim), weights, out, out_row);
+}
+
+// scores[i * ld + j] = sum_d w_d tanh(q_id + k_jd) for every query of the block and keys first + j,
+// j < keys.
+template <class T>
+void score_block(const QueryBlock<T>& queries, const KeySide& side, int64_t first, int64_t keys,
+                 int64_t dim, const T* weights, T* scores, int64_t ld, const ScoreRoom<T>& room) {
+  const int64_t steps = steps_of<T>(dim);
+  for (int64_t j = 0; j < keys; j += kTileCols) {
+    const int64_t cols = smaller(kTileCols, keys - j);
+    const KeyBlock<T> block = key_block<T>(side, first + j, cols, 0, dim, room.key);
+    const T key_bound = largest_bound(block.bounds, cols);
+    for (int64_t i = 0; i < queries.count; i += kTileRows) {
+      const int64_t rows = smaller(kTileRows, queries.count - i);
+      T* out = scores + i * ld + j;
+      if (in_factored_range(largest_bound(queries.bounds + i, rows), key_bound)) {
+        inner_products<T, FactoredScore>(queries.exponentials.from_row(i), rows, block.exponentials,
+                                         cols, steps, weights, out, ld);
+      } else {
+        exact_scores<T>(queries, i, rows, side.key, first + j, cols, dim, weights, out, ld, room);
+      }
+    }
+  }
+}
+
+// Products of the query-side rows [i0, i0 + rows) of `left` with rows first + j, j < cols, of
+// `right`: out[i * ld + j].
+template <class T>
+void dot_block(const RowSource& left, int64_t i0, int64_t rows, const RowSource& right,
+               int64_t first, int64_t cols, int64_t dim, T* out, int64_t ld, Scratch& scratch) {
+  const int64_t steps = steps_of<T>(dim);
+  const bool copy_left = !lies_in_panel<T>(left, dim);
+  T* left_room = scratch.take<T>(copy_left ? rows * steps * kStep<T> : 0);
+  const PanelRoom<T> room(kTileCols, dim, scratch);
+  const Panel<T> a = panel_of<T>(left, i0, rows, 0, dim, left_room, room.copy);
+  for (int64_t j = 0; j < cols; j += kTileCols) {
+    const int64_t tile = smaller(kTileCols, cols - j);
+    const Panel<T> b = panel_of<T>(right, first + j, tile, 0, dim, room.data, room.copy);
+    for (int64_t i = 0; i < rows; i += kTileRows) {
+      inner_products<T, DotProduct>(a.from_row(i), smaller(kTileRows, rows - i), b, tile, steps,
+                                    nullptr, out + i * ld + j, ld);
+    }
+  }
+}
+
+}  // namespace ATTN_EXT_ISA
+}  // namespace attn_ext

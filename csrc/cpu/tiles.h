@@ -1,0 +1,199 @@
+// Register-tiled kernels: inner products (scores and dot products) and outer products (weighted
+// sums).
+#pragma once
+
+#include "panels.h"
+
+namespace attn_ext {
+namespace ATTN_EXT_ISA {
+
+// Tile sizes, by the number of vector registers: 32 with AVX-512, else 16.
+constexpr bool kManyRegisters = ATTN_EXT_ISA_AVX512;
+constexpr int kTileRows = kManyRegisters ? 4 : 2;
+constexpr int kTileCols = 4;
+constexpr int kOuterRows = kManyRegisters ? 8 : 4;
+
+// A step of score weights: w0, w1 and (w0 + w1) / 2 for its two vectors.
+constexpr int kWeightVectors = 3;
+
+// Sum of w h, where h = -tanh(q + k) / 2, from a = exp(2q), b = exp(2k): with x = 1 + a b, h = 1/x
+// - 1/2 and w0 h0 + w1 h1 = (w0 x1 + w1 x0) / (x0 x1) - (w0 + w1) / 2. Subtracting at once keeps
+// the partial sums as small as those of w tanh.
+template <class T>
+struct FactoredScore {
+  static constexpr T kFactor = -2;
+
+  static ATTN_EXT_INLINE Vec<T> add(Vec<T> sum, Vec<T> a0, Vec<T> a1, Vec<T> b0, Vec<T> b1,
+                                    const Vec<T>* w) {
+    const Vec<T> x0 = a0 * b0 + 1;
+    const Vec<T> x1 = a1 * b1 + 1;
+    return (sum - w[2]) + quotient<T>(w[0] * x1 + w[1] * x0, x0 * x1);
+  }
+};
+
+// The same sum from a = q, b = k, for any magnitudes.
+template <class T>
+struct ExactScore {
+  static constexpr T kFactor = -2;
+
+  static ATTN_EXT_INLINE Vec<T> add(Vec<T> sum, Vec<T> a0, Vec<T> a1, Vec<T> b0, Vec<T> b1,
+                                    const Vec<T>* w) {
+    return sum + w[0] * tanh_parts<T>(a0 + b0).half + w[1] * tanh_parts<T>(a1 + b1).half;
+  }
+};
+
+template <class T>
+struct DotProduct {
+  static constexpr T kFactor = 1;
+
+  static ATTN_EXT_INLINE Vec<T> add(Vec<T> sum, Vec<T> a0, Vec<T> a1, Vec<T> b0, Vec<T> b1,
+                                    const Vec<T>*) {
+    return sum + a0 * b0 + a1 * b1;
+  }
+};
+
+// out[i * out_row + j] = kFactor * sum over features of Rule(a_i, b_j), for R x C rows.
+template <class T, template <class> class Rule, int R, int C>
+void inner_tile(Panel<T> a, Panel<T> b, int64_t steps, const T* weights, T* out, int64_t out_row) {
+  constexpr int lanes = kLanes<T>;
+  Vec<T> sums[R * C] = {};
+  for (int64_t p = 0; p < steps; ++p) {
+    Vec<T> w[kWeightVectors] = {};
+    if (weights != nullptr) {
+#pragma GCC unroll 4
+      for (int n = 0; n < kWeightVectors; ++n) {
+        w[n] = load<T>(weights + (p * kWeightVectors + n) * lanes);
+      }
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < C; ++j) {
+      const T* b_step = b.data + j * b.row + p * b.step;
+      const Vec<T> b0 = load<T>(b_step);
+      const Vec<T> b1 = load<T>(b_step + lanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) {
+        const T* a_step = a.data + i * a.row + p * a.step;
+        sums[i * C + j] =
+            Rule<T>::add(sums[i * C + j], load<T>(a_step), load<T>(a_step + lanes), b0, b1, w);
+      }
+    }
+  }
+  sum_lanes<T, R * C>(sums);
+#pragma GCC unroll 16
+  for (int n = 0; n < R * C; ++n) {
+    out[(n / C) * out_row + n % C] = Rule<T>::kFactor * sums[n / lanes][n % lanes];
+  }
+}
+
+// inner_tile for any rows <= kTileRows and cols <= kTileCols.
+template <class T, template <class> class Rule>
+void inner_products(Panel<T> a, int64_t rows, Panel<T> b, int64_t cols, int64_t steps,
+                    const T* weights, T* out, int64_t out_row) {
+  const int64_t row_tile = rows == kTileRows ? kTileRows : 1;
+  const int64_t col_tile = cols == kTileCols ? kTileCols : 1;
+  const auto tile =
+      row_tile > 1 ? (col_tile > 1 ? inner_tile<T, Rule, kTileRows, kTileCols>
+                                   : inner_tile<T, Rule, kTileRows, 1>)
+                   : (col_tile > 1 ? inner_tile<T, Rule, 1, kTileCols> : inner_tile<T, Rule, 1, 1>);
+  for (int64_t i = 0; i < rows; i += row_tile) {
+    for (int64_t j = 0; j < cols; j += col_tile) {
+      tile(a.from_row(i), b.from_row(j), steps, weights, out + i * out_row + j, out_row);
+    }
+  }
+}
+
+// A matrix of scalars: element (i, k) at data + i * row + k * col.
+template <class T>
+struct Scalars {
+  const T* data;
+  int64_t row;
+  int64_t col;
+};
+
+// sums[i] += sum_k scalars(i, k) b_k for R rows i and one step of features.
+template <class T, int R>
+void outer_tile(Scalars<T> scalars, const T* b, int64_t b_row, int64_t inner, T* sums,
+                int64_t sums_row) {
+  constexpr int lanes = kLanes<T>;
+  Vec<T> sum0[R];
+  Vec<T> sum1[R];
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+    sum0[i] = load<T>(sums + i * sums_row);
+    sum1[i] = load<T>(sums + i * sums_row + lanes);
+  }
+  for (int64_t k = 0; k < inner; ++k) {
+    const Vec<T> b0 = load<T>(b + k * b_row);
+    const Vec<T> b1 = load<T>(b + k * b_row + lanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const T scalar = scalars.data[i * scalars.row + k * scalars.col];
+      sum0[i] += scalar * b0;
+      sum1[i] += scalar * b1;
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+    store<T>(sums + i * sums_row, sum0[i]);
+    store<T>(sums + i * sums_row + lanes, sum1[i]);
+  }
+}
+
+// The same for one row i and every step: reads each b_k once from its beginning to its end.
+template <class T, int K>
+void outer_stream(Scalars<T> scalars, Panel<T> b, int64_t steps, T* sums) {
+  constexpr int lanes = kLanes<T>;
+  Vec<T> scale[K];
+#pragma GCC unroll 4
+  for (int k = 0; k < K; ++k) {
+    scale[k] = splat<T>(scalars.data[k * scalars.col]);
+  }
+  for (int64_t p = 0; p < steps; ++p) {
+    Vec<T> sum0 = load<T>(sums + p * kStep<T>);
+    Vec<T> sum1 = load<T>(sums + p * kStep<T> + lanes);
+#pragma GCC unroll 4
+    for (int k = 0; k < K; ++k) {
+      const T* row = b.data + k * b.row + p * b.step;
+      sum0 += scale[k] * load<T>(row);
+      sum1 += scale[k] * load<T>(row + lanes);
+    }
+    store<T>(sums + p * kStep<T>, sum0);
+    store<T>(sums + p * kStep<T> + lanes, sum1);
+  }
+}
+
+// sums[i] += sum_k scalars(i, k) b_k for `rows` rows of `steps` steps, one row after the other.
+template <class T>
+void outer_products(Scalars<T> scalars, int64_t rows, Panel<T> b, int64_t inner, int64_t steps,
+                    T* sums) {
+  const int64_t sums_row = steps * kStep<T>;
+  if (rows == 1) {
+    int64_t k = 0;
+    for (; k + 4 <= inner; k += 4) {
+      outer_stream<T, 4>({scalars.data + k * scalars.col, 0, scalars.col}, b.from_row(k), steps,
+                         sums);
+    }
+    for (; k < inner; ++k) {
+      outer_stream<T, 1>({scalars.data + k * scalars.col, 0, scalars.col}, b.from_row(k), steps,
+                         sums);
+    }
+    return;
+  }
+  for (int64_t p = 0; p < steps; ++p) {
+    int64_t tile = kOuterRows;
+    for (int64_t i = 0; i < rows; i += tile) {
+      while (i + tile > rows) {
+        tile /= 2;
+      }
+      const auto kernel = tile == 8   ? outer_tile<T, kOuterRows>
+                          : tile == 4 ? outer_tile<T, 4>
+                          : tile == 2 ? outer_tile<T, 2>
+                                      : outer_tile<T, 1>;
+      kernel({scalars.data + i * scalars.row, scalars.row, scalars.col}, b.data + p * b.step, b.row,
+             inner, sums + i * sums_row + p * kStep<T>, sums_row);
+    }
+  }
+}
+
+}  // namespace ATTN_EXT_ISA
+}  // namespace attn_ext

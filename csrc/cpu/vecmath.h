@@ -1,0 +1,139 @@
+// exp, tanh and reciprocals of vectors.
+#pragma once
+
+#include "vec.h"
+
+namespace attn_ext {
+namespace ATTN_EXT_ISA {
+
+template <class T>
+struct ExpConstants;
+
+// ln2 = high + low with so few bits in `high` that n * high is exact for every n that occurs.
+// `round` is 1.5 * 2^mantissa_bits: adding it leaves the nearest integer in the low bits. The
+// Taylor series to `degree` is exact to 0.1 units of the last place on |x| <= ln2 / 2.
+template <>
+struct ExpConstants<float> {
+  static constexpr float kLn2High = 355.0f / 512.0f;
+  static constexpr float kLn2Low = -2.12194440e-4f;
+  static constexpr float kLog2E = 1.44269504f;
+  static constexpr float kRound = 12582912.0f;
+  static constexpr float kLowest = -87.33654f;  // exp of it is the smallest normal number
+  static constexpr int kDegree = 7;
+};
+
+template <>
+struct ExpConstants<double> {
+  static constexpr double kLn2High = 6.93147180369123816490e-01;
+  static constexpr double kLn2Low = 1.90821492927058770002e-10;
+  static constexpr double kLog2E = 1.44269504088896340736;
+  static constexpr double kRound = 6755399441055744.0;
+  static constexpr double kLowest = -708.396418532264;
+  static constexpr int kDegree = 13;
+};
+
+constexpr double inverse_factorial(int n) { return n < 2 ? 1.0 : inverse_factorial(n - 1) / n; }
+
+// sum_{k >= N} x^(k - N) / k! by Horner's rule.
+template <class T, int N>
+ATTN_EXT_INLINE Vec<T> taylor_exp(Vec<T> x) {
+  constexpr T coefficient = static_cast<T>(inverse_factorial(N));
+  if constexpr (N == ExpConstants<T>::kDegree) {
+    return splat<T>(coefficient);
+  } else {
+    return taylor_exp<T, N + 1>(x) * x + coefficient;
+  }
+}
+
+// exp(x) = scale (1 + fraction), with scale a power of two and |fraction| < 0.42.
+template <class T>
+struct ExpParts {
+  Vec<T> scale;
+  Vec<T> fraction;
+};
+
+// For kLowest <= x <= -kLowest.
+template <class T>
+ATTN_EXT_INLINE ExpParts<T> exp_parts(Vec<T> x) {
+  using C = ExpConstants<T>;
+  const Vec<T> shifted = x * C::kLog2E + C::kRound;
+  const Vec<T> n = shifted - C::kRound;
+  const Vec<T> high = x - n * C::kLn2High;
+  const Vec<T> rest = high - n * C::kLn2Low;
+  const VecBits<T> one = bits_of<T>(splat<T>(T(1)));
+  return {from_bits<T>((bits_of<T>(shifted) << VectorOf<T>::kMantissaBits) + one),
+          rest + rest * rest * taylor_exp<T, 2>(rest)};
+}
+
+template <class T>
+ATTN_EXT_INLINE Vec<T> exp_in_range(Vec<T> x) {
+  const ExpParts<T> parts = exp_parts<T>(x);
+  return parts.scale + parts.scale * parts.fraction;
+}
+
+// exp(x) for x <= 0 or NaN; 0 where the result would be subnormal.
+template <class T>
+ATTN_EXT_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
+  const Vec<T> lowest = splat<T>(ExpConstants<T>::kLowest);
+  const Vec<T> clamped = x < lowest ? lowest : x;
+  return x < lowest ? Vec<T>{} : exp_in_range<T>(clamped);
+}
+
+template <class T>
+ATTN_EXT_INLINE T exp_nonpositive_scalar(T x) {
+  return exp_nonpositive<T>(splat<T>(x))[0];
+}
+
+// With h = -tanh(x) / 2: h, and slope = 1/4 - h^2 = (1 - tanh(x)^2) / 4.
+template <class T>
+struct TanhParts {
+  Vec<T> half;
+  Vec<T> slope;
+};
+
+// tanh from v = expm1(-2|x|) = scale - 1 + scale * fraction, which has a small relative error
+// everywhere: tanh|x| = -v / (2 + v), (1 - tanh^2) / 4 = (1 + v) / (2 + v)^2.
+template <class T>
+ATTN_EXT_INLINE TanhParts<T> tanh_parts(Vec<T> x) {
+  const Vec<T> lowest = splat<T>(ExpConstants<T>::kLowest);
+  const Vec<T> twice = -2 * magnitude<T>(x);
+  const ExpParts<T> parts = exp_parts<T>(twice < lowest ? lowest : twice);
+  const Vec<T> tail = parts.scale * parts.fraction;
+  const Vec<T> v = (parts.scale - 1) + tail;
+  const Vec<T> inverse = 1 / (v + 2);
+  const Vec<T> half = v * inverse * T(0.5);
+  const VecBits<T> sign = bits_of<T>(x) & kSignBit<T>;
+  return {from_bits<T>(bits_of<T>(half) ^ sign), (parts.scale + tail) * inverse * inverse};
+}
+
+#if ATTN_EXT_ISA_AVX512
+// GCC 12 warns about the unmasked form of the intrinsic.
+constexpr __mmask16 kAllLanes = 0xFFFF;
+#endif
+
+// numerator / x for normal x.
+template <class T>
+ATTN_EXT_INLINE Vec<T> quotient(Vec<T> numerator, Vec<T> x) {
+#if ATTN_EXT_ISA_AVX512
+  if constexpr (sizeof(T) == 4) {
+    // 14 bits from the instruction, 28 after one Newton step; a division takes three times as long.
+    const Vec<T> guess = (Vec<T>)_mm512_maskz_rcp14_ps(kAllLanes, (__m512)x);
+    return (numerator * guess) * (2 - x * guess);
+  }
+#endif
+  return numerator / x;
+}
+
+template <class T>
+ATTN_EXT_INLINE Vec<T> reciprocal(Vec<T> x) {
+#if ATTN_EXT_ISA_AVX512
+  if constexpr (sizeof(T) == 4) {
+    const Vec<T> guess = (Vec<T>)_mm512_maskz_rcp14_ps(kAllLanes, (__m512)x);
+    return guess * (2 - x * guess);
+  }
+#endif
+  return 1 / x;
+}
+
+}  // namespace ATTN_EXT_ISA
+}  // namespace attn_ext

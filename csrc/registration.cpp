@@ -1,0 +1,453 @@
+// The operations of the CPU backend as PyTorch sees them: unpacks tensors, allocates outputs, calls
+// the drivers.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "cpu/driver.h"
+#include "cpu/geometry.h"
+#include "cpu/isa.h"
+#include "cpu/runtime.h"
+
+namespace attn_ext {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+enum GradMask : int64_t { kGradQuery = 1, kGradKey = 2, kGradValue = 4, kGradScoreWeight = 8 };
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    default:
+      STD_TORCH_CHECK(false, "attn_ext: expected a float32, float16, bfloat16 or float64 tensor");
+  }
+}
+
+bool computes_in_double(const Tensor& query) { return query.scalar_type() == ScalarType::Double; }
+
+ScalarType compute_type(const Tensor& query) {
+  return computes_in_double(query) ? ScalarType::Double : ScalarType::Float;
+}
+
+// [batch, row, head, col]; the last dimension may be missing.
+Rows rows_of(const Tensor& tensor) {
+  Rows rows;
+  rows.data = tensor.data_ptr();
+  rows.dtype = dtype_of(tensor);
+  rows.batch = tensor.stride(0);
+  rows.row = tensor.stride(1);
+  rows.head = tensor.stride(2);
+  rows.col = tensor.dim() > 3 ? tensor.stride(3) : 0;
+  return rows;
+}
+
+// [step, batch, head, col], the step being the row.
+Rows step_rows_of(const Tensor& tensor) {
+  Rows rows = rows_of(tensor);
+  std::swap(rows.batch, rows.row);
+  return rows;
+}
+
+// [step, batch, row, head], the step being the column.
+Rows step_score_rows_of(const Tensor& tensor) {
+  Rows rows;
+  rows.data = tensor.data_ptr();
+  rows.dtype = dtype_of(tensor);
+  rows.col = tensor.stride(0);
+  rows.batch = tensor.stride(1);
+  rows.row = tensor.stride(2);
+  rows.head = tensor.stride(3);
+  return rows;
+}
+
+Rows score_weight_rows(const Tensor& score_weight) {
+  Rows rows;
+  rows.data = score_weight.data_ptr();
+  rows.dtype = dtype_of(score_weight);
+  rows.head = score_weight.stride(0);
+  rows.col = score_weight.stride(1);
+  return rows;
+}
+
+// Dense weights are [B, H, max_seqlen_q, max_seqlen_k], those by key [Nk, H].
+Rows weight_rows(const Tensor& weights, bool by_key) {
+  Rows rows;
+  rows.data = weights.data_ptr();
+  rows.dtype = dtype_of(weights);
+  rows.batch = by_key ? 0 : weights.stride(0);
+  rows.head = weights.stride(1);
+  rows.row = by_key ? 0 : weights.stride(2);
+  rows.col = by_key ? weights.stride(0) : weights.stride(3);
+  return rows;
+}
+
+Integers integers_of(const OptionalTensor& tensor) {
+  Integers result;
+  if (tensor.has_value()) {
+    result.data = tensor->data_ptr();
+    result.wide = tensor->scalar_type() == ScalarType::Long;
+    STD_TORCH_CHECK(result.wide || tensor->scalar_type() == ScalarType::Int,
+                    "attn_ext: expected int32 or int64 offsets and lengths");
+    result.size = tensor->size(0);
+    result.stride = tensor->stride(0);
+  }
+  return result;
+}
+
+Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype,
+                bool zeros) {
+  return zeros ? torch::stable::new_zeros(like, sizes, dtype)
+               : torch::stable::new_empty(like, sizes, dtype);
+}
+
+Tensor nothing(const Tensor& like, ScalarType dtype) { return allocate(like, {0}, dtype, false); }
+
+std::vector<int64_t> sizes_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+std::vector<int64_t> with_last(const Tensor& tensor, int64_t last) {
+  std::vector<int64_t> sizes = sizes_of(tensor);
+  sizes.back() = last;
+  return sizes;
+}
+
+// The arguments that say which rows make up which sequence.
+struct SequenceArguments {
+  OptionalTensor cu_seqlens_q;
+  OptionalTensor cu_seqlens_k;
+  OptionalTensor key_lengths;
+  OptionalTensor key_padding_mask;
+  int64_t max_seqlen_q = 0;
+  int64_t max_seqlen_k = 0;
+};
+
+// With `step_major`, query is [S, B, H, D]: its rows are the steps.
+Layout layout_of(const Tensor& query, const Tensor& key, const SequenceArguments& arguments,
+                 bool step_major) {
+  Layout layout;
+  layout.query_batch = query.size(step_major ? 1 : 0);
+  layout.query_rows = query.size(step_major ? 0 : 1);
+  layout.key_batch = key.size(0);
+  layout.key_rows = key.size(1);
+  layout.query_offsets = integers_of(arguments.cu_seqlens_q);
+  layout.key_offsets = integers_of(arguments.cu_seqlens_k);
+  layout.key_lengths = integers_of(arguments.key_lengths);
+  if (arguments.key_padding_mask.has_value()) {
+    const Tensor& mask = *arguments.key_padding_mask;
+    layout.mask.data = static_cast<const bool*>(mask.data_ptr());
+    layout.mask.batch = mask.stride(0);
+    layout.mask.row = mask.stride(1);
+  }
+  layout.max_queries = arguments.max_seqlen_q;
+  layout.max_keys = arguments.max_seqlen_k;
+  return layout;
+}
+
+// What every operation shares: the problem, and which rows of the outputs it will write.
+struct Setup {
+  Problem problem;
+  Coverage coverage;
+  int64_t batch;
+  int64_t longest_query;
+  int64_t longest_key;
+};
+
+// Fills everything but the sequences and what only some operations have.
+void describe_tensors(const Tensor& query, const Tensor& key, const Tensor& value,
+                      const Tensor& score_weight, const OptionalTensor& exp_key,
+                      const OptionalTensor& key_bound, Problem& problem) {
+  problem.heads = query.size(2);
+  problem.dim = query.size(3);
+  problem.value_dim = value.size(3);
+  problem.query = rows_of(query);
+  problem.key = rows_of(key);
+  problem.value = rows_of(value);
+  problem.score_weight = score_weight_rows(score_weight);
+  if (exp_key.has_value()) {
+    STD_TORCH_CHECK(key_bound.has_value(), "attn_ext: exp_key comes with key_bound");
+    problem.exp_key = rows_of(*exp_key);
+    problem.key_bound = rows_of(*key_bound);
+  }
+}
+
+void describe_dropout(double dropout_p, const OptionalTensor& seed, Dropout& dropout) {
+  if (dropout_p <= 0) {
+    return;
+  }
+  STD_TORCH_CHECK(seed.has_value(), "attn_ext: dropout needs dropout_seed");
+  const uint64_t bits = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()));
+  dropout.active = true;
+  dropout.threshold = dropout_p * (1 << 24);
+  dropout.keep_scale = dropout_p < 1 ? 1 / (1 - dropout_p) : 0;
+  dropout.seed = {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)};
+}
+
+Setup describe(const Tensor& query, const Tensor& key, const Tensor& value,
+               const Tensor& score_weight, const OptionalTensor& exp_key,
+               const OptionalTensor& key_bound, const SequenceArguments& sequences,
+               double dropout_p, const OptionalTensor& dropout_seed, int64_t weights_layout,
+               bool step_major = false) {
+  Setup setup;
+  const Layout layout = layout_of(query, key, sequences, step_major);
+  describe_tensors(query, key, value, score_weight, exp_key, key_bound, setup.problem);
+  if (step_major) {
+    setup.problem.query = step_rows_of(query);
+  }
+  describe_dropout(dropout_p, dropout_seed, setup.problem.dropout);
+  setup.problem.weights_by_key = weights_layout == 2;
+  setup.coverage = describe_sequences(layout, setup.problem);
+  setup.batch = static_cast<int64_t>(setup.problem.sequences.size());
+  setup.longest_query =
+      layout.query_offsets.data != nullptr ? layout.max_queries : layout.query_rows;
+  setup.longest_key = layout.key_offsets.data != nullptr ? layout.max_keys : layout.key_rows;
+  return setup;
+}
+
+// Allocates the weights a forward is to return, and where its scores wait if the weights are
+// narrower.
+template <class T>
+Tensor allocate_weights(const Setup& setup, const Tensor& key, const Tensor& value,
+                        int64_t weights_layout, ForwardCall<T>& call, OptionalTensor& scores) {
+  const ScalarType dtype = value.scalar_type();
+  if (weights_layout == 0) {
+    return nothing(value, dtype);
+  }
+  const bool by_key = weights_layout == 2;
+  const int64_t heads = setup.problem.heads;
+  const std::vector<int64_t> sizes =
+      by_key ? std::vector<int64_t>{key.size(1), heads}
+             : std::vector<int64_t>{setup.batch, heads, setup.longest_query, setup.longest_key};
+  Tensor weights = allocate(value, sizes, dtype, true);
+  call.weights = weight_rows(weights, by_key);
+  call.scores = call.weights;
+  const ScalarType compute = sizeof(T) == sizeof(float) ? ScalarType::Float : ScalarType::Double;
+  if (dtype != compute) {
+    scores = allocate(value, sizes, compute, false);
+    call.scores = weight_rows(*scores, by_key);
+  }
+  return weights;
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> forward(const Setup& setup, const Tensor& query,
+                                           const Tensor& key, const Tensor& value,
+                                           int64_t weights_layout) {
+  const bool zeros = !setup.coverage.queries;
+  Tensor context = allocate(query, with_last(query, value.size(3)), value.scalar_type(), zeros);
+  Tensor stats = allocate(query, with_last(query, 2), compute_type(query), zeros);
+  ForwardCall<T> call;
+  OptionalTensor scores;
+  Tensor weights = allocate_weights<T>(setup, key, value, weights_layout, call, scores);
+  call.problem = &setup.problem;
+  call.context = rows_of(context);
+  call.stats = rows_of(stats);
+  run_forward<T>(call);
+  return {context, weights, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor> additive_attention_forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& score_weight,
+    const OptionalTensor& exp_key, const OptionalTensor& key_bound,
+    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+    const OptionalTensor& key_lengths, const OptionalTensor& key_padding_mask, int64_t max_seqlen_q,
+    int64_t max_seqlen_k, double dropout_p, const OptionalTensor& dropout_seed,
+    int64_t weights_layout, bool /*deterministic*/, const std::string& /*backend*/) {
+  const Setup setup = describe(
+      query, key, value, score_weight, exp_key, key_bound,
+      {cu_seqlens_q, cu_seqlens_k, key_lengths, key_padding_mask, max_seqlen_q, max_seqlen_k},
+      dropout_p, dropout_seed, weights_layout);
+  return computes_in_double(query) ? forward<double>(setup, query, key, value, weights_layout)
+                                   : forward<float>(setup, query, key, value, weights_layout);
+}
+
+// Key-side gradients that gather over several waves do so in the compute type.
+struct KeyGradient {
+  Tensor result;
+  OptionalTensor sums;
+
+  KeyGradient(bool wanted, const Tensor& like, ScalarType compute, bool zeros)
+      : result(wanted ? allocate(like, sizes_of(like), like.scalar_type(), zeros)
+                      : nothing(like, like.scalar_type())) {
+    if (wanted && like.scalar_type() != compute) {
+      sums = allocate(like, sizes_of(like), compute, false);
+    }
+  }
+
+  void set(bool wanted, Rows& target, Rows& gathered) const {
+    if (wanted) {
+      target = rows_of(result);
+      gathered = sums.has_value() ? rows_of(*sums) : target;
+    }
+  }
+};
+
+Tensor weight_gradient(bool wanted, const Tensor& score_weight) {
+  return wanted ? allocate(score_weight, sizes_of(score_weight), score_weight.scalar_type(), false)
+                : nothing(score_weight, score_weight.scalar_type());
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Setup& setup, BackwardCall<T> call,
+                                                    const Tensor& query, const Tensor& key,
+                                                    const Tensor& value, const Tensor& score_weight,
+                                                    int64_t grad_mask, bool from_steps) {
+  const ScalarType compute = compute_type(query);
+  const bool wants_query = grad_mask & kGradQuery;
+  const bool wants_key = grad_mask & kGradKey;
+  const bool wants_value = grad_mask & kGradValue;
+  const bool wants_weight = grad_mask & kGradScoreWeight;
+  Tensor dquery =
+      wants_query ? allocate(query, sizes_of(query), query.scalar_type(), !setup.coverage.queries)
+                  : nothing(query, query.scalar_type());
+  const bool has_dcontext = call.dcontext.data != nullptr;
+  const KeyGradient dkey(wants_key, key, compute, !setup.coverage.keys);
+  const KeyGradient dvalue(wants_value, value, compute, !setup.coverage.keys || !has_dcontext);
+  Tensor dscore_weight = weight_gradient(wants_weight, score_weight);
+  if (wants_query) {
+    call.dquery = rows_of(dquery);
+  }
+  dkey.set(wants_key, call.dkey, call.dkey_sum);
+  dvalue.set(wants_value, call.dvalue, call.dvalue_sum);
+  call.problem = &setup.problem;
+  call.needs_scores = wants_query || wants_key || wants_weight || call.step_dscores.data != nullptr;
+  call.needs_weights = wants_value && has_dcontext;
+  run_backward<T>(call, from_steps, wants_weight ? score_weight_rows(dscore_weight) : Rows{});
+  return {dquery, dkey.result, dvalue.result, dscore_weight};
+}
+
+// The incoming gradients and what forward left.
+template <class T>
+BackwardCall<T> incoming(const OptionalTensor& dcontext, const OptionalTensor& dweights,
+                         const Tensor& stats, bool by_key) {
+  BackwardCall<T> call;
+  if (dcontext.has_value()) {
+    call.dcontext = rows_of(*dcontext);
+  }
+  if (dweights.has_value()) {
+    call.dweights = weight_rows(*dweights, by_key);
+  }
+  call.stats = rows_of(stats);
+  return call;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
+    const OptionalTensor& dcontext, const OptionalTensor& dweights, const Tensor& query,
+    const Tensor& key, const Tensor& value, const Tensor& score_weight, const Tensor& stats,
+    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+    const OptionalTensor& key_lengths, const OptionalTensor& key_padding_mask, int64_t max_seqlen_q,
+    int64_t max_seqlen_k, double dropout_p, const OptionalTensor& dropout_seed,
+    int64_t weights_layout, int64_t grad_mask, bool /*deterministic*/,
+    const std::string& /*backend*/) {
+  const Setup setup = describe(
+      query, key, value, score_weight, {}, {},
+      {cu_seqlens_q, cu_seqlens_k, key_lengths, key_padding_mask, max_seqlen_q, max_seqlen_k},
+      dropout_p, dropout_seed, weights_layout);
+  const auto run = [&](auto call) {
+    return backward(setup, call, query, key, value, score_weight, grad_mask, false);
+  };
+  const bool by_key = setup.problem.weights_by_key;
+  return computes_in_double(query) ? run(incoming<double>(dcontext, dweights, stats, by_key))
+                                   : run(incoming<float>(dcontext, dweights, stats, by_key));
+}
+
+std::tuple<Tensor, Tensor> additive_attention_prepare(const Tensor& key) {
+  const ScalarType compute = compute_type(key);
+  Tensor exp_key = allocate(key, sizes_of(key), compute, false);
+  Tensor key_bound = allocate(key, {key.size(0), key.size(1), key.size(2)}, compute, false);
+  const Rows rows = rows_of(key);
+  if (computes_in_double(key)) {
+    run_prepare(rows, sizes_of(key), static_cast<double*>(exp_key.data_ptr()),
+                static_cast<double*>(key_bound.data_ptr()));
+  } else {
+    run_prepare(rows, sizes_of(key), static_cast<float*>(exp_key.data_ptr()),
+                static_cast<float*>(key_bound.data_ptr()));
+  }
+  return {exp_key, key_bound};
+}
+
+std::tuple<Tensor, Tensor, Tensor> additive_attention_step_backward(
+    const OptionalTensor& dcontext, const OptionalTensor& dweights, const Tensor& query,
+    const Tensor& key, const Tensor& value, const Tensor& score_weight, const Tensor& exp_key,
+    const Tensor& key_bound, const Tensor& stats, const OptionalTensor& cu_seqlens_k,
+    const OptionalTensor& key_lengths, const OptionalTensor& key_padding_mask, int64_t max_seqlen_k,
+    double dropout_p, const OptionalTensor& dropout_seed, int64_t weights_layout,
+    bool /*deterministic*/, const std::string& /*backend*/) {
+  const Setup setup =
+      describe(query, key, value, score_weight, exp_key, key_bound,
+               {{}, cu_seqlens_k, key_lengths, key_padding_mask, query.size(1), max_seqlen_k},
+               dropout_p, dropout_seed, weights_layout);
+  const std::vector<int64_t> sizes{key.size(0), key.size(1), key.size(2)};
+  Tensor dscores = allocate(key, sizes, compute_type(query), !setup.coverage.keys);
+  Tensor weights = allocate(key, sizes, compute_type(query), !setup.coverage.keys);
+  const auto run = [&](auto call) {
+    call.step_dscores = rows_of(dscores);
+    call.step_weights = rows_of(weights);
+    return std::get<0>(backward(setup, call, query, key, value, score_weight, kGradQuery, false));
+  };
+  const bool by_key = setup.problem.weights_by_key;
+  Tensor dquery = computes_in_double(query)
+                      ? run(incoming<double>(dcontext, dweights, stats, by_key))
+                      : run(incoming<float>(dcontext, dweights, stats, by_key));
+  return {dquery, dscores, weights};
+}
+
+std::tuple<Tensor, Tensor, Tensor> additive_attention_memory_backward(
+    const Tensor& query, const Tensor& dscores, const Tensor& weights, const Tensor& dcontext,
+    const Tensor& key, const Tensor& value, const Tensor& score_weight, const Tensor& exp_key,
+    const Tensor& key_bound, const OptionalTensor& cu_seqlens_k, const OptionalTensor& key_lengths,
+    const OptionalTensor& key_padding_mask, int64_t max_seqlen_k, int64_t grad_mask,
+    bool /*deterministic*/, const std::string& /*backend*/) {
+  const Setup setup =
+      describe(query, key, value, score_weight, exp_key, key_bound,
+               {{}, cu_seqlens_k, key_lengths, key_padding_mask, query.size(0), max_seqlen_k}, 0,
+               {}, 0, true);
+  const auto run = [&](auto call) {
+    call.dcontext = step_rows_of(dcontext);
+    call.step_dscores = step_score_rows_of(dscores);
+    call.step_weights = step_score_rows_of(weights);
+    return backward(setup, call, query, key, value, score_weight, grad_mask & ~kGradQuery, true);
+  };
+  const auto [dquery, dkey, dvalue, dscore_weight] =
+      computes_in_double(query) ? run(BackwardCall<double>{}) : run(BackwardCall<float>{});
+  return {dkey, dvalue, dscore_weight};
+}
+
+std::string cpu_isa_name() { return cpu_isa(); }
+
+}  // namespace
+}  // namespace attn_ext
+
+STABLE_TORCH_LIBRARY_FRAGMENT(attn_ext, m) { m.def("cpu_isa() -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(attn_ext, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&attn_ext::cpu_isa_name));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(attn_ext, CPU, m) {
+  m.impl("additive_attention_forward", TORCH_BOX(&attn_ext::additive_attention_forward));
+  m.impl("additive_attention_backward", TORCH_BOX(&attn_ext::additive_attention_backward));
+  m.impl("additive_attention_prepare", TORCH_BOX(&attn_ext::additive_attention_prepare));
+  m.impl("additive_attention_step_backward",
+         TORCH_BOX(&attn_ext::additive_attention_step_backward));
+  m.impl("additive_attention_memory_backward",
+         TORCH_BOX(&attn_ext::additive_attention_memory_backward));
+}
