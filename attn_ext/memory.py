@@ -128,8 +128,8 @@ class _Steps:
         self.prepared = ops.prepare(self.inputs[0])
         self.key_layout = (keys.cu_seqlens, keys.lengths, keys.padding_mask)
         self._versions = self._current_versions()
-        self._pass_id = None
-        self._records: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        # By backward pass: passes may nest (reentrant checkpointing) or run in several threads.
+        self._records: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
 
     def _current_versions(self) -> list[int]:
         tensors = (self.keys.key, self.keys.value, self.keys.score_weight, *self.key_layout)
@@ -145,15 +145,12 @@ class _Steps:
 
     def leave(self, *record: Tensor) -> None:
         """Keep a step's (query, dscores, weights, dcontext) for this backward pass."""
-        pass_id = torch._C._current_graph_task_id()
-        if pass_id != self._pass_id:  # an earlier pass ended without reaching the memory
-            self._records, self._pass_id = [], pass_id
-        self._records.append(record)
+        self._records.setdefault(torch._C._current_graph_task_id(), []).append(record)
 
     def take(self) -> list[Tensor] | None:
         """All records of this backward pass, stacked over steps, or None if there are none."""
-        records, self._records = self._records, []
-        if not records or self._pass_id != torch._C._current_graph_task_id():
+        records = self._records.pop(torch._C._current_graph_task_id(), None)
+        if records is None:
             return None
         return [torch.stack(column) for column in zip(*records, strict=True)]
 
@@ -236,7 +233,8 @@ class _Attend(torch.autograd.Function):
             ctx.weights_layout,
             *steps.choice,
         )
-        if ctx.needs_input_grad[1]:
+        collector = ctx.next_functions[1][0]  # None where no gradient of the key side is needed
+        if collector is not None and torch._C._will_engine_execute_node(collector):
             if dcontext is None:
                 dcontext = query.new_zeros((*query.shape[:-1], steps.inputs[1].size(-1)))
             steps.leave(query, dscores, weights, dcontext)

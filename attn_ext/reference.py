@@ -103,7 +103,8 @@ def _attend_padded(
 ) -> tuple[Tensor, Tensor]:
     """``e_ij = w . tanh(q_i + k_j)``, ``alpha = softmax_j(e)``, ``c_i = sum_j alpha_ij h_j``."""
     hidden = torch.tanh(query.unsqueeze(2) + key.unsqueeze(1))  # [B, Tq, Tk, H, D]
-    scores = torch.einsum("bqkhd,hd->bhqk", hidden, score_weight.to(hidden.dtype))
+    # A sum of products: one long dot product, as einsum would make of it, rounds worse.
+    scores = (hidden * score_weight.to(hidden.dtype)).sum(-1).permute(0, 3, 1, 2)
     ignored = ~key_valid[:, None, None, :]  # [B, 1, 1, Tk]
     nothing_left = ignored.all(-1, keepdim=True)  # such a softmax would be NaN
     weights = scores.masked_fill(ignored & ~nothing_left, -torch.inf).softmax(-1)
@@ -136,7 +137,7 @@ def _take(rows: Tensor, numbers: Tensor | None, valid: Tensor) -> Tensor:
     """Padded rows in the compute dtype, zero where not real (whatever NaN the memory holds)."""
     if numbers is not None:
         if rows.size(1) == 0:  # nothing to index; every place is padding
-            rows = rows.new_zeros((1, 1, *rows.shape[2:]))
+            rows = torch.cat([rows, rows.new_zeros((1, 1, *rows.shape[2:]))], 1)
         rows = rows[0][numbers.where(valid, 0)]
     rows = rows.masked_fill(~valid[:, :, None, None], 0)
     return rows if rows.dtype == torch.float64 else rows.float()
