@@ -84,21 +84,21 @@ def additive_attention(
     layout.check_flag("deterministic", deterministic, optional=True)
     dropout_p = layout.check_dropout(dropout_p)
     backend = backends.choose(backend, queries.query.device)
-    seed = reference.draw_seed(queries.query.device) if dropout_p > 0 else None
-    if backend == "reference":
-        return reference.attend(queries, keys, dropout_p, seed, need_weights)
-    return _attend(queries, keys, dropout_p, seed, need_weights, deterministic, backend)
+    return attend(queries, keys, dropout_p, need_weights, is_deterministic(deterministic), backend)
 
 
-def _attend(
+def attend(
     queries: QuerySide,
     keys: KeySide,
     dropout_p: float,
-    seed: Tensor | None,
     need_weights: bool,
-    deterministic: bool | None,
+    deterministic: bool,
     backend: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend with everything checked and chosen."""
+    seed = reference.draw_seed(queries.query.device) if dropout_p > 0 else None
+    if backend == "reference":
+        return reference.attend(queries, keys, dropout_p, seed, need_weights)
     weights_layout = layout.weights_layout(queries, keys) if need_weights else 0
     context, weights, _ = ops.forward(
         queries.query,
@@ -116,7 +116,7 @@ def _attend(
         dropout_p,
         seed,
         weights_layout,
-        is_deterministic(deterministic),
+        deterministic,
         backend,
     )
     context = queries.restore_context(context)

@@ -91,7 +91,8 @@ def check_key_side(
         raise _mismatch("value", expected, "a nested tensor" if value.is_nested else "a dense one")
     if is_nested:
         if cu_seqlens_k is not None:
-            raise ValueError("cu_seqlens_k: expected None for a nested key, which has its own")
+            expected = "None for a nested key, which has its own"
+            raise _mismatch("cu_seqlens_k", expected, "offsets")
         _same_offsets(key, value)
         max_seqlen_k = _nested_max(key) if max_seqlen_k is None else max_seqlen_k
         cu_seqlens_k, key, value = _offsets("key", key), key.values(), _values("value", value)
@@ -119,7 +120,8 @@ def check_key_side(
     if is_jagged:
         if key_padding_mask is not None or key_lengths is not None:
             name = "key_lengths" if key_padding_mask is None else "key_padding_mask"
-            raise ValueError(f"{name}: expected None with jagged keys, whose offsets give lengths")
+            expected = "None with jagged keys, whose offsets give lengths"
+            raise _mismatch(name, expected, "a tensor")
         longest = _check_offsets("cu_seqlens_k", cu_seqlens_k, "key", key)
         batch_size = cu_seqlens_k.size(0) - 1
         bound = _check_bound("max_seqlen_k", max_seqlen_k, longest)
@@ -158,7 +160,8 @@ def check_query_side(
     nested = query if query.is_nested else None
     if nested is not None:
         if cu_seqlens_q is not None:
-            raise ValueError("cu_seqlens_q: expected None for a nested query, which has its own")
+            expected = "None for a nested query, which has its own"
+            raise _mismatch("cu_seqlens_q", expected, "offsets")
         max_seqlen_q = _nested_max(query) if max_seqlen_q is None else max_seqlen_q
         cu_seqlens_q, query = _offsets("query", query), query.values()
 
@@ -287,20 +290,21 @@ def _check_offsets(name: str, cu: Tensor, rows_name: str, rows: Tensor) -> int |
         raise _mismatch(name, "shape (B + 1,)", _shape(cu))
     if not can_read_values(cu):
         return None
-    first, last = cu[0].item(), cu[-1].item()
+    first = cu[0].item()
     if first != 0:
         raise _mismatch(name, "offsets that start at 0", f"{name}[0] = {first}")
     if cu.size(0) == 1:
         return 0
-    shortest, longest = (int(extreme) for extreme in cu.diff().aminmax())
-    if shortest < 0:
-        at = int((cu.diff() < 0).nonzero()[0])
+    decreases = cu[1:] < cu[:-1]  # not by differences, which corrupt offsets could overflow
+    if decreases.any():
+        at = int(decreases.nonzero()[0])
         got = f"{name}[{at}] = {cu[at].item()} before {name}[{at + 1}] = {cu[at + 1].item()}"
         raise _mismatch(name, "offsets that never decrease", got)
+    last = cu[-1].item()
     if last > rows.size(0):
         expected = f"offsets of at most {rows.size(0)}, the rows of {rows_name}"
         raise _mismatch(name, expected, f"{name}[-1] = {last}")
-    return longest
+    return int(cu.diff().max())
 
 
 def _check_bound(name: str, bound: int | None, longest: int | None) -> int | None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import backends, layout, ops, reference
-from .functional import additive_attention, is_deterministic
+from .functional import attend, is_deterministic
 from .layout import KeySide, QuerySide
 
 
@@ -55,23 +55,12 @@ class AttentionMemory:
         layout.check_flag("deterministic", deterministic, optional=True)
         self._keys = keys
         self._dropout_p = layout.check_dropout(dropout_p)
-        self._backend = backends.choose(backend, keys.key.device)
-        self._choice = is_deterministic(deterministic), self._backend
+        backend = backends.choose(backend, keys.key.device)
+        self._choice = is_deterministic(deterministic), backend
         # A compiled graph cannot follow the Python list that collects the steps; there, and on the
-        # reference backend, a step is a call of the public function.
+        # reference backend, each step computes all its gradients itself.
         self._steps: _Steps | None = None
-        if self._backend == "reference" or torch.compiler.is_compiling():
-            self._arguments = (key, value, score_weight)
-            self._keywords = {
-                "cu_seqlens_k": cu_seqlens_k,
-                "max_seqlen_k": max_seqlen_k,
-                "key_padding_mask": key_padding_mask,
-                "key_lengths": key_lengths,
-                "dropout_p": dropout_p,
-                "deterministic": deterministic,
-                "backend": backend,
-            }
-        else:
+        if backend != "reference" and not torch.compiler.is_compiling():
             self._steps = _Steps(keys, self._choice)
             self._token = _Collect.apply(keys.key, keys.value, keys.score_weight, self._steps)
 
@@ -92,19 +81,19 @@ class AttentionMemory:
         Raises:
             TypeError, ValueError: as :func:`attn_ext.additive_attention`.
         """
-        if self._steps is None:
-            key, value, score_weight = self._arguments
-            return additive_attention(
-                query, key, value, score_weight, need_weights=need_weights, **self._keywords
-            )
         layout.check_flag("need_weights", need_weights)
         queries = layout.check_query_side(query, self._keys)
         if not queries.is_one_step:
             expected = f"(B, {self._keys.dims}), one query a sequence"
-            raise ValueError(f"query: expected shape {expected}, got {tuple(query.shape)}")
-        return self._attend(queries, need_weights)
+            got = "a nested tensor" if query.is_nested else str(tuple(query.shape))
+            raise ValueError(f"query: expected shape {expected}, got {got}")
+        if self._steps is None:
+            return attend(queries, self._keys, self._dropout_p, need_weights, *self._choice)
+        return self._attend_step(queries, need_weights)
 
-    def _attend(self, queries: QuerySide, need_weights: bool) -> Tensor | tuple[Tensor, Tensor]:
+    def _attend_step(
+        self, queries: QuerySide, need_weights: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
         weights_layout = layout.weights_layout(queries, self._keys) if need_weights else 0
         seed = None
         if self._dropout_p > 0:
