@@ -25,15 +25,15 @@ struct ScoreRows {
 
   T* alpha(int64_t i) const { return call.alpha + unit.scores + i * unit.ld + range.key; }
   T* dscores(int64_t i) const { return call.dscores + unit.scores + i * unit.ld + range.key; }
-  T* delta(int64_t i, int64_t chunk) const {
-    return call.deltas + unit.deltas + i * unit.chunks + chunk;
+  Delta<T>& delta(int64_t i, int64_t chunk) const {
+    return call.deltas[unit.deltas + i * unit.chunks + chunk];
   }
 };
 
 // alpha of one row from its scores, with dropped weights marked; dalpha of kept weights; the row's
 // share of delta = sum alpha dalpha.
 template <class T>
-T row_delta(const ScoreRows<T>& rows, int64_t i, T* dweights, uint8_t* keeps) {
+Delta<T> row_delta(const ScoreRows<T>& rows, int64_t i, T* dweights, uint8_t* keeps) {
   const BackwardCall<T>& call = rows.call;
   const Problem& problem = *call.problem;
   const int64_t count = rows.range.key_count;
@@ -56,19 +56,22 @@ T row_delta(const ScoreRows<T>& rows, int64_t i, T* dweights, uint8_t* keeps) {
       dalpha[j] = keeps[j] ? dalpha[j] * scale : T(0);
     }
   }
-  Vec<T> delta{};
+  Vec<T> weighted{};
+  Vec<T> total{};
   int64_t j = 0;
   for (; j + kLanes<T> <= count; j += kLanes<T>) {
-    delta += load<T>(alpha + j) * load<T>(dalpha + j);
+    weighted += load<T>(alpha + j) * load<T>(dalpha + j);
+    total += load<T>(alpha + j);
   }
-  const int64_t rest = count - j;
-  delta += load_partial<T>(alpha + j, rest) * load_partial<T>(dalpha + j, rest);
+  const Vec<T> last = load_partial<T>(alpha + j, count - j);
+  weighted += last * load_partial<T>(dalpha + j, count - j);
+  total += last;
   if (problem.dropout.active) {
     for (j = 0; j < count; ++j) {
       alpha[j] = keeps[j] ? alpha[j] : -alpha[j];
     }
   }
-  return sum_of_lanes<T>(delta);
+  return {sum_of_lanes<T>(weighted), sum_of_lanes<T>(total)};
 }
 
 // s of a unit's rows for one range of keys, once their deltas are complete; alpha becomes the
@@ -80,10 +83,12 @@ void finish_scores(const BackwardCall<T>& call, const KeyRange& range) {
   const Dropout& dropout = call.problem->dropout;
   const T keep_scale = static_cast<T>(dropout.keep_scale);
   for (int64_t i = 0; i < unit.query_count; ++i) {
-    T delta = 0;
+    Delta<T> sums{0, 0};
     for (int64_t chunk = 0; chunk < unit.chunks; ++chunk) {
-      delta += *rows.delta(i, chunk);
+      sums.weighted += rows.delta(i, chunk).weighted;
+      sums.total += rows.delta(i, chunk).total;
     }
+    const T delta = sums.weighted / sums.total;
     T* alpha = rows.alpha(i);
     T* s = rows.dscores(i);
     for (int64_t j = 0; j < range.key_count; ++j) {
@@ -139,7 +144,7 @@ void score_item(const BackwardCall<T>& call, const KeyRange& range) {
   }
   uint8_t* keeps = scratch.take<uint8_t>(range.key_count);
   for (int64_t i = 0; i < unit.query_count; ++i) {
-    *rows.delta(i, range.chunk) = row_delta<T>(rows, i, row, keeps);
+    rows.delta(i, range.chunk) = row_delta<T>(rows, i, row, keeps);
   }
   if (unit.chunks == 1) {
     finish_scores<T>(call, range);

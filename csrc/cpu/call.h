@@ -21,6 +21,14 @@ struct ForwardCall {
   T* partial_stats = nullptr;         // [partial_rows, 2]
 };
 
+// A row's delta = sum alpha dalpha / sum alpha. The division by what is 1 up to rounding makes sum
+// s = 0 hold as well as s allows, which gradients that nearly cancel need.
+template <class T>
+struct Delta {
+  T weighted;
+  T total;
+};
+
 template <class T>
 struct BackwardCall {
   const Problem* problem = nullptr;
@@ -43,7 +51,7 @@ struct BackwardCall {
   const T* score_weight = nullptr;  // [heads, dim]
   T* alpha = nullptr;               // the wave's scores, [query, key] of each unit
   T* dscores = nullptr;
-  T* deltas = nullptr;
+  Delta<T>* deltas = nullptr;
   T* partial_dquery = nullptr;        // [partial_rows, padded_columns(dim)]
   double* partial_dweight = nullptr;  // [weight_rows, dim], null unless asked for
   double* dscore_weight = nullptr;    // [heads, dim]

@@ -52,7 +52,7 @@ void run_wave(BackwardCall<T>& call, const Wave& wave, bool from_steps) {
   const bool needs_dweight = call.dscore_weight != nullptr;
   Buffer<T> alpha(wave.scores);
   Buffer<T> dscores(wave.scores);
-  Buffer<T> deltas(wave.deltas);
+  Buffer<Delta<T>> deltas(wave.deltas);
   Buffer<T> partial_dquery(wave.partial_rows * padded_columns(call.problem->dim));
   Buffer<double> partial_dweight(needs_dweight ? wave.weight_rows * call.problem->dim : 0);
   call.wave = &wave;

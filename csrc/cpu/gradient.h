@@ -179,6 +179,8 @@ class GradientBlock {
   void run_tile(int64_t first, int64_t keys) {
     const KeyBlock<T> block = key_block<T>(side_, first, keys, item_.col, item_.cols, room_);
     exact_keys_ready_ = false;
+    informative_ = is_informative<T>(queries_.exponentials, unit_.query_count, block.exponentials,
+                                     keys, steps_);
     if (wants_keys()) {
       pad_row<T>(dkey_, 0, keys * steps_ * kStep<T>, 0);
     }
@@ -201,10 +203,13 @@ class GradientBlock {
                 int64_t cols) {
     const T key_bound = largest_bound(block.bounds + j, cols);
     const int64_t rows = unit_.query_count;
+    const auto is_factored = [&](int64_t i) {
+      return informative_ && in_factored_range(queries_.bounds[i], key_bound);
+    };
     for (int64_t i = 0; i < rows;) {
-      const bool factored = in_factored_range(queries_.bounds[i], key_bound);
+      const bool factored = is_factored(i);
       int64_t end = i + 1;
-      while (end < rows && in_factored_range(queries_.bounds[end], key_bound) == factored) {
+      while (end < rows && is_factored(end) == factored) {
         ++end;
       }
       Panel<T> a = queries_.exponentials;
@@ -329,6 +334,7 @@ class GradientBlock {
   T* dkey_;
   T* row_;
   int64_t weight_terms_ = 0;
+  bool informative_ = false;
   bool exact_queries_ready_ = false;
   bool exact_keys_ready_ = false;
 };

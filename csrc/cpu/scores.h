@@ -55,6 +55,52 @@ KeyBlock<T> key_block(const KeySide& side, int64_t first, int64_t keys, int64_t 
   return {{room.data, kStep<T>, keys * kStep<T>}, room.bounds};
 }
 
+// exp(2 |q + k|) from which tanh counts as saturated (|q + k| = 1), and up to which as small (1/4).
+constexpr double kSaturatedExponential = 7.38905610;
+constexpr double kSmallExponential = 1.64872127;
+
+// Smallest and largest of `rows` rows, lane by lane, for half a step of features.
+template <class T>
+struct Extremes {
+  Vec<T> smallest;
+  Vec<T> largest;
+
+  Extremes(const Panel<T>& panel, int64_t rows, int64_t p, int64_t half) {
+    const T* data = panel.data + p * panel.step + half;
+    smallest = largest = load<T>(data);
+    for (int64_t i = 1; i < rows; ++i) {
+      const Vec<T> next = load<T>(data + i * panel.row);
+      smallest = next < smallest ? next : smallest;
+      largest = next > largest ? next : largest;
+    }
+  }
+};
+
+// Whether some feature's tanh(q + k) can be neither nearly 0 nor nearly +-1 for a query and a key
+// of two panels of exponentials. If none can, as where every key is minus every query up to noise,
+// or all are saturated, then scores differ and gradients are so little that the absolute error of
+// the factored form would show.
+template <class T>
+bool is_informative(const Panel<T>& queries, int64_t query_count, const Panel<T>& keys,
+                    int64_t key_count, int64_t steps) {
+  for (int64_t p = 0; p < steps; ++p) {
+    for (int64_t half = 0; half < kStep<T>; half += kLanes<T>) {
+      const Extremes<T> a(queries, query_count, p, half);
+      const Extremes<T> b(keys, key_count, p, half);
+      const Vec<T> low = a.smallest * b.smallest;
+      const Vec<T> high = a.largest * b.largest;
+      const VecBits<T> unsaturated =
+          (low <= T(kSaturatedExponential)) & (high >= T(1 / kSaturatedExponential));
+      const VecBits<T> sizeable =
+          (high >= T(kSmallExponential)) | (low <= T(1 / kSmallExponential));
+      if (any_lane<T>(unsaturated & sizeable)) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
 // Room for one tile of scores.
 template <class T>
 struct ScoreRoom {
@@ -89,10 +135,12 @@ void score_block(const QueryBlock<T>& queries, const KeySide& side, int64_t firs
     const int64_t cols = smaller(kTileCols, keys - j);
     const KeyBlock<T> block = key_block<T>(side, first + j, cols, 0, dim, room.key);
     const T key_bound = largest_bound(block.bounds, cols);
+    const bool informative =
+        is_informative<T>(queries.exponentials, queries.count, block.exponentials, cols, steps);
     for (int64_t i = 0; i < queries.count; i += kTileRows) {
       const int64_t rows = smaller(kTileRows, queries.count - i);
       T* out = scores + i * ld + j;
-      if (in_factored_range(largest_bound(queries.bounds + i, rows), key_bound)) {
+      if (informative && in_factored_range(largest_bound(queries.bounds + i, rows), key_bound)) {
         inner_products<T, FactoredScore>(queries.exponentials.from_row(i), rows, block.exponentials,
                                          cols, steps, weights, out, ld);
       } else {

@@ -143,5 +143,14 @@ ATTN_EXT_INLINE T sum_of_lanes(Vec<T> vector) {
   return vector[0];
 }
 
+template <class T>
+ATTN_EXT_INLINE bool any_lane(VecBits<T> mask) {
+  typename VectorOf<T>::Integer any = 0;
+  for (int lane = 0; lane < kLanes<T>; ++lane) {
+    any |= mask[lane];
+  }
+  return any != 0;
+}
+
 }  // namespace ATTN_EXT_ISA
 }  // namespace attn_ext

@@ -91,6 +91,9 @@ struct TanhParts {
   Vec<T> slope;
 };
 
+// Below it 1 - tanh(x)^2 is 0 in double precision, so it is here too.
+constexpr double kVanishingSlope = 0x1p-55;
+
 // tanh from v = expm1(-2|x|) = scale - 1 + scale * fraction, which has a small relative error
 // everywhere: tanh|x| = -v / (2 + v), (1 - tanh^2) / 4 = (1 + v) / (2 + v)^2.
 template <class T>
@@ -103,7 +106,8 @@ ATTN_EXT_INLINE TanhParts<T> tanh_parts(Vec<T> x) {
   const Vec<T> inverse = 1 / (v + 2);
   const Vec<T> half = v * inverse * T(0.5);
   const VecBits<T> sign = bits_of<T>(x) & kSignBit<T>;
-  return {from_bits<T>(bits_of<T>(half) ^ sign), (parts.scale + tail) * inverse * inverse};
+  const Vec<T> slope = (parts.scale + tail) * inverse * inverse;
+  return {from_bits<T>(bits_of<T>(half) ^ sign), slope < T(kVanishingSlope) ? Vec<T>{} : slope};
 }
 
 #if ATTN_EXT_ISA_AVX512
@@ -129,7 +133,7 @@ ATTN_EXT_INLINE Vec<T> reciprocal(Vec<T> x) {
 #if ATTN_EXT_ISA_AVX512
   if constexpr (sizeof(T) == 4) {
     const Vec<T> guess = (Vec<T>)_mm512_maskz_rcp14_ps(kAllLanes, (__m512)x);
-    return guess * (2 - x * guess);
+    return guess + guess * (1 - x * guess);
   }
 #endif
   return 1 / x;
