@@ -1,0 +1,537 @@
+"""What all tests share: inputs by layout, the float64 yardstick, and the error budget.
+
+The yardstick is written from the formulas of the paper, one sequence at a time and independently
+of ``attn_ext``. Every comparison goes through :func:`assert_within_budget`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import attn_ext
+from attn_ext.reference import draw_seed, dropout_keep_mask
+
+# Backends and the device their tensors are on. Accelerator backends join here.
+BACKEND_DEVICES = {"cpu": "cpu", "reference": "cpu"}
+
+INPUT_NAMES = ("query", "key", "value", "score_weight")
+
+LAYOUTS = (
+    "padded",
+    "padded_lengths",
+    "padded_mask",
+    "one_step",
+    "one_step_lengths",
+    "one_step_mask",
+    "jagged",
+    "jagged_one_step",
+    "nested",
+    "nested_one_step",
+    "nested_keys",  # padded queries (B, Tq, D) over nested keys
+    "nested_query",  # nested queries over jagged keys and their offsets
+    "nested_keys_jagged_query",
+)
+ONE_STEP_LAYOUTS = tuple(name for name in LAYOUTS if "one_step" in name)
+
+# Sequence lengths in which every kind of sequence occurs: plain, without queries, without keys,
+# with neither, and of length 1.
+LENGTHS_Q = (3, 0, 2, 0, 5, 1)
+LENGTHS_K = (7, 4, 0, 0, 13, 1)
+
+# ---- The error budget: section 3 of the contract, and the only tolerances of the suite. ----
+
+FORWARD_FACTOR = 2
+GRADIENT_FACTOR = 3
+# What is allowed beyond the multiple of eager's error, as a part of the result's scale. The
+# contract gives 1e-6 for float32. Lower precisions compute in float32 and add one rounding of the
+# result: half a unit in its last place. For float64 it is 1e-6 in the ratio of the precisions.
+SCALE_EPSILON = {
+    torch.float64: 1e-6 * 2.0**-29,
+    torch.float32: 1e-6,
+    torch.float16: 1e-6 + 2.0**-11,
+    torch.bfloat16: 1e-6 + 2.0**-8,
+}
+
+# Where tanh saturates, 1 - tanh^2 is exactly 0 in eager PyTorch and about 10^-40 or less in truth.
+# A kernel that gets it from a bounded reciprocal may leave a trace, far below any real gradient.
+SATURATED = 2.0**-90
+
+
+def assert_within_budget(name: str, actual: Tensor, exact: Tensor, eager: Tensor) -> None:
+    """Compare with the float64 ``exact``, allowing a multiple of the error that ``eager`` makes.
+
+    Args:
+        name: what is compared; gradients are called ``d...``.
+        actual: the result to judge.
+        exact: the float64 yardstick.
+        eager: what hand-written PyTorch gives in the dtype of the inputs.
+    """
+    assert actual.shape == exact.shape, f"{name}: shape {actual.shape}, expected {exact.shape}"
+    if actual.numel() == 0:
+        return
+    factor = GRADIENT_FACTOR if name.startswith("d") else FORWARD_FACTOR
+    actual_error = (actual.double() - exact).abs()
+    if actual.dtype == torch.float64:
+        factor += 1  # the yardstick itself errs as eager does
+    assert actual.isfinite().all(), f"{name}: {(~actual.isfinite()).sum()} values are not finite"
+    eager_error = (eager.double() - exact).abs().max()
+    scale = exact.abs().max()
+    floor = SATURATED + torch.finfo(actual.dtype).smallest_normal * torch.finfo(actual.dtype).eps
+    budget = factor * eager_error + SCALE_EPSILON[actual.dtype] * scale + floor
+    assert actual_error.max() <= budget, (
+        f"{name}: error {actual_error.max():.3e} exceeds {budget:.3e} (eager: {eager_error:.3e}, "
+        f"scale {scale:.3e}) in shape {tuple(actual.shape)} at flat index {actual_error.argmax()}"
+    )
+
+
+# ---- Inputs ----
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of one call, and which of their rows belong to which sequence."""
+
+    layout: str
+    leaves: dict[str, Tensor]  # by INPUT_NAMES; nested ones as their values
+    keywords: dict[str, object]
+    query_rows: list[tuple]  # for each sequence, the index of its queries
+    key_rows: list[tuple]  # for each sequence, the index of its keys that are not ignored
+    columns: list[Tensor]  # positions of those keys in their sequence
+    max_seqlen_q: int
+    max_seqlen_k: int
+    offsets_q: Tensor | None = None  # of nested queries
+    offsets_k: Tensor | None = None  # of nested keys
+
+    @property
+    def has_heads(self) -> bool:
+        return self.leaves["score_weight"].dim() == 2
+
+    @property
+    def num_heads(self) -> int:
+        return self.leaves["score_weight"].size(0) if self.has_heads else 1
+
+    @property
+    def is_one_step(self) -> bool:
+        return self.layout in ONE_STEP_LAYOUTS
+
+    @property
+    def weights_are_jagged(self) -> bool:
+        return self.layout in ("jagged_one_step", "nested_one_step")
+
+    @property
+    def dense_weights_shape(self) -> tuple[int, int, int, int]:
+        return len(self.query_rows), self.num_heads, self.max_seqlen_q, self.max_seqlen_k
+
+    def owned(self, name: str, rows: list[tuple]) -> Tensor:
+        """Which places of an input, without its head and feature axes, ``rows`` cover."""
+        leaf = self.leaves[name]
+        return _owned(leaf.shape[: leaf.dim() - (2 if self.has_heads else 1)], rows)
+
+    def with_leaves(self, **leaves: Tensor) -> "Inputs":
+        return replace(self, leaves={**self.leaves, **leaves})
+
+    def with_keywords(self, **keywords: object) -> "Inputs":
+        return replace(self, keywords={**self.keywords, **keywords})
+
+    def to(self, dtype: torch.dtype) -> "Inputs":
+        return replace(self, leaves={name: leaf.to(dtype) for name, leaf in self.leaves.items()})
+
+    def arguments(self, leaves: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """The tensors of the call, made nested where the layout is."""
+        query, key, value, score_weight = (leaves[name] for name in INPUT_NAMES)
+        if self.offsets_q is not None:
+            query = nest(query, self.offsets_q)
+        if self.offsets_k is not None:
+            key, value = nest(key, self.offsets_k), nest(value, self.offsets_k)
+        return query, key, value, score_weight
+
+
+def nest(values: Tensor, offsets: Tensor) -> Tensor:
+    """A jagged nested tensor over ``values``."""
+    lengths = offsets.diff()
+    return torch.nested.nested_tensor_from_jagged(
+        values, offsets, min_seqlen=int(lengths.min()), max_seqlen=int(lengths.max())
+    )
+
+
+def offsets_of(lengths: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
+    """Offsets ``(B + 1,)`` of sequences of these lengths."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
+
+
+def make_inputs(
+    layout: str,
+    *,
+    lengths_q: Sequence[int] = LENGTHS_Q,
+    lengths_k: Sequence[int] = LENGTHS_K,
+    features: int = 16,
+    value_features: int = 8,
+    heads: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
+    index_dtype: torch.dtype = torch.int64,
+    key_padding_mask: Tensor | None = None,
+    tail_rows: int = 2,
+    strides: str = "contiguous",
+    poison: bool = True,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Inputs:
+    """Random inputs of a layout.
+
+    Args:
+        layout: one of LAYOUTS.
+        lengths_q, lengths_k: of each sequence; padded layouts pad to the longest.
+        features, value_features: D and Dv.
+        heads: None for no head axis.
+        dtype: of all four tensors.
+        scale: magnitude of queries and keys.
+        index_dtype: of offsets and lengths.
+        key_padding_mask: for ``*_mask`` layouts, instead of a random one.
+        tail_rows: rows past the last offset of jagged layouts.
+        strides: how the tensors lie in memory, see :func:`with_strides`.
+        poison: fill what belongs to nobody with NaN.
+        seed: of the random numbers.
+        device: of all tensors.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    batch = len(lengths_k)
+    keys_jagged = "jagged" in layout or "nested" in layout
+    query_jagged = layout in ("jagged", "nested", "nested_query", "nested_keys_jagged_query")
+    one_step = layout in ONE_STEP_LAYOUTS
+    assert layout in LAYOUTS and (one_step or len(lengths_q) == batch)
+    max_q = 1 if one_step else max(lengths_q, default=0)
+    max_k = max(lengths_k, default=0)
+    keywords: dict[str, object] = {}
+
+    query_places = (batch,) if one_step else (batch, max_q)
+    query_rows: list[tuple] = [(slice(b, b + 1),) if one_step else (b,) for b in range(batch)]
+    cu_q = offsets_of(lengths_q, index_dtype)
+    if query_jagged:
+        nested = layout in ("nested", "nested_query")
+        query_places = (sum(lengths_q) + (0 if nested else tail_rows),)
+        query_rows = _jagged_rows(cu_q)
+        if not nested:
+            keywords["cu_seqlens_q"] = cu_q.to(device)
+
+    cu_k = offsets_of(lengths_k, index_dtype)
+    if keys_jagged:
+        nested = layout not in ("jagged", "jagged_one_step", "nested_query")
+        key_places: tuple[int, ...] = (sum(lengths_k) + (0 if nested else tail_rows),)
+        key_rows = _jagged_rows(cu_k)
+        columns = [torch.arange(length) for length in lengths_k]
+        if not nested:
+            keywords["cu_seqlens_k"] = cu_k.to(device)
+    else:
+        key_places = (batch, max_k)
+        ignored = torch.zeros(key_places, dtype=torch.bool)
+        if "lengths" in layout:
+            ignored = torch.arange(max_k) >= torch.tensor(lengths_k)[:, None]
+            keywords["key_lengths"] = torch.tensor(lengths_k, dtype=index_dtype, device=device)
+        elif "mask" in layout:
+            ignored = key_padding_mask
+            if ignored is None:
+                ignored = torch.rand(key_places, generator=generator) < 0.4
+                ignored[1::3] = True  # whole sequences too
+            keywords["key_padding_mask"] = ignored.to(device)
+        columns = [(~row).nonzero()[:, 0].cpu() for row in ignored]
+        key_rows = [(b, column) for b, column in enumerate(columns)]
+
+    head_axis = () if heads is None else (heads,)
+    leaves = {
+        "query": _randn((*query_places, *head_axis, features), generator) * scale,
+        "key": _randn((*key_places, *head_axis, features), generator) * scale,
+        "value": _randn((*key_places, *head_axis, value_features), generator),
+        "score_weight": _randn((*head_axis, features), generator) * 2 * max(features, 1) ** -0.5,
+    }
+    if poison:
+        leaves["query"][~_owned(query_places, query_rows)] = torch.nan
+        for name in ("key", "value"):
+            leaves[name][~_owned(key_places, key_rows)] = torch.nan
+    leaves = {name: with_strides(t.to(device, dtype), strides) for name, t in leaves.items()}
+    return Inputs(
+        layout,
+        leaves,
+        keywords,
+        query_rows,
+        key_rows,
+        columns,
+        max_q,
+        max_k,
+        cu_q.to(device) if layout in ("nested", "nested_query") else None,
+        cu_k.to(device) if "nested" in layout and layout != "nested_query" else None,
+    )
+
+
+def with_strides(tensor: Tensor, kind: str) -> Tensor:
+    """The same values otherwise laid out in memory: contiguous, transposed, reversed or sliced."""
+    if kind == "contiguous":
+        return tensor.contiguous()
+    if kind == "transposed":  # the last two axes
+        if tensor.dim() < 2:
+            return tensor
+        return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if kind == "reversed":  # the first axis is the densest
+        order = list(range(tensor.dim()))[::-1]
+        return tensor.permute(order).contiguous().permute(order)
+    assert kind == "sliced"  # every second element of every axis, NaN between
+    buffer = tensor.new_full([2 * size + 1 for size in tensor.shape], torch.nan)
+    view = buffer[tuple(slice(1, None, 2) for _ in tensor.shape)]
+    return view.copy_(tensor)
+
+
+def _randn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _jagged_rows(cu: Tensor) -> list[tuple]:
+    bounds = cu.tolist()
+    return [(slice(start, end),) for start, end in zip(bounds, bounds[1:])]
+
+
+def _owned(places: tuple[int, ...], rows: list[tuple]) -> Tensor:
+    """Which places belong to a sequence and are not ignored."""
+    owned = torch.zeros(places, dtype=torch.bool)
+    for index in rows:
+        owned[index] = True
+    return owned
+
+
+# ---- The yardstick ----
+
+
+class _ExactTanh(torch.autograd.Function):
+    """tanh whose derivative, 1 / cosh^2, stays exact where 1 - tanh^2 cancels."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient / x.cosh().square()
+
+
+def formula(
+    inputs: Inputs,
+    leaves: dict[str, Tensor],
+    keep: Tensor | None = None,
+    dropout_p: float = 0.0,
+    tanh: Callable[[Tensor], Tensor] = torch.tanh,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Additive attention by the formulas of the paper, a sequence at a time, in leaves' dtype.
+
+    Args:
+        inputs: the layout.
+        leaves: the tensors by INPUT_NAMES.
+        keep: which attention weights ``[B, H, Tq, Tk]`` dropout keeps.
+        dropout_p: the probability that they were dropped with.
+        tanh: the function itself.
+        reverse: sum over queries, keys and features in the opposite order.
+
+    Returns:
+        context and weights as the public function shapes them (nested ones as their values).
+    """
+    query, key, value, score_weight = (leaves[name] for name in INPUT_NAMES)
+    if not inputs.has_heads:
+        query, key, value = (t.unsqueeze(-2) for t in (query, key, value))
+        score_weight = score_weight.unsqueeze(0)
+    if reverse:
+        query, key, score_weight = query.flip(-1), key.flip(-1), score_weight.flip(-1)
+    context = value.new_zeros(*query.shape[:-1], value.size(-1))
+    dense = value.new_zeros(inputs.dense_weights_shape)
+    jagged = value.new_zeros(key.shape[:-1])
+    for b, (query_row, key_row) in enumerate(zip(inputs.query_rows, inputs.key_rows)):
+        queries, keys, values = query[query_row], key[key_row], value[key_row]
+        if reverse:
+            queries, keys, values = queries.flip(0), keys.flip(0), values.flip(0)
+        hidden = tanh(queries[:, None] + keys[None])  # [Tq, Tk, H, D]
+        scores = (hidden * score_weight).sum(-1)
+        alpha = scores.softmax(1).to(value.dtype)  # [Tq, Tk, H]
+        if keep is not None:
+            kept = keep[b, :, : len(queries), inputs.columns[b]]  # [H, Tq, Tk]
+            kept = kept.permute(1, 2, 0)
+            alpha = alpha * (kept.flip(0, 1) if reverse else kept) / (1 - dropout_p)
+        contexts = torch.einsum("qkh,khv->qhv", alpha, values)
+        if reverse:
+            contexts, alpha = contexts.flip(0), alpha.flip(0, 1)
+        context[query_row] = contexts
+        if inputs.weights_are_jagged:
+            jagged[key_row] = alpha[0]
+        else:
+            dense[b, :, : len(queries), inputs.columns[b]] = alpha.permute(2, 0, 1)
+    if inputs.weights_are_jagged:
+        weights = jagged if inputs.has_heads else jagged.squeeze(-1)
+    else:
+        weights = dense.squeeze(2) if inputs.is_one_step else dense
+        weights = weights if inputs.has_heads else weights.squeeze(1)
+    return context if inputs.has_heads else context.squeeze(-2), weights
+
+
+def draw_keep(inputs: Inputs, dropout_p: float, seed: int) -> Tensor:
+    """Which weights a call right after ``torch.manual_seed(seed)`` keeps; leaves it seeded so."""
+    device = inputs.leaves["query"].device
+    torch.manual_seed(seed)
+    keep = dropout_keep_mask(draw_seed(device), dropout_p, torch.Size(inputs.dense_weights_shape))
+    torch.manual_seed(seed)
+    return keep
+
+
+# ---- Calling and comparing ----
+
+Results = dict[str, Tensor]  # "context", "weights", and gradients "dquery" ...
+
+
+def differentiate(
+    function: Callable[[dict[str, Tensor]], tuple[Tensor, Tensor | None]],
+    leaves: dict[str, Tensor],
+    incoming: dict[str, Tensor],
+    wanted: Sequence[str] = INPUT_NAMES,
+) -> Results:
+    """Call ``function`` on fresh leaves and collect its results and the ``wanted`` gradients."""
+    leaves = {name: leaf.detach().requires_grad_(name in wanted) for name, leaf in leaves.items()}
+    context, weights = function(leaves)
+    results = {"context": context} if weights is None else {"context": context, "weights": weights}
+    roots = [name for name in incoming if results[name].requires_grad]
+    torch.autograd.backward(
+        [results[name] for name in roots],
+        [incoming[name].to(results[name].dtype) for name in roots],
+    )
+    for name in wanted:
+        results[f"d{name}"] = leaves[name].grad
+    return {name: None if result is None else result.detach() for name, result in results.items()}
+
+
+def incoming_gradients(inputs: Inputs, need_weights: bool, seed: int = 1) -> dict[str, Tensor]:
+    """Random incoming gradients, in value's dtype, of the context and the weights."""
+    generator = torch.Generator().manual_seed(seed)
+    results = formula(inputs, inputs.leaves)[: 2 if need_weights else 1]
+    return {
+        name: _randn(tuple(result.shape), generator).to(result)
+        for name, result in zip(("context", "weights"), results)
+    }
+
+
+def call(inputs: Inputs, leaves: dict[str, Tensor], **keywords: object):
+    """``attn_ext.additive_attention`` as ``(context, weights or None)``, nested ones as values."""
+    result = attn_ext.additive_attention(*inputs.arguments(leaves), **inputs.keywords, **keywords)
+    context, weights = result if isinstance(result, tuple) else (result, None)
+    assert context.is_nested == (inputs.offsets_q is not None)
+    return context.values() if context.is_nested else context, weights
+
+
+def yardsticks(
+    inputs: Inputs,
+    incoming: dict[str, Tensor],
+    wanted: Sequence[str] = INPUT_NAMES,
+    keep: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Results, Results]:
+    """Results in float64, and as wrong as hand-written PyTorch makes them in the inputs' dtypes.
+
+    Rounding errors are random, and one element's may happen to be small. So eager code is run in
+    two orders of summation, and the second results returned have at every element the larger error.
+    """
+
+    def by_formula(leaves: dict[str, Tensor], dtype: torch.dtype | None = None, **how) -> Results:
+        leaves = {name: leaf.to(dtype or leaf.dtype) for name, leaf in leaves.items()}
+        results = differentiate(
+            lambda leaves: formula(inputs, leaves, keep, dropout_p, **how),
+            leaves,
+            incoming,
+            wanted,
+        )
+        for name in wanted:  # what no result depends on
+            if results[f"d{name}"] is None:
+                results[f"d{name}"] = torch.zeros_like(leaves[name])
+        return {name: result.double() for name, result in results.items()}
+
+    def worst(exact: Results, *others: Results, ratio: float = 1.0) -> Results:
+        errors = ([(other[name] - exact[name]).abs() for other in others] for name in exact)
+        return {
+            name: exact[name] + ratio * torch.stack(error).amax(0)
+            for name, error in zip(exact, errors)
+        }
+
+    def exactly(leaves: dict[str, Tensor]) -> Results:
+        return by_formula(leaves, torch.float64, tanh=_ExactTanh.apply)
+
+    exact = exactly(inputs.leaves)
+    eager = worst(exact, by_formula(inputs.leaves), by_formula(inputs.leaves, reverse=True))
+    if inputs.leaves["query"].dtype != torch.float64:
+        return exact, eager
+    # Most of eager's error is the yardstick's own, and not seen. In float32 it is: scale it down.
+    rounded = {name: leaf.float() for name, leaf in inputs.leaves.items()}
+    single = by_formula(rounded), by_formula(rounded, reverse=True)
+    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    seen = worst(exactly(rounded), *single, ratio=ratio)
+    unseen = {
+        name: exact[name] + seen[name] - exact_of for name, exact_of in exactly(rounded).items()
+    }
+    return exact, worst(exact, eager, unseen)
+
+
+def check(
+    inputs: Inputs,
+    backend: str,
+    *,
+    need_weights: bool = True,
+    wanted: Sequence[str] = INPUT_NAMES,
+    incoming: dict[str, Tensor] | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    function: Callable[..., tuple[Tensor, Tensor | None]] = call,
+) -> Results:
+    """Compare results and gradients with the float64 yardstick; return them.
+
+    Args:
+        inputs: what to call with.
+        backend: its name.
+        need_weights: ask for weights, and differentiate through them too.
+        wanted: inputs that require gradients.
+        incoming: gradients of context (and weights); None draws them.
+        dropout_p: drop with this probability, the seed being set to ``seed``.
+        seed: for dropout.
+        function: called as :func:`call`.
+    """
+    if incoming is None:
+        incoming = incoming_gradients(inputs, need_weights)
+    keywords = {"backend": backend, "need_weights": need_weights}
+    keep = None
+    if dropout_p:
+        keep = draw_keep(inputs, dropout_p, seed)
+        keywords["dropout_p"] = dropout_p
+    actual = differentiate(
+        lambda leaves: function(inputs, leaves, **keywords), inputs.leaves, incoming, wanted
+    )
+    exact, eager = yardsticks(inputs, incoming, wanted, keep, dropout_p)
+    compare(inputs, actual, exact, eager)
+    return actual
+
+
+def compare(inputs: Inputs, actual: Results, exact: Results, eager: Results) -> None:
+    """Hold every result to the budget, and what belongs to nobody to exact zeros."""
+    for name, result in actual.items():
+        assert result is not None, f"{name}: no gradient arrived"
+        expected_dtype = inputs.leaves[name[1:] if name[1:] in INPUT_NAMES else "value"].dtype
+        assert result.dtype == expected_dtype, f"{name}: {result.dtype}, not {expected_dtype}"
+        assert_within_budget(name, result, exact[name], eager[name])
+    live = [len(columns) > 0 for columns in inputs.columns]
+    queries = inputs.owned("query", [row for row, lives in zip(inputs.query_rows, live) if lives])
+    keys = inputs.owned("key", inputs.key_rows)
+    for name, owned in (
+        ("context", queries),
+        ("dquery", queries),
+        ("dkey", keys),
+        ("dvalue", keys),
+    ):
+        if name in actual:
+            assert (actual[name][~owned] == 0).all(), f"{name}: rows of nobody are not exactly 0"
+    if "weights" in actual:
+        outside = actual["weights"][exact["weights"] == 0]
+        assert (outside == 0).all(), "weights: not exactly 0 where nothing is attended"
