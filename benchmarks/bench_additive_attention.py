@@ -28,12 +28,19 @@ BATCHES = (4, 16, 64, 256)
 def main() -> None:
     options = parse_arguments()
     torch.manual_seed(0)
-    rows = []
+    rows, peaks = [], {}
     for threads in options.threads:
         torch.set_num_threads(threads)
+        peaks[threads] = harness.measured_peaks(options.device)
+        print(f"{threads} threads:", ", ".join(f"{k} {v:.3g}" for k, v in peaks[threads].items()))
         for name in options.workloads:
             rows += bench_workload(WORKLOADS[name], threads, options)
-    report = {"machine": machine(options.device), "dtype": options.dtype, "rows": rows}
+    report = {
+        "machine": machine(options.device),
+        "peaks_by_threads": peaks,
+        "dtype": options.dtype,
+        "rows": rows,
+    }
     if options.scaling:
         torch.set_num_threads(max(options.threads))
         report["scaling"] = bench_scaling(options)

@@ -1,6 +1,7 @@
 """The shapes people run, by name, and the inputs for them."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class Workload:
 
 @dataclass
 class Inputs:
-    """The same problem jagged and padded; float leaves require gradients."""
+    """One problem, jagged, and padded where that is asked for; float leaves require gradients."""
 
     query: Tensor  # [total_q, D], or [steps, B, D] for a decoder loop
     key: Tensor  # [total_k, D]
@@ -57,11 +58,38 @@ class Inputs:
     score_weight: Tensor  # [D]
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
-    padded_query: Tensor  # [B, Tq, D], or [steps, B, D]
-    padded_key: Tensor  # [B, Tk, D]
-    padded_value: Tensor  # [B, Tk, Dv]
-    padding_mask: Tensor | None  # [B, Tk], True = ignore; None when all lengths are equal
-    query_valid: Tensor  # [B, Tq]
+
+    @cached_property
+    def query_valid(self) -> Tensor:
+        """``[B, Tq]``, which places of padded queries are real."""
+        return _valid(self.cu_seqlens_q.diff())
+
+    @cached_property
+    def key_valid(self) -> Tensor:
+        """``[B, Tk]``, which places of padded keys are real."""
+        return _valid(self.cu_seqlens_k.diff())
+
+    @cached_property
+    def padding_mask(self) -> Tensor | None:
+        """``[B, Tk]``, True = ignore; None when all lengths are equal."""
+        return None if bool(self.key_valid.all()) else ~self.key_valid
+
+    @cached_property
+    def padded_query(self) -> Tensor:
+        """``[B, Tq, D]``, or ``[steps, B, D]`` for a decoder loop."""
+        if self.query.dim() == 3:
+            return self.query.detach().clone().requires_grad_()
+        return _pad(self.query, self.query_valid)
+
+    @cached_property
+    def padded_key(self) -> Tensor:
+        """``[B, Tk, D]``."""
+        return _pad(self.key, self.key_valid)
+
+    @cached_property
+    def padded_value(self) -> Tensor:
+        """``[B, Tk, Dv]``."""
+        return _pad(self.value, self.key_valid)
 
 
 def mixture(batch: int, seed: int) -> tuple[int, ...]:
@@ -120,28 +148,14 @@ def make_inputs(
     query_lengths = torch.tensor(workload.query_lengths, device=device)
     total_k = sum(workload.key_lengths)
     query_shape = (workload.steps, batch) if workload.steps else (sum(workload.query_lengths),)
-    query = draw(*query_shape, workload.dim)
-    key, value = draw(total_k, workload.dim), draw(total_k, workload.value_dim)
-    key_valid = _valid(key_lengths)
-    query_valid = _valid(query_lengths)
-    inputs = Inputs(
-        query=query,
-        key=key,
-        value=value,
-        score_weight=draw(workload.dim, scale=workload.dim**-0.5),
-        cu_seqlens_q=_offsets(query_lengths),
-        cu_seqlens_k=_offsets(key_lengths),
-        padded_query=query.clone() if workload.steps else _pad(query, query_valid),
-        padded_key=_pad(key, key_valid),
-        padded_value=_pad(value, key_valid),
-        padding_mask=None if bool(key_valid.all()) else ~key_valid,
-        query_valid=query_valid,
+    return Inputs(
+        draw(*query_shape, workload.dim).requires_grad_(),
+        draw(total_k, workload.dim).requires_grad_(),
+        draw(total_k, workload.value_dim).requires_grad_(),
+        draw(workload.dim, scale=workload.dim**-0.5).requires_grad_(),
+        _offsets(query_lengths),
+        _offsets(key_lengths),
     )
-    for name in ("query", "key", "value", "score_weight"):
-        getattr(inputs, name).requires_grad_()
-    for name in ("padded_query", "padded_key", "padded_value"):
-        getattr(inputs, name).requires_grad_()
-    return inputs
 
 
 def _offsets(lengths: Tensor) -> Tensor:
@@ -154,5 +168,5 @@ def _valid(lengths: Tensor) -> Tensor:
 
 def _pad(rows: Tensor, valid: Tensor) -> Tensor:
     padded = rows.new_zeros((*valid.shape, rows.size(-1)))
-    padded[valid] = rows
-    return padded
+    padded[valid] = rows.detach()
+    return padded.requires_grad_()
