@@ -62,6 +62,20 @@ def check_backend(backend, device):
         raise UsageError(f"--backend: {str(error).splitlines()[0]}") from None
 
 
+def wait_without_spinning():
+    """Start this program again with threads that sleep while they wait, unless told otherwise.
+
+    An LSTM is thousands of short parallel regions. OpenMP's threads spin between them, which on
+    cores shared with other programs was seen to cost a factor of 10; the policy is read once, when
+    torch is loaded, so it has to be in the environment of a new start.
+    """
+    chosen = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS"}
+    if chosen & os.environ.keys() or torch.get_num_threads() == 1:
+        return
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.execv(sys.executable, sys.orig_argv)
+
+
 def run(main):
     """Call `main()`; a UsageError becomes `error: ...` and exit status 2, Ctrl-C status 130."""
     try:

@@ -36,23 +36,22 @@ def greedy_bleu(vocabulary, pairs, device):
 def report(model, vocabulary, split, folder, *, beam, seed, backend, device):
     """Print scores, samples and the paths of pictures; write results.json."""
     results, outputs = {}, {}
-    for name in ("dev", "test"):
+    for name, width in (("dev", 1), ("test", beam)):
         pairs = getattr(split, name)
         sources = [pair.source for pair in pairs]
         references = [pair.target for pair in pairs]
-        translations = translate(model, vocabulary, sources, beam, device=device)
+        translations = translate(model, vocabulary, sources, width, device=device)
         outputs[name] = [text for text, _, _ in translations]
         results[name] = {
             "sentences": len(pairs),
+            "beam": width,
             "trained": bleu_chrf(outputs[name], references),
             "source copied": bleu_chrf(sources, references),
         }
     torch.manual_seed(seed)
     untrained = Seq2Seq(model.config, backend).to(device).eval()
-    translations = translate(untrained, vocabulary, [p.source for p in split.test], device=device)
-    results["test"]["untrained"] = bleu_chrf(
-        [text for text, _, _ in translations], [pair.target for pair in split.test]
-    )
+    translations = translate(untrained, vocabulary, sources, device=device)
+    results["test"]["untrained"] = bleu_chrf([text for text, _, _ in translations], references)
 
     print(f"\n{'':6}{'sentences':>10}  {'model':14}{'BLEU':>7}{'chrF':>7}")
     for name, result in results.items():

@@ -28,6 +28,11 @@ class ModelConfig:
     decoder_layers: int = 1
     dropout: float = 0.3
 
+    @property
+    def state_dim(self):
+        """Features of an encoder state."""
+        return 2 * self.hidden + self.embedding
+
     def as_dict(self):
         return asdict(self)
 
@@ -75,7 +80,7 @@ class Seq2Seq(nn.Module):
         return weights
 
     def encode(self, source):
-        """Source tokens to encoder states, jagged (total source tokens, 2 hidden)."""
+        """Source tokens to encoder states, jagged (total source tokens, state_dim)."""
         return self.encoder(self._embed(source))
 
     def embed(self, tokens):
@@ -90,7 +95,11 @@ class Seq2Seq(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Bidirectional LSTM over jagged embeddings."""
+    """Bidirectional LSTM over jagged embeddings; a state is both directions and the embedding.
+
+    That the attended token's own embedding is in the context makes names and placeholders easy to
+    copy, source and output sharing the embedding matrix, and alignments sharp.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -104,7 +113,8 @@ class Encoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, embedded):
-        return embedded.like(self.dropout(run_lstm(self.lstm, embedded).values))
+        hidden = self.dropout(run_lstm(self.lstm, embedded).values)
+        return embedded.like(torch.cat([hidden, embedded.values], -1))
 
 
 class RNNSearchDecoder(nn.Module):
@@ -113,7 +123,7 @@ class RNNSearchDecoder(nn.Module):
     def __init__(self, config, backend):
         super().__init__()
         self.backend = backend
-        hidden, state_dim = config.hidden, 2 * config.hidden
+        hidden, state_dim = config.hidden, config.state_dim
         sizes = [config.embedding * 2] + [hidden] * (config.decoder_layers - 1)
         self.cells = nn.ModuleList(nn.LSTMCell(size, hidden) for size in sizes)
         self.attention = attn_ext.AdditiveAttention(hidden, state_dim, hidden)
@@ -129,19 +139,19 @@ class RNNSearchDecoder(nn.Module):
         ).attend
         # Steps run over a rectangle: a sentence that has ended repeats its last token, and the
         # rows it makes from there on are dropped.
-        starts = embedded.cu_seqlens[:-1].long()
-        last = embedded.lengths.to(starts.device) - 1
-        state = self.start(states, len(embedded.lengths))
+        lengths = embedded.lengths.to(embedded.values.device)
+        steps = torch.arange(embedded.max_seqlen, device=lengths.device)[:, None]
+        starts = lengths.cumsum(0) - lengths
+        rows = (starts + steps.minimum(lengths - 1)).flatten()  # (steps * B,)
+        inputs = embedded.values.index_select(0, rows).unflatten(0, (len(steps), -1))
+        state = self.start(states, len(lengths))
         features, weights = [], []
-        for step in range(embedded.max_seqlen):
-            row, state, step_weights = self.step(
-                embedded.values[starts + last.clamp(max=step)], state, attend, need_weights
-            )
+        for row in inputs:
+            row, state, step_weights = self.step(row, state, attend, need_weights)
             features.append(row)
             weights.append(step_weights)
-        features = torch.stack(features, 1)  # (B, steps, embedding)
-        steps = torch.arange(embedded.max_seqlen, device=starts.device)
-        features = features[steps <= last[:, None]]  # (total, embedding)
+        kept = (steps < lengths).T.reshape(-1).nonzero()[:, 0]  # by sentence, then step
+        features = torch.stack(features, 1).flatten(0, 1).index_select(0, kept)
         if not need_weights:
             return features, None
         weights = torch.stack(weights).split(states.lengths.tolist(), dim=1)
@@ -181,7 +191,7 @@ class GNMTDecoder(nn.Module):
     def __init__(self, config, backend):
         super().__init__()
         self.backend = backend
-        hidden, state_dim = config.hidden, 2 * config.hidden
+        hidden, state_dim = config.hidden, config.state_dim
         self.first = nn.LSTM(config.embedding, hidden)
         self.upper = nn.ModuleList(
             nn.LSTM(hidden + state_dim, hidden) for _ in range(config.decoder_layers - 1)
@@ -253,5 +263,5 @@ def run_lstm(lstm, sequences):
     back = torch.empty_like(rows)
     back[rows] = torch.arange(len(rows))
     device = sequences.values.device
-    packed = PackedSequence(sequences.values[rows.to(device)], alive.sum(1))
-    return sequences.like(lstm(packed)[0].data[back.to(device)])
+    packed = PackedSequence(sequences.values.index_select(0, rows.to(device)), alive.sum(1))
+    return sequences.like(lstm(packed)[0].data.index_select(0, back.to(device)))

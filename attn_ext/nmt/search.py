@@ -36,7 +36,7 @@ def search(model, source, bos, eos, beam=1, alpha=0.6, max_lengths=None):
     if not sentences:
         return []
     if max_lengths is None:
-        max_lengths = [2 * length + 10 for length in source.lengths.tolist()]
+        max_lengths = [length * 3 // 2 + 10 for length in source.lengths.tolist()]
     states = model.encode(source)
     attend = make_attend(model.decoder, states, beam)
     state = model.decoder.start(states, sentences * beam)

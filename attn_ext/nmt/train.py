@@ -22,6 +22,7 @@ from attn_ext.nmt.vocab import Vocabulary
 MODEL_DEFAULTS = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
 TRAIN_DEFAULTS = TrainOptions().as_dict()
 DEV_BLEU_SENTENCES = 300
+NO_LIMIT = 1_000_000  # steps
 MAX_LENGTH = 80  # subwords of a training sentence; the few longer ones cost more than they teach
 
 
@@ -62,17 +63,28 @@ def parse_arguments(arguments=None):
     add("--embedding", type=whole, metavar="N", help="features of an embedding")
     add("--hidden", type=whole, metavar="N", help="features of an LSTM state, each direction")
     add("--encoder-layers", type=whole, metavar="N", help="bidirectional layers")
-    add("--decoder-layers", type=whole, metavar="N", help="decoder layers")
+    add(
+        "--decoder-layers",
+        type=whole,
+        metavar="N",
+        help="decoder layers, of which gnmt has one more by default",
+    )
     add("--dropout", type=cli.fraction, metavar="P", help="on embeddings and layer outputs")
 
     group = parser.add_argument_group("training")
     add = _adder(group, TRAIN_DEFAULTS)
-    add("--max-steps", type=count, metavar="N", help="updates to make")
-    add(
+    group.add_argument(
+        "--max-steps",
+        type=count,
+        metavar="N",
+        help=f"updates to make (default {TRAIN_DEFAULTS['max_steps']}, or no limit with --minutes)",
+    )
+    group.add_argument(
         "--minutes",
         type=float,
         metavar="M",
-        help="stop training after this time, whatever the step; 0 is never",
+        help="stop training after this time, the evaluation comes on top; 0 is never (default "
+        f"{TRAIN_DEFAULTS['minutes']:g}, or no limit with --max-steps)",
     )
     add("--seed", type=count, metavar="S", help="of everything random")
     add("--batch-tokens", type=whole, metavar="N", help="tokens of a batch, over all processes")
@@ -241,6 +253,10 @@ def _encode(vocabulary, pairs):
 
 def _train_options(given, saved, world):
     chosen = {name: given[name] for name in TRAIN_DEFAULTS if name in given}
+    if "max_steps" in chosen:
+        chosen.setdefault("minutes", 0.0)
+    elif "minutes" in chosen:
+        chosen["max_steps"] = NO_LIMIT
     if saved is None:
         chosen.setdefault(
             "bf16", world.device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -255,6 +271,8 @@ def _train_options(given, saved, world):
 def _model_config(given, saved, vocab_size):
     chosen = {name: given[name] for name in MODEL_DEFAULTS if name in given}
     if saved is None:
+        if chosen.get("decoder", ModelConfig.decoder) == "gnmt":
+            chosen.setdefault("decoder_layers", 2)  # the first only asks; another has to answer
         return ModelConfig(**{**chosen, "vocab_size": vocab_size})
     for name, value in chosen.items():
         if name != "vocab_size" and value != saved["config"][name]:
@@ -277,4 +295,5 @@ def _command(given):
 
 
 if __name__ == "__main__":
+    cli.wait_without_spinning()
     cli.run(main)

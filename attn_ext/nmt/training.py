@@ -29,17 +29,17 @@ METRICS_FILE = "metrics.jsonl"
 @dataclass(frozen=True)
 class TrainOptions:
     seed: int = 1
-    batch_tokens: int = 2000
+    batch_tokens: int = 1000
     learning_rate: float = 2e-3
     warmup: int = 200
     label_smoothing: float = 0.1
     clip: float = 1.0
-    averaging: float = 0.998
+    averaging: float = 0.995
     bf16: bool = False
-    # From here on, what a resumed run may change without changing what its steps compute.
-    max_steps: int = 2000
-    minutes: float = 0.0
     eval_every: int = 250
+    # From here on, what a resumed run may change without changing what its steps compute.
+    max_steps: int = 3000
+    minutes: float = 10.0
     patience: int = 8
     checkpoint_every: int = 250
 

@@ -58,4 +58,5 @@ def _input_lines():
 
 
 if __name__ == "__main__":
+    cli.wait_without_spinning()
     cli.run(main)
