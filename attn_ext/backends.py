@@ -1,5 +1,6 @@
 """Which backends this installation has, why one is missing, and which one a call gets."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -39,7 +40,11 @@ def problem(backend: str, device: torch.device) -> str | None:
 def choose(backend: str | None, device: torch.device) -> str:
     """Resolve the ``backend`` argument; an explicit choice never falls back to another."""
     if backend is None:
-        return next(name for name in BACKENDS if problem(name, device) is None)
+        chosen = next(name for name in BACKENDS if problem(name, device) is None)
+        if chosen == "reference" and device.type == "cpu" and not torch.compiler.is_compiling():
+            # Python shows it once.
+            warnings.warn(f"attn_ext is slow here: {_cpu_problem}", RuntimeWarning, stacklevel=3)
+        return chosen
     if not isinstance(backend, str):
         raise TypeError(f"backend: expected a str or None, got {type(backend).__name__}")
     if backend not in BACKENDS:

@@ -106,44 +106,64 @@ def _memory_backward_fake(query, dscores, weights, dcontext, key, value, score_w
     return tuple(_gradient(tensor, grad_mask & 2 << bit) for bit, tensor in enumerate(inputs))
 
 
-# Arguments of the forward op that the backward op takes over unchanged, by position.
-_LAYOUT_ARGS = slice(6, 12)
+_TENSORS = 10  # tensors that lead the forward op's arguments
 
 
-def _setup_context(ctx, inputs, output):
-    _, _, stats = output
-    ctx.mark_non_differentiable(stats)
-    ctx.set_materialize_grads(False)
-    *offsets, max_seqlen_q, max_seqlen_k = inputs[_LAYOUT_ARGS]
-    ctx.dropout_p, dropout_seed, ctx.weights_layout, *ctx.choice = inputs[12:]
-    ctx.bounds = max_seqlen_q, max_seqlen_k
-    ctx.save_for_backward(*inputs[:4], stats, dropout_seed, *offsets)
+class _Forward(torch.autograd.Function):
+    """The forward op with its gradient; ``keyset`` leads on to the backend's kernel."""
+
+    @staticmethod
+    def forward(ctx, keyset, *arguments):
+        output = _forward_below_autograd(keyset, arguments)
+        query, key, value, score_weight, _, _, *offsets = arguments[:_TENSORS]
+        *ctx.bounds, ctx.dropout_p, dropout_seed, ctx.weights_layout, _, _ = arguments[_TENSORS:]
+        ctx.choice = arguments[-2:]
+        ctx.save_for_backward(query, key, value, score_weight, output[2], dropout_seed, *offsets)
+        ctx.mark_non_differentiable(output[2])
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx, dcontext, dweights, dstats):
+        no_gradient = (None,) * 13
+        wanted = ctx.needs_input_grad[1:5]
+        if dcontext is None and dweights is None:
+            return (None,) * 5 + no_gradient
+        query, key, value, score_weight, stats, dropout_seed, *offsets = ctx.saved_tensors
+        gradients = backward(
+            dcontext,
+            dweights if ctx.weights_layout else None,
+            query,
+            key,
+            value,
+            score_weight,
+            stats,
+            *offsets,
+            *ctx.bounds,
+            ctx.dropout_p,
+            dropout_seed,
+            ctx.weights_layout,
+            sum(needed << bit for bit, needed in enumerate(wanted)),
+            *ctx.choice,
+        )
+        chosen = (grad if needed else None for grad, needed in zip(gradients, wanted))
+        return (None, *chosen, *no_gradient)
 
 
-def _backward(ctx, dcontext, dweights, dstats):
-    no_gradient = (None,) * 13
-    wanted = ctx.needs_input_grad[:4]
-    if dcontext is None and dweights is None:
-        return (None,) * 4 + no_gradient
-    query, key, value, score_weight, stats, dropout_seed, *offsets = ctx.saved_tensors
-    gradients = backward(
-        dcontext,
-        dweights if ctx.weights_layout else None,
-        query,
-        key,
-        value,
-        score_weight,
-        stats,
-        *offsets,
-        *ctx.bounds,
-        ctx.dropout_p,
-        dropout_seed,
-        ctx.weights_layout,
-        sum(needed << bit for bit, needed in enumerate(wanted)),
-        *ctx.choice,
-    )
-    chosen = (grad if needed else None for grad, needed in zip(gradients, wanted, strict=True))
-    return (*chosen, *no_gradient)
+def _forward_autograd(keyset, *arguments):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments[:4]):
+        return _Forward.apply(keyset, *arguments)
+    return _forward_below_autograd(keyset, arguments)
+
+
+def _forward_below_autograd(keyset, arguments):
+    with torch._C._AutoDispatchBelowAutograd():
+        return forward.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+
+# torch.library.register_autograd would do, but it reads the schema in every call, 90 microseconds.
+_library = torch.library.Library("attn_ext", "FRAGMENT")
+_library.impl("additive_attention_forward", _forward_autograd, "Autograd", with_keyset=True)
 
 
 def _refuse_second_backward(ctx, *gradients):
@@ -153,9 +173,6 @@ def _refuse_second_backward(ctx, *gradients):
     )
 
 
-torch.library.register_autograd(
-    "attn_ext::additive_attention_forward", _backward, setup_context=_setup_context
-)
 for _name in ("backward", "step_backward", "memory_backward"):
     torch.library.register_autograd(
         f"attn_ext::additive_attention_{_name}", _refuse_second_backward
