@@ -115,14 +115,13 @@ void score_item(const BackwardCall<T>& call, const KeyRange& range) {
   const Problem& problem = *call.problem;
   const ScoreRows<T> rows(call, range);
   const Unit& unit = rows.unit;
-  const int64_t weight_size = steps_of<T>(problem.dim) * kWeightVectors * kLanes<T>;
+  const T* weights = score_weights(call, unit.head);
   const QueryBlock<T> queries =
       pack_queries<T>(query_rows(problem.query, rows.sequence, unit.head), unit.query,
-                      unit.query_count, 0, problem.dim, scratch);
+                      unit.query_count, 0, problem.dim, weights, scratch);
   const ScoreRoom<T> room(problem.dim, scratch);
   score_block<T>(queries, key_side(problem, rows.sequence, unit.head), range.key, range.key_count,
-                 problem.dim, call.packed_weights + unit.head * weight_size, rows.alpha(0), unit.ld,
-                 room);
+                 problem.dim, weights, rows.alpha(0), unit.ld, room);
   const RowSource stats = query_rows(call.stats, rows.sequence, unit.head);
   const int64_t padded = round_up(range.key_count, kLanes<T>);
   T* row = scratch.take<T>(padded);

@@ -14,11 +14,11 @@ struct ForwardCall {
   const Problem* problem = nullptr;
   Rows context;
   Rows stats;
-  Rows weights;                       // data is null unless asked for
-  Rows scores;                        // as weights, in T: where scores wait for their row's softmax
-  const T* packed_weights = nullptr;  // [heads, packed_weights_size]
-  T* partial_sums = nullptr;          // [partial_rows, padded_columns(value_dim)]
-  T* partial_stats = nullptr;         // [partial_rows, 2]
+  Rows weights;                     // data is null unless asked for
+  Rows scores;                      // as weights, in T: where scores wait for their row's softmax
+  const T* score_weight = nullptr;  // [heads, padded_columns(dim)], padded by 0
+  T* partial_sums = nullptr;        // [partial_rows, padded_columns(value_dim)]
+  T* partial_stats = nullptr;       // [partial_rows, 2]
 };
 
 // A row's delta = sum alpha dalpha / sum alpha. The division by what is 1 up to rounding makes sum
@@ -45,10 +45,9 @@ struct BackwardCall {
   Rows step_dscores;  // in T, [.., Nk, H] per step: outputs of a step's backward, inputs of a
                       // memory's
   Rows step_weights;
-  bool needs_scores = false;   // s, for dquery, dkey or dscore_weight
-  bool needs_weights = false;  // alpha, for dvalue
-  const T* packed_weights = nullptr;
-  const T* score_weight = nullptr;  // [heads, dim]
+  bool needs_scores = false;        // s, for dquery, dkey or dscore_weight
+  bool needs_weights = false;       // alpha, for dvalue
+  const T* score_weight = nullptr;  // [heads, padded_columns(dim)], padded by 0
   T* alpha = nullptr;               // the wave's scores, [query, key] of each unit
   T* dscores = nullptr;
   Delta<T>* deltas = nullptr;
@@ -57,13 +56,16 @@ struct BackwardCall {
   double* dscore_weight = nullptr;    // [heads, dim]
 };
 
+// The padded score weights of one head.
+template <class Call>
+inline auto score_weights(const Call& call, int64_t head) {
+  return call.score_weight + head * padded_columns(call.problem->dim);
+}
+
 template <class T>
 struct Kernels {
   const char* name;
-  int64_t (*packed_weights_size)(int64_t dim);
-  // Score weights of one head, laid out for the score kernels.
-  void (*pack_weights)(const Rows& score_weight, int64_t head, int64_t dim, T* packed);
-  // The same as a plain row, and the way back for a contiguous [heads, dim].
+  // One head of score_weight as a row, and a contiguous [heads, dim] back.
   void (*read_weights)(const Rows& score_weight, int64_t head, int64_t dim, T* row);
   void (*write_weights)(const double* source, int64_t count, const Rows& target);
   void (*forward_item)(const ForwardCall<T>&, const ForwardItem&);

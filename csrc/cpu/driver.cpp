@@ -13,14 +13,14 @@ constexpr int64_t kPrepareRows = 64;  // rows of an item of run_prepare
 constexpr double kExpCost = 4;  // of an exponential read from and written to memory, in triples
 
 template <class T>
-Buffer<T> pack_all_weights(const Problem& problem) {
-  const Kernels<T>& kernel = kernels<T>();
-  const int64_t size = kernel.packed_weights_size(problem.dim);
-  Buffer<T> packed(problem.heads * size);
+Buffer<T> read_score_weight(const Problem& problem) {
+  const int64_t columns = padded_columns(problem.dim);
+  Buffer<T> rows(problem.heads * columns);
+  std::fill_n(rows.get(), problem.heads * columns, T(0));
   for (int64_t head = 0; head < problem.heads; ++head) {
-    kernel.pack_weights(problem.score_weight, head, problem.dim, packed.get() + head * size);
+    kernels<T>().read_weights(problem.score_weight, head, problem.dim, rows.get() + head * columns);
   }
-  return packed;
+  return rows;
 }
 
 // Runs function(call, item) for each item.
@@ -95,10 +95,10 @@ void run_forward(ForwardCall<T> call) {
   const Problem& problem = *call.problem;
   const Kernels<T>& kernel = kernels<T>();
   const ForwardPlan plan = plan_forward(problem);
-  const Buffer<T> packed = pack_all_weights<T>(problem);
+  const Buffer<T> score_weight = read_score_weight<T>(problem);
   Buffer<T> partial_sums(plan.partial_rows * padded_columns(problem.value_dim));
   Buffer<T> partial_stats(plan.partial_rows * 2);
-  call.packed_weights = packed.get();
+  call.score_weight = score_weight.get();
   call.partial_sums = partial_sums.get();
   call.partial_stats = partial_stats.get();
   run_phase(call, plan.items, plan.cost, kernel.forward_item);
@@ -110,16 +110,10 @@ void run_backward(BackwardCall<T> call, bool from_steps, const Rows& dscore_weig
   const Problem& problem = *call.problem;
   const Kernels<T>& kernel = kernels<T>();
   const BackwardPlan plan = plan_backward(problem);
-  const Buffer<T> packed = pack_all_weights<T>(problem);
+  const Buffer<T> score_weight = read_score_weight<T>(problem);
   const int64_t weights = problem.heads * problem.dim;
-  Buffer<T> score_weight(weights);
   Buffer<double> dscore_weight(weights);
   std::fill_n(dscore_weight.get(), weights, 0.0);
-  for (int64_t head = 0; head < problem.heads; ++head) {
-    kernel.read_weights(problem.score_weight, head, problem.dim,
-                        score_weight.get() + head * problem.dim);
-  }
-  call.packed_weights = packed.get();
   call.score_weight = score_weight.get();
   call.dscore_weight = dscore_weight_out.data != nullptr ? dscore_weight.get() : nullptr;
   for (const Wave& wave : plan.waves) {

@@ -183,11 +183,10 @@ void forward_item(const ForwardCall<T>& call, const ForwardItem& item) {
   Scratch scratch;
   const Problem& problem = *call.problem;
   const Sequence& sequence = problem.sequences[item.sequence];
-  const int64_t weight_size = steps_of<T>(problem.dim) * kWeightVectors * kLanes<T>;
-  const T* weights = call.packed_weights + item.head * weight_size;
+  const T* weights = score_weights(call, item.head);
   const QueryBlock<T> queries =
       pack_queries<T>(query_rows(problem.query, sequence, item.head), item.query, item.query_count,
-                      0, problem.dim, scratch);
+                      0, problem.dim, weights, scratch);
   const KeySide keys = key_side(problem, sequence, item.head);
   const RowSource value = key_rows(problem.value, sequence, item.head);
   ForwardBlock<T> block(call, item, scratch);

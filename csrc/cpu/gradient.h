@@ -19,6 +19,8 @@ constexpr int64_t kWeightTerms = 512;
 // h and y of a step of features: a = exp(2q), b = exp(2k), x = 1 + a b, h = 1/x - 1/2.
 template <class T>
 struct FactoredSlope {
+  static constexpr bool kShifted = false;
+
   static ATTN_EXT_INLINE void eval(Vec<T> a0, Vec<T> a1, Vec<T> b0, Vec<T> b1, TanhParts<T>& t0,
                                    TanhParts<T>& t1) {
     const Vec<T> x0 = a0 * b0 + 1;
@@ -34,6 +36,8 @@ struct FactoredSlope {
 // The same from a = q, b = k, for any magnitudes.
 template <class T>
 struct ExactSlope {
+  static constexpr bool kShifted = false;
+
   static ATTN_EXT_INLINE void eval(Vec<T> a0, Vec<T> a1, Vec<T> b0, Vec<T> b1, TanhParts<T>& t0,
                                    TanhParts<T>& t1) {
     t0 = tanh_parts<T>(a0 + b0);
@@ -41,8 +45,14 @@ struct ExactSlope {
   }
 };
 
+// The same where every h is small, with y - 1/4 = -h^2 in place of y for dquery (see Route).
+template <class T>
+struct SmallSlope : ExactSlope<T> {
+  static constexpr bool kShifted = true;
+};
+
 // One step of features of `rows` queries against K keys. Rows of a, dq, dk are kStep apart; dq, dk
-// and dw are added to: sums of s y and of s h.
+// and dw are added to: sums of s y (or s (y - 1/4)), s y and s h.
 template <class T>
 struct GradientOperands {
   const T* a;
@@ -93,8 +103,8 @@ void gradient_tile(const GradientOperands<T>& o) {
         dw1 += s * t1.half;
       }
       if constexpr (kQuery) {
-        dq0 += s * t0.slope;
-        dq1 += s * t1.slope;
+        dq0 += s * (Rule<T>::kShifted ? -t0.half * t0.half : t0.slope);
+        dq1 += s * (Rule<T>::kShifted ? -t1.half * t1.half : t1.slope);
       }
     }
     if constexpr (kQuery) {
@@ -150,7 +160,7 @@ class GradientBlock {
         steps_(steps_of<T>(item.cols)),
         tile_keys_(unit.query_count < 4 ? kGradientKeys : kGradientTile),
         queries_(pack_queries<T>(query_rows(call.problem->query, sequence_, unit.head), unit.query,
-                                 unit.query_count, item.col, item.cols, scratch)),
+                                 unit.query_count, item.col, item.cols, nullptr, scratch)),
         side_(key_side(*call.problem, sequence_, unit.head)),
         room_(tile_keys_, item.cols, scratch),
         exact_key_(tile_keys_, item.cols, scratch),
@@ -161,6 +171,12 @@ class GradientBlock {
     dkey_ = scratch.take<T>(tile_keys_ * padded);
     row_ = scratch.take<T>(padded);
     dweight_ = scratch.take<T>(padded);
+    left_out_ = scratch.take<double>(unit.query_count);
+    shifted_keys_ = scratch.take<int64_t>(unit.query_count);
+    for (int64_t i = 0; i < unit.query_count; ++i) {
+      left_out_[i] = 0;
+      shifted_keys_[i] = 0;
+    }
     pad_row<T>(dquery_, 0, unit.query_count * padded, 0);
     pad_row<T>(dweight_, 0, padded, 0);
   }
@@ -203,14 +219,15 @@ class GradientBlock {
                 int64_t cols) {
     const T key_bound = largest_bound(block.bounds + j, cols);
     const int64_t rows = unit_.query_count;
-    const auto is_factored = [&](int64_t i) {
-      return informative_ && in_factored_range(queries_.bounds[i], key_bound);
-    };
     for (int64_t i = 0; i < rows;) {
-      const bool factored = is_factored(i);
+      const Route route = route_of(i, key_bound);
+      const bool factored = route == Route::kFactored;
       int64_t end = i + 1;
-      while (end < rows && is_factored(end) == factored) {
+      while (end < rows && route_of(end, key_bound) == route) {
         ++end;
+      }
+      if (route == Route::kSmall && p == 0) {
+        add_shifted(i, end, first + j, cols);
       }
       Panel<T> a = queries_.exponentials;
       Panel<T> b = block.exponentials;
@@ -231,11 +248,41 @@ class GradientBlock {
       const bool query = call_.dquery.data != nullptr;
       if (factored) {
         gradient_keys<T, FactoredSlope>(query, wants_keys(), cols, operands);
+      } else if (route == Route::kSmall) {
+        gradient_keys<T, SmallSlope>(query, wants_keys(), cols, operands);
       } else {
         gradient_keys<T, ExactSlope>(query, wants_keys(), cols, operands);
       }
       i = end;
     }
+  }
+
+  // Where every tanh is small, y is nearly 1/4, and as sum_j s_ij = 0 what remains of sum_j s_ij
+  // y_ijd is little more than the rounding errors of that 0. There the sum goes over y - 1/4.
+  enum class Route { kFactored, kExact, kSmall };
+
+  Route route_of(int64_t i, T key_bound) const {
+    if (informative_ && in_factored_range(queries_.bounds[i], key_bound)) {
+      return Route::kFactored;
+    }
+    return queries_.bounds[i] + key_bound < T(kSmallestMagnitudeSum) ? Route::kSmall
+                                                                     : Route::kExact;
+  }
+
+  // Notes what the shift leaves out of queries [begin, end) for keys [key, key + keys).
+  void add_shifted(int64_t begin, int64_t end, int64_t key, int64_t keys) {
+    for (int64_t i = begin; i < end; ++i) {
+      const T* s = call_.dscores + unit_.scores + i * unit_.ld + key;
+      for (int64_t j = 0; j < keys; ++j) {
+        left_out_[i] += 0.25 * static_cast<double>(s[j]);
+      }
+      shifted_keys_[i] += keys;
+    }
+  }
+
+  // What is to be added to the sums of query i: 0 where all keys were shifted, as sum_j s_ij = 0.
+  T shift_of_query(int64_t i) const {
+    return shifted_keys_[i] == unit_.key_count ? T(0) : static_cast<T>(left_out_[i]);
   }
 
   bool wants_keys() const { return call_.dkey.data != nullptr || call_.partial_dweight != nullptr; }
@@ -273,14 +320,14 @@ class GradientBlock {
     }
   }
 
-  // Row r of `rows` in a step-after-step layout, times 4 w.
-  const T* final_row(const T* data, int64_t r, int64_t rows) {
-    const T* weight = call_.score_weight + unit_.head * call_.problem->dim + item_.col;
+  // Row r of `rows` in a step-after-step layout, plus `shift`, times 4 w.
+  const T* final_row(const T* data, int64_t r, int64_t rows, T shift) {
+    const T* weight = score_weights(call_, unit_.head) + item_.col;
     for (int64_t c = 0; c < item_.cols; c += kStep<T>) {
       const T* sums = data + (c / kStep<T> * rows + r) * kStep<T>;
       const int64_t count = smaller(kStep<T>, item_.cols - c);
       for (int64_t n = 0; n < count; ++n) {
-        row_[c + n] = 4 * weight[c + n] * sums[n];
+        row_[c + n] = 4 * weight[c + n] * (sums[n] + shift);
       }
     }
     return row_;
@@ -288,7 +335,7 @@ class GradientBlock {
 
   void write_queries() {
     for (int64_t i = 0; i < unit_.query_count; ++i) {
-      const T* row = final_row(dquery_, i, unit_.query_count);
+      const T* row = final_row(dquery_, i, unit_.query_count, shift_of_query(i));
       if (item_.dquery_partial >= 0) {
         T* partial = call_.partial_dquery +
                      (item_.dquery_partial + i) * padded_columns(call_.problem->dim) + item_.col;
@@ -305,7 +352,7 @@ class GradientBlock {
     const RowSource sum = key_rows(call_.dkey_sum, sequence_, unit_.head);
     const RowSource target = unit_.last ? key_rows(call_.dkey, sequence_, unit_.head) : sum;
     for (int64_t j = 0; j < keys; ++j) {
-      final_row(dkey_, j, keys);
+      final_row(dkey_, j, keys, 0);
       if (!unit_.first) {
         const T* before = static_cast<const T*>(sum.data) + sum.offset(first + j) + item_.col;
         for (int64_t c = 0; c < item_.cols; ++c) {
@@ -333,6 +380,8 @@ class GradientBlock {
   T* dquery_;
   T* dkey_;
   T* row_;
+  double* left_out_;
+  int64_t* shifted_keys_;
   int64_t weight_terms_ = 0;
   bool informative_ = false;
   bool exact_queries_ready_ = false;

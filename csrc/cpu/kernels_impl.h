@@ -8,11 +8,6 @@ namespace attn_ext {
 namespace ATTN_EXT_ISA {
 
 template <class T>
-int64_t packed_weights_size(int64_t dim) {
-  return steps_of<T>(dim) * kWeightVectors * kLanes<T>;
-}
-
-template <class T>
 void read_weights(const Rows& score_weight, int64_t head, int64_t dim, T* row) {
   read_row<T>(score_weight.data, score_weight.dtype, head * score_weight.head, score_weight.col,
               dim, row);
@@ -20,23 +15,6 @@ void read_weights(const Rows& score_weight, int64_t head, int64_t dim, T* row) {
 
 inline void write_weights(const double* source, int64_t count, const Rows& target) {
   write_row<double>(target.data, target.dtype, 0, 1, count, source);
-}
-
-template <class T>
-void pack_weights(const Rows& score_weight, int64_t head, int64_t dim, T* packed) {
-  Scratch scratch;
-  constexpr int lanes = kLanes<T>;
-  T* row = scratch.take<T>(steps_of<T>(dim) * kStep<T>);
-  read_weights<T>(score_weight, head, dim, row);
-  pad_row<T>(row, dim, steps_of<T>(dim) * kStep<T>, 0);
-  for (int64_t p = 0; p < steps_of<T>(dim); ++p) {
-    const Vec<T> w0 = load<T>(row + p * kStep<T>);
-    const Vec<T> w1 = load<T>(row + p * kStep<T> + lanes);
-    T* target = packed + p * kWeightVectors * lanes;
-    store<T>(target, w0);
-    store<T>(target + lanes, w1);
-    store<T>(target + 2 * lanes, (w0 + w1) * T(0.5));
-  }
 }
 
 template <class T>
@@ -57,10 +35,9 @@ void prepare_rows(const Rows& key, int64_t batch, int64_t row, int64_t heads, in
 
 template <class T>
 constexpr Kernels<T> kKernels = {
-    ATTN_EXT_ISA_NAME, packed_weights_size<T>, pack_weights<T>,  read_weights<T>,
-    write_weights,     forward_item<T>,        forward_merge<T>, score_item<T>,
-    finish_scores<T>,  load_step_scores<T>,    value_item<T>,    gradient_item<T>,
-    query_merge<T>,    prepare_rows<T>,
+    ATTN_EXT_ISA_NAME, read_weights<T>,  write_weights,    forward_item<T>,
+    forward_merge<T>,  score_item<T>,    finish_scores<T>, load_step_scores<T>,
+    value_item<T>,     gradient_item<T>, query_merge<T>,   prepare_rows<T>,
 };
 
 }  // namespace ATTN_EXT_ISA

@@ -160,15 +160,26 @@ struct QueryBlock {
   int64_t count;
 };
 
+// With `weights`, each step holds the exponentials' two vectors and then their products with the
+// weights.
 template <class T>
 QueryBlock<T> pack_queries(const RowSource& source, int64_t first, int64_t rows, int64_t begin,
-                           int64_t count, Scratch& scratch) {
-  T* data = scratch.take<T>(rows * steps_of<T>(count) * kStep<T>);
+                           int64_t count, const T* weights, Scratch& scratch) {
+  const int64_t steps = steps_of<T>(count);
+  const int64_t width = (weights == nullptr ? 1 : 2) * kStep<T>;
+  T* data = scratch.take<T>(rows * steps * width);
   T* bounds = scratch.take<T>(rows);
   T* copy = scratch.take<T>(count);
-  pack<T, PackExponentials<T>>(source, first, rows, begin, count, data, kStep<T>, rows * kStep<T>,
-                               bounds, copy);
-  return {{data, kStep<T>, rows * kStep<T>}, bounds, source, first, rows};
+  pack<T, PackExponentials<T>>(source, first, rows, begin, count, data, width, rows * width, bounds,
+                               copy);
+  for (int64_t n = 0; weights != nullptr && n < steps * rows; ++n) {
+    T* step = data + n * width;
+    for (int64_t half = 0; half < kStep<T>; half += kLanes<T>) {
+      store<T>(step + kStep<T> + half,
+               load<T>(step + half) * load<T>(weights + n / rows * kStep<T> + half));
+    }
+  }
+  return {{data, width, rows * width}, bounds, source, first, rows};
 }
 
 // The largest of `count` magnitudes, NaN if one is NaN.

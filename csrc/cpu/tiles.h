@@ -13,75 +13,67 @@ constexpr int kTileRows = kManyRegisters ? 4 : 2;
 constexpr int kTileCols = 4;
 constexpr int kOuterRows = kManyRegisters ? 8 : 4;
 
-// A step of score weights: w0, w1 and (w0 + w1) / 2 for its two vectors.
-constexpr int kWeightVectors = 3;
+// Rules of inner_tile. add() adds one step of features of a row of each panel to a sum: `a` and `b`
+// point to the step's two vectors, `w` to its score weights.
 
-// Sum of w h, where h = -tanh(q + k) / 2, from a = exp(2q), b = exp(2k): with x = 1 + a b, h = 1/x
-// - 1/2 and w0 h0 + w1 h1 = (w0 x1 + w1 x0) / (x0 x1) - (w0 + w1) / 2. Subtracting at once keeps
-// the partial sums as small as those of w tanh.
+// Sum of w tanh(q + k) from a = exp(2q), b = exp(2k) and a third and fourth vector of `a`, w
+// exp(2q). With z = ab, x = z + 1 and y = w (z - 1), tanh = y / (w x), and w0 tanh0 + w1 tanh1 =
+// (y0 x1 + y1 x0) / (x0 x1). Rounding errors are relative to y, hence small where tanh is.
 template <class T>
 struct FactoredScore {
-  static constexpr T kFactor = -2;
-
-  static ATTN_EXT_INLINE Vec<T> add(Vec<T> sum, Vec<T> a0, Vec<T> a1, Vec<T> b0, Vec<T> b1,
-                                    const Vec<T>* w) {
-    const Vec<T> x0 = a0 * b0 + 1;
-    const Vec<T> x1 = a1 * b1 + 1;
-    return (sum - w[2]) + quotient<T>(w[0] * x1 + w[1] * x0, x0 * x1);
+  static ATTN_EXT_INLINE Vec<T> add(Vec<T> sum, const T* a, const T* b, const T* w) {
+    constexpr int lanes = kLanes<T>;
+    const Vec<T> b0 = load<T>(b);
+    const Vec<T> b1 = load<T>(b + lanes);
+    const Vec<T> x0 = load<T>(a) * b0 + 1;
+    const Vec<T> x1 = load<T>(a + lanes) * b1 + 1;
+    const Vec<T> y0 = load<T>(a + 2 * lanes) * b0 - load<T>(w);
+    const Vec<T> y1 = load<T>(a + 3 * lanes) * b1 - load<T>(w + lanes);
+    return sum + quotient<T>(y0 * x1 + y1 * x0, x0 * x1);
   }
 };
 
 // The same sum from a = q, b = k, for any magnitudes.
 template <class T>
 struct ExactScore {
-  static constexpr T kFactor = -2;
-
-  static ATTN_EXT_INLINE Vec<T> add(Vec<T> sum, Vec<T> a0, Vec<T> a1, Vec<T> b0, Vec<T> b1,
-                                    const Vec<T>* w) {
-    return sum + w[0] * tanh_parts<T>(a0 + b0).half + w[1] * tanh_parts<T>(a1 + b1).half;
+  static ATTN_EXT_INLINE Vec<T> add(Vec<T> sum, const T* a, const T* b, const T* w) {
+    for (int half = 0; half < kStep<T>; half += kLanes<T>) {
+      const Vec<T> x = load<T>(a + half) + load<T>(b + half);
+      sum += load<T>(w + half) * (-2 * tanh_parts<T>(x).half);
+    }
+    return sum;
   }
 };
 
 template <class T>
 struct DotProduct {
-  static constexpr T kFactor = 1;
-
-  static ATTN_EXT_INLINE Vec<T> add(Vec<T> sum, Vec<T> a0, Vec<T> a1, Vec<T> b0, Vec<T> b1,
-                                    const Vec<T>*) {
-    return sum + a0 * b0 + a1 * b1;
+  static ATTN_EXT_INLINE Vec<T> add(Vec<T> sum, const T* a, const T* b, const T*) {
+    for (int half = 0; half < kStep<T>; half += kLanes<T>) {
+      sum += load<T>(a + half) * load<T>(b + half);
+    }
+    return sum;
   }
 };
 
-// out[i * out_row + j] = kFactor * sum over features of Rule(a_i, b_j), for R x C rows.
+// out[i * out_row + j] = sum over features by Rule of rows a_i and b_j, for R x C rows.
 template <class T, template <class> class Rule, int R, int C>
 void inner_tile(Panel<T> a, Panel<T> b, int64_t steps, const T* weights, T* out, int64_t out_row) {
   constexpr int lanes = kLanes<T>;
   Vec<T> sums[R * C] = {};
   for (int64_t p = 0; p < steps; ++p) {
-    Vec<T> w[kWeightVectors] = {};
-    if (weights != nullptr) {
-#pragma GCC unroll 4
-      for (int n = 0; n < kWeightVectors; ++n) {
-        w[n] = load<T>(weights + (p * kWeightVectors + n) * lanes);
-      }
-    }
 #pragma GCC unroll 8
     for (int j = 0; j < C; ++j) {
-      const T* b_step = b.data + j * b.row + p * b.step;
-      const Vec<T> b0 = load<T>(b_step);
-      const Vec<T> b1 = load<T>(b_step + lanes);
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) {
-        const T* a_step = a.data + i * a.row + p * a.step;
-        sums[i * C + j] =
-            Rule<T>::add(sums[i * C + j], load<T>(a_step), load<T>(a_step + lanes), b0, b1, w);
+        sums[i * C + j] = Rule<T>::add(sums[i * C + j], a.data + i * a.row + p * a.step,
+                                       b.data + j * b.row + p * b.step, weights + p * kStep<T>);
       }
     }
   }
   sum_lanes<T, R * C>(sums);
 #pragma GCC unroll 16
   for (int n = 0; n < R * C; ++n) {
-    out[(n / C) * out_row + n % C] = Rule<T>::kFactor * sums[n / lanes][n % lanes];
+    out[(n / C) * out_row + n % C] = sums[n / lanes][n % lanes];
   }
 }
 

@@ -122,7 +122,7 @@ ATTN_EXT_INLINE Vec<T> quotient(Vec<T> numerator, Vec<T> x) {
   if constexpr (sizeof(T) == 4) {
     // 14 bits from the instruction, 28 after one Newton step; a division takes three times as long.
     const Vec<T> guess = (Vec<T>)_mm512_maskz_rcp14_ps(kAllLanes, (__m512)x);
-    return (numerator * guess) * (2 - x * guess);
+    return numerator * (guess + guess * (1 - x * guess));
   }
 #endif
   return numerator / x;
