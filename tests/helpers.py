@@ -316,6 +316,9 @@ class _ExactTanh(torch.autograd.Function):
         return gradient / x.cosh().square()
 
 
+exact_tanh = _ExactTanh.apply
+
+
 def formula(
     inputs: Inputs,
     leaves: dict[str, Tensor],
@@ -425,6 +428,14 @@ def call(inputs: Inputs, leaves: dict[str, Tensor], **keywords: object):
     return context.values() if context.is_nested else context, weights
 
 
+def worst(exact: Results, *others: Results, ratio: float = 1.0) -> Results:
+    """The exact results off by the largest error, at every element, that ``others`` have."""
+    errors = ([(other[name].double() - exact[name]).abs() for other in others] for name in exact)
+    return {
+        name: exact[name] + ratio * torch.stack(error).amax(0) for name, error in zip(exact, errors)
+    }
+
+
 def yardsticks(
     inputs: Inputs,
     incoming: dict[str, Tensor],
@@ -451,15 +462,8 @@ def yardsticks(
                 results[f"d{name}"] = torch.zeros_like(leaves[name])
         return {name: result.double() for name, result in results.items()}
 
-    def worst(exact: Results, *others: Results, ratio: float = 1.0) -> Results:
-        errors = ([(other[name] - exact[name]).abs() for other in others] for name in exact)
-        return {
-            name: exact[name] + ratio * torch.stack(error).amax(0)
-            for name, error in zip(exact, errors)
-        }
-
     def exactly(leaves: dict[str, Tensor]) -> Results:
-        return by_formula(leaves, torch.float64, tanh=_ExactTanh.apply)
+        return by_formula(leaves, torch.float64, tanh=exact_tanh)
 
     exact = exactly(inputs.leaves)
     eager = worst(exact, by_formula(inputs.leaves), by_formula(inputs.leaves, reverse=True))

@@ -13,8 +13,10 @@ from helpers import (
     Results,
     assert_within_budget,
     draw_keep,
+    exact_tanh,
     formula,
     make_inputs,
+    worst,
 )
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -79,12 +81,16 @@ def memory_steps(memory: AttentionMemory) -> Step:
 
 
 def formula_steps(
-    inputs: Inputs, leaves: dict[str, Tensor], keeps: list[Tensor] | None = None, dropout_p=0.0
+    inputs: Inputs,
+    leaves: dict[str, Tensor],
+    keeps: list[Tensor] | None = None,
+    dropout_p: float = 0.0,
+    **how: object,
 ) -> Step:
     def step(query: Tensor, t: int, need_weights: bool):
         tensors = {"query": query, **{name: leaves[name] for name in KEY_SIDE}}
         keep = None if keeps is None else keeps[t]
-        context, weights = formula(inputs, tensors, keep, dropout_p)
+        context, weights = formula(inputs, tensors, keep, dropout_p, **how)
         return context, weights if need_weights else None
 
     return step
@@ -144,15 +150,16 @@ def check_program(
 ) -> Results:
     """Run a decoder ``program`` on a memory and by the formulas, in float64 and eager."""
 
-    def by_formula(dtype: torch.dtype | None) -> Results:
+    def by_formula(dtype: torch.dtype | None = None, **how: object) -> Results:
         leaves = fresh_leaves(inputs, queries, wanted)
         leaves = {
             name: leaf.detach().to(dtype or leaf.dtype).requires_grad_(leaf.requires_grad)
             for name, leaf in leaves.items()
         }
-        return program(formula_steps(inputs, leaves, keeps, dropout_p), leaves)
+        return program(formula_steps(inputs, leaves, keeps, dropout_p, **how), leaves)
 
-    exact, eager = by_formula(torch.float64), by_formula(None)
+    exact = by_formula(torch.float64, tanh=exact_tanh)
+    eager = worst(exact, by_formula(), by_formula(reverse=True))
     leaves = fresh_leaves(inputs, queries, wanted)
     keywords = {"dropout_p": dropout_p} if dropout_p else {}
     memory = make_memory(inputs, leaves, backend=backend, **keywords)

@@ -1,0 +1,386 @@
+"""The torch.library ops: opcheck, fake tensors, torch.compile, instruction sets, peak memory."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import require_backend
+from helpers import (
+    INPUT_NAMES,
+    LAYOUTS,
+    ONE_STEP_LAYOUTS,
+    Inputs,
+    assert_within_budget,
+    call,
+    differentiate,
+    incoming_gradients,
+    make_inputs,
+    yardsticks,
+)
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+import attn_ext
+from attn_ext import AttentionMemory, backends, ops
+
+TESTS = Path(__file__).parent
+STEP_LAYOUTS = [name for name in ONE_STEP_LAYOUTS if "nested" not in name]
+OP_LAYOUTS = [name for name in LAYOUTS if "nested" not in name]
+
+
+@pytest.fixture(autouse=True)
+def cpu_backend():
+    require_backend("cpu")
+
+
+def test_built_library_loads():
+    """A library that is there but does not load is a failure, not a missing backend."""
+    built = list(Path(attn_ext.__file__).parent.glob("_C*.so"))
+    assert not built or backends.problem("cpu", torch.device("cpu")) is None
+
+
+# ---- opcheck ----
+
+
+class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+    """Keeps the arguments of every call of an attn_ext op."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "attn_ext":
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+def recorded_calls(inputs: Inputs, dropout_p: float) -> list[tuple]:
+    """The calls of ops, with their real arguments, of a forward and backward pass."""
+    with Recorder() as recorder:
+        differentiate(
+            lambda leaves: call(
+                inputs, leaves, backend="cpu", need_weights=True, dropout_p=dropout_p
+            ),
+            inputs.leaves,
+            incoming_gradients(inputs, need_weights=True),
+        )
+    return recorder.calls
+
+
+def recorded_memory_calls(inputs: Inputs, dropout_p: float) -> list[tuple]:
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in inputs.leaves.items()}
+    query, key, value, score_weight = leaves.values()
+    with Recorder() as recorder:
+        memory = AttentionMemory(
+            key, value, score_weight, backend="cpu", dropout_p=dropout_p, **inputs.keywords
+        )
+        steps = [memory.attend(query, need_weights=True) for _ in range(2)]
+        sum(
+            context.square().sum() + weights.square().sum() for context, weights in steps
+        ).backward()
+    return recorder.calls
+
+
+def run_opcheck(op: torch._ops.OpOverload, arguments: tuple, requires_grad: bool) -> None:
+    """All of opcheck's tests; gradients are checked for the op that has a derivative."""
+    arguments = tuple(
+        argument.detach().clone().requires_grad_(requires_grad and argument.is_floating_point())
+        if isinstance(argument, Tensor)
+        else argument
+        for argument in arguments
+    )
+    torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["no_dropout", "dropout"])
+@pytest.mark.parametrize("heads", [None, 2], ids=lambda heads: f"heads={heads}")
+@pytest.mark.parametrize("layout", OP_LAYOUTS)
+def test_opcheck(layout: str, heads: int | None, dropout_p: float):
+    # opcheck compares results by torch.testing.assert_close, to which NaN differs from NaN.
+    inputs = make_inputs(layout, heads=heads, poison=False)
+    seen = set()
+    for op, arguments in recorded_calls(inputs, dropout_p):
+        seen.add(op)
+        run_opcheck(op, arguments, requires_grad=op is ops.forward)
+    assert seen == {ops.forward, ops.backward}
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["no_dropout", "dropout"])
+@pytest.mark.parametrize("layout", STEP_LAYOUTS)
+def test_opcheck_of_memory_ops(layout: str, dropout_p: float):
+    inputs = make_inputs(layout, heads=2, poison=False)
+    seen = set()
+    for op, arguments in recorded_memory_calls(inputs, dropout_p):
+        if op not in seen:
+            run_opcheck(op, arguments, requires_grad=False)
+        seen.add(op)
+    assert seen == {ops.forward, ops.prepare, ops.step_backward, ops.memory_backward}
+
+
+# ---- Fake tensors ----
+
+
+def metadata(tensor: Tensor) -> tuple:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+
+
+def results_and_gradients(inputs: Inputs, leaves: dict[str, Tensor], **keywords) -> list[Tensor]:
+    context, weights = call(inputs, leaves, **keywords)
+    results = [context] if weights is None else [context, weights]
+    loss = sum(result.float().sum() for result in results)
+    return [*results, *torch.autograd.grad(loss, list(leaves.values()))]
+
+
+def as_fake(mode: FakeTensorMode, inputs: Inputs) -> Inputs:
+    fake = {
+        name: mode.from_tensor(value) if isinstance(value, Tensor) else value
+        for name, value in vars(inputs).items()
+    }
+    for group in ("leaves", "keywords"):
+        fake[group] = {
+            name: mode.from_tensor(value) if isinstance(value, Tensor) else value
+            for name, value in getattr(inputs, group).items()
+        }
+    return Inputs(**fake)
+
+
+@pytest.mark.parametrize("strides", ["contiguous", "transposed", "sliced"])
+@pytest.mark.parametrize("need_weights", [False, True], ids=["context", "weights"])
+@pytest.mark.parametrize("heads", [None, 2], ids=lambda heads: f"heads={heads}")
+@pytest.mark.parametrize("layout", OP_LAYOUTS)
+def test_fake_tensors_are_like_the_real(
+    layout: str, heads: int | None, need_weights: bool, strides: str
+):
+    inputs = make_inputs(layout, heads=heads, strides=strides)
+    jagged = {}
+    if "cu_seqlens_k" in inputs.keywords:
+        jagged["max_seqlen_k"] = inputs.max_seqlen_k
+    if "cu_seqlens_q" in inputs.keywords:
+        jagged["max_seqlen_q"] = inputs.max_seqlen_q
+    inputs = inputs.with_keywords(**jagged)
+    keywords = {"backend": "cpu", "need_weights": need_weights}
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in inputs.leaves.items()}
+    real = results_and_gradients(inputs, leaves, **keywords)
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        fake_inputs = as_fake(mode, inputs)
+        leaves = {name: leaf.detach().requires_grad_() for name, leaf in fake_inputs.leaves.items()}
+        fake = results_and_gradients(fake_inputs, leaves, **keywords)
+    names = ["context", *(["weights"] if need_weights else []), *(f"d{n}" for n in INPUT_NAMES)]
+    for name, ours, theirs in zip(names, fake, real, strict=True):
+        assert isinstance(ours, FakeTensor)
+        assert metadata(ours) == metadata(theirs), name
+
+
+@pytest.mark.parametrize("layout", STEP_LAYOUTS)
+def test_fakes_of_memory_ops(layout: str):
+    for op, recorded in recorded_memory_calls(make_inputs(layout, heads=2), 0.3):
+        arguments = [a.detach() if isinstance(a, Tensor) else a for a in recorded]
+        real = op(*arguments)
+        with FakeTensorMode() as mode:
+            fake = op(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments))
+        for ours, theirs in zip(fake, real, strict=True):
+            assert metadata(ours) == metadata(theirs), op
+
+
+# ---- Values that nobody checked ----
+
+HUGE = {torch.int32: 2**31 - 1, torch.int64: 2**63 - 1}
+CORRUPT = {
+    "past_the_end": lambda huge: [0, 4, 90],
+    "far_past_the_end": lambda huge: [0, 4, huge],
+    "negative": lambda huge: [-5, -3, -1],
+    "lowest": lambda huge: [-huge - 1, -huge - 1, 7],
+    "decreasing": lambda huge: [7, 3, 0],
+    "overflowing": lambda huge: [-huge - 1, huge, -huge - 1],
+    "overlapping": lambda huge: [0, 7, 2],
+    "not_from_zero": lambda huge: [3, 5, 7],
+}
+
+
+def guarded(rows: Tensor) -> Tensor:
+    """The same rows with NaN in 100 rows on either side of them."""
+    buffer = rows.new_full((len(rows) + 200, *rows.shape[1:]), torch.nan)
+    buffer[100:-100] = rows
+    return buffer[100:-100]
+
+
+@pytest.mark.parametrize("index_dtype", HUGE, ids=str)
+@pytest.mark.parametrize("corrupt", CORRUPT)
+@pytest.mark.parametrize("bound", [0, 4, 7, 1000], ids=lambda bound: f"max_seqlen={bound}")
+def test_corrupt_offsets_stay_inside_the_tensors(
+    corrupt: str, index_dtype: torch.dtype, bound: int
+):
+    """What a tensor on an accelerator may hold: nothing around the rows is read."""
+    offsets = torch.tensor(CORRUPT[corrupt](HUGE[index_dtype]), dtype=index_dtype)
+    query, key = (guarded(torch.randn(7, 2, 16)).unsqueeze(0) for _ in range(2))
+    value = guarded(torch.randn(7, 2, 5)).unsqueeze(0)
+    inputs = (query, key, value, torch.randn(2, 16))
+    tail = (0.0, None, 1)
+    layouts = (
+        (inputs, (offsets, offsets, None, None, bound, bound)),
+        ((query[0, :2, None], *inputs[1:]), (None, offsets, None, None, 1, bound)),
+    )
+    for tensors, layout in layouts:
+        context, weights, stats = ops.forward(*tensors, None, None, *layout, *tail, True, "cpu")
+        incoming = torch.ones_like(context), torch.ones_like(weights)
+        gradients = ops.backward(*incoming, *tensors, stats, *layout, *tail, 15, True, "cpu")
+        for result in (context, weights, stats, *gradients):
+            assert result.isfinite().all()
+
+
+@pytest.mark.parametrize("index_dtype", HUGE, ids=str)
+def test_corrupt_lengths_stay_inside_the_tensors(index_dtype: torch.dtype):
+    huge = HUGE[index_dtype]
+    lengths = torch.tensor([9, huge, -1, -huge - 1], dtype=index_dtype)
+    query, key = (guarded(torch.randn(4, 5, 2, 16)) for _ in range(2))
+    tensors = (query, key, guarded(torch.randn(4, 5, 2, 6)), torch.randn(2, 16))
+    layout, tail = (None, None, lengths, None, 5, 5), (0.0, None, 1)
+    context, weights, stats = ops.forward(*tensors, None, None, *layout, *tail, True, "cpu")
+    incoming = torch.ones_like(context), torch.ones_like(weights)
+    gradients = ops.backward(*incoming, *tensors, stats, *layout, *tail, 15, True, "cpu")
+    for result in (context, weights, stats, *gradients):
+        assert result.isfinite().all()
+    assert (context[2:] == 0).all() and (context[:2] != 0).any()
+
+
+# ---- torch.compile ----
+
+
+def check_compiled(inputs: Inputs, compiler: str) -> None:
+    """A whole graph, forward and backward, gives what the call itself does."""
+    torch._dynamo.reset()
+    compiled = torch.compile(attn_ext.additive_attention, fullgraph=True, backend=compiler)
+
+    def attend(leaves: dict[str, Tensor]):
+        tensors = inputs.arguments(leaves)
+        return compiled(*tensors, **inputs.keywords, need_weights=True, backend="cpu")
+
+    incoming = incoming_gradients(inputs, need_weights=True)
+    actual = differentiate(attend, inputs.leaves, incoming)
+    exact, eager = yardsticks(inputs, incoming)
+    for name, result in actual.items():
+        assert_within_budget(name, result, exact[name], eager[name])
+
+
+@pytest.mark.parametrize("layout", ["padded_lengths", "jagged", "jagged_one_step"])
+def test_compile_aot_eager(layout: str):
+    inputs = make_inputs(layout, heads=2)
+    if "jagged" in layout:
+        inputs = inputs.with_keywords(max_seqlen_k=inputs.max_seqlen_k)
+    if layout == "jagged":
+        inputs = inputs.with_keywords(max_seqlen_q=inputs.max_seqlen_q)
+    check_compiled(inputs, "aot_eager")
+
+
+@pytest.mark.parametrize("layout", ["padded_mask", "jagged"])
+def test_compile_inductor(layout: str):
+    inputs = make_inputs(layout)
+    if layout == "jagged":
+        bounds = {"max_seqlen_q": inputs.max_seqlen_q, "max_seqlen_k": inputs.max_seqlen_k}
+        inputs = inputs.with_keywords(**bounds)
+    check_compiled(inputs, "inductor")
+
+
+def test_compiled_once_for_several_shapes():
+    """Dynamic shapes: new lengths do not compile anew for ever."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(
+        attn_ext.additive_attention, fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    for size in (5, 6, 9, 14):
+        inputs = make_inputs("padded", lengths_q=(size, 2), lengths_k=(size + 1, 2))
+        context = compiled(*inputs.leaves.values(), backend="cpu")
+        exact, eager = yardsticks(inputs, {}, wanted=())
+        assert_within_budget("context", context, exact["context"], eager["context"])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+# ---- Instruction sets ----
+
+# What runs other code on another instruction set: every layout, dtype, odd size and magnitude.
+KERNEL_TESTS = (
+    "cpu and (test_layouts or test_dtypes or test_features or test_value_features or "
+    "test_sizes or test_one_step_sizes or test_magnitudes or that_cancel or test_strides or "
+    "test_dropout_in_every_layout or test_thread_count)"
+)
+
+
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+    )
+
+
+PRINT_ISA = "import attn_ext, torch; print(torch.ops.attn_ext.cpu_isa())"
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+def test_instruction_sets(isa: str):
+    """The kernel tests once more, for each instruction set of this machine but the default."""
+    if isa == torch.ops.attn_ext.cpu_isa():
+        pytest.skip(f"{isa} is what all other tests run on")
+    probe = run_python("-c", PRINT_ISA, ATTN_EXT_CPU_ISA=isa)
+    if "names no instruction set of this machine" in probe.stderr:
+        pytest.skip(f"this machine has no {isa}")
+    assert probe.stdout.strip() == isa, probe.stderr
+    files = [str(TESTS / f"test_{name}.py") for name in ("additive_attention", "attention_memory")]
+    options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-k", KERNEL_TESTS]
+    run = run_python("-m", "pytest", *options, *files, ATTN_EXT_CPU_ISA=isa)
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+
+
+def test_unknown_instruction_set():
+    run = run_python("-c", PRINT_ISA, ATTN_EXT_CPU_ISA="sse9")
+    assert run.returncode != 0
+    assert "ATTN_EXT_CPU_ISA=sse9 names no instruction set of this machine" in run.stderr
+    assert "portable" in run.stderr
+
+
+# ---- Memory ----
+
+PEAK_MEMORY = """
+import resource, torch, attn_ext
+torch.set_num_threads(1)
+
+def run(batch, length, features, step):
+    shape = (batch, length, features)
+    query, key, value = (torch.randn(shape, requires_grad=True) for _ in range(3))
+    score_weight = torch.randn(features, requires_grad=True)
+    if step:
+        memory = attn_ext.AttentionMemory(key, value, score_weight, backend="cpu")
+        contexts = [memory.attend(query[:, t]) for t in range(length)]
+        torch.stack(contexts, 1).sum().backward()
+    else:
+        attn_ext.additive_attention(query, key, value, score_weight, backend="cpu").sum().backward()
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+step = {step}
+run(2, 8, 64, step)
+before = peak()
+run(4, 256, 1024, step)
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("step", [False, True], ids=["all_steps", "memory"])
+def test_peak_memory(step: bool):
+    """Nothing of size Tq * Tk * D exists: 1 GiB here, where tensors and gradients are 4 MiB each.
+
+    The memory keeps a step's scores and weights until backward, and stacks them for its one pass:
+    of size Tq * Tk and Tq * D.
+    """
+    run = run_python("-c", PEAK_MEMORY.format(step=step))
+    assert run.returncode == 0, run.stderr
+    cube = 4 * 256 * 256 * 1024 * 4
+    assert int(run.stdout) < cube / 8, f"{int(run.stdout) / 2**20:.0f} MiB"
