@@ -26,7 +26,7 @@ class ModelConfig:
     hidden: int = 256
     encoder_layers: int = 1
     decoder_layers: int = 1
-    dropout: float = 0.3
+    dropout: float = 0.2
 
     @property
     def state_dim(self):

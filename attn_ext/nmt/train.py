@@ -19,7 +19,9 @@ from attn_ext.nmt.model import DECODERS, ModelConfig, Seq2Seq
 from attn_ext.nmt.training import METRICS_FILE, Trainer, TrainOptions
 from attn_ext.nmt.vocab import Vocabulary
 
+VOCAB_SIZE = 4000
 MODEL_DEFAULTS = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+MODEL_DEFAULTS["vocab_size"] = VOCAB_SIZE
 TRAIN_DEFAULTS = TrainOptions().as_dict()
 DEV_BLEU_SENTENCES = 300
 NO_LIMIT = 1_000_000  # steps
@@ -33,16 +35,23 @@ def parse_arguments(arguments=None):
         description="Train an RNN translation model with attn_ext's additive attention; then print "
         "BLEU, chrF and samples on held-out data, and draw attention pictures.",
         argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    whole, count = cli.positive_int, cli.natural_int
+    _add_data_options(parser.add_argument_group("data and output"))
+    _add_model_options(_adder(parser.add_argument_group("model"), MODEL_DEFAULTS))
+    _add_training_options(_adder(parser.add_argument_group("training"), TRAIN_DEFAULTS))
+    add = _adder(parser.add_argument_group("running"), {"beam": 5})
+    add("--beam", type=cli.positive_int, metavar="K", help="hypotheses in the final evaluation")
+    add("--backend", metavar="B", help=cli.BACKEND_HELP)
+    add("--device", choices=("cpu", "cuda"), help=cli.DEVICE_HELP)
+    return vars(parser.parse_args(arguments))
 
-    group = parser.add_argument_group("data and output")
+
+def _add_data_options(group):
     source = group.add_mutually_exclusive_group()
     source.add_argument(
         "--corpus",
         choices=("homeassistant", "libreoffice"),
-        help="public en-de corpus, fetched on first use (default: homeassistant)",
+        help="public en-de corpus, fetched on first use (default homeassistant)",
     )
     source.add_argument("--data", metavar="FILE.tsv", help="own pairs: source<TAB>target, UTF-8")
     group.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
@@ -51,76 +60,61 @@ def parse_arguments(arguments=None):
     )
     group.add_argument("--overwrite", action="store_true", help="start anew over a run in DIR")
 
-    group = parser.add_argument_group("model")
-    add = _adder(group, MODEL_DEFAULTS)
+
+def _add_model_options(add):
+    whole = cli.positive_int
     add(
         "--decoder",
         choices=sorted(DECODERS),
         help="rnnsearch: input feeding, one attention a step; gnmt: the first layer's outputs "
         "query all steps at once",
     )
-    add("--vocab-size", type=whole, metavar="N", default=4000, help="most subwords")
+    add("--vocab-size", type=whole, metavar="N", help="most subwords")
     add("--embedding", type=whole, metavar="N", help="features of an embedding")
     add("--hidden", type=whole, metavar="N", help="features of an LSTM state, each direction")
     add("--encoder-layers", type=whole, metavar="N", help="bidirectional layers")
-    add(
-        "--decoder-layers",
-        type=whole,
-        metavar="N",
-        help="decoder layers, of which gnmt has one more by default",
-    )
+    add("--decoder-layers", type=whole, metavar="N", help="layers; gnmt has one more by default")
     add("--dropout", type=cli.fraction, metavar="P", help="on embeddings and layer outputs")
 
-    group = parser.add_argument_group("training")
-    add = _adder(group, TRAIN_DEFAULTS)
-    group.add_argument(
-        "--max-steps",
-        type=count,
-        metavar="N",
-        help=f"updates to make (default {TRAIN_DEFAULTS['max_steps']}, or no limit with --minutes)",
-    )
-    group.add_argument(
+
+def _add_training_options(add):
+    whole, count, fraction = cli.positive_int, cli.natural_int, cli.fraction
+    add("--max-steps", type=count, metavar="N", help="updates to make; no limit with --minutes")
+    add(
         "--minutes",
         type=float,
         metavar="M",
-        help="stop training after this time, the evaluation comes on top; 0 is never (default "
-        f"{TRAIN_DEFAULTS['minutes']:g}, or no limit with --max-steps)",
+        help="stop training after this time, evaluation comes on top; 0 or --max-steps: no limit",
     )
     add("--seed", type=count, metavar="S", help="of everything random")
     add("--batch-tokens", type=whole, metavar="N", help="tokens of a batch, over all processes")
-    add("--learning-rate", "--lr", type=float, metavar="X", help="the highest")
+    add("--learning-rate", "--lr", type=cli.positive_number, metavar="X", help="the highest")
     add("--warmup", type=count, metavar="N", help="steps to the highest rate")
-    add("--label-smoothing", type=cli.fraction, metavar="P", help="weight of the uniform target")
-    add("--clip", type=float, metavar="X", help="greatest norm of the gradient")
-    add("--averaging", type=cli.fraction, metavar="P", help="decay of the parameters' average")
+    add("--label-smoothing", type=fraction, metavar="P", help="weight of the uniform target")
+    add("--clip", type=cli.positive_number, metavar="X", help="greatest norm of the gradient")
+    add("--averaging", type=fraction, metavar="P", help="decay of the parameters' average")
     add("--eval-every", type=whole, metavar="N", help="steps between evaluations on dev")
     add(
         "--patience",
         type=count,
         metavar="N",
-        help="evaluations without gain after which to stop; 0 is never",
+        help="stop after N evaluations without gain; 0: never",
     )
     add("--checkpoint-every", type=whole, metavar="N", help="steps between checkpoints")
-    group.add_argument(
+    add(
         "--bf16",
         action=argparse.BooleanOptionalAction,
-        help="compute in bfloat16 (default: on GPUs that have it)",
+        help="compute in bfloat16; the default is to do so on GPUs that have it",
     )
-
-    group = parser.add_argument_group("running")
-    group.add_argument(
-        "--beam", type=whole, metavar="K", help="of the final evaluation (default 5)"
-    )
-    group.add_argument("--backend", metavar="B", help=cli.BACKEND_HELP)
-    group.add_argument("--device", choices=("cpu", "cuda"), help=cli.DEVICE_HELP)
-    return vars(parser.parse_args(arguments))
 
 
 def _adder(group, defaults):
-    def add(name, *names, help, default=None, **keywords):
-        field = name.removeprefix("--").replace("-", "_")
-        default = defaults.get(field, default)
-        group.add_argument(name, *names, help=f"{help} (default {default})", **keywords)
+    """An add_argument that shows the default, without setting it."""
+
+    def add(name, *names, help, **keywords):
+        default = defaults.get(name.removeprefix("--").replace("-", "_"))
+        shown = "" if default is None or default is False else f" (default {default})"
+        group.add_argument(name, *names, help=help + shown, **keywords)
 
     return add
 
@@ -244,7 +238,7 @@ def _vocabulary(given, saved, split):
             _refuse(given, "vocab_size", len(vocabulary))
         return vocabulary
     texts = (text for pair in split.train for text in (pair.source, pair.target))
-    return Vocabulary.train(texts, given.get("vocab_size", 4000))
+    return Vocabulary.train(texts, given.get("vocab_size", VOCAB_SIZE))
 
 
 def _encode(vocabulary, pairs):

@@ -30,7 +30,7 @@ METRICS_FILE = "metrics.jsonl"
 class TrainOptions:
     seed: int = 1
     batch_tokens: int = 1000
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     warmup: int = 200
     label_smoothing: float = 0.1
     clip: float = 1.0
@@ -38,10 +38,10 @@ class TrainOptions:
     bf16: bool = False
     eval_every: int = 250
     # From here on, what a resumed run may change without changing what its steps compute.
-    max_steps: int = 3000
+    max_steps: int = 2400
     minutes: float = 10.0
     patience: int = 8
-    checkpoint_every: int = 250
+    checkpoint_every: int = 100
 
     MUTABLE = ("max_steps", "minutes", "patience", "checkpoint_every")
 
@@ -182,10 +182,9 @@ class Trainer:
                 self.progress.position += 1
                 self.progress.step += 1
                 self._write(metrics, record)
+                text = f"loss {record['loss']:.2f}, {record['tokens_per_s']:.0f} tokens/s"
+                bar.set_postfix_str(text, refresh=False)
                 bar.update()
-                bar.set_postfix_str(
-                    f"loss {record['loss']:.2f}, {record['tokens_per_s']:.0f} tokens/s"
-                )
                 if self.progress.step % self.options.eval_every == 0:
                     self._evaluate(metrics, bar)
                 if self.progress.step % self.options.checkpoint_every == 0:
