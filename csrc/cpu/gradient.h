@@ -1,7 +1,7 @@
-// The gradient phase: from s = alpha (dalpha - delta) to dquery, dkey and dscore_weight. With h =
-// -tanh(q + k) / 2 and y = 1/4 - h^2:
-//   dquery_id = 4 w_d sum_j s_ij y_ijd,  dkey_jd = 4 w_d sum_i s_ij y_ijd,
-//   dscore_weight_d = -2 sum_ij s_ij h_ijd.
+// The gradient phase: from s = alpha (dalpha - delta) to dquery, dkey and dscore_weight. With t =
+// tanh(q + k):
+//   dquery_id = w_d sum_j s_ij (1 - t_ijd^2),  dkey_jd = w_d sum_i s_ij (1 - t_ijd^2),
+//   dscore_weight_d = sum_ij s_ij t_ijd.
 #pragma once
 
 #include "call.h"
@@ -16,7 +16,8 @@ constexpr int64_t kGradientTile = 64;
 // Terms of dscore_weight that are summed in the compute type before they join a sum in double.
 constexpr int64_t kWeightTerms = 512;
 
-// h and y of a step of features: a = exp(2q), b = exp(2k), x = 1 + a b, h = 1/x - 1/2.
+// tanh and its slope for a step of features, from a = exp(2q), b = exp(2k): with z = ab,
+// tanh = (z - 1) / (z + 1), one reciprocal for two features.
 template <class T>
 struct FactoredSlope {
   static constexpr bool kShifted = false;
@@ -26,10 +27,10 @@ struct FactoredSlope {
     const Vec<T> x0 = a0 * b0 + 1;
     const Vec<T> x1 = a1 * b1 + 1;
     const Vec<T> inverse = reciprocal<T>(x0 * x1);
-    t0.half = x1 * inverse - T(0.5);
-    t1.half = x0 * inverse - T(0.5);
-    t0.slope = T(0.25) - t0.half * t0.half;
-    t1.slope = T(0.25) - t1.half * t1.half;
+    t0.tanh = (a0 * b0 - 1) * (x1 * inverse);
+    t1.tanh = (a1 * b1 - 1) * (x0 * inverse);
+    t0.slope = 1 - t0.tanh * t0.tanh;
+    t1.slope = 1 - t1.tanh * t1.tanh;
   }
 };
 
@@ -45,14 +46,14 @@ struct ExactSlope {
   }
 };
 
-// The same where every h is small, with y - 1/4 = -h^2 in place of y for dquery (see Route).
+// The same where every tanh is small, with -t^2 in place of 1 - t^2 for dquery (see Route).
 template <class T>
 struct SmallSlope : ExactSlope<T> {
   static constexpr bool kShifted = true;
 };
 
 // One step of features of `rows` queries against K keys. Rows of a, dq, dk are kStep apart; dq, dk
-// and dw are added to: sums of s y (or s (y - 1/4)), s y and s h.
+// and dw are added to: sums of s (1 - t^2) or -s t^2, s (1 - t^2) and s t.
 template <class T>
 struct GradientOperands {
   const T* a;
@@ -99,12 +100,12 @@ void gradient_tile(const GradientOperands<T>& o) {
       if constexpr (kKey) {
         dk0[j] += s * t0.slope;
         dk1[j] += s * t1.slope;
-        dw0 += s * t0.half;
-        dw1 += s * t1.half;
+        dw0 += s * t0.tanh;
+        dw1 += s * t1.tanh;
       }
       if constexpr (kQuery) {
-        dq0 += s * (Rule<T>::kShifted ? -t0.half * t0.half : t0.slope);
-        dq1 += s * (Rule<T>::kShifted ? -t1.half * t1.half : t1.slope);
+        dq0 += s * (Rule<T>::kShifted ? -t0.tanh * t0.tanh : t0.slope);
+        dq1 += s * (Rule<T>::kShifted ? -t1.tanh * t1.tanh : t1.slope);
       }
     }
     if constexpr (kQuery) {
@@ -257,8 +258,9 @@ class GradientBlock {
     }
   }
 
-  // Where every tanh is small, y is nearly 1/4, and as sum_j s_ij = 0 what remains of sum_j s_ij
-  // y_ijd is little more than the rounding errors of that 0. There the sum goes over y - 1/4.
+  // Where every tanh is small, 1 - t^2 is nearly 1, and as sum_j s_ij = 0 what remains of
+  // sum_j s_ij (1 - t_ijd^2) is little more than the rounding errors of that 0: there the sum
+  // leaves out the 1.
   enum class Route { kFactored, kExact, kSmall };
 
   Route route_of(int64_t i, T key_bound) const {
@@ -274,7 +276,7 @@ class GradientBlock {
     for (int64_t i = begin; i < end; ++i) {
       const T* s = call_.dscores + unit_.scores + i * unit_.ld + key;
       for (int64_t j = 0; j < keys; ++j) {
-        left_out_[i] += 0.25 * static_cast<double>(s[j]);
+        left_out_[i] += static_cast<double>(s[j]);
       }
       shifted_keys_[i] += keys;
     }
@@ -309,25 +311,25 @@ class GradientBlock {
     return {exact_key_.data, kStep<T>, keys * kStep<T>};
   }
 
-  // Long sums of s h continue in double.
+  // Long sums of s t continue in double.
   void add_weights() {
     weight_terms_ = 0;
     if (dweight_total_ != nullptr) {
       for (int64_t c = 0; c < item_.cols; ++c) {
-        dweight_total_[c] += -2 * static_cast<double>(dweight_[c]);
+        dweight_total_[c] += static_cast<double>(dweight_[c]);
       }
       pad_row<T>(dweight_, 0, steps_ * kStep<T>, 0);
     }
   }
 
-  // Row r of `rows` in a step-after-step layout, plus `shift`, times 4 w.
+  // Row r of `rows` in a step-after-step layout, plus `shift`, times w.
   const T* final_row(const T* data, int64_t r, int64_t rows, T shift) {
     const T* weight = score_weights(call_, unit_.head) + item_.col;
     for (int64_t c = 0; c < item_.cols; c += kStep<T>) {
       const T* sums = data + (c / kStep<T> * rows + r) * kStep<T>;
       const int64_t count = smaller(kStep<T>, item_.cols - c);
       for (int64_t n = 0; n < count; ++n) {
-        row_[c + n] = 4 * weight[c + n] * (sums[n] + shift);
+        row_[c + n] = weight[c + n] * (sums[n] + shift);
       }
     }
     return row_;

@@ -13,7 +13,7 @@ constexpr int64_t kLargestQueryBlock = 128;  // queries that share the exponenti
 constexpr int64_t kBlockNumbers = 1 << 17;   // their exponentials, 512 KiB of float, stay in L2
 constexpr int64_t kSmallestKeyRange = 256;   // an item's keys, to outweigh its partial results
 constexpr int64_t kWaveScores = 1 << 20;     // numbers in each of a wave's two score buffers
-constexpr int64_t kFeatureBlock = 64;  // features of a gradient item: whole steps on any machine
+constexpr int64_t kFeatureBlock = 128; // features of a gradient item: whole steps on any machine
 constexpr int64_t kValueKeys = 64;     // keys of a dvalue item
 // Reading a key or a value costs as much as this many queries against it.
 constexpr int64_t kReadCost = 3;

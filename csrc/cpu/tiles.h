@@ -39,7 +39,7 @@ struct ExactScore {
   static ATTN_EXT_INLINE Vec<T> add(Vec<T> sum, const T* a, const T* b, const T* w) {
     for (int half = 0; half < kStep<T>; half += kLanes<T>) {
       const Vec<T> x = load<T>(a + half) + load<T>(b + half);
-      sum += load<T>(w + half) * (-2 * tanh_parts<T>(x).half);
+      sum += load<T>(w + half) * tanh_parts<T>(x).tanh;
     }
     return sum;
   }

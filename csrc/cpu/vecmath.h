@@ -84,18 +84,18 @@ ATTN_EXT_INLINE T exp_nonpositive_scalar(T x) {
   return exp_nonpositive<T>(splat<T>(x))[0];
 }
 
-// With h = -tanh(x) / 2: h, and slope = 1/4 - h^2 = (1 - tanh(x)^2) / 4.
+// tanh(x) and slope = 1 - tanh(x)^2.
 template <class T>
 struct TanhParts {
-  Vec<T> half;
+  Vec<T> tanh;
   Vec<T> slope;
 };
 
 // Below it 1 - tanh(x)^2 is 0 in double precision, so it is here too.
-constexpr double kVanishingSlope = 0x1p-55;
+constexpr double kVanishingSlope = 0x1p-53;
 
 // tanh from v = expm1(-2|x|) = scale - 1 + scale * fraction, which has a small relative error
-// everywhere: tanh|x| = -v / (2 + v), (1 - tanh^2) / 4 = (1 + v) / (2 + v)^2.
+// everywhere: tanh|x| = -v / (2 + v), 1 - tanh^2 = 4 (1 + v) / (2 + v)^2.
 template <class T>
 ATTN_EXT_INLINE TanhParts<T> tanh_parts(Vec<T> x) {
   const Vec<T> lowest = splat<T>(ExpConstants<T>::kLowest);
@@ -104,10 +104,10 @@ ATTN_EXT_INLINE TanhParts<T> tanh_parts(Vec<T> x) {
   const Vec<T> tail = parts.scale * parts.fraction;
   const Vec<T> v = (parts.scale - 1) + tail;
   const Vec<T> inverse = 1 / (v + 2);
-  const Vec<T> half = v * inverse * T(0.5);
   const VecBits<T> sign = bits_of<T>(x) & kSignBit<T>;
-  const Vec<T> slope = (parts.scale + tail) * inverse * inverse;
-  return {from_bits<T>(bits_of<T>(half) ^ sign), slope < T(kVanishingSlope) ? Vec<T>{} : slope};
+  const Vec<T> slope = 4 * (parts.scale + tail) * inverse * inverse;
+  return {from_bits<T>(bits_of<T>(-v * inverse) | sign),
+          slope < T(kVanishingSlope) ? Vec<T>{} : slope};
 }
 
 #if ATTN_EXT_ISA_AVX512
