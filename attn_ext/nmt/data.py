@@ -3,6 +3,7 @@
 import hashlib
 import random
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from attn_ext.nmt.cli import UsageError
 
 HELD_OUT_SHARE = 0.05  # of the groups, for dev and for test each
+LARGEST_GROUP = 5  # times the mean size; a larger group is not held out
 
 
 class Split(NamedTuple):
@@ -23,16 +25,19 @@ def split_pairs(pairs):
     """Split by group, drop duplicates, and drop from dev and test what train has seen.
 
     The group decides by a hash of its name, so the split does not depend on the order of the data.
-    A held-out source is a leak if it equals a training source up to case and numbers
-    ("Zone 1 name", "Zone 2 name").
+    Large groups are for training: a single one would be most of what is held out. A held-out source
+    is a leak if it equals a training source up to case and numbers ("Zone 1", "Zone 2").
     """
     pairs = list(dict.fromkeys(pair for pair in pairs if pair.source and pair.target))
-    groups = sorted({pair.group for pair in pairs}, key=_stable_hash)
-    if len(groups) < 3:
+    sizes = Counter(pair.group for pair in pairs)
+    if len(sizes) < 3:
         raise UsageError(
-            f"the data hold {len(groups)} different group(s) of pairs; at least 3 are needed to "
+            f"the data hold {len(sizes)} different group(s) of pairs; at least 3 are needed to "
             "hold some out for development and test"
         )
+    largest = LARGEST_GROUP * len(pairs) / len(sizes)
+    small = [group for group, size in sizes.items() if size <= largest]
+    groups = sorted(small if len(small) >= 3 else sizes, key=_stable_hash)
     share = max(1, round(len(groups) * HELD_OUT_SHARE))
     dev_groups, test_groups = set(groups[:share]), set(groups[share : 2 * share])
     train, dev, test = {}, {}, {}

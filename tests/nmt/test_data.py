@@ -34,6 +34,14 @@ class TestSplit:
         assert not (dev | test) & train and not dev & test
         assert not any(source.startswith("Zone") for source in dev | test)
 
+    def test_large_groups_are_for_training(self):
+        pairs = component_pairs()
+        split = data.split_pairs(pairs)
+        large = {split.dev[0].group, split.test[0].group}
+        pairs += [Pair("extra " * i, "x", name) for name in large for i in range(1, 99)]
+        split = data.split_pairs(pairs)
+        assert not {pair.group for pair in split.dev + split.test} & large
+
     def test_exact_duplicates_are_dropped(self):
         split = data.split_pairs(component_pairs())
         for part in split:
