@@ -1,8 +1,11 @@
 """Fixtures of the whole suite."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
 import pytest
 import torch
-from helpers import BACKEND_DEVICES
+from helpers import BACKEND_DEVICES, require_backend
 
 from attn_ext import backends
 
@@ -19,29 +22,22 @@ def pytest_report_header() -> list[str]:
 
 
 @pytest.fixture(params=BACKEND_DEVICES)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend of this machine in turn; one that is missing is a visible skip."""
-    return require_backend(request.param)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend in turn, its device the default one; a missing backend is a visible skip."""
+    with default_device(BACKEND_DEVICES[require_backend(request.param)]):
+        yield request.param
 
 
 @pytest.fixture(params=[name for name in BACKEND_DEVICES if name != "reference"])
-def kernel_backend(request: pytest.FixtureRequest) -> str:
-    """Every backend with kernels of its own."""
-    return require_backend(request.param)
+def kernel_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend with kernels of its own, its device the default one."""
+    with default_device(BACKEND_DEVICES[require_backend(request.param)]):
+        yield request.param
 
 
-@pytest.fixture
-def device(request: pytest.FixtureRequest) -> str:
-    """The device of the backend that the test runs on."""
-    fixture = "backend" if "backend" in request.fixturenames else "kernel_backend"
-    return BACKEND_DEVICES[request.getfixturevalue(fixture)]
-
-
-def require_backend(name: str) -> str:
-    problem = backends.problem(name, torch.device(BACKEND_DEVICES[name]))
-    if problem is not None:
-        pytest.skip(f"backend {name}: {problem}")
-    return name
+def default_device(device: str) -> AbstractContextManager:
+    """Make tensors on ``device``; for the CPU, where they are anyway, without a torch mode."""
+    return nullcontext() if device == "cpu" else torch.device(device)
 
 
 @pytest.fixture(autouse=True)

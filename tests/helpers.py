@@ -7,10 +7,12 @@ of ``attn_ext``. Every comparison goes through :func:`assert_within_budget`.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from torch import Tensor
 
 import attn_ext
+from attn_ext import backends
 from attn_ext.reference import draw_seed, dropout_keep_mask
 
 # Backends and the device their tensors are on. Accelerator backends join here.
@@ -34,11 +36,22 @@ LAYOUTS = (
     "nested_keys_jagged_query",
 )
 ONE_STEP_LAYOUTS = tuple(name for name in LAYOUTS if "one_step" in name)
+JAGGED_KEY_LAYOUTS = tuple(name for name in LAYOUTS if "jagged" in name or "nested" in name)
+JAGGED_QUERY_LAYOUTS = ("jagged", "nested", "nested_query", "nested_keys_jagged_query")
 
 # Sequence lengths in which every kind of sequence occurs: plain, without queries, without keys,
 # with neither, and of length 1.
 LENGTHS_Q = (3, 0, 2, 0, 5, 1)
 LENGTHS_K = (7, 4, 0, 0, 13, 1)
+
+
+def require_backend(name: str) -> str:
+    """The name, or a visible skip where the backend is missing."""
+    problem = backends.problem(name, torch.device(BACKEND_DEVICES[name]))
+    if problem is not None:
+        pytest.skip(f"backend {name}: {problem}")
+    return name
+
 
 # ---- The error budget: section 3 of the contract, and the only tolerances of the suite. ----
 
@@ -161,6 +174,74 @@ def offsets_of(lengths: Sequence[int], dtype: torch.dtype = torch.int64) -> Tens
     return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
 
 
+@dataclass(frozen=True)
+class _Side:
+    """Where the rows of queries, or of keys, of every sequence are."""
+
+    places: tuple[int, ...]  # the axes before heads and features
+    rows: list[tuple]
+    columns: list[Tensor]
+    max_seqlen: int
+    keywords: dict[str, Tensor]
+    offsets: Tensor | None = None  # of a nested tensor
+
+
+def _query_side(
+    layout: str, lengths: Sequence[int], batch: int, index_dtype: torch.dtype, tail_rows: int
+) -> _Side:
+    if layout in ONE_STEP_LAYOUTS:
+        rows: list[tuple] = [(slice(b, b + 1),) for b in range(batch)]
+        return _Side((batch,), rows, [], 1, {})
+    assert len(lengths) == batch
+    if layout in JAGGED_QUERY_LAYOUTS:
+        nested = layout in ("nested", "nested_query")
+        return _jagged_side("cu_seqlens_q", lengths, index_dtype, tail_rows, nested)
+    longest = max(lengths, default=0)
+    return _Side((batch, longest), [(b,) for b in range(batch)], [], longest, {})
+
+
+def _key_side(
+    layout: str,
+    lengths: Sequence[int],
+    index_dtype: torch.dtype,
+    tail_rows: int,
+    key_padding_mask: Tensor | None,
+    generator: torch.Generator,
+) -> _Side:
+    if layout in JAGGED_KEY_LAYOUTS:
+        nested = "nested" in layout and layout != "nested_query"
+        return _jagged_side("cu_seqlens_k", lengths, index_dtype, tail_rows, nested)
+    places = len(lengths), max(lengths, default=0)
+    ignored = torch.zeros(places, dtype=torch.bool)
+    keywords = {}
+    if "lengths" in layout:
+        keywords["key_lengths"] = torch.tensor(lengths, dtype=index_dtype)
+        ignored = torch.arange(places[1]) >= keywords["key_lengths"][:, None]
+    elif "mask" in layout:
+        ignored = key_padding_mask
+        if ignored is None:
+            ignored = torch.rand(places, generator=generator) < 0.4
+            ignored[1::3] = True  # whole sequences too
+        keywords["key_padding_mask"] = ignored
+    columns = [(~row).nonzero()[:, 0].cpu() for row in ignored]
+    return _Side(places, list(enumerate(columns)), columns, places[1], keywords)
+
+
+def _jagged_side(
+    name: str, lengths: Sequence[int], index_dtype: torch.dtype, tail_rows: int, nested: bool
+) -> _Side:
+    offsets = offsets_of(lengths, index_dtype)
+    bounds = offsets.tolist()
+    return _Side(
+        (sum(lengths) + (0 if nested else tail_rows),),
+        [(slice(start, end),) for start, end in zip(bounds, bounds[1:])],
+        [torch.arange(length) for length in lengths],
+        max(lengths, default=0),
+        {} if nested else {name: offsets},
+        offsets if nested else None,
+    )
+
+
 def make_inputs(
     layout: str,
     *,
@@ -177,9 +258,8 @@ def make_inputs(
     strides: str = "contiguous",
     poison: bool = True,
     seed: int = 0,
-    device: str = "cpu",
 ) -> Inputs:
-    """Random inputs of a layout.
+    """Random inputs of a layout, on the default device, which is that of the backend tested.
 
     Args:
         layout: one of LAYOUTS.
@@ -194,74 +274,38 @@ def make_inputs(
         strides: how the tensors lie in memory, see :func:`with_strides`.
         poison: fill what belongs to nobody with NaN.
         seed: of the random numbers.
-        device: of all tensors.
     """
-    generator = torch.Generator().manual_seed(seed)
-    batch = len(lengths_k)
-    keys_jagged = "jagged" in layout or "nested" in layout
-    query_jagged = layout in ("jagged", "nested", "nested_query", "nested_keys_jagged_query")
-    one_step = layout in ONE_STEP_LAYOUTS
-    assert layout in LAYOUTS and (one_step or len(lengths_q) == batch)
-    max_q = 1 if one_step else max(lengths_q, default=0)
-    max_k = max(lengths_k, default=0)
-    keywords: dict[str, object] = {}
-
-    query_places = (batch,) if one_step else (batch, max_q)
-    query_rows: list[tuple] = [(slice(b, b + 1),) if one_step else (b,) for b in range(batch)]
-    cu_q = offsets_of(lengths_q, index_dtype)
-    if query_jagged:
-        nested = layout in ("nested", "nested_query")
-        query_places = (sum(lengths_q) + (0 if nested else tail_rows),)
-        query_rows = _jagged_rows(cu_q)
-        if not nested:
-            keywords["cu_seqlens_q"] = cu_q.to(device)
-
-    cu_k = offsets_of(lengths_k, index_dtype)
-    if keys_jagged:
-        nested = layout not in ("jagged", "jagged_one_step", "nested_query")
-        key_places: tuple[int, ...] = (sum(lengths_k) + (0 if nested else tail_rows),)
-        key_rows = _jagged_rows(cu_k)
-        columns = [torch.arange(length) for length in lengths_k]
-        if not nested:
-            keywords["cu_seqlens_k"] = cu_k.to(device)
-    else:
-        key_places = (batch, max_k)
-        ignored = torch.zeros(key_places, dtype=torch.bool)
-        if "lengths" in layout:
-            ignored = torch.arange(max_k) >= torch.tensor(lengths_k)[:, None]
-            keywords["key_lengths"] = torch.tensor(lengths_k, dtype=index_dtype, device=device)
-        elif "mask" in layout:
-            ignored = key_padding_mask
-            if ignored is None:
-                ignored = torch.rand(key_places, generator=generator) < 0.4
-                ignored[1::3] = True  # whole sequences too
-            keywords["key_padding_mask"] = ignored.to(device)
-        columns = [(~row).nonzero()[:, 0].cpu() for row in ignored]
-        key_rows = [(b, column) for b, column in enumerate(columns)]
-
+    device = torch.get_default_device()
     head_axis = () if heads is None else (heads,)
-    leaves = {
-        "query": _randn((*query_places, *head_axis, features), generator) * scale,
-        "key": _randn((*key_places, *head_axis, features), generator) * scale,
-        "value": _randn((*key_places, *head_axis, value_features), generator),
-        "score_weight": _randn((*head_axis, features), generator) * 2 * max(features, 1) ** -0.5,
-    }
-    if poison:
-        leaves["query"][~_owned(query_places, query_rows)] = torch.nan
-        for name in ("key", "value"):
-            leaves[name][~_owned(key_places, key_rows)] = torch.nan
-    leaves = {name: with_strides(t.to(device, dtype), strides) for name, t in leaves.items()}
+    with torch.device("cpu"):  # the same numbers on every device
+        generator = torch.Generator().manual_seed(seed)
+        queries = _query_side(layout, lengths_q, len(lengths_k), index_dtype, tail_rows)
+        keys = _key_side(layout, lengths_k, index_dtype, tail_rows, key_padding_mask, generator)
+        shapes = {
+            "query": (*queries.places, *head_axis, features),
+            "key": (*keys.places, *head_axis, features),
+            "value": (*keys.places, *head_axis, value_features),
+            "score_weight": (*head_axis, features),
+        }
+        leaves = {name: _randn(shape, generator) for name, shape in shapes.items()}
+        leaves["query"] *= scale
+        leaves["key"] *= scale
+        leaves["score_weight"] *= 2 * max(features, 1) ** -0.5
+        if poison:
+            leaves["query"][~_owned(queries.places, queries.rows)] = torch.nan
+            for name in ("key", "value"):
+                leaves[name][~_owned(keys.places, keys.rows)] = torch.nan
     return Inputs(
         layout,
-        leaves,
-        keywords,
-        query_rows,
-        key_rows,
-        columns,
-        max_q,
-        max_k,
-        cu_q.to(device) if layout in ("nested", "nested_query") else None,
-        cu_k.to(device) if "nested" in layout and layout != "nested_query" else None,
+        {name: with_strides(leaf.to(device, dtype), strides) for name, leaf in leaves.items()},
+        {name: index.to(device) for name, index in (queries.keywords | keys.keywords).items()},
+        queries.rows,
+        keys.rows,
+        keys.columns,
+        queries.max_seqlen,
+        keys.max_seqlen,
+        None if queries.offsets is None else queries.offsets.to(device),
+        None if keys.offsets is None else keys.offsets.to(device),
     )
 
 
@@ -283,17 +327,12 @@ def with_strides(tensor: Tensor, kind: str) -> Tensor:
 
 
 def _randn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def _jagged_rows(cu: Tensor) -> list[tuple]:
-    bounds = cu.tolist()
-    return [(slice(start, end),) for start, end in zip(bounds, bounds[1:])]
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def _owned(places: tuple[int, ...], rows: list[tuple]) -> Tensor:
     """Which places belong to a sequence and are not ignored."""
-    owned = torch.zeros(places, dtype=torch.bool)
+    owned = torch.zeros(places, dtype=torch.bool, device="cpu")
     for index in rows:
         owned[index] = True
     return owned
@@ -412,7 +451,7 @@ def differentiate(
 
 def incoming_gradients(inputs: Inputs, need_weights: bool, seed: int = 1) -> dict[str, Tensor]:
     """Random incoming gradients, in value's dtype, of the context and the weights."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     results = formula(inputs, inputs.leaves)[: 2 if need_weights else 1]
     return {
         name: _randn(tuple(result.shape), generator).to(result)

@@ -1,12 +1,15 @@
 """``attn_ext.additive_attention`` on every backend against the float64 yardstick."""
 
 import itertools
+import random
 from collections.abc import Callable
 
 import pytest
 import torch
 from helpers import (
     INPUT_NAMES,
+    JAGGED_KEY_LAYOUTS,
+    JAGGED_QUERY_LAYOUTS,
     LAYOUTS,
     Inputs,
     assert_within_budget,
@@ -14,7 +17,6 @@ from helpers import (
     check,
     compare,
     differentiate,
-    draw_keep,
     incoming_gradients,
     make_inputs,
     offsets_of,
@@ -45,14 +47,14 @@ def named(name: str) -> Callable[[object], str]:
 @pytest.mark.parametrize("need_weights", [False, True], ids=["context", "weights"])
 @pytest.mark.parametrize("heads", [None, 1, 3], ids=named("heads"))
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(backend: str, device: str, layout: str, heads: int | None, need_weights: bool):
-    inputs = make_inputs(layout, heads=heads, device=device)
+def test_layouts(backend: str, layout: str, heads: int | None, need_weights: bool):
+    inputs = make_inputs(layout, heads=heads)
     check(inputs, backend, need_weights=need_weights)
 
 
 @pytest.mark.parametrize("heads", [None, 2], ids=named("heads"))
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradcheck(backend: str, device: str, layout: str, heads: int | None):
+def test_gradcheck(backend: str, layout: str, heads: int | None):
     inputs = make_inputs(
         layout,
         heads=heads,
@@ -62,7 +64,6 @@ def test_gradcheck(backend: str, device: str, layout: str, heads: int | None):
         value_features=2,
         dtype=torch.float64,
         poison=False,
-        device=device,
     )
     leaves = [leaf.requires_grad_() for leaf in inputs.leaves.values()]
 
@@ -75,9 +76,7 @@ def test_gradcheck(backend: str, device: str, layout: str, heads: int | None):
 @pytest.mark.parametrize("features", [(16, 8), (64, 64)], ids=["D=16-Dv=8", "D=64-Dv=64"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("layout", MAIN_LAYOUTS)
-def test_dtypes(
-    backend: str, device: str, layout: str, dtype: torch.dtype, features: tuple[int, int]
-):
+def test_dtypes(backend: str, layout: str, dtype: torch.dtype, features: tuple[int, int]):
     inputs = make_inputs(
         layout,
         heads=2,
@@ -86,7 +85,6 @@ def test_dtypes(
         features=features[0],
         value_features=features[1],
         dtype=dtype,
-        device=device,
     )
     check(inputs, backend)
 
@@ -109,13 +107,12 @@ MIXED_DTYPES = [
 @pytest.mark.parametrize("layout", ["padded_lengths", "jagged_one_step"])
 def test_mixed_dtypes(
     backend: str,
-    device: str,
     layout: str,
     query_dtype: torch.dtype,
     value_dtype: torch.dtype,
     score_weight_dtype: torch.dtype,
 ):
-    inputs = make_inputs(layout, device=device)
+    inputs = make_inputs(layout)
     dtypes = (query_dtype, query_dtype, value_dtype, score_weight_dtype)
     inputs = inputs.with_leaves(
         **{name: inputs.leaves[name].to(dtype) for name, dtype in zip(INPUT_NAMES, dtypes)}
@@ -125,15 +122,15 @@ def test_mixed_dtypes(
 
 @pytest.mark.parametrize("value_features", [1, 7, 16, 17, 64, 100, 1000], ids=named("Dv"))
 @pytest.mark.parametrize("layout", ["jagged", "one_step_mask"])
-def test_value_features(backend: str, device: str, layout: str, value_features: int):
-    check(make_inputs(layout, value_features=value_features, device=device), backend)
+def test_value_features(backend: str, layout: str, value_features: int):
+    check(make_inputs(layout, value_features=value_features), backend)
 
 
 @pytest.mark.parametrize("heads", [None, 2], ids=named("heads"))
 @pytest.mark.parametrize("features", [1, 7, 16, 17, 64, 100, 1000], ids=named("D"))
 @pytest.mark.parametrize("layout", ["jagged", "one_step_mask"])
-def test_features(backend: str, device: str, layout: str, features: int, heads: int | None):
-    check(make_inputs(layout, features=features, heads=heads, device=device), backend)
+def test_features(backend: str, layout: str, features: int, heads: int | None):
+    check(make_inputs(layout, features=features, heads=heads), backend)
 
 
 SIZES = [(1, 1), (1, 2), (2, 1), (3, 5), (7, 13), (16, 16), (17, 31), (33, 65), (127, 3), (2, 1009)]
@@ -141,32 +138,32 @@ SIZES = [(1, 1), (1, 2), (2, 1), (3, 5), (7, 13), (16, 16), (17, 31), (33, 65), 
 
 @pytest.mark.parametrize(("tq", "tk"), SIZES, ids=[f"Tq={tq}-Tk={tk}" for tq, tk in SIZES])
 @pytest.mark.parametrize("layout", ["padded", "jagged"])
-def test_sizes(backend: str, device: str, layout: str, tq: int, tk: int):
+def test_sizes(backend: str, layout: str, tq: int, tk: int):
     inputs = make_inputs(
-        layout, lengths_q=(tq, 1), lengths_k=(tk, tk), features=19, value_features=5, device=device
+        layout, lengths_q=(tq, 1), lengths_k=(tk, tk), features=19, value_features=5
     )
     check(inputs, backend)
 
 
 @pytest.mark.parametrize("tk", [1, 2, 15, 16, 17, 257, 1009], ids=named("Tk"))
 @pytest.mark.parametrize("layout", ["one_step_lengths", "jagged_one_step"])
-def test_one_step_sizes(backend: str, device: str, layout: str, tk: int):
-    inputs = make_inputs(layout, lengths_k=(tk, 0, tk, 1), features=33, device=device)
+def test_one_step_sizes(backend: str, layout: str, tk: int):
+    inputs = make_inputs(layout, lengths_k=(tk, 0, tk, 1), features=33)
     check(inputs, backend)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 131], ids=named("B"))
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_batch_sizes(backend: str, device: str, layout: str, batch: int):
-    generator = torch.Generator().manual_seed(batch)
-    lengths_q, lengths_k = torch.randint(0, 9, (2, batch), generator=generator).tolist()
-    inputs = make_inputs(layout, lengths_q=lengths_q, lengths_k=lengths_k, device=device)
+def test_batch_sizes(backend: str, layout: str, batch: int):
+    generator = random.Random(batch)
+    lengths_q, lengths_k = ([generator.randrange(9) for _ in range(batch)] for _ in range(2))
+    inputs = make_inputs(layout, lengths_q=lengths_q, lengths_k=lengths_k)
     check(inputs, backend)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_value_and_key_may_be_one_tensor(backend: str, device: str, layout: str):
-    inputs = make_inputs(layout, features=8, value_features=8, device=device)
+def test_value_and_key_may_be_one_tensor(backend: str, layout: str):
+    inputs = make_inputs(layout, features=8, value_features=8)
     inputs = inputs.with_leaves(value=inputs.leaves["key"])
     incoming = incoming_gradients(inputs, True)
 
@@ -189,16 +186,14 @@ def test_value_and_key_may_be_one_tensor(backend: str, device: str, layout: str)
 @pytest.mark.parametrize("heads", [None, 3], ids=named("heads"))
 @pytest.mark.parametrize("strides", ["transposed", "reversed", "sliced"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_strides(
-    backend: str, device: str, layout: str, strides: str, heads: int | None, dtype: torch.dtype
-):
-    inputs = make_inputs(layout, heads=heads, strides=strides, dtype=dtype, device=device)
+def test_strides(backend: str, layout: str, strides: str, heads: int | None, dtype: torch.dtype):
+    inputs = make_inputs(layout, heads=heads, strides=strides, dtype=dtype)
     check(inputs, backend)
 
 
 @pytest.mark.parametrize("layout", MAIN_LAYOUTS)
-def test_key_and_value_with_different_strides(backend: str, device: str, layout: str):
-    inputs = make_inputs(layout, heads=2, device=device)
+def test_key_and_value_with_different_strides(backend: str, layout: str):
+    inputs = make_inputs(layout, heads=2)
     key, value = inputs.leaves["key"], inputs.leaves["value"]
     inputs = inputs.with_leaves(
         key=with_strides(key, "sliced"), value=with_strides(value, "reversed")
@@ -207,9 +202,9 @@ def test_key_and_value_with_different_strides(backend: str, device: str, layout:
 
 
 @pytest.mark.parametrize("name", INPUT_NAMES)
-def test_expanded_input(backend: str, device: str, name: str):
+def test_expanded_input(backend: str, name: str):
     """Stride 0 over the batch (over heads, for the score weight)."""
-    inputs = make_inputs("padded", heads=2, poison=False, device=device)
+    inputs = make_inputs("padded", heads=2, poison=False)
     leaf = inputs.leaves[name]
     inputs = inputs.with_leaves(**{name: leaf[:1].expand(leaf.shape)})
     check(inputs, backend)
@@ -239,26 +234,24 @@ INCOMING = {
 @pytest.mark.parametrize("kind", INCOMING)
 @pytest.mark.parametrize("heads", [None, 2], ids=named("heads"))
 @pytest.mark.parametrize("layout", MAIN_LAYOUTS)
-def test_strides_of_incoming_gradients(
-    backend: str, device: str, layout: str, heads: int | None, kind: str
-):
-    inputs = make_inputs(layout, heads=heads, device=device)
+def test_strides_of_incoming_gradients(backend: str, layout: str, heads: int | None, kind: str):
+    inputs = make_inputs(layout, heads=heads)
     incoming = incoming_gradients(inputs, need_weights=True)
     incoming = {name: INCOMING[kind](gradient) for name, gradient in incoming.items()}
     check(inputs, backend, incoming=incoming)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradient_through_weights_alone(backend: str, device: str, layout: str):
-    inputs = make_inputs(layout, heads=2, device=device)
+def test_gradient_through_weights_alone(backend: str, layout: str):
+    inputs = make_inputs(layout, heads=2)
     incoming = {"weights": incoming_gradients(inputs, need_weights=True)["weights"]}
     wanted = ("query", "key", "score_weight")
     check(inputs, backend, incoming=incoming, wanted=wanted)
 
 
 @pytest.mark.parametrize("layout", ["jagged", "jagged_one_step"])
-def test_incoming_gradients_at_places_of_nobody_are_ignored(backend: str, device: str, layout: str):
-    inputs = make_inputs(layout, device=device)
+def test_incoming_gradients_at_places_of_nobody_are_ignored(backend: str, layout: str):
+    inputs = make_inputs(layout)
     incoming = incoming_gradients(inputs, need_weights=True)
     owned = inputs.owned("query", inputs.query_rows)
     incoming["context"][~owned] = torch.nan
@@ -285,20 +278,19 @@ MASKS = {
 
 @pytest.mark.parametrize("pattern", MASKS)
 @pytest.mark.parametrize("layout", ["padded_mask", "one_step_mask"])
-def test_masks(backend: str, device: str, layout: str, pattern: str):
+def test_masks(backend: str, layout: str, pattern: str):
     inputs = make_inputs(
         layout,
         lengths_q=(3,) * BATCH,
         lengths_k=(KEYS,) * BATCH,
         key_padding_mask=MASKS[pattern],
-        device=device,
     )
     check(inputs, backend)
 
 
 @pytest.mark.parametrize("strides", ["transposed", "sliced"])
-def test_mask_strides(backend: str, device: str, strides: str):
-    inputs = make_inputs("padded_mask", device=device)
+def test_mask_strides(backend: str, strides: str):
+    inputs = make_inputs("padded_mask")
     mask = inputs.keywords["key_padding_mask"]
     if strides == "sliced":
         mask = mask.repeat_interleave(2, 0).repeat_interleave(3, 1)[1::2, 2::3]
@@ -312,9 +304,9 @@ def as_jagged(inputs: Inputs, leaves: dict[str, Tensor], nested: bool, backend: 
     """The same call as a padded one with lengths, made with offsets or nested tensors."""
     valid = inputs.owned("key", inputs.key_rows)
     key, value = leaves["key"][valid], leaves["value"][valid]
-    cu_k = offsets_of(inputs.keywords["key_lengths"].tolist())
+    cu_k = offsets_of(inputs.keywords["key_lengths"].tolist()).to(key.device)
     step, query = inputs.is_one_step, leaves["query"]
-    cu_q = offsets_of([inputs.max_seqlen_q] * len(inputs.query_rows))
+    cu_q = offsets_of([inputs.max_seqlen_q] * len(inputs.query_rows)).to(key.device)
     keywords = {"need_weights": True, "backend": backend}
     if nested:
         nest = torch.nested.nested_tensor_from_jagged
@@ -336,12 +328,8 @@ def as_jagged(inputs: Inputs, leaves: dict[str, Tensor], nested: bool, backend: 
 
 @pytest.mark.parametrize("heads", [None, 2], ids=named("heads"))
 @pytest.mark.parametrize("layout", ["padded_lengths", "one_step_lengths"])
-def test_lengths_mask_offsets_and_nested_agree(
-    backend: str, device: str, layout: str, heads: int | None
-):
-    inputs = make_inputs(
-        layout, heads=heads, lengths_q=(5,) * 4, lengths_k=(7, 4, 0, 13), device=device
-    )
+def test_lengths_mask_offsets_and_nested_agree(backend: str, layout: str, heads: int | None):
+    inputs = make_inputs(layout, heads=heads, lengths_q=(5,) * 4, lengths_k=(7, 4, 0, 13))
     mask = ~inputs.owned("key", inputs.key_rows)
     masked = Inputs(**{**vars(inputs), "keywords": {"key_padding_mask": mask}})
     incoming = incoming_gradients(inputs, need_weights=True)
@@ -363,21 +351,17 @@ SUBSETS = [subset for n in range(5) for subset in itertools.combinations(INPUT_N
 
 @pytest.mark.parametrize("wanted", SUBSETS, ids=["+".join(names) or "none" for names in SUBSETS])
 @pytest.mark.parametrize("layout", MAIN_LAYOUTS)
-def test_requires_grad_subsets(backend: str, device: str, layout: str, wanted: tuple[str, ...]):
-    inputs = make_inputs(layout, heads=2, device=device)
+def test_requires_grad_subsets(backend: str, layout: str, wanted: tuple[str, ...]):
+    inputs = make_inputs(layout, heads=2)
     results = check(inputs, backend, wanted=wanted)
     assert set(results) == {"context", "weights", *(f"d{name}" for name in wanted)}
 
 
 @pytest.mark.parametrize("wanted", SUBSETS, ids=["+".join(names) or "none" for names in SUBSETS])
-def test_results_require_grad_only_if_an_input_does(backend: str, wanted: tuple[str, ...]):
+def test_context_requires_grad_only_if_an_input_does(backend: str, wanted: tuple[str, ...]):
     inputs = make_inputs("jagged")
     leaves = {n: leaf.clone().requires_grad_(n in wanted) for n, leaf in inputs.leaves.items()}
-    context, weights = call(inputs, leaves, backend=backend, need_weights=True)
-    assert context.requires_grad == bool(wanted)
-    assert weights.requires_grad == bool(
-        set(wanted) - {"value"} or wanted and backend != "reference"
-    )
+    assert call(inputs, leaves, backend=backend)[0].requires_grad == bool(wanted)
     with torch.no_grad():
         assert not call(inputs, leaves, backend=backend)[0].requires_grad
 
@@ -451,20 +435,16 @@ HARD_LENGTHS = {
 @pytest.mark.parametrize("case", HARD_LENGTHS)
 @pytest.mark.parametrize("heads", [None, 2], ids=named("heads"))
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_empty_and_uneven_sequences(
-    backend: str, device: str, layout: str, heads: int | None, case: str
-):
+def test_empty_and_uneven_sequences(backend: str, layout: str, heads: int | None, case: str):
     lengths_q, lengths_k = HARD_LENGTHS[case]
-    inputs = make_inputs(
-        layout, heads=heads, lengths_q=lengths_q, lengths_k=lengths_k, device=device
-    )
+    inputs = make_inputs(layout, heads=heads, lengths_q=lengths_q, lengths_k=lengths_k)
     check(inputs, backend)
 
 
 @pytest.mark.parametrize("heads", [None, 2], ids=named("heads"))
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if "nested" not in name])
-def test_empty_batch(backend: str, device: str, layout: str, heads: int | None):
-    inputs = make_inputs(layout, heads=heads, lengths_q=(), lengths_k=(), device=device)
+def test_empty_batch(backend: str, layout: str, heads: int | None):
+    inputs = make_inputs(layout, heads=heads, lengths_q=(), lengths_k=())
     results = check(inputs, backend)
     assert (results["dscore_weight"] == 0).all()
 
@@ -492,18 +472,16 @@ def test_empty_batch_of_padded_steps(backend: str, heads: int | None, tk: int):
 )
 @pytest.mark.parametrize("layout", MAIN_LAYOUTS)
 def test_empty_features(
-    backend: str, device: str, layout: str, features: int, value_features: int, heads: int | None
+    backend: str, layout: str, features: int, value_features: int, heads: int | None
 ):
-    inputs = make_inputs(
-        layout, features=features, value_features=value_features, heads=heads, device=device
-    )
+    inputs = make_inputs(layout, features=features, value_features=value_features, heads=heads)
     check(inputs, backend)
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=dtype_id)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_index_dtypes(backend: str, device: str, layout: str, index_dtype: torch.dtype):
-    check(make_inputs(layout, index_dtype=index_dtype, device=device), backend)
+def test_index_dtypes(backend: str, layout: str, index_dtype: torch.dtype):
+    check(make_inputs(layout, index_dtype=index_dtype), backend)
 
 
 @pytest.mark.parametrize("key_dtype", [torch.int32, torch.int64], ids=dtype_id)
@@ -529,26 +507,22 @@ def test_strided_offsets_and_lengths(backend: str, layout: str):
 @pytest.mark.parametrize("tail_rows", [0, 1, 50], ids=named("tail"))
 @pytest.mark.parametrize("heads", [None, 2], ids=named("heads"))
 @pytest.mark.parametrize("layout", ["jagged", "jagged_one_step", "nested_query"])
-def test_rows_past_the_last_offset(
-    backend: str, device: str, layout: str, heads: int | None, tail_rows: int
-):
-    check(make_inputs(layout, heads=heads, tail_rows=tail_rows, device=device), backend)
+def test_rows_past_the_last_offset(backend: str, layout: str, heads: int | None, tail_rows: int):
+    check(make_inputs(layout, heads=heads, tail_rows=tail_rows), backend)
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "larger"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_max_seqlen(backend: str, device: str, layout: str, exact: bool):
+def test_max_seqlen(backend: str, layout: str, exact: bool):
     """A bound; returned dense weights of jagged sequences are as wide as it."""
-    inputs = make_inputs(layout, heads=2, device=device)
+    inputs = make_inputs(layout, heads=2)
     bounds = inputs.max_seqlen_q + (0 if exact else 3), inputs.max_seqlen_k + (0 if exact else 9)
     inputs = inputs.with_keywords(max_seqlen_q=bounds[0], max_seqlen_k=bounds[1])
-    query_jagged = layout in ("jagged", "nested", "nested_query", "nested_keys_jagged_query")
-    keys_jagged = "jagged" in layout or "nested" in layout
     inputs = Inputs(
         **{
             **vars(inputs),
-            "max_seqlen_q": bounds[0] if query_jagged else inputs.max_seqlen_q,
-            "max_seqlen_k": bounds[1] if keys_jagged else inputs.max_seqlen_k,
+            "max_seqlen_q": bounds[0] if layout in JAGGED_QUERY_LAYOUTS else inputs.max_seqlen_q,
+            "max_seqlen_k": bounds[1] if layout in JAGGED_KEY_LAYOUTS else inputs.max_seqlen_k,
         }
     )
     check(inputs, backend)
@@ -558,9 +532,9 @@ def test_max_seqlen(backend: str, device: str, layout: str, exact: bool):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_id)
 @pytest.mark.parametrize("layout", ["padded_lengths", "padded_mask", "one_step_mask", "jagged"])
 def test_what_ignored_keys_hold_never_matters(
-    backend: str, device: str, layout: str, dtype: torch.dtype, poison: float
+    backend: str, layout: str, dtype: torch.dtype, poison: float
 ):
-    inputs = make_inputs(layout, heads=2, dtype=dtype, device=device)
+    inputs = make_inputs(layout, heads=2, dtype=dtype)
     ignored = ~inputs.owned("key", inputs.key_rows)
     for name in ("key", "value"):
         inputs.leaves[name][ignored] = poison
@@ -568,19 +542,17 @@ def test_what_ignored_keys_hold_never_matters(
 
 
 @pytest.mark.parametrize("layout", ["padded_mask", "one_step_mask"])
-def test_all_keys_masked(backend: str, device: str, layout: str):
+def test_all_keys_masked(backend: str, layout: str):
     mask = torch.ones(3, 7, dtype=torch.bool)
-    inputs = make_inputs(
-        layout, lengths_q=(2,) * 3, lengths_k=(7,) * 3, key_padding_mask=mask, device=device
-    )
+    inputs = make_inputs(layout, lengths_q=(2,) * 3, lengths_k=(7,) * 3, key_padding_mask=mask)
     for name, result in check(inputs, backend).items():
         assert (result == 0).all(), name
 
 
 @pytest.mark.parametrize("layout", MAIN_LAYOUTS)
-def test_very_negative_scores(backend: str, device: str, layout: str):
+def test_very_negative_scores(backend: str, layout: str):
     """Real scores near -10^4 beside ignored keys: a finite sentinel would let the latter win."""
-    inputs = make_inputs(layout, features=8, device=device)
+    inputs = make_inputs(layout, features=8)
     positive = {
         "query": inputs.leaves["query"].abs() + 1,
         "key": inputs.leaves["key"].abs() * 0.1,
@@ -594,7 +566,7 @@ def test_very_negative_scores(backend: str, device: str, layout: str):
     "scale", [1e-6, 1e-3, 1.0, 5.0, 10.0, 30.0, 100.0, 1e4], ids=named("scale")
 )
 @pytest.mark.parametrize("layout", MAIN_LAYOUTS)
-def test_magnitudes(backend: str, device: str, layout: str, scale: float, dtype: torch.dtype):
+def test_magnitudes(backend: str, layout: str, scale: float, dtype: torch.dtype):
     inputs = make_inputs(
         layout,
         heads=2,
@@ -603,7 +575,6 @@ def test_magnitudes(backend: str, device: str, layout: str, scale: float, dtype:
         features=40,
         scale=scale,
         dtype=dtype,
-        device=device,
     )
     check(inputs, backend)
 
@@ -611,17 +582,15 @@ def test_magnitudes(backend: str, device: str, layout: str, scale: float, dtype:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("scale", [1e-6, 30.0, 1e4], ids=named("scale"))
 @pytest.mark.parametrize("layout", ["padded_lengths", "jagged_one_step"])
-def test_magnitudes_in_low_precision(
-    backend: str, device: str, layout: str, scale: float, dtype: torch.dtype
-):
-    inputs = make_inputs(layout, features=40, scale=scale, dtype=dtype, device=device)
+def test_magnitudes_in_low_precision(backend: str, layout: str, scale: float, dtype: torch.dtype):
+    inputs = make_inputs(layout, features=40, scale=scale, dtype=dtype)
     check(inputs, backend)
 
 
 @pytest.mark.parametrize("layout", MAIN_LAYOUTS)
-def test_few_large_features_among_small_ones(backend: str, device: str, layout: str):
+def test_few_large_features_among_small_ones(backend: str, layout: str):
     """Magnitudes on both sides of the guard within one row, one tile and one batch."""
-    inputs = make_inputs(layout, features=70, device=device)
+    inputs = make_inputs(layout, features=70)
     query, key = inputs.leaves["query"], inputs.leaves["key"]
     query[::2, ..., 3] *= 1e3
     query[..., 64] *= 20
@@ -647,7 +616,6 @@ def test_few_large_features_among_small_ones(backend: str, device: str, layout: 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=dtype_id)
 def test_large_queries_and_keys_that_cancel(
     backend: str,
-    device: str,
     dtype: torch.dtype,
     step: bool,
     query_number: float,
@@ -661,7 +629,6 @@ def test_large_queries_and_keys_that_cancel(
         scale=0.1,
         dtype=dtype,
         poison=False,
-        device=device,
     )
     inputs.leaves["query"] += query_number
     inputs.leaves["key"] += key_number
@@ -687,25 +654,24 @@ def test_weights_sum_to_one_or_zero(backend: str):
 @pytest.mark.parametrize("layout", MAIN_LAYOUTS)
 def test_dropout(
     backend: str,
-    device: str,
     layout: str,
     heads: int | None,
     dropout_p: float,
     dtype: torch.dtype,
 ):
     """Results and gradients for the mask that the seed stands for, on every backend the same."""
-    inputs = make_inputs(layout, heads=heads, dtype=dtype, device=device)
+    inputs = make_inputs(layout, heads=heads, dtype=dtype)
     check(inputs, backend, dropout_p=dropout_p, seed=7)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_dropout_in_every_layout(backend: str, device: str, layout: str):
-    check(make_inputs(layout, heads=2, device=device), backend, dropout_p=0.4, seed=3)
+def test_dropout_in_every_layout(backend: str, layout: str):
+    check(make_inputs(layout, heads=2), backend, dropout_p=0.4, seed=3)
 
 
 @pytest.mark.parametrize("layout", MAIN_LAYOUTS)
-def test_dropout_of_everything(backend: str, device: str, layout: str):
-    inputs = make_inputs(layout, device=device)
+def test_dropout_of_everything(backend: str, layout: str):
+    inputs = make_inputs(layout)
     incoming = incoming_gradients(inputs, need_weights=True)
     results = differentiate(
         lambda leaves: call(inputs, leaves, backend=backend, need_weights=True, dropout_p=1.0),
@@ -788,7 +754,6 @@ def test_dropout_does_not_depend_on_the_layout_or_padding(backend: str):
         _, weights = call(inputs, inputs.leaves, backend=backend, need_weights=True, dropout_p=0.5)
         masks.append(weights == 0)
     assert torch.equal(*masks)
-    assert torch.equal(masks[0], ~draw_keep(padded, 0.5, 11)[:, 0] | masks[0])
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["plain", "reentrant"])
@@ -811,13 +776,13 @@ def test_dropout_repeats_under_checkpoint(backend: str, layout: str, use_reentra
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
 @pytest.mark.parametrize("layout", MAIN_LAYOUTS)
-def test_autocast(backend: str, device: str, layout: str, dtype: torch.dtype):
+def test_autocast(backend: str, layout: str, dtype: torch.dtype):
     """Under autocast float32 inputs compute, and return, what their cast copies do."""
-    inputs = make_inputs(layout, heads=2, device=device)
+    inputs = make_inputs(layout, heads=2)
     incoming = incoming_gradients(inputs.to(dtype), need_weights=True)
 
     def under_autocast(leaves):
-        with torch.autocast(device, dtype):
+        with torch.autocast(torch.get_default_device().type, dtype):
             return call(inputs, leaves, backend=backend, need_weights=True)
 
     def cast_by_hand(leaves):
@@ -833,20 +798,20 @@ def test_autocast(backend: str, device: str, layout: str, dtype: torch.dtype):
             assert result.dtype == torch.float32
 
 
-def test_autocast_joins_inputs_of_different_dtypes(backend: str, device: str):
+def test_autocast_joins_inputs_of_different_dtypes(backend: str):
     """A float32 query from a norm and a bfloat16 key from a Linear, as autocast leaves them."""
-    inputs = make_inputs("padded", poison=False, device=device)
+    inputs = make_inputs("padded", poison=False)
     leaves = {**inputs.leaves, "key": inputs.leaves["key"].bfloat16()}
-    with torch.autocast(device, torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         context, _ = call(inputs, leaves, backend=backend)
     expected, _ = call(inputs, inputs.to(torch.bfloat16).leaves, backend=backend)
     assert context.dtype == torch.bfloat16
     torch.testing.assert_close(context, expected, rtol=2.0**-7, atol=2.0**-7)
 
 
-def test_autocast_leaves_float64_alone(backend: str, device: str):
-    inputs = make_inputs("jagged", dtype=torch.float64, device=device)
-    with torch.autocast(device, torch.bfloat16):
+def test_autocast_leaves_float64_alone(backend: str):
+    inputs = make_inputs("jagged", dtype=torch.float64)
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         context, _ = call(inputs, inputs.leaves, backend=backend)
     assert torch.equal(context, call(inputs, inputs.leaves, backend=backend)[0])
 
@@ -890,8 +855,8 @@ def test_thread_count_changes_no_bit(kernel_backend: str, layout: str, features:
 
 @pytest.mark.parametrize("deterministic", [None, False, True], ids=str)
 @pytest.mark.parametrize("layout", MAIN_LAYOUTS)
-def test_deterministic_argument(backend: str, device: str, layout: str, deterministic: bool | None):
-    inputs = make_inputs(layout, device=device).with_keywords(deterministic=deterministic)
+def test_deterministic_argument(backend: str, layout: str, deterministic: bool | None):
+    inputs = make_inputs(layout).with_keywords(deterministic=deterministic)
     first, second = check(inputs, backend), check(inputs, backend)
     if deterministic is not False:
         for name, result in first.items():
@@ -901,7 +866,7 @@ def test_deterministic_argument(backend: str, device: str, layout: str, determin
 # ---- Choice of a backend ----
 
 
-def test_default_backend_is_the_best_available(kernel_backend: str, device: str):
-    inputs = make_inputs("jagged", device=device)
+def test_default_backend_is_the_best_available(kernel_backend: str):
+    inputs = make_inputs("jagged")
     default, _ = call(inputs, inputs.leaves)
     assert torch.equal(default, call(inputs, inputs.leaves, backend=kernel_backend)[0])

@@ -95,10 +95,6 @@ class Wrong:
         return rf"^{self.argument}: expected .*{'.*, got .*'.join(parts)}"
 
 
-def float_like(shape: tuple[int, ...], **options: object) -> Tensor:
-    return torch.zeros(shape, **options)
-
-
 BOTH_PADDINGS = {
     "key_padding_mask": torch.zeros(B, TK, dtype=torch.bool),
     "key_lengths": torch.tensor([4, 2]),
@@ -111,21 +107,25 @@ KEY_SIDE_CALLS = [
     Wrong(padded, {"key": [[1.0]]}, TypeError, "key", "a torch.Tensor", "list"),
     Wrong(padded, {"value": 3.0}, TypeError, "value", "a torch.Tensor", "float"),
     Wrong(padded, {"score_weight": "w"}, TypeError, "score_weight", "a torch.Tensor", "str"),
-    Wrong(padded, {"key": float_like((B, TK, D)).long()}, TypeError, "key", "float32", "int64"),
-    Wrong(padded, {"key": float_like((B, TK, D)).cfloat()}, TypeError, "key", "float", "complex64"),
-    Wrong(padded, {"value": float_like((B, TK, DV)).bool()}, TypeError, "value", "float", "bool"),
+    Wrong(padded, {"key": torch.zeros((B, TK, D)).long()}, TypeError, "key", "float32", "int64"),
+    Wrong(
+        padded, {"key": torch.zeros((B, TK, D)).cfloat()}, TypeError, "key", "float", "complex64"
+    ),
+    Wrong(padded, {"value": torch.zeros((B, TK, DV)).bool()}, TypeError, "value", "float", "bool"),
     Wrong(
         padded,
-        {"score_weight": float_like((D,)).int()},
+        {"score_weight": torch.zeros((D,)).int()},
         TypeError,
         "score_weight",
         "float",
         "int32",
     ),
-    Wrong(padded, {"value": float_like((B, TK, DV)).double()}, TypeError, "value", "32", "float64"),
+    Wrong(
+        padded, {"value": torch.zeros((B, TK, DV)).double()}, TypeError, "value", "32", "float64"
+    ),
     Wrong(
         padded,
-        {"score_weight": float_like((D,)).double()},
+        {"score_weight": torch.zeros((D,)).double()},
         TypeError,
         "score_weight",
         "float32",
@@ -133,36 +133,40 @@ KEY_SIDE_CALLS = [
     ),
     Wrong(
         padded,
-        {"query": float_like((B, TQ, D)).double(), "key": float_like((B, TK, D)).double()},
+        {"query": torch.zeros((B, TQ, D)).double(), "key": torch.zeros((B, TK, D)).double()},
         TypeError,
         "value",
         "float64",
         "float32",
     ),
-    Wrong(padded, {"key": float_like((B, TK, D)).to_sparse()}, ValueError, "key", "strided", "coo"),
+    Wrong(
+        padded, {"key": torch.zeros((B, TK, D)).to_sparse()}, ValueError, "key", "strided", "coo"
+    ),
     Wrong(
         padded,
-        {"value": float_like((B, TK, DV)).to_sparse()},
+        {"value": torch.zeros((B, TK, DV)).to_sparse()},
         ValueError,
         "value",
         "strided",
         "coo",
     ),
     # Shapes
-    Wrong(padded, {"key": float_like((TK, D))}, ValueError, "key", "(B, Tk, D)", "(4, 5)"),
+    Wrong(padded, {"key": torch.zeros((TK, D))}, ValueError, "key", "(B, Tk, D)", "(4, 5)"),
     Wrong(
-        padded, {"key": float_like((B, TK, 1, D))}, ValueError, "key", "(B, Tk, D)", "(2, 4, 1, 5)"
+        padded, {"key": torch.zeros((B, TK, 1, D))}, ValueError, "key", "(B, Tk, D)", "(2, 4, 1, 5)"
     ),
-    Wrong(padded, {"value": float_like((TK, DV))}, ValueError, "value", "(B, Tk, Dv)", "(4, 6)"),
-    Wrong(padded, {"value": float_like((B, 3, DV))}, ValueError, "value", "(2, 4, 5)", "(2, 3, 6)"),
+    Wrong(padded, {"value": torch.zeros((TK, DV))}, ValueError, "value", "(B, Tk, Dv)", "(4, 6)"),
     Wrong(
-        padded, {"value": float_like((1, TK, DV))}, ValueError, "value", "(2, 4, 5)", "(1, 4, 6)"
+        padded, {"value": torch.zeros((B, 3, DV))}, ValueError, "value", "(2, 4, 5)", "(2, 3, 6)"
     ),
-    Wrong(padded, {"score_weight": float_like((4,))}, ValueError, "score_weight", "(5,)", "(4,)"),
-    Wrong(padded, {"score_weight": float_like(())}, ValueError, "score_weight", "(D,)", "()"),
+    Wrong(
+        padded, {"value": torch.zeros((1, TK, DV))}, ValueError, "value", "(2, 4, 5)", "(1, 4, 6)"
+    ),
+    Wrong(padded, {"score_weight": torch.zeros((4,))}, ValueError, "score_weight", "(5,)", "(4,)"),
+    Wrong(padded, {"score_weight": torch.zeros(())}, ValueError, "score_weight", "(D,)", "()"),
     Wrong(
         padded,
-        {"score_weight": float_like((1, 1, D))},
+        {"score_weight": torch.zeros((1, 1, D))},
         ValueError,
         "score_weight",
         "(D,) or (H, D)",
@@ -170,21 +174,21 @@ KEY_SIDE_CALLS = [
     ),
     Wrong(
         padded,
-        {"score_weight": float_like((H, D))},
+        {"score_weight": torch.zeros((H, D))},
         ValueError,
         "key",
         "(B, Tk, H, D)",
         "(2, 4, 5)",
     ),
     Wrong(
-        heads, {"score_weight": float_like((3, D))}, ValueError, "score_weight", "(2, 5)", "(3, 5)"
+        heads, {"score_weight": torch.zeros((3, D))}, ValueError, "score_weight", "(2, 5)", "(3, 5)"
     ),
     Wrong(
-        heads, {"score_weight": float_like((D,))}, ValueError, "key", "(B, Tk, D)", "(2, 4, 2, 5)"
+        heads, {"score_weight": torch.zeros((D,))}, ValueError, "key", "(B, Tk, D)", "(2, 4, 2, 5)"
     ),
     Wrong(
         heads,
-        {"value": float_like((B, TK, 3, DV))},
+        {"value": torch.zeros((B, TK, 3, DV))},
         ValueError,
         "value",
         "(2, 4, 2, 5)",
@@ -192,17 +196,19 @@ KEY_SIDE_CALLS = [
     ),
     Wrong(
         jagged_one_step,
-        {"key": float_like((B, TK, D))},
+        {"key": torch.zeros((B, TK, D))},
         ValueError,
         "key",
         "(total_k, D)",
         "(2, 4,",
     ),
-    Wrong(jagged_one_step, {"value": float_like((6, DV))}, ValueError, "value", "(7, 5)", "(6, 6)"),
+    Wrong(
+        jagged_one_step, {"value": torch.zeros((6, DV))}, ValueError, "value", "(7, 5)", "(6, 6)"
+    ),
     # Devices
     Wrong(
         padded,
-        {"value": float_like((B, TK, DV), device="meta")},
+        {"value": torch.zeros((B, TK, DV), device="meta")},
         ValueError,
         "value",
         "device cpu",
@@ -210,7 +216,7 @@ KEY_SIDE_CALLS = [
     ),
     Wrong(
         padded,
-        {"score_weight": float_like((D,), device="meta")},
+        {"score_weight": torch.zeros((D,), device="meta")},
         ValueError,
         "score_weight",
         "device cpu",
@@ -243,7 +249,7 @@ KEY_SIDE_CALLS = [
     ),
     Wrong(
         padded,
-        {"key_padding_mask": float_like((B, TK))},
+        {"key_padding_mask": torch.zeros((B, TK))},
         TypeError,
         "key_padding_mask",
         "bool, True = ignore",
@@ -251,7 +257,7 @@ KEY_SIDE_CALLS = [
     ),
     Wrong(
         padded,
-        {"key_padding_mask": float_like((B, TK)).byte()},
+        {"key_padding_mask": torch.zeros((B, TK)).byte()},
         TypeError,
         "key_padding_mask",
         "bool",
@@ -259,7 +265,7 @@ KEY_SIDE_CALLS = [
     ),
     Wrong(
         padded,
-        {"key_padding_mask": float_like((B, TQ)).bool()},
+        {"key_padding_mask": torch.zeros((B, TQ)).bool()},
         ValueError,
         "key_padding_mask",
         "(2, 4)",
@@ -267,7 +273,7 @@ KEY_SIDE_CALLS = [
     ),
     Wrong(
         padded,
-        {"key_padding_mask": float_like((B, TQ, TK)).bool()},
+        {"key_padding_mask": torch.zeros((B, TQ, TK)).bool()},
         ValueError,
         "key_padding_mask",
         "(2, 4)",
@@ -275,7 +281,7 @@ KEY_SIDE_CALLS = [
     ),
     Wrong(
         padded,
-        {"key_padding_mask": float_like((B, TK), device="meta").bool()},
+        {"key_padding_mask": torch.zeros((B, TK), device="meta").bool()},
         ValueError,
         "key_padding_mask",
         "device cpu",
@@ -399,7 +405,7 @@ KEY_SIDE_CALLS = [
     # Differences of these offsets overflow int64, and look like lengths.
     Wrong(
         jagged_one_step,
-        {"cu_seqlens_k": offsets(0, HUGE, -2, 7), "query": float_like((3, D))},
+        {"cu_seqlens_k": offsets(0, HUGE, -2, 7), "query": torch.zeros((3, D))},
         ValueError,
         "cu_seqlens_k",
         "",
@@ -434,8 +440,8 @@ KEY_SIDE_CALLS = [
         "3",
     ),
     # Nested tensors
-    Wrong(njt, {"value": float_like((7, DV))}, ValueError, "value", "a nested tensor", "dense"),
-    Wrong(njt, {"key": float_like((7, D))}, ValueError, "value", "a dense tensor", "nested"),
+    Wrong(njt, {"value": torch.zeros((7, DV))}, ValueError, "value", "a nested tensor", "dense"),
+    Wrong(njt, {"key": torch.zeros((7, D))}, ValueError, "value", "a dense tensor", "nested"),
     Wrong(njt, {"value": nested(4, 3)}, ValueError, "value", "key's offsets", "other offsets"),
     Wrong(njt, {"value": nested(3, 3, 1)}, ValueError, "value", "key's offsets", "other offsets"),
     Wrong(njt, {"key": nested_with_holes()}, ValueError, "key", "without holes", "lengths() set"),
@@ -464,7 +470,7 @@ KEY_SIDE_CALLS = [
     ),
     Wrong(njt, {"max_seqlen_k": 3}, ValueError, "max_seqlen_k", "at least 4", "3"),
     Wrong(
-        njt, {"score_weight": float_like((H, D))}, ValueError, "key", "(total_k, H, D)", "(7, 5)"
+        njt, {"score_weight": torch.zeros((H, D))}, ValueError, "key", "(total_k, H, D)", "(7, 5)"
     ),
     # Options
     Wrong(padded, {"dropout_p": -0.1}, ValueError, "dropout_p", "between 0 and 1", "-0.1"),
@@ -488,53 +494,70 @@ BACKEND_CALLS = [
 
 QUERY_CALLS = [
     Wrong(padded, {"query": None}, TypeError, "query", "a torch.Tensor", "NoneType"),
-    Wrong(padded, {"query": float_like((B, TQ, D)).int()}, TypeError, "query", "float", "int32"),
+    Wrong(padded, {"query": torch.zeros((B, TQ, D)).int()}, TypeError, "query", "float", "int32"),
     Wrong(
-        padded, {"query": float_like((B, TQ, D)).half()}, TypeError, "query", "float32", "float16"
+        padded, {"query": torch.zeros((B, TQ, D)).half()}, TypeError, "query", "float32", "float16"
     ),
-    Wrong(
-        padded, {"query": float_like((B, TQ, D)).double()}, TypeError, "query", "float32", "float64"
-    ),
-    Wrong(
-        padded, {"query": float_like((B, TQ, D)).to_sparse()}, ValueError, "query", "strided", "coo"
-    ),
-    Wrong(
-        padded, {"query": float_like((B, TQ, D), device="meta")}, ValueError, "query", "cpu", "meta"
-    ),
-    Wrong(padded, {"query": float_like((D,))}, ValueError, "query", "(B, D) or (B, Tq, D)", "(5,)"),
     Wrong(
         padded,
-        {"query": float_like((B, TQ, 1, D))},
+        {"query": torch.zeros((B, TQ, D)).double()},
+        TypeError,
+        "query",
+        "float32",
+        "float64",
+    ),
+    Wrong(
+        padded,
+        {"query": torch.zeros((B, TQ, D)).to_sparse()},
+        ValueError,
+        "query",
+        "strided",
+        "coo",
+    ),
+    Wrong(
+        padded,
+        {"query": torch.zeros((B, TQ, D), device="meta")},
+        ValueError,
+        "query",
+        "cpu",
+        "meta",
+    ),
+    Wrong(
+        padded, {"query": torch.zeros((D,))}, ValueError, "query", "(B, D) or (B, Tq, D)", "(5,)"
+    ),
+    Wrong(
+        padded,
+        {"query": torch.zeros((B, TQ, 1, D))},
         ValueError,
         "query",
         "(B, D) or (B, Tq, D)",
         "(2, 3, 1, 5)",
     ),
-    Wrong(padded, {"query": float_like((B, TQ, 4))}, ValueError, "query", "(5,)", "(2, 3, 4)"),
-    Wrong(padded, {"query": float_like((3, TQ, D))}, ValueError, "query", "2 sequences", "3"),
-    Wrong(one_step, {"query": float_like((3, D))}, ValueError, "query", "2 sequences", "3"),
-    Wrong(one_step, {"query": float_like((1, D))}, ValueError, "query", "2 sequences", "1"),
+    Wrong(padded, {"query": torch.zeros((B, TQ, 4))}, ValueError, "query", "(5,)", "(2, 3, 4)"),
+    Wrong(padded, {"query": torch.zeros((3, TQ, D))}, ValueError, "query", "2 sequences", "3"),
+    Wrong(one_step, {"query": torch.zeros((3, D))}, ValueError, "query", "2 sequences", "3"),
+    Wrong(one_step, {"query": torch.zeros((1, D))}, ValueError, "query", "2 sequences", "1"),
     Wrong(
-        heads, {"query": float_like((B, TQ, 3, D))}, ValueError, "query", "(2, 5)", "(2, 3, 3, 5)"
+        heads, {"query": torch.zeros((B, TQ, 3, D))}, ValueError, "query", "(2, 5)", "(2, 3, 3, 5)"
     ),
     Wrong(
-        heads, {"query": float_like((B, D))}, ValueError, "query", "(B, H, D) or (B, Tq", "(2, 5)"
+        heads, {"query": torch.zeros((B, D))}, ValueError, "query", "(B, H, D) or (B, Tq", "(2, 5)"
     ),
     Wrong(
         jagged_one_step,
-        {"query": float_like((B, TQ, D))},
+        {"query": torch.zeros((B, TQ, D))},
         ValueError,
         "query",
         "(B, D) without cu_seqlens_q",
         "(2, 3, 5)",
     ),
-    Wrong(jagged_one_step, {"query": float_like((6, D))}, ValueError, "query", "2 sequences", "6"),
+    Wrong(jagged_one_step, {"query": torch.zeros((6, D))}, ValueError, "query", "2 sequences", "6"),
     Wrong(
-        jagged, {"query": float_like((B, TQ, D))}, ValueError, "query", "(total_q, D)", "(2, 3, 5)"
+        jagged, {"query": torch.zeros((B, TQ, D))}, ValueError, "query", "(total_q, D)", "(2, 3, 5)"
     ),
     Wrong(
         padded,
-        {"cu_seqlens_q": offsets(0, 2, 6), "query": float_like((6, D))},
+        {"cu_seqlens_q": offsets(0, 2, 6), "query": torch.zeros((6, D))},
         ValueError,
         "cu_seqlens_q",
         "padded queries with padded keys",
@@ -649,33 +672,33 @@ def test_attention_memory(wrong: Wrong):
         AttentionMemory(**arguments)
 
 
-def memory_query(query: object, **keywords: object) -> dict[str, object]:
-    return {"query": query, **keywords}
-
-
 ATTEND_CALLS = [
     Wrong(one_step, {"query": None}, TypeError, "query", "a torch.Tensor", "NoneType"),
-    Wrong(one_step, {"query": float_like((B, D)).half()}, TypeError, "query", "float32", "float16"),
-    Wrong(one_step, {"query": float_like((B, D)).long()}, TypeError, "query", "float32", "int64"),
-    Wrong(one_step, {"query": float_like((B, 4))}, ValueError, "query", "(5,)", "(2, 4)"),
-    Wrong(one_step, {"query": float_like((3, D))}, ValueError, "query", "2 sequences", "3"),
-    Wrong(one_step, {"query": float_like((D,))}, ValueError, "query", "(B, D)", "(5,)"),
-    Wrong(one_step, {"query": float_like((B, 1, D))}, ValueError, "query", "(B, D)", "(2, 1, 5)"),
-    Wrong(heads, {"query": float_like((B, D))}, ValueError, "query", "(B, H, D)", "(2, 5)"),
-    Wrong(heads, {"query": float_like((B, 1, H, D))}, ValueError, "query", "(B, H, D)", "(2, 1, 2"),
+    Wrong(
+        one_step, {"query": torch.zeros((B, D)).half()}, TypeError, "query", "float32", "float16"
+    ),
+    Wrong(one_step, {"query": torch.zeros((B, D)).long()}, TypeError, "query", "float32", "int64"),
+    Wrong(one_step, {"query": torch.zeros((B, 4))}, ValueError, "query", "(5,)", "(2, 4)"),
+    Wrong(one_step, {"query": torch.zeros((3, D))}, ValueError, "query", "2 sequences", "3"),
+    Wrong(one_step, {"query": torch.zeros((D,))}, ValueError, "query", "(B, D)", "(5,)"),
+    Wrong(one_step, {"query": torch.zeros((B, 1, D))}, ValueError, "query", "(B, D)", "(2, 1, 5)"),
+    Wrong(heads, {"query": torch.zeros((B, D))}, ValueError, "query", "(B, H, D)", "(2, 5)"),
+    Wrong(
+        heads, {"query": torch.zeros((B, 1, H, D))}, ValueError, "query", "(B, H, D)", "(2, 1, 2"
+    ),
     Wrong(
         jagged_one_step,
-        {"query": float_like((B, 1, D))},
+        {"query": torch.zeros((B, 1, D))},
         ValueError,
         "query",
         "(B, D)",
         "(2, 1, 5)",
     ),
-    Wrong(jagged_one_step, {"query": float_like((6, D))}, ValueError, "query", "2 sequences", "6"),
-    Wrong(njt, {"query": float_like((B, 1, D))}, ValueError, "query", "(B, D)", "(2, 1, 5)"),
+    Wrong(jagged_one_step, {"query": torch.zeros((6, D))}, ValueError, "query", "2 sequences", "6"),
+    Wrong(njt, {"query": torch.zeros((B, 1, D))}, ValueError, "query", "(B, D)", "(2, 1, 5)"),
     Wrong(njt, {"query": nested(1, 1)}, ValueError, "query", "(B, D)", ""),
     Wrong(
-        one_step, {"query": float_like((B, D), device="meta")}, ValueError, "query", "cpu", "meta"
+        one_step, {"query": torch.zeros((B, D), device="meta")}, ValueError, "query", "cpu", "meta"
     ),
     Wrong(one_step, {"need_weights": 1}, TypeError, "need_weights", "a bool", "int"),
 ]

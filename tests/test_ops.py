@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import require_backend
 from helpers import (
     INPUT_NAMES,
     LAYOUTS,
@@ -18,6 +17,7 @@ from helpers import (
     differentiate,
     incoming_gradients,
     make_inputs,
+    require_backend,
     yardsticks,
 )
 from torch import Tensor
