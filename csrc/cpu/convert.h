@@ -107,14 +107,23 @@ void decode_row(const uint16_t* source, int64_t stride, int64_t count, T* target
   }
 }
 
+// The first `count` numbers as floats, then zeros.
+ATTN_EXT_INLINE Vec<float> load_floats(const float* source, int64_t count) {
+  return count == kLanes<float> ? load<float>(source) : load_partial<float>(source, count);
+}
+
+ATTN_EXT_INLINE Vec<float> load_floats(const double* source, int64_t count) {
+  float lanes[kLanes<float>] = {};
+  copy_row(source, 1, count, lanes, 1);
+  return load<float>(lanes);
+}
+
 template <class Codec, class T>
 void encode_row(const T* source, int64_t count, uint16_t* target, int64_t stride) {
   constexpr int lanes = kLanes<float>;
   for (int64_t begin = 0; begin < count; begin += lanes) {
     const int64_t valid = smaller(lanes, count - begin);
-    float lanes_in[lanes] = {};
-    copy_row(source + begin, 1, valid, lanes_in, 1);
-    const HalfBits bits = Codec::encode(load<float>(lanes_in));
+    const HalfBits bits = Codec::encode(load_floats(source + begin, valid));
     if (stride == 1 && valid == lanes) {
       __builtin_memcpy(target + begin, &bits, sizeof(bits));
     } else {

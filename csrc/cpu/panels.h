@@ -89,15 +89,7 @@ struct LargestMagnitude {
     bits = next > bits ? next : bits;
   }
 
-  ATTN_EXT_INLINE T value() const {
-    typename VectorOf<T>::Integer largest = 0;
-    for (int lane = 0; lane < kLanes<T>; ++lane) {
-      largest = bits[lane] > largest ? bits[lane] : largest;
-    }
-    T result;
-    __builtin_memcpy(&result, &largest, sizeof(result));
-    return result;
-  }
+  ATTN_EXT_INLINE T value() const { return fold_lanes<T, LargerBits<T>>(from_bits<T>(bits)); }
 };
 
 // Packs columns [begin, begin + count) of rows [first, first + rows) and their largest magnitudes.
@@ -109,7 +101,13 @@ void pack(const RowSource& source, int64_t first, int64_t rows, int64_t begin, i
     const T* values = row_values<T>(source, first + i, begin, count, copy);
     T* row = target + i * row_stride;
     LargestMagnitude<T> bound;
+    // Rows of a block of features are far apart, so the hardware does not foresee the next.
+    const T* next = values == copy || i + 2 >= rows
+                        ? values
+                        : row_values<T>(source, first + i + 2, begin, count, copy);
     for (int64_t c = 0; c < count; c += kStep<T>) {
+      __builtin_prefetch(next + c);
+      __builtin_prefetch(next + c + lanes);
       const Vec<T> x0 =
           c + lanes <= count ? load<T>(values + c) : load_partial<T>(values + c, count - c);
       const Vec<T> x1 = c + 2 * lanes <= count

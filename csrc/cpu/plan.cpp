@@ -13,7 +13,9 @@ constexpr int64_t kLargestQueryBlock = 128;  // queries that share the exponenti
 constexpr int64_t kBlockNumbers = 1 << 17;   // their exponentials, 512 KiB of float, stay in L2
 constexpr int64_t kSmallestKeyRange = 256;   // an item's keys, to outweigh its partial results
 constexpr int64_t kWaveScores = 1 << 20;     // numbers in each of a wave's two score buffers
-constexpr int64_t kFeatureBlock = 128; // features of a gradient item: whole steps on any machine
+constexpr int64_t kFeatureUnit = 64;         // whole steps on any machine
+constexpr int64_t kSmallestFeatureBlock = 128;
+constexpr int64_t kGradientKeys = 64;  // keys of a tile of a gradient item
 constexpr int64_t kValueKeys = 64;     // keys of a dvalue item
 // Reading a key or a value costs as much as this many queries against it.
 constexpr int64_t kReadCost = 3;
@@ -119,10 +121,15 @@ void plan_unit(const Problem& problem, Unit unit, Wave& wave) {
   wave.units.push_back(unit);
 }
 
-// Few queries are followed over whole rows of keys, many over blocks of features that stay in
-// cache.
+// Features of a gradient item: as many as keep the exponentials and the gradients of its queries
+// and of a tile of its keys in L2 and its cost within bounds.
 int64_t gradient_columns(const Problem& problem, const Unit& unit) {
-  return unit.query_count < 4 ? std::max<int64_t>(1, problem.dim) : kFeatureBlock;
+  const int64_t rows = 2 * (unit.query_count + std::min(unit.key_count, kGradientKeys));
+  const double cost = 2.0 * static_cast<double>(unit.query_count + kReadCost) *
+                      static_cast<double>(std::min(unit.key_count, kSmallestKeyRange));
+  const int64_t fitting = std::min(kBlockNumbers / rows, static_cast<int64_t>(kItemCost / cost));
+  const int64_t columns = std::max(fitting / kFeatureUnit * kFeatureUnit, kSmallestFeatureBlock);
+  return std::max<int64_t>(1, std::min(columns, problem.dim));
 }
 
 double gradient_cost(const Problem& problem, const Unit& unit) {

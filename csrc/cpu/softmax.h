@@ -21,11 +21,7 @@ T largest_of_row(const T* row, int64_t ld) {
     const Vec<T> next = load<T>(row + j);
     largest = next > largest ? next : largest;
   }
-  T result = largest[0];
-  for (int lane = 1; lane < kLanes<T>; ++lane) {
-    result = largest[lane] > result ? largest[lane] : result;
-  }
-  return result;
+  return fold_lanes<T, LargerLane<T>>(largest);
 }
 
 // row = exp(row - shift) * scale; returns the sum.

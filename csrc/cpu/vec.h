@@ -143,13 +143,50 @@ ATTN_EXT_INLINE T sum_of_lanes(Vec<T> vector) {
   return vector[0];
 }
 
+// The lanes of a vector exchanged with those whose number differs in the bit `Stride`.
+template <class T, int Stride, int... Lane>
+ATTN_EXT_INLINE Vec<T> exchange(Vec<T> vector, std::integer_sequence<int, Lane...>) {
+  return permute<T, (Lane ^ Stride)...>(vector, vector);
+}
+
+// Folds all lanes into lane 0 by Operation::apply.
+template <class T, class Operation, int Stride = kLanes<T> / 2>
+ATTN_EXT_INLINE T fold_lanes(Vec<T> vector) {
+  if constexpr (Stride == 0) {
+    return vector[0];
+  } else {
+    const Vec<T> other = exchange<T, Stride>(vector, std::make_integer_sequence<int, kLanes<T>>{});
+    return fold_lanes<T, Operation, Stride / 2>(Operation::apply(vector, other));
+  }
+}
+
+// The larger number; of a number and a NaN, the number.
+template <class T>
+struct LargerLane {
+  static ATTN_EXT_INLINE Vec<T> apply(Vec<T> a, Vec<T> b) { return b > a || a != a ? b : a; }
+};
+
+// The larger of the numbers' bits: among magnitudes, NaN is the largest.
+template <class T>
+struct LargerBits {
+  static ATTN_EXT_INLINE Vec<T> apply(Vec<T> a, Vec<T> b) {
+    return bits_of<T>(b) > bits_of<T>(a) ? b : a;
+  }
+};
+
+template <class T>
+struct EitherBits {
+  static ATTN_EXT_INLINE Vec<T> apply(Vec<T> a, Vec<T> b) {
+    return from_bits<T>(bits_of<T>(a) | bits_of<T>(b));
+  }
+};
+
 template <class T>
 ATTN_EXT_INLINE bool any_lane(VecBits<T> mask) {
-  typename VectorOf<T>::Integer any = 0;
-  for (int lane = 0; lane < kLanes<T>; ++lane) {
-    any |= mask[lane];
-  }
-  return any != 0;
+  const T folded = fold_lanes<T, EitherBits<T>>(from_bits<T>(mask));
+  typename VectorOf<T>::Integer bits;
+  __builtin_memcpy(&bits, &folded, sizeof(bits));
+  return bits != 0;
 }
 
 }  // namespace ATTN_EXT_ISA
