@@ -62,7 +62,8 @@ def report(model, vocabulary, split, folder, *, beam, seed, backend, device):
                       f"{scores['bleu']:>7.1f}{scores['chrf']:>7.1f}")  # fmt: skip
 
     print("\nHeld-out sentences:")
-    for index in spread(range(len(split.test)), SAMPLES):
+    phrases = [i for i, pair in enumerate(split.test) if len(pair.source.split()) >= 3]
+    for index in spread(phrases or range(len(split.test)), SAMPLES):
         print(f"\n  source     {split.test[index].source}")
         print(f"  reference  {split.test[index].target}")
         print(f"  output     {outputs['test'][index]}")
@@ -80,7 +81,11 @@ def report(model, vocabulary, split, folder, *, beam, seed, backend, device):
 
 def picture_pairs(pairs, vocabulary):
     """Sentences long enough to show an alignment and short enough to read."""
-    fitting = [pair for pair in pairs if 8 <= len(vocabulary.encode(pair.source)) <= 16]
+    fitting = [
+        pair
+        for pair in pairs
+        if 5 <= len(pair.source.split()) <= 12 and len(vocabulary.encode(pair.source)) <= 18
+    ]
     return spread(fitting or pairs, PICTURES)
 
 

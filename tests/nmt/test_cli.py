@@ -127,3 +127,27 @@ def test_as_a_program():
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr == "error: there is no none/model.pt\n"
+
+
+class TestWaitWithoutSpinning:
+    @pytest.fixture
+    def started(self, monkeypatch):
+        """Command lines of new starts, on a machine of several cores."""
+        started = []
+        monkeypatch.setattr(cli.os, "execv", lambda path, words: started.append(words))
+        monkeypatch.setattr(cli.torch, "get_num_threads", lambda: 4)
+        monkeypatch.setattr(cli.os, "environ", {})
+        return started
+
+    def test_starts_again_with_the_policy(self, started):
+        cli.wait_without_spinning()
+        assert started == [sys.orig_argv]
+        assert cli.os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+        cli.wait_without_spinning()
+        assert len(started) == 1
+
+    @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
+    def test_leaves_a_choice_alone(self, started, name):
+        cli.os.environ[name] = "2"
+        cli.wait_without_spinning()
+        assert not started
