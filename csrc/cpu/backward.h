@@ -30,6 +30,23 @@ struct ScoreRows {
   }
 };
 
+// sum |alpha| values and sum |alpha|.
+template <class T>
+Delta<T> weigh(const T* alpha, const T* values, int64_t count) {
+  Vec<T> weighted{};
+  Vec<T> total{};
+  int64_t j = 0;
+  for (; j + kLanes<T> <= count; j += kLanes<T>) {
+    const Vec<T> weight = magnitude<T>(load<T>(alpha + j));
+    weighted += weight * load<T>(values + j);
+    total += weight;
+  }
+  const Vec<T> last = magnitude<T>(load_partial<T>(alpha + j, count - j));
+  weighted += last * load_partial<T>(values + j, count - j);
+  total += last;
+  return {sum_of_lanes<T>(weighted), sum_of_lanes<T>(total)};
+}
+
 // alpha of one row from its scores, with dropped weights marked; dalpha of kept weights; the row's
 // share of delta = sum alpha dalpha.
 template <class T>
@@ -56,22 +73,13 @@ Delta<T> row_delta(const ScoreRows<T>& rows, int64_t i, T* dweights, uint8_t* ke
       dalpha[j] = keeps[j] ? dalpha[j] * scale : T(0);
     }
   }
-  Vec<T> weighted{};
-  Vec<T> total{};
-  int64_t j = 0;
-  for (; j + kLanes<T> <= count; j += kLanes<T>) {
-    weighted += load<T>(alpha + j) * load<T>(dalpha + j);
-    total += load<T>(alpha + j);
-  }
-  const Vec<T> last = load_partial<T>(alpha + j, count - j);
-  weighted += last * load_partial<T>(dalpha + j, count - j);
-  total += last;
+  const Delta<T> delta = weigh(alpha, dalpha, count);
   if (problem.dropout.active) {
-    for (j = 0; j < count; ++j) {
+    for (int64_t j = 0; j < count; ++j) {
       alpha[j] = keeps[j] ? alpha[j] : -alpha[j];
     }
   }
-  return {sum_of_lanes<T>(weighted), sum_of_lanes<T>(total)};
+  return delta;
 }
 
 // s of a unit's rows for one range of keys, once their deltas are complete; alpha becomes the
@@ -92,7 +100,16 @@ void finish_scores(const BackwardCall<T>& call, const KeyRange& range) {
     T* alpha = rows.alpha(i);
     T* s = rows.dscores(i);
     for (int64_t j = 0; j < range.key_count; ++j) {
-      s[j] = (alpha[j] < 0 ? -alpha[j] : alpha[j]) * (s[j] - delta);
+      s[j] -= delta;
+    }
+    // What rounding left of sum s: nearly all of s where one weight is nearly 1.
+    T rest = 0;
+    if (unit.chunks == 1) {
+      const Delta<T> left = weigh(alpha, s, range.key_count);
+      rest = left.weighted / left.total;
+    }
+    for (int64_t j = 0; j < range.key_count; ++j) {
+      s[j] = (alpha[j] < 0 ? -alpha[j] : alpha[j]) * (s[j] - rest);
     }
     if (dropout.active) {
       for (int64_t j = 0; j < range.key_count; ++j) {

@@ -91,6 +91,8 @@ void gradient_tile(const GradientOperands<T>& o) {
     const Vec<T> a1 = load<T>(o.a + i * o.a_row + lanes);
     Vec<T> dq0{};
     Vec<T> dq1{};
+    Vec<T> row_dw0{};
+    Vec<T> row_dw1{};
 #pragma GCC unroll 4
     for (int j = 0; j < K; ++j) {
       TanhParts<T> t0;
@@ -100,14 +102,16 @@ void gradient_tile(const GradientOperands<T>& o) {
       if constexpr (kKey) {
         dk0[j] += s * t0.slope;
         dk1[j] += s * t1.slope;
-        dw0 += s * t0.tanh;
-        dw1 += s * t1.tanh;
+        row_dw0 += s * t0.tanh;
+        row_dw1 += s * t1.tanh;
       }
       if constexpr (kQuery) {
         dq0 += s * (Rule<T>::kShifted ? -t0.tanh * t0.tanh : t0.slope);
         dq1 += s * (Rule<T>::kShifted ? -t1.tanh * t1.tanh : t1.slope);
       }
     }
+    dw0 += row_dw0;
+    dw1 += row_dw1;
     if constexpr (kQuery) {
       T* dq = o.dq + i * kStep<T>;
       store<T>(dq, load<T>(dq) + dq0);

@@ -55,25 +55,37 @@ struct DotProduct {
   }
 };
 
+// Steps whose sum is kept in registers before it joins the total: rounding errors grow with the
+// number of terms of each of the two sums, not of their product.
+constexpr int64_t kStepsOfSum = 8;
+
 // out[i * out_row + j] = sum over features by Rule of rows a_i and b_j, for R x C rows.
 template <class T, template <class> class Rule, int R, int C>
 void inner_tile(Panel<T> a, Panel<T> b, int64_t steps, const T* weights, T* out, int64_t out_row) {
   constexpr int lanes = kLanes<T>;
-  Vec<T> sums[R * C] = {};
-  for (int64_t p = 0; p < steps; ++p) {
+  Vec<T> totals[R * C] = {};
+  for (int64_t begin = 0; begin < steps; begin += kStepsOfSum) {
+    const int64_t end = smaller(begin + kStepsOfSum, steps);
+    Vec<T> sums[R * C] = {};
+    for (int64_t p = begin; p < end; ++p) {
 #pragma GCC unroll 8
-    for (int j = 0; j < C; ++j) {
+      for (int j = 0; j < C; ++j) {
 #pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) {
-        sums[i * C + j] = Rule<T>::add(sums[i * C + j], a.data + i * a.row + p * a.step,
-                                       b.data + j * b.row + p * b.step, weights + p * kStep<T>);
+        for (int i = 0; i < R; ++i) {
+          sums[i * C + j] = Rule<T>::add(sums[i * C + j], a.data + i * a.row + p * a.step,
+                                         b.data + j * b.row + p * b.step, weights + p * kStep<T>);
+        }
       }
     }
+#pragma GCC unroll 16
+    for (int n = 0; n < R * C; ++n) {
+      totals[n] += sums[n];
+    }
   }
-  sum_lanes<T, R * C>(sums);
+  sum_lanes<T, R * C>(totals);
 #pragma GCC unroll 16
   for (int n = 0; n < R * C; ++n) {
-    out[(n / C) * out_row + n % C] = sums[n / lanes][n % lanes];
+    out[(n / C) * out_row + n % C] = totals[n / lanes][n % lanes];
   }
 }
 
