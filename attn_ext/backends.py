@@ -1,9 +1,12 @@
 """Which backends this installation has, why one is missing, and which one a call gets."""
 
+import functools
 import warnings
 from pathlib import Path
 
 import torch
+
+from .checks import mismatch, wrong_type
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 
@@ -13,8 +16,8 @@ def _load_cpu() -> str | None:
     libraries = sorted(Path(__file__).parent.glob("_C*.so"))
     if not libraries:
         return (
-            "the C++ extension was not built; reinstall where a C++17 compiler is found: "
-            "pip install --no-build-isolation --force-reinstall --no-deps attn_ext"
+            "the C++ library was not built; with a C++17 compiler, run in attn_ext's source "
+            "directory: pip install --no-build-isolation --force-reinstall --no-deps ."
         )
     try:
         torch.ops.load_library(str(libraries[0]))
@@ -37,18 +40,23 @@ def problem(backend: str, device: torch.device) -> str | None:
     return f"this version has no {backend} kernels; use backend='cpu' or 'reference'"
 
 
+@functools.cache
+def _warn_of_reference() -> None:
+    """Say once in a process that calls run on the slow backend."""
+    warnings.warn(f"attn_ext is slow here: {_cpu_problem}", RuntimeWarning, stacklevel=4)
+
+
 def choose(backend: str | None, device: torch.device) -> str:
     """Resolve the ``backend`` argument; an explicit choice never falls back to another."""
     if backend is None:
         chosen = next(name for name in BACKENDS if problem(name, device) is None)
         if chosen == "reference" and device.type == "cpu" and not torch.compiler.is_compiling():
-            # Python shows it once.
-            warnings.warn(f"attn_ext is slow here: {_cpu_problem}", RuntimeWarning, stacklevel=3)
+            _warn_of_reference()
         return chosen
     if not isinstance(backend, str):
-        raise TypeError(f"backend: expected a str or None, got {type(backend).__name__}")
+        raise wrong_type("backend", "a str or None", backend)
     if backend not in BACKENDS:
-        raise ValueError(f"backend: expected None or one of {', '.join(BACKENDS)}, got {backend!r}")
+        raise mismatch("backend", f"None or one of {', '.join(BACKENDS)}", repr(backend))
     reason = problem(backend, device)
     if reason is not None:
         raise ValueError(f"backend: {backend!r} is not available: {reason}")

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import backends, layout, ops, reference
+from .checks import check_flag, check_probability
 from .layout import KeySide, QuerySide
 
 
@@ -69,6 +70,7 @@ def additive_attention(
     Differentiable once in query, key, value and score_weight, through context and weights; on the
     "reference" backend any number of times.
     """
+    check_flag("need_weights", need_weights)
     keys = layout.check_key_side(
         key,
         value,
@@ -77,14 +79,13 @@ def additive_attention(
         max_seqlen_k,
         key_padding_mask,
         key_lengths,
-        need_max=need_weights,
+        need_weights,
     )
     queries = layout.check_query_side(query, keys, cu_seqlens_q, max_seqlen_q, need_weights)
-    layout.check_flag("need_weights", need_weights)
-    layout.check_flag("deterministic", deterministic, optional=True)
-    dropout_p = layout.check_dropout(dropout_p)
+    dropout_p = check_probability("dropout_p", dropout_p)
+    deterministic = resolve_deterministic(deterministic)
     backend = backends.choose(backend, queries.query.device)
-    return attend(queries, keys, dropout_p, need_weights, is_deterministic(deterministic), backend)
+    return attend(queries, keys, dropout_p, need_weights, deterministic, backend)
 
 
 def attend(
@@ -125,6 +126,7 @@ def attend(
     return context, queries.restore_weights(weights, weights_layout)
 
 
-def is_deterministic(deterministic: bool | None) -> bool:
-    """Resolve the ``deterministic`` argument."""
+def resolve_deterministic(deterministic: bool | None) -> bool:
+    """The ``deterministic`` argument, or the global setting that None stands for."""
+    check_flag("deterministic", deterministic, optional=True)
     return torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic

@@ -1,19 +1,30 @@
-"""The one place that checks arguments and turns every public layout into one internal form.
+"""The one place that checks calls and turns every public layout into one internal form.
 
 Internally queries are ``[Bq, Nq, H, D]``, keys ``[Bk, Nk, H, D]``, values ``[Bk, Nk, H, Dv]`` and
 score weights ``[H, D]``. A jagged side has ``Bq`` (``Bk``) = 1 and offsets; a padded side has a row
 per sequence. Below this file nothing is validated again.
 """
 
-import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .checks import (
+    can_read_values,
+    check_bound,
+    check_device,
+    check_floating,
+    check_offsets,
+    check_padding,
+    check_tensor,
+    mismatch,
+    shape_of,
+    wrong_type,
+)
+
 DENSE_WEIGHTS, JAGGED_WEIGHTS = 1, 2  # 0: no weights are returned
-COMPUTE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-INDEX_DTYPES = (torch.int32, torch.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +41,7 @@ class KeySide:
     batch_size: int
     has_heads: bool
     is_nested: bool
-
-    @property
-    def dims(self) -> str:
-        """The trailing axes of a query, as an error message names them."""
-        return "H, D" if self.has_heads else "D"
+    autocast: bool  # whether key and value were cast
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +74,12 @@ class QuerySide:
         return weights if self.has_heads else weights.squeeze(1)
 
 
+def weights_layout(queries: QuerySide, keys: KeySide) -> int:
+    """The internal layout of returned weights: jagged only for one step over jagged keys."""
+    jagged = queries.is_one_step and keys.cu_seqlens is not None
+    return JAGGED_WEIGHTS if jagged else DENSE_WEIGHTS
+
+
 def check_key_side(
     key: Tensor,
     value: Tensor,
@@ -75,62 +88,50 @@ def check_key_side(
     max_seqlen_k: int | None,
     key_padding_mask: Tensor | None,
     key_lengths: Tensor | None,
-    need_max: bool = True,
+    need_max: bool = False,
 ) -> KeySide:
-    """Check keys, values and score weights; ``need_max=False`` takes any bound for the maximum."""
-    _check_floating("key", key)
-    _check_floating("value", value)
-    _check_floating("score_weight", score_weight)
-    key, value = _autocast(key), _autocast(value)
-    if score_weight.dim() not in (1, 2):
-        raise _mismatch("score_weight", "shape (D,) or (H, D)", _shape(score_weight))
-    has_heads = score_weight.dim() == 2
-    is_nested = key.is_nested
-    if value.is_nested != is_nested:
-        expected = "a nested tensor, as key is" if is_nested else "a dense tensor, as key is"
-        raise _mismatch("value", expected, "a nested tensor" if value.is_nested else "a dense one")
-    if is_nested:
+    """Check keys, values and score weights; ``need_max`` asks for the exact longest sequence."""
+    key, nest = _unwrap("key", key)
+    value, value_nest = _unwrap("value", value)
+    if (nest is None) != (value_nest is None):
+        expected, got = "dense", "nested"
+        if nest is not None:
+            expected, got = got, expected
+        raise mismatch("value", f"a {expected} tensor, as key is", f"a {got} one")
+    if nest is not None:
         if cu_seqlens_k is not None:
-            expected = "None for a nested key, which has its own"
-            raise _mismatch("cu_seqlens_k", expected, "offsets")
-        _same_offsets(key, value)
-        max_seqlen_k = _nested_max(key) if max_seqlen_k is None else max_seqlen_k
-        cu_seqlens_k, key, value = _offsets("key", key), key.values(), _values("value", value)
-    is_jagged = cu_seqlens_k is not None
-
-    dims = "H, D" if has_heads else "D"
-    layout = f"(total_k, {dims})" if is_jagged else f"(B, Tk, {dims})"
-    reason = "with" if is_jagged else "without"
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.dim() != len(layout.split(",")):
-            expected = layout if name == "key" else layout.replace("D)", "Dv)")
-            raise _mismatch(name, f"shape {expected} {reason} cu_seqlens_k", _shape(tensor))
-    if value.shape[:-1] != key.shape[:-1]:
-        expected = f"shape {_shape(key)} as key in all but the last axis"
-        raise _mismatch("value", expected, _shape(value))
-    if score_weight.shape != key.shape[-score_weight.dim() :]:
-        expected = f"shape {tuple(key.shape[-score_weight.dim() :])} to match key {_shape(key)}"
-        raise _mismatch("score_weight", expected, _shape(score_weight))
-    for name, tensor in (("value", value), ("score_weight", score_weight)):
-        _check_device(name, tensor, "key", key.device)
+            raise mismatch("cu_seqlens_k", "None for a nested key, which has its own", "offsets")
+        _check_same_offsets(nest.offsets, value_nest.offsets)
+        cu_seqlens_k = nest.offsets
+        max_seqlen_k = nest.max_seqlen if max_seqlen_k is None else max_seqlen_k
+    for name, tensor in (("key", key), ("value", value), ("score_weight", score_weight)):
+        check_floating(name, tensor)
+        check_device(name, tensor, key.device)
         if (tensor.dtype == torch.float64) != (key.dtype == torch.float64):
-            expected = f"a dtype to go with key's {key.dtype} (float64 does not mix with others)"
-            raise TypeError(_text(name, expected, str(tensor.dtype)))
+            expected = f"a dtype that goes with key's {key.dtype} (float64 does not mix)"
+            raise wrong_type(name, expected, tensor.dtype)
+    is_jagged = cu_seqlens_k is not None
+    _check_key_shapes(key, value, score_weight, is_jagged)
 
     if is_jagged:
-        if key_padding_mask is not None or key_lengths is not None:
-            name = "key_lengths" if key_padding_mask is None else "key_padding_mask"
-            expected = "None with jagged keys, whose offsets give lengths"
-            raise _mismatch(name, expected, "a tensor")
-        longest = _check_offsets("cu_seqlens_k", cu_seqlens_k, "key", key)
-        batch_size = cu_seqlens_k.size(0) - 1
-        bound = _check_bound("max_seqlen_k", max_seqlen_k, longest)
+        for name, given in (("key_padding_mask", key_padding_mask), ("key_lengths", key_lengths)):
+            if given is not None:
+                raise mismatch(name, "None with jagged keys, whose offsets give lengths", "one")
+        longest = check_offsets("cu_seqlens_k", cu_seqlens_k, "key", key)
+        bound = check_bound("max_seqlen_k", max_seqlen_k, longest)
         if bound is None:
             bound = _bound_of_unread(cu_seqlens_k, key.size(0), need_max)
-        key, value = key.unsqueeze(0), value.unsqueeze(0)
+        batch_size = cu_seqlens_k.size(0) - 1
     else:
+        check_padding(key_padding_mask, key_lengths, max_seqlen_k, key)
         batch_size, bound = key.size(0), key.size(1)
-        _check_padding(key_padding_mask, key_lengths, max_seqlen_k, key)
+
+    autocast_dtype = _autocast_dtype(key)
+    if autocast_dtype is not None:
+        key, value = key.to(autocast_dtype), value.to(autocast_dtype)
+    if is_jagged:
+        key, value = key.unsqueeze(0), value.unsqueeze(0)
+    has_heads = score_weight.dim() == 2
     if not has_heads:
         key, value, score_weight = key.unsqueeze(2), value.unsqueeze(2), score_weight.unsqueeze(0)
     return KeySide(
@@ -143,7 +144,8 @@ def check_key_side(
         bound,
         batch_size,
         has_heads,
-        is_nested,
+        nest is not None,
+        autocast_dtype is not None,
     )
 
 
@@ -152,55 +154,36 @@ def check_query_side(
     keys: KeySide,
     cu_seqlens_q: Tensor | None = None,
     max_seqlen_q: int | None = None,
-    need_max: bool = True,
+    need_max: bool = False,
 ) -> QuerySide:
     """Check queries against an already checked key side."""
-    _check_floating("query", query)
-    query = _autocast(query)
-    nested = query if query.is_nested else None
-    if nested is not None:
+    values, nest = _unwrap("query", query)
+    if nest is not None:
         if cu_seqlens_q is not None:
-            expected = "None for a nested query, which has its own"
-            raise _mismatch("cu_seqlens_q", expected, "offsets")
-        max_seqlen_q = _nested_max(query) if max_seqlen_q is None else max_seqlen_q
-        cu_seqlens_q, query = _offsets("query", query), query.values()
-
-    dims, keys_jagged = keys.dims, keys.cu_seqlens is not None
-    step_rank = 1 + len(dims.split(","))
+            raise mismatch("cu_seqlens_q", "None for a nested query, which has its own", "offsets")
+        cu_seqlens_q = nest.offsets
+        max_seqlen_q = nest.max_seqlen if max_seqlen_q is None else max_seqlen_q
+    nested, query = (None if nest is None else query), values
+    check_floating("query", query)
+    check_device("query", query, keys.key.device)
     is_jagged = cu_seqlens_q is not None
-    if is_jagged:
-        if not keys_jagged:
-            name, got = ("cu_seqlens_q", "offsets") if nested is None else ("query", "a nested one")
-            expected = "padded queries with padded keys (jagged and padded layouts do not mix)"
-            raise _mismatch(name, expected, got)
-        allowed = {step_rank: f"(total_q, {dims})"}
-    elif keys_jagged and not keys.is_nested:
-        allowed = {step_rank: f"(B, {dims})"}  # a padded block of queries has its own offsets
-    else:
-        allowed = {step_rank: f"(B, {dims})", step_rank + 1: f"(B, Tq, {dims})"}
-    if query.dim() not in allowed:
-        context = "with cu_seqlens_q" if is_jagged else "without cu_seqlens_q"
-        context += f" and {'jagged' if keys_jagged else 'padded'} keys"
-        expected = f"shape {' or '.join(allowed.values())} {context}"
-        raise _mismatch("query", expected, _shape(query))
-    tail = tuple(keys.key.shape[2 if keys.has_heads else 3 :])
-    if tuple(query.shape[1 - step_rank :]) != tail:
-        expected = f"last axes {tail} ({dims}) as key has them"
-        raise _mismatch("query", expected, f"shape {_shape(query)}")
-    _check_device("query", query, "key", keys.key.device)
+    _check_query_shape(query, keys, is_jagged, nested is not None)
+    if torch.float64 not in (query.dtype, keys.key.dtype):
+        if keys.autocast or _autocast_dtype(query) is not None:
+            query = query.to(keys.key.dtype)
     if query.dtype != keys.key.dtype:
-        raise TypeError(_text("query", f"dtype {keys.key.dtype}, as key", str(query.dtype)))
+        raise wrong_type("query", f"dtype {keys.key.dtype}, as key", query.dtype)
 
     if is_jagged:
-        longest = _check_offsets("cu_seqlens_q", cu_seqlens_q, "query", query)
-        bound = _check_bound("max_seqlen_q", max_seqlen_q, longest)
+        longest = check_offsets("cu_seqlens_q", cu_seqlens_q, "query", query)
+        bound = check_bound("max_seqlen_q", max_seqlen_q, longest)
         if bound is None:
             bound = _bound_of_unread(cu_seqlens_q, query.size(0), need_max)
     batch = cu_seqlens_q.size(0) - 1 if is_jagged else query.size(0)
     if batch != keys.batch_size:
         name = "cu_seqlens_q" if is_jagged and nested is None else "query"
-        raise _mismatch(name, f"{keys.batch_size} sequences, as the keys have", f"{batch}")
-    is_one_step = not is_jagged and query.dim() == step_rank
+        raise mismatch(name, f"{keys.batch_size} sequences, as the keys have", str(batch))
+    is_one_step = not is_jagged and query.dim() == _axes(keys.has_heads) + 1
     if is_jagged:
         query = query.unsqueeze(0)
     elif is_one_step:
@@ -209,115 +192,69 @@ def check_query_side(
         query = query.unsqueeze(2)
     if not is_jagged:
         bound = query.size(1)
-        _check_bound("max_seqlen_q", max_seqlen_q, bound)
+        check_bound("max_seqlen_q", max_seqlen_q, bound)
     return QuerySide(query, cu_seqlens_q, bound, is_one_step, keys.has_heads, nested)
 
 
-def weights_layout(queries: QuerySide, keys: KeySide) -> int:
-    """The internal layout of returned weights: jagged only for one step over jagged keys."""
-    jagged = queries.is_one_step and keys.cu_seqlens is not None
-    return JAGGED_WEIGHTS if jagged else DENSE_WEIGHTS
+def _axes(has_heads: bool) -> int:
+    """Trailing axes of a row: (D,) or (H, D)."""
+    return 2 if has_heads else 1
 
 
-def check_dropout(dropout_p: float) -> float:
-    """Check a dropout probability."""
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
-        raise TypeError(_text("dropout_p", "a float", type(dropout_p).__name__))
-    if not 0.0 <= dropout_p <= 1.0:
-        raise _mismatch("dropout_p", "a probability between 0 and 1", str(dropout_p))
-    return float(dropout_p)
+def row_text(has_heads: bool, features: str = "D") -> str:
+    """The trailing axes of a row, as messages name them."""
+    return f"H, {features}" if has_heads else features
 
 
-def check_flag(name: str, flag: bool | None, optional: bool = False) -> None:
-    """Check that a switch is a bool (or None, where None has a meaning)."""
-    if not isinstance(flag, bool) and not (optional and flag is None):
-        expected = "a bool or None" if optional else "a bool"
-        raise TypeError(_text(name, expected, type(flag).__name__))
+def _check_key_shapes(key: Tensor, value: Tensor, score_weight: Tensor, is_jagged: bool) -> None:
+    if score_weight.dim() not in (1, 2):
+        raise mismatch("score_weight", "shape (D,) or (H, D)", shape_of(score_weight))
+    has_heads = score_weight.dim() == 2
+    rank = _axes(has_heads) + (1 if is_jagged else 2)
+    for name, tensor, features in (("key", key, "D"), ("value", value, "Dv")):
+        if tensor.dim() != rank:
+            rows = "total_k" if is_jagged else "B, Tk"
+            reason = "with cu_seqlens_k" if is_jagged else "without cu_seqlens_k"
+            expected = f"shape ({rows}, {row_text(has_heads, features)}) {reason}"
+            raise mismatch(name, expected, shape_of(tensor))
+    if value.shape[:-1] != key.shape[:-1]:
+        expected = f"shape {shape_of(key)} as key in all but the last axis"
+        raise mismatch("value", expected, shape_of(value))
+    row = key.shape[-_axes(has_heads) :]
+    if score_weight.shape != row:
+        expected = f"shape {tuple(row)} to match key {shape_of(key)}"
+        raise mismatch("score_weight", expected, shape_of(score_weight))
 
 
-def can_read_values(tensor: Tensor) -> bool:
-    """Whether the host may look at a tensor's values: real, and not on an accelerator.
-
-    ``ATTN_EXT_CHECK=1`` also allows the synchronisation that reading from an accelerator costs.
-    """
-    if torch.compiler.is_compiling() or type(tensor) not in _REAL_TENSORS:
-        return False
-    return tensor.device.type == "cpu" or os.environ.get("ATTN_EXT_CHECK") == "1"
-
-
-_REAL_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-
-
-def _check_floating(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(_text(name, "a torch.Tensor", type(tensor).__name__))
-    if tensor.dtype not in COMPUTE_DTYPES:
-        expected = "dtype float32, float16, bfloat16 or float64"
-        raise TypeError(_text(name, expected, str(tensor.dtype)))
-    if tensor.layout not in (torch.strided, torch.jagged):
-        raise _mismatch(name, "a strided or jagged nested tensor", f"layout {tensor.layout}")
-    if tensor.is_nested and tensor.layout != torch.jagged:
-        raise _mismatch(name, "a nested tensor of layout=torch.jagged", f"layout {tensor.layout}")
+def _check_query_shape(query: Tensor, keys: KeySide, is_jagged: bool, is_nested: bool) -> None:
+    keys_jagged, row = keys.cu_seqlens is not None, row_text(keys.has_heads)
+    if is_jagged and not keys_jagged:
+        name, got = ("query", "a nested one") if is_nested else ("cu_seqlens_q", "offsets")
+        expected = "padded queries with padded keys (jagged and padded layouts do not mix)"
+        raise mismatch(name, expected, got)
+    axes = _axes(keys.has_heads)
+    if is_jagged:
+        allowed = {axes + 1: f"(total_q, {row})"}
+    else:
+        allowed = {axes + 1: f"(B, {row})"}
+        if not keys_jagged or keys.is_nested:
+            allowed[axes + 2] = f"(B, Tq, {row})"
+    if query.dim() not in allowed:
+        offsets = "with cu_seqlens_q" if is_jagged else "without cu_seqlens_q"
+        keys_are = "jagged" if keys_jagged else "padded"
+        expected = f"shape {' or '.join(allowed.values())} {offsets} and {keys_are} keys"
+        raise mismatch("query", expected, shape_of(query))
+    tail = tuple(keys.key.shape[4 - axes :])
+    if tuple(query.shape[-axes:]) != tail:
+        raise mismatch("query", f"last axes {tail} = ({row}), as key", f"shape {shape_of(query)}")
 
 
-def _autocast(tensor: Tensor) -> Tensor:
-    """Cast as ``torch.autocast`` asks; float64 is left alone, as PyTorch's own operations do."""
+def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What ``torch.autocast`` casts to, or None; float64 is left alone, as PyTorch does."""
     device = tensor.device.type
     if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return tensor
-    if not torch.is_autocast_enabled(device):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
-
-
-def _check_index(name: str, tensor: Tensor, device: torch.device) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(_text(name, "a torch.Tensor", type(tensor).__name__))
-    if tensor.dtype not in INDEX_DTYPES:
-        raise TypeError(_text(name, "dtype int32 or int64", str(tensor.dtype)))
-    _check_device(name, tensor, "key", device)
-
-
-def _check_device(name: str, tensor: Tensor, other: str, device: torch.device) -> None:
-    if tensor.device != device:
-        raise _mismatch(name, f"device {device}, as {other}", str(tensor.device))
-
-
-def _check_offsets(name: str, cu: Tensor, rows_name: str, rows: Tensor) -> int | None:
-    """Check offsets and return the longest sequence, or None where values are not read."""
-    _check_index(name, cu, rows.device)
-    if cu.dim() != 1 or cu.size(0) < 1:
-        raise _mismatch(name, "shape (B + 1,)", _shape(cu))
-    if not can_read_values(cu):
         return None
-    first = cu[0].item()
-    if first != 0:
-        raise _mismatch(name, "offsets that start at 0", f"{name}[0] = {first}")
-    if cu.size(0) == 1:
-        return 0
-    decreases = cu[1:] < cu[:-1]  # not by differences, which corrupt offsets could overflow
-    if decreases.any():
-        at = int(decreases.nonzero()[0])
-        got = f"{name}[{at}] = {cu[at].item()} before {name}[{at + 1}] = {cu[at + 1].item()}"
-        raise _mismatch(name, "offsets that never decrease", got)
-    last = cu[-1].item()
-    if last > rows.size(0):
-        expected = f"offsets of at most {rows.size(0)}, the rows of {rows_name}"
-        raise _mismatch(name, expected, f"{name}[-1] = {last}")
-    return int(cu.diff().max())
-
-
-def _check_bound(name: str, bound: int | None, longest: int | None) -> int | None:
-    """Check a ``max_seqlen`` against the longest sequence; either may be unknown."""
-    if bound is None:
-        return longest
-    if isinstance(bound, bool) or not isinstance(bound, (int, torch.SymInt)):
-        raise TypeError(_text(name, "an int", type(bound).__name__))
-    if bound < 0:
-        raise _mismatch(name, "a length of at least 0", str(bound))
-    if longest is not None and bound < longest:
-        raise _mismatch(name, f"at least {longest}, the longest sequence", str(bound))
-    return bound
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _bound_of_unread(cu: Tensor, rows: int, need_exact: bool) -> int:
@@ -327,66 +264,34 @@ def _bound_of_unread(cu: Tensor, rows: int, need_exact: bool) -> int:
     return rows
 
 
-def _check_padding(
-    mask: Tensor | None, lengths: Tensor | None, max_seqlen: int | None, key: Tensor
-) -> None:
-    batch, rows = key.size(0), key.size(1)
-    if mask is not None and lengths is not None:
-        raise ValueError("key_padding_mask, key_lengths: expected at most one of them, got both")
-    if mask is not None:
-        if not isinstance(mask, Tensor):
-            raise TypeError(_text("key_padding_mask", "a torch.Tensor", type(mask).__name__))
-        if mask.dtype != torch.bool:
-            raise TypeError(_text("key_padding_mask", "dtype bool, True = ignore", str(mask.dtype)))
-        if tuple(mask.shape) != (batch, rows):
-            raise _mismatch("key_padding_mask", f"shape ({batch}, {rows}) = (B, Tk)", _shape(mask))
-        _check_device("key_padding_mask", mask, "key", key.device)
-    longest: int | None = rows
-    if lengths is not None:
-        longest = None
-        _check_index("key_lengths", lengths, key.device)
-        if tuple(lengths.shape) != (batch,):
-            raise _mismatch("key_lengths", f"shape ({batch},) = (B,)", _shape(lengths))
-        if can_read_values(lengths) and batch:
-            low, longest = (int(extreme) for extreme in lengths.aminmax())
-            if low < 0 or longest > rows:
-                got = f"a length of {low if low < 0 else longest}"
-                raise _mismatch("key_lengths", f"lengths between 0 and Tk = {rows}", got)
-    if max_seqlen is not None:
-        _check_bound("max_seqlen_k", max_seqlen, longest)
+class _Nest(NamedTuple):
+    """The offsets of a nested tensor, and its longest row where that is known on the host."""
+
+    offsets: Tensor
+    max_seqlen: int | None
 
 
-def _offsets(name: str, nested: Tensor) -> Tensor:
-    if nested._ragged_idx != 1:
-        raise _mismatch(name, "a nested tensor ragged in axis 1", f"axis {nested._ragged_idx}")
-    if nested.lengths() is not None:
-        raise _mismatch(
-            name,
-            "a nested tensor without holes (rebuild it with torch.nested.nested_tensor)",
-            "one with lengths() set",
-        )
-    return nested.offsets()
+def _unwrap(name: str, tensor: Tensor) -> tuple[Tensor, _Nest | None]:
+    """A nested tensor's values and offsets; any other tensor as it is."""
+    check_tensor(name, tensor)
+    if not tensor.is_nested:
+        return tensor, None
+    if tensor.layout != torch.jagged:
+        raise mismatch(name, "a nested tensor of layout=torch.jagged", f"layout {tensor.layout}")
+    if tensor._ragged_idx != 1:
+        raise mismatch(name, "a nested tensor ragged in axis 1", f"axis {tensor._ragged_idx}")
+    if tensor.lengths() is not None:
+        expected = "a nested tensor without holes (rebuild it with torch.nested.nested_tensor)"
+        raise mismatch(name, expected, "one with lengths() set")
+    return tensor.values(), _Nest(tensor.offsets(), tensor._maybe_max_seqlen)
 
 
-def _values(name: str, nested: Tensor) -> Tensor:
-    _offsets(name, nested)
-    return nested.values()
-
-
-def _same_offsets(key: Tensor, value: Tensor) -> None:
-    ours, theirs = _offsets("key", key), _offsets("value", value)
-    if ours is theirs:
-        return
-    same = ours.shape == theirs.shape
-    if same and can_read_values(ours):
+def _check_same_offsets(ours: Tensor, theirs: Tensor) -> None:
+    same = ours is theirs or ours.shape == theirs.shape
+    if same and ours is not theirs and can_read_values(ours):
         same = torch.equal(ours, theirs)
     if not same:
-        raise _mismatch("value", "a nested tensor with key's offsets", "other offsets")
-
-
-def _nested_max(nested: Tensor) -> int | None:
-    """The longest row of a nested tensor where it is known without reading the device."""
-    return nested._maybe_max_seqlen
+        raise mismatch("value", "a nested tensor with key's offsets", "other offsets")
 
 
 def _nested_like(values: Tensor, like: Tensor) -> Tensor:
@@ -396,15 +301,3 @@ def _nested_like(values: Tensor, like: Tensor) -> Tensor:
         min_seqlen=like._maybe_min_seqlen,
         max_seqlen=like._maybe_max_seqlen,
     )
-
-
-def _shape(tensor: Tensor) -> str:
-    return str(tuple(tensor.shape))
-
-
-def _text(name: str, expected: str, got: str) -> str:
-    return f"{name}: expected {expected}, got {got}"
-
-
-def _mismatch(name: str, expected: str, got: str) -> ValueError:
-    return ValueError(_text(name, expected, got))

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from . import backends, layout, ops, reference
-from .functional import attend, is_deterministic
+from .checks import check_flag, check_probability, mismatch, shape_of
+from .functional import attend, resolve_deterministic
 from .layout import KeySide, QuerySide
 
 
@@ -52,11 +53,11 @@ class AttentionMemory:
         keys = layout.check_key_side(
             key, value, score_weight, cu_seqlens_k, max_seqlen_k, key_padding_mask, key_lengths
         )
-        layout.check_flag("deterministic", deterministic, optional=True)
         self._keys = keys
-        self._dropout_p = layout.check_dropout(dropout_p)
+        self._dropout_p = check_probability("dropout_p", dropout_p)
+        deterministic = resolve_deterministic(deterministic)
         backend = backends.choose(backend, keys.key.device)
-        self._choice = is_deterministic(deterministic), backend
+        self._choice = deterministic, backend
         # A compiled graph cannot follow the Python list that collects the steps; there, and on the
         # reference backend, each step computes all its gradients itself.
         self._steps: _Steps | None = None
@@ -81,13 +82,13 @@ class AttentionMemory:
         Raises:
             TypeError, ValueError: as :func:`attn_ext.additive_attention`.
         """
-        layout.check_flag("need_weights", need_weights)
+        check_flag("need_weights", need_weights)
         queries = layout.check_query_side(query, self._keys)
         if not queries.is_one_step:
-            expected = f"(B, {self._keys.dims}), one query a sequence"
-            got = "a nested tensor" if query.is_nested else str(tuple(query.shape))
-            raise ValueError(f"query: expected shape {expected}, got {got}")
-        if self._steps is None:
+            expected = f"shape (B, {layout.row_text(self._keys.has_heads)}), one query a sequence"
+            got = "a nested tensor" if query.is_nested else shape_of(query)
+            raise mismatch("query", expected, got)
+        if self._steps is None or torch.compiler.is_compiling():
             return attend(queries, self._keys, self._dropout_p, need_weights, *self._choice)
         return self._attend_step(queries, need_weights)
 
@@ -165,7 +166,10 @@ class _Collect(torch.autograd.Function):
             dscores,
             weights,
             dcontext.squeeze(2),
-            *steps.inputs,
+            # Not detached, so that under create_graph the op refuses a second derivative.
+            steps.keys.key,
+            steps.keys.value,
+            steps.keys.score_weight,
             *steps.prepared,
             *steps.key_layout,
             steps.keys.max_seqlen,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from .checks import check_count, check_probability, check_tensor, mismatch, shape_of
 from .functional import additive_attention
 from .memory import AttentionMemory
 
@@ -41,14 +42,12 @@ class AdditiveAttention(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        if num_heads < 1 or attn_dim % num_heads:
-            raise ValueError(
-                f"num_heads: expected a divisor of attn_dim = {attn_dim}, got {num_heads}"
-            )
-        if not 0.0 <= dropout <= 1.0:
-            raise ValueError(f"dropout: expected a probability between 0 and 1, got {dropout}")
+        for name, size in (("query_dim", query_dim), ("key_dim", key_dim), ("attn_dim", attn_dim)):
+            check_count(name, size, 1)
+        if attn_dim % check_count("num_heads", num_heads, 1):
+            raise mismatch("num_heads", f"a divisor of attn_dim = {attn_dim}", str(num_heads))
         self.num_heads = num_heads
-        self.dropout = dropout
+        self.dropout = check_probability("dropout", dropout)
         self.query_proj = nn.Linear(query_dim, attn_dim, bias=bias)
         self.key_proj = nn.Linear(key_dim, attn_dim, bias=bias)
         shape = (attn_dim,) if num_heads == 1 else (num_heads, attn_dim // num_heads)
@@ -105,7 +104,7 @@ class AdditiveAttention(nn.Module):
         """
         result = additive_attention(
             self._project_query(query),
-            self._split(self.key_proj(key)),
+            self._project_key(key),
             self._split(key if value is None else value),
             self._normed_score_weight(),
             cu_seqlens_q=cu_seqlens_q,
@@ -135,6 +134,8 @@ class AdditiveAttention(nn.Module):
     ) -> AttentionMemory:
         """Prepare keys and values once for a decoder that attends once a step.
 
+        Whether attention weights are dropped is decided here, by ``self.training``.
+
         Args:
             key, value, cu_seqlens_k, max_seqlen_k, key_padding_mask, key_lengths, deterministic,
                 backend: as :meth:`forward`.
@@ -148,7 +149,7 @@ class AdditiveAttention(nn.Module):
         """
         return _ProjectingMemory(
             self,
-            self._split(self.key_proj(key)),
+            self._project_key(key),
             self._split(key if value is None else value),
             self._normed_score_weight(),
             cu_seqlens_k=cu_seqlens_k,
@@ -161,22 +162,26 @@ class AdditiveAttention(nn.Module):
         )
 
     def _project_query(self, query: Tensor) -> Tensor:
+        _check_features("query", query, self.query_proj.in_features)
         projected = self._split(self.query_proj(query))
         return projected if self.b is None else projected + self.b
+
+    def _project_key(self, key: Tensor) -> Tensor:
+        _check_features("key", key, self.key_proj.in_features)
+        return self._split(self.key_proj(key))
 
     def _normed_score_weight(self) -> Tensor:
         if self.g is None:
             return self.score_weight
-        return nn.functional.normalize(self.score_weight, dim=-1, eps=0.0) * self.g.unsqueeze(-1)
+        return nn.functional.normalize(self.score_weight, dim=-1) * self.g.unsqueeze(-1)
 
     def _split(self, features: Tensor) -> Tensor:
         if self.num_heads == 1:
             return features
+        check_tensor("value", features)
         if features.size(-1) % self.num_heads:
-            raise ValueError(
-                f"value: expected features that num_heads = {self.num_heads} divides, "
-                f"got {features.size(-1)}"
-            )
+            expected = f"features that num_heads = {self.num_heads} divides"
+            raise mismatch("value", expected, str(features.size(-1)))
         return features.unflatten(-1, (self.num_heads, -1))
 
     def _join_context(self, result: Tensor | tuple[Tensor, Tensor]):
@@ -186,6 +191,12 @@ class AdditiveAttention(nn.Module):
             context, weights = result
             return context.flatten(-2), weights
         return result.flatten(-2)
+
+
+def _check_features(name: str, tensor: Tensor, features: int) -> None:
+    check_tensor(name, tensor)
+    if tensor.dim() == 0 or tensor.size(-1) != features:
+        raise mismatch(name, f"{features} features in its last axis", f"shape {shape_of(tensor)}")
 
 
 class _ProjectingMemory(AttentionMemory):

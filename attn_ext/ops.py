@@ -151,6 +151,11 @@ class _Forward(torch.autograd.Function):
 
 
 def _forward_autograd(keyset, *arguments):
+    if torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "attn_ext: additive attention has no forward-mode derivative and takes no part in "
+            "torch.func transforms on this backend; use backend='reference' there"
+        )
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments[:4]):
         return _Forward.apply(keyset, *arguments)
     return _forward_below_autograd(keyset, arguments)

@@ -1,9 +1,12 @@
 """Additive attention in plain PyTorch: the definition of correct, and the last-resort backend."""
 
+import contextlib
+
 import torch
 from torch import Tensor
 
 from . import layout
+from .checks import check_flag, check_probability
 from .layout import KeySide, QuerySide
 
 __all__ = ["additive_attention", "dropout_keep_mask"]
@@ -29,9 +32,11 @@ def additive_attention(
     """Compute :func:`attn_ext.additive_attention` with ordinary differentiable PyTorch operations.
 
     Arguments, layouts, results and errors are those of :func:`attn_ext.additive_attention`. It
-    stores ``B * Tq * Tk * D`` values, may be differentiated any number of times, and ignores
-    ``deterministic`` and ``backend``.
+    stores ``B * Tq * Tk * D`` values and may be differentiated any number of times.
+    ``deterministic`` and ``backend`` change nothing: it is what it is.
     """
+    check_flag("need_weights", need_weights)
+    check_flag("deterministic", deterministic, optional=True)
     keys = layout.check_key_side(
         key,
         value,
@@ -40,13 +45,10 @@ def additive_attention(
         max_seqlen_k,
         key_padding_mask,
         key_lengths,
-        need_max=need_weights,
+        need_weights,
     )
-    queries = layout.check_query_side(
-        query, keys, cu_seqlens_q, max_seqlen_q, need_max=need_weights
-    )
-    layout.check_flag("need_weights", need_weights)
-    dropout_p = layout.check_dropout(dropout_p)
+    queries = layout.check_query_side(query, keys, cu_seqlens_q, max_seqlen_q, need_weights)
+    dropout_p = check_probability("dropout_p", dropout_p)
     seed = draw_seed(query.device) if dropout_p > 0 else None
     return attend(queries, keys, dropout_p, seed, need_weights)
 
@@ -60,36 +62,44 @@ def attend(
     queries: QuerySide, keys: KeySide, dropout_p: float, seed: Tensor | None, need_weights: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Pad whatever the layout is, compute by the formulas of the paper, and undo the padding."""
-    device_type = queries.query.device.type
-    with torch.autocast(device_type, enabled=False):
-        query_rows, query_valid = _rows(
-            queries.query, queries.cu_seqlens, keys.batch_size, queries.max_seqlen
-        )
-        key_rows, key_valid = _rows(keys.key, keys.cu_seqlens, keys.batch_size, keys.max_seqlen)
-        if keys.lengths is not None:
-            key_valid = key_valid & (_positions(key_valid) < keys.lengths[:, None])
-        if keys.padding_mask is not None:
-            key_valid = key_valid & ~keys.padding_mask
+    query_rows, query_valid = _rows(
+        queries.query, queries.cu_seqlens, keys.batch_size, queries.max_seqlen
+    )
+    key_rows, key_valid = _rows(keys.key, keys.cu_seqlens, keys.batch_size, keys.max_seqlen)
+    if keys.lengths is not None:
+        position = torch.arange(key_valid.size(1), device=key_valid.device)
+        key_valid = key_valid & (position < keys.lengths[:, None])
+    if keys.padding_mask is not None:
+        key_valid = key_valid & ~keys.padding_mask
 
-        query = _take(queries.query, query_rows, query_valid)  # [B, Tq, H, D]
-        key = _take(keys.key, key_rows, key_valid)  # [B, Tk, H, D]
-        value = _take(keys.value, key_rows, key_valid)  # [B, Tk, H, Dv]
+    query = _take(queries.query, query_rows, query_valid)  # [B, Tq, H, D]
+    key = _take(keys.key, key_rows, key_valid)  # [B, Tk, H, D]
+    value = _take(keys.value, key_rows, key_valid)  # [B, Tk, H, Dv]
+    with _without_autocast(query.device.type):
         context, weights = _attend_padded(
             query, key, value, keys.score_weight, key_valid, dropout_p, seed
         )
-        context = context.to(keys.value.dtype)
-        if queries.cu_seqlens is not None:
-            context = _scatter(context, query_rows, query_valid, queries.query.size(1))
-        context = queries.restore_context(context)
-        if not need_weights:
-            return context
-        weights = weights.to(keys.value.dtype)
-        weights = weights.masked_fill(~query_valid[:, None, :, None], 0)
-        weights_layout = layout.weights_layout(queries, keys)
-        if weights_layout == layout.JAGGED_WEIGHTS:
-            by_key = weights.squeeze(2).transpose(1, 2)  # [B, Tk, H]
-            weights = _scatter(by_key, key_rows, key_valid, keys.key.size(1)).squeeze(0)
-        return context, queries.restore_weights(weights, weights_layout)
+    context = context.to(keys.value.dtype)
+    if queries.cu_seqlens is not None:
+        context = _scatter(context, query_rows, query_valid, queries.query.size(1))
+    context = queries.restore_context(context)
+    if not need_weights:
+        return context
+    weights = weights.to(keys.value.dtype).masked_fill(~query_valid[:, None, :, None], 0)
+    weights_layout = layout.weights_layout(queries, keys)
+    if weights_layout == layout.JAGGED_WEIGHTS:
+        by_key = weights.squeeze(2).transpose(1, 2)  # [B, Tk, H]
+        weights = _scatter(by_key, key_rows, key_valid, keys.key.size(1)).squeeze(0)
+    else:  # the shape is the bounds', which may be larger than the longest sequences
+        more = (queries.max_seqlen - weights.size(2), keys.max_seqlen - weights.size(3))
+        weights = torch.nn.functional.pad(weights, (0, more[1], 0, more[0]))
+    return context, queries.restore_weights(weights, weights_layout)
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    if not torch.amp.is_autocast_available(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def _attend_padded(
@@ -119,18 +129,14 @@ def _rows(
     rows: Tensor, cu: Tensor | None, batch: int, max_seqlen: int
 ) -> tuple[Tensor | None, Tensor]:
     """Row numbers ``[B, T]`` of a padded view of jagged rows, and which of its places are real."""
-    place = torch.arange(max_seqlen, device=rows.device)
     if cu is None:
         return None, torch.ones((batch, max_seqlen), dtype=torch.bool, device=rows.device)
     total = rows.size(1)
     cu = cu.to(torch.int64).clamp(0, total)  # corrupt offsets stay inside the rows
-    numbers = cu[:-1, None] + place
+    if max_seqlen >= total and batch > 1:  # no useful bound: padding to it could take any memory
+        max_seqlen = cu.diff().max().item()
+    numbers = cu[:-1, None] + torch.arange(max_seqlen, device=rows.device)
     return numbers, numbers < cu[1:, None]
-
-
-def _positions(valid: Tensor) -> Tensor:
-    """Positions ``[0 .. T)`` for a ``[B, T]`` mask."""
-    return torch.arange(valid.size(1), device=valid.device)
 
 
 def _take(rows: Tensor, numbers: Tensor | None, valid: Tensor) -> Tensor:
@@ -145,8 +151,8 @@ def _take(rows: Tensor, numbers: Tensor | None, valid: Tensor) -> Tensor:
 
 def _scatter(padded: Tensor, numbers: Tensor, valid: Tensor, total: int) -> Tensor:
     """Jagged rows ``[1, total, ...]`` from padded ones ``[B, T, ...]``; rows of nobody are 0."""
-    rows = padded.new_zeros((total, *padded.shape[2:]))
-    return rows.index_put((numbers[valid],), padded[valid]).unsqueeze(0)
+    rows = padded.new_zeros((total + 1, *padded.shape[2:]))  # padding goes to one row too many
+    return rows.index_put((numbers.where(valid, total),), padded)[:total].unsqueeze(0)
 
 
 def dropout_keep_mask(seed: Tensor, dropout_p: float, shape: torch.Size) -> Tensor:

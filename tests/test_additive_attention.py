@@ -815,6 +815,51 @@ def test_autocast_joins_inputs_of_different_dtypes(backend: str):
     torch.testing.assert_close(context, expected, rtol=2.0**-7, atol=2.0**-7)
 
 
+def test_forward_mode_is_refused(kernel_backend: str):
+    """A tangent that the kernels would lose is an error, and not a derivative of zero."""
+    inputs = make_inputs("padded")
+
+    def attend(query):
+        return call(inputs, {**inputs.leaves, "query": query}, backend=kernel_backend)[0]
+
+    query = inputs.leaves["query"]
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        torch.func.jvp(attend, (query,), (torch.ones_like(query),))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        attend(torch.autograd.forward_ad.make_dual(query, torch.ones_like(query)))
+
+
+@pytest.mark.parametrize("layout", ["padded", "padded_lengths", "one_step_mask"])
+def test_meta_tensors(layout: str):
+    inputs = make_inputs(layout, heads=2, poison=False)
+    leaves = {name: leaf.to("meta") for name, leaf in inputs.leaves.items()}
+    meta = {
+        n: v.to("meta") if isinstance(v, torch.Tensor) else v for n, v in inputs.keywords.items()
+    }
+    context, weights = call(inputs.with_keywords(**meta), leaves, need_weights=True)
+    real = call(inputs, inputs.leaves, need_weights=True)
+    assert context.is_meta and (context.shape, weights.shape) == tuple(r.shape for r in real)
+
+
+@pytest.mark.parametrize("layout", ["jagged", "nested", "jagged_one_step"])
+def test_generous_bounds(backend: str, layout: str):
+    """Bounds far above the lengths cost neither time nor memory."""
+    inputs = make_inputs(layout)
+    expected, _ = call(inputs, inputs.leaves, backend=backend)
+    bounds = {"max_seqlen_k": 10**8}
+    if layout != "jagged_one_step":
+        bounds["max_seqlen_q"] = 10**8
+    actual, _ = call(inputs.with_keywords(**bounds), inputs.leaves, backend=backend)
+    assert torch.equal(actual, expected)
+
+
+def test_bound_of_masked_keys(backend: str):
+    """With a mask the longest sequence is not read off the shape."""
+    inputs = make_inputs("padded_mask")
+    actual, _ = call(inputs.with_keywords(max_seqlen_k=1), inputs.leaves, backend=backend)
+    assert torch.equal(actual, call(inputs, inputs.leaves, backend=backend)[0])
+
+
 def test_autocast_leaves_float64_alone(backend: str):
     inputs = make_inputs("jagged", dtype=torch.float64)
     with torch.autocast(torch.get_default_device().type, torch.bfloat16):

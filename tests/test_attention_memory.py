@@ -611,6 +611,37 @@ def test_second_derivative_raises(kernel_backend: str, name: str):
 
 
 @pytest.mark.parametrize("name", KEY_SIDE)
+def test_second_derivative_raises_without_a_query_gradient(kernel_backend: str, name: str):
+    inputs, queries = make_steps("one_step_lengths")
+    leaves = {n: inputs.leaves[n].clone() for n in KEY_SIDE}
+    leaves[name].requires_grad_()
+    memory = make_memory(inputs, leaves, backend=kernel_backend)
+    loss = memory.attend(queries[0]).square().sum()
+    (gradient,) = torch.autograd.grad(loss, leaves[name], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable"):
+        gradient.square().sum().backward()
+
+
+def test_autocast_on_one_side_only(backend: str):
+    """A memory made outside autocast takes queries inside it, and the other way round."""
+    inputs, queries = make_steps("one_step_lengths")
+    leaves = {n: inputs.leaves[n] for n in KEY_SIDE}
+    autocast = torch.autocast(torch.get_default_device().type, torch.bfloat16)
+    outside = make_memory(inputs, leaves, backend=backend)
+    expected = outside.attend(queries[0])
+    with autocast:
+        inside = make_memory(inputs, leaves, backend=backend)
+        assert torch.equal(
+            outside.attend(queries[0].bfloat16().float()).float(),
+            outside.attend(queries[0].bfloat16()),
+        )
+        assert torch.equal(outside.attend(queries[0]), expected)
+        cast = inside.attend(queries[0])
+    assert cast.dtype == torch.bfloat16
+    assert torch.equal(inside.attend(queries[0]), cast)
+
+
+@pytest.mark.parametrize("name", KEY_SIDE)
 def test_modification_in_place_before_a_step_raises(kernel_backend: str, name: str):
     inputs, queries = make_steps("one_step_lengths")
     leaves = {n: inputs.leaves[n].clone() for n in KEY_SIDE}

@@ -751,8 +751,8 @@ def test_unavailable_backend_says_why_and_what_to_do(name: str):
 
 MODULE_CALLS = [
     ({"num_heads": 3}, r"^num_heads: expected a divisor of attn_dim = 8, got 3"),
-    ({"num_heads": 0}, r"^num_heads: expected a divisor of attn_dim = 8, got 0"),
-    ({"num_heads": -2}, r"^num_heads: expected a divisor of attn_dim = 8, got -2"),
+    ({"num_heads": 0}, r"^num_heads: expected at least 1, got 0"),
+    ({"num_heads": -2}, r"^num_heads: expected at least 1, got -2"),
     ({"dropout": 1.5}, r"^dropout: expected a probability between 0 and 1, got 1.5"),
     ({"dropout": -1.0}, r"^dropout: expected a probability between 0 and 1, got -1.0"),
 ]
@@ -762,6 +762,32 @@ MODULE_CALLS = [
 def test_module(keywords: dict[str, object], pattern: str):
     with pytest.raises(ValueError, match=pattern):
         AdditiveAttention(4, 4, 8, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keywords", "pattern"),
+    [
+        ((4, 4, 0), {}, r"^attn_dim: expected at least 1, got 0"),
+        ((4, 4.0, 8), {}, r"^key_dim: expected an int, got float"),
+        ((4, 4, 8), {"num_heads": True}, r"^num_heads: expected an int, got bool"),
+        ((4, 4, 8), {"dropout": "a"}, r"^dropout: expected a float, got str"),
+        ((4, 4, 8), {"dropout": 1.5}, r"^dropout: expected a probability .*, got 1.5"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_module_arguments(arguments: tuple, keywords: dict[str, object], pattern: str):
+    with pytest.raises((TypeError, ValueError), match=pattern):
+        AdditiveAttention(*arguments, **keywords)
+
+
+def test_module_features():
+    module = AdditiveAttention(4, 5, 8)
+    with pytest.raises(ValueError, match=r"^query: expected 4 features in its last axis, got .*7"):
+        module(torch.randn(2, 3, 7), torch.randn(2, 6, 5))
+    with pytest.raises(ValueError, match=r"^key: expected 5 features in its last axis, got .*4"):
+        module.memory(torch.randn(2, 6, 4))
+    with pytest.raises(TypeError, match=r"^query: expected a torch.Tensor, got NoneType"):
+        module(None, torch.randn(2, 6, 5))
 
 
 def test_module_value_features_that_heads_do_not_divide():
