@@ -207,7 +207,7 @@ void value_item(const BackwardCall<T>& call, const KeyRange& range) {
   for (int64_t i = 0; i < unit.query_count; i += kValueTile) {
     const int64_t count = smaller(kValueTile, unit.query_count - i);
     const Panel<T> panel =
-        panel_of<T>(dcontext, unit.query + i, count, 0, dim, room.data, room.copy);
+        outer_panel<T>(dcontext, unit.query + i, count, dim, range.key_count, room);
     outer_products<T>({rows.alpha(i), 1, unit.ld}, range.key_count, panel, count, steps, sums);
   }
   const RowSource target = unit.last ? key_rows(call.dvalue, rows.sequence, unit.head) : sum;

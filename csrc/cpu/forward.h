@@ -49,24 +49,30 @@ struct RunningSoftmax {
   }
 };
 
+// Rows [first, first + rows) of `source` to be multiplied into `results` rows. One result reads
+// each row once, where it lies. Many read packed rows, whose steps do not compete for the same
+// cache sets.
+template <class T>
+Panel<T> outer_panel(const RowSource& source, int64_t first, int64_t rows, int64_t dim,
+                     int64_t results, const PanelRoom<T>& room) {
+  if (results == 1 && lies_in_panel<T>(source)) {
+    return panel_of<T>(source, first, rows, 0, dim, room.data, room.copy);
+  }
+  const Panel<T> panel{room.data, kStep<T>, rows * kStep<T>};
+  pack<T, PackValues<T>>(source, first, rows, 0, dim, room.data, panel.row, panel.step, nullptr,
+                         room.copy);
+  return panel;
+}
+
 // sums += weights x values for keys [first, first + count).
 template <class T>
 void add_weighted_values(const RowSource& value, int64_t first, int64_t count, int64_t value_dim,
                          const T* weights, int64_t ld, int64_t queries, T* sums,
                          const PanelRoom<T>& room) {
   const int64_t steps = steps_of<T>(value_dim);
-  // One query reads each value once, where it lies. Many read packed values, whose steps do not
-  // compete for the same cache sets.
-  const bool in_place = queries == 1 && lies_in_panel<T>(value, value_dim);
   for (int64_t j = 0; j < count; j += kValueTile) {
     const int64_t keys = smaller(kValueTile, count - j);
-    Panel<T> panel{room.data, kStep<T>, keys * kStep<T>};
-    if (in_place) {
-      panel = panel_of<T>(value, first + j, keys, 0, value_dim, room.data, room.copy);
-    } else {
-      pack<T, PackValues<T>>(value, first + j, keys, 0, value_dim, room.data, panel.row, panel.step,
-                             nullptr, room.copy);
-    }
+    const Panel<T> panel = outer_panel<T>(value, first + j, keys, value_dim, queries, room);
     outer_products<T>({weights + j, ld, 1}, queries, panel, keys, steps, sums);
   }
 }

@@ -240,10 +240,12 @@ class GradientBlock {
         a = exact_queries();
         b = exact_keys(first, keys);
       }
-      const GradientOperands<T> operands{a.data + i * a.row + p * a.step,
-                                         a.row,
-                                         b.data + j * b.row + p * b.step,
-                                         b.row,
+      const StepRows<T> a_step = a.at(p);
+      const StepRows<T> b_step = b.at(p);
+      const GradientOperands<T> operands{a_step.data + i * a_step.row,
+                                         a_step.row,
+                                         b_step.data + j * b_step.row,
+                                         b_step.row,
                                          call_.dscores + unit_.scores + i * unit_.ld + first + j,
                                          unit_.ld,
                                          end - i,

@@ -9,15 +9,31 @@
 namespace attn_ext {
 namespace ATTN_EXT_ISA {
 
-// Rows of the compute type whose length is padded to whole steps: features [p kStep, (p + 1) kStep)
-// of row i stand at data + i * row + p * step.
+// One step of features of rows i = 0, 1, ...: kStep numbers at data + i * row.
+template <class T>
+struct StepRows {
+  const T* data;
+  int64_t row;
+};
+
+// Rows of the compute type whose length is padded to whole steps: step p of row i stands at
+// data + i * row + p * step. Where rows lie in a tensor, only whole steps are read there, and the
+// rest is a packed copy, the `tail`.
 template <class T>
 struct Panel {
   const T* data;
   int64_t row;
   int64_t step;
+  int64_t whole_steps = INT64_MAX;
+  const T* tail = nullptr;  // rows are kStep apart
 
-  ATTN_EXT_INLINE Panel from_row(int64_t i) const { return {data + i * row, row, step}; }
+  ATTN_EXT_INLINE Panel from_row(int64_t i) const {
+    return {data + i * row, row, step, whole_steps, tail + i * kStep<T>};
+  }
+
+  ATTN_EXT_INLINE StepRows<T> at(int64_t p) const {
+    return p < whole_steps ? StepRows<T>{data + p * step, row} : StepRows<T>{tail, kStep<T>};
+  }
 };
 
 template <class T>
@@ -127,19 +143,23 @@ void pack(const RowSource& source, int64_t first, int64_t rows, int64_t begin, i
 
 // Whether the rows can serve as a panel where they are.
 template <class T>
-ATTN_EXT_INLINE bool lies_in_panel(const RowSource& source, int64_t count) {
-  return source.dtype == kDTypeOf<T> && source.col == 1 && source.index == nullptr &&
-         count % kStep<T> == 0;
+ATTN_EXT_INLINE bool lies_in_panel(const RowSource& source) {
+  return source.dtype == kDTypeOf<T> && source.col == 1 && source.index == nullptr;
 }
 
-// Rows [first, first + rows) as a panel: in place if possible, else packed one row after the other
-// into `target`.
+// Columns [begin, begin + count) of rows [first, first + rows) as a panel: in place if possible,
+// else packed one row after the other into `target`.
 template <class T>
 Panel<T> panel_of(const RowSource& source, int64_t first, int64_t rows, int64_t begin,
                   int64_t count, T* target, T* copy) {
-  if (lies_in_panel<T>(source, count)) {
+  if (lies_in_panel<T>(source)) {
     const T* data = static_cast<const T*>(source.data) + source.offset(first) + begin;
-    return {data, source.row, kStep<T>};
+    const int64_t rest = count % kStep<T>;
+    if (rest != 0) {
+      pack<T, PackValues<T>>(source, first, rows, begin + count - rest, rest, target, kStep<T>,
+                             kStep<T>, nullptr, copy);
+    }
+    return {data, source.row, kStep<T>, count / kStep<T>, target};
   }
   const int64_t row_stride = steps_of<T>(count) * kStep<T>;
   pack<T, PackValues<T>>(source, first, rows, begin, count, target, row_stride, kStep<T>, nullptr,

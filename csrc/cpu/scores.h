@@ -66,10 +66,11 @@ struct Extremes {
   Vec<T> largest;
 
   Extremes(const Panel<T>& panel, int64_t rows, int64_t p, int64_t half) {
-    const T* data = panel.data + p * panel.step + half;
+    const StepRows<T> step = panel.at(p);
+    const T* data = step.data + half;
     smallest = largest = load<T>(data);
     for (int64_t i = 1; i < rows; ++i) {
-      const Vec<T> next = load<T>(data + i * panel.row);
+      const Vec<T> next = load<T>(data + i * step.row);
       smallest = next < smallest ? next : smallest;
       largest = next > largest ? next : largest;
     }
@@ -156,8 +157,8 @@ template <class T>
 void dot_block(const RowSource& left, int64_t i0, int64_t rows, const RowSource& right,
                int64_t first, int64_t cols, int64_t dim, T* out, int64_t ld, Scratch& scratch) {
   const int64_t steps = steps_of<T>(dim);
-  const bool copy_left = !lies_in_panel<T>(left, dim);
-  T* left_room = scratch.take<T>(copy_left ? rows * steps * kStep<T> : 0);
+  const bool copy_left = !lies_in_panel<T>(left);
+  T* left_room = scratch.take<T>(rows * (copy_left ? steps : 1) * kStep<T>);
   const PanelRoom<T> room(kTileCols, dim, scratch);
   const Panel<T> a = panel_of<T>(left, i0, rows, 0, dim, left_room, room.copy);
   for (int64_t j = 0; j < cols; j += kTileCols) {

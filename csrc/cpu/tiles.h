@@ -68,12 +68,14 @@ void inner_tile(Panel<T> a, Panel<T> b, int64_t steps, const T* weights, T* out,
     const int64_t end = smaller(begin + kStepsOfSum, steps);
     Vec<T> sums[R * C] = {};
     for (int64_t p = begin; p < end; ++p) {
+      const StepRows<T> a_step = a.at(p);
+      const StepRows<T> b_step = b.at(p);
 #pragma GCC unroll 8
       for (int j = 0; j < C; ++j) {
 #pragma GCC unroll 8
         for (int i = 0; i < R; ++i) {
-          sums[i * C + j] = Rule<T>::add(sums[i * C + j], a.data + i * a.row + p * a.step,
-                                         b.data + j * b.row + p * b.step, weights + p * kStep<T>);
+          sums[i * C + j] = Rule<T>::add(sums[i * C + j], a_step.data + i * a_step.row,
+                                         b_step.data + j * b_step.row, weights + p * kStep<T>);
         }
       }
     }
@@ -116,8 +118,7 @@ struct Scalars {
 
 // sums[i] += sum_k scalars(i, k) b_k for R rows i and one step of features.
 template <class T, int R>
-void outer_tile(Scalars<T> scalars, const T* b, int64_t b_row, int64_t inner, T* sums,
-                int64_t sums_row) {
+void outer_tile(Scalars<T> scalars, StepRows<T> b, int64_t inner, T* sums, int64_t sums_row) {
   constexpr int lanes = kLanes<T>;
   Vec<T> sum0[R];
   Vec<T> sum1[R];
@@ -127,8 +128,8 @@ void outer_tile(Scalars<T> scalars, const T* b, int64_t b_row, int64_t inner, T*
     sum1[i] = load<T>(sums + i * sums_row + lanes);
   }
   for (int64_t k = 0; k < inner; ++k) {
-    const Vec<T> b0 = load<T>(b + k * b_row);
-    const Vec<T> b1 = load<T>(b + k * b_row + lanes);
+    const Vec<T> b0 = load<T>(b.data + k * b.row);
+    const Vec<T> b1 = load<T>(b.data + k * b.row + lanes);
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
       const T scalar = scalars.data[i * scalars.row + k * scalars.col];
@@ -153,11 +154,12 @@ void outer_stream(Scalars<T> scalars, Panel<T> b, int64_t steps, T* sums) {
     scale[k] = splat<T>(scalars.data[k * scalars.col]);
   }
   for (int64_t p = 0; p < steps; ++p) {
+    const StepRows<T> rows = b.at(p);
     Vec<T> sum0 = load<T>(sums + p * kStep<T>);
     Vec<T> sum1 = load<T>(sums + p * kStep<T> + lanes);
 #pragma GCC unroll 4
     for (int k = 0; k < K; ++k) {
-      const T* row = b.data + k * b.row + p * b.step;
+      const T* row = rows.data + k * rows.row;
       sum0 += scale[k] * load<T>(row);
       sum1 += scale[k] * load<T>(row + lanes);
     }
@@ -193,8 +195,8 @@ void outer_products(Scalars<T> scalars, int64_t rows, Panel<T> b, int64_t inner,
                           : tile == 4 ? outer_tile<T, 4>
                           : tile == 2 ? outer_tile<T, 2>
                                       : outer_tile<T, 1>;
-      kernel({scalars.data + i * scalars.row, scalars.row, scalars.col}, b.data + p * b.step, b.row,
-             inner, sums + i * sums_row + p * kStep<T>, sums_row);
+      kernel({scalars.data + i * scalars.row, scalars.row, scalars.col}, b.at(p), inner,
+             sums + i * sums_row + p * kStep<T>, sums_row);
     }
   }
 }
