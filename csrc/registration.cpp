@@ -1,134 +1,20 @@
 // The operations of the CPU backend as PyTorch sees them: unpacks tensors, allocates outputs, calls
 // the drivers.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <optional>
 #include <string>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "cpu/driver.h"
 #include "cpu/geometry.h"
 #include "cpu/isa.h"
-#include "cpu/runtime.h"
+#include "tensors.h"
 
 namespace attn_ext {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 enum GradMask : int64_t { kGradQuery = 1, kGradKey = 2, kGradValue = 4, kGradScoreWeight = 8 };
-
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Double:
-      return DType::kFloat64;
-    default:
-      STD_TORCH_CHECK(false, "attn_ext: expected a float32, float16, bfloat16 or float64 tensor");
-  }
-}
-
-bool computes_in_double(const Tensor& query) { return query.scalar_type() == ScalarType::Double; }
-
-ScalarType compute_type(const Tensor& query) {
-  return computes_in_double(query) ? ScalarType::Double : ScalarType::Float;
-}
-
-// [batch, row, head, col]; the last dimension may be missing.
-Rows rows_of(const Tensor& tensor) {
-  Rows rows;
-  rows.data = tensor.data_ptr();
-  rows.dtype = dtype_of(tensor);
-  rows.batch = tensor.stride(0);
-  rows.row = tensor.stride(1);
-  rows.head = tensor.stride(2);
-  rows.col = tensor.dim() > 3 ? tensor.stride(3) : 0;
-  return rows;
-}
-
-// [step, batch, head, col], the step being the row.
-Rows step_rows_of(const Tensor& tensor) {
-  Rows rows = rows_of(tensor);
-  std::swap(rows.batch, rows.row);
-  return rows;
-}
-
-// [step, batch, row, head], the step being the column.
-Rows step_score_rows_of(const Tensor& tensor) {
-  Rows rows;
-  rows.data = tensor.data_ptr();
-  rows.dtype = dtype_of(tensor);
-  rows.col = tensor.stride(0);
-  rows.batch = tensor.stride(1);
-  rows.row = tensor.stride(2);
-  rows.head = tensor.stride(3);
-  return rows;
-}
-
-Rows score_weight_rows(const Tensor& score_weight) {
-  Rows rows;
-  rows.data = score_weight.data_ptr();
-  rows.dtype = dtype_of(score_weight);
-  rows.head = score_weight.stride(0);
-  rows.col = score_weight.stride(1);
-  return rows;
-}
-
-// Dense weights are [B, H, max_seqlen_q, max_seqlen_k], those by key [Nk, H].
-Rows weight_rows(const Tensor& weights, bool by_key) {
-  Rows rows;
-  rows.data = weights.data_ptr();
-  rows.dtype = dtype_of(weights);
-  rows.batch = by_key ? 0 : weights.stride(0);
-  rows.head = weights.stride(1);
-  rows.row = by_key ? 0 : weights.stride(2);
-  rows.col = by_key ? weights.stride(0) : weights.stride(3);
-  return rows;
-}
-
-Integers integers_of(const OptionalTensor& tensor) {
-  Integers result;
-  if (tensor.has_value()) {
-    result.data = tensor->data_ptr();
-    result.wide = tensor->scalar_type() == ScalarType::Long;
-    STD_TORCH_CHECK(result.wide || tensor->scalar_type() == ScalarType::Int,
-                    "attn_ext: expected int32 or int64 offsets and lengths");
-    result.size = tensor->size(0);
-    result.stride = tensor->stride(0);
-  }
-  return result;
-}
-
-Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype,
-                bool zeros) {
-  return zeros ? torch::stable::new_zeros(like, sizes, dtype)
-               : torch::stable::new_empty(like, sizes, dtype);
-}
-
-Tensor nothing(const Tensor& like, ScalarType dtype) { return allocate(like, {0}, dtype, false); }
-
-std::vector<int64_t> sizes_of(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  return {sizes.begin(), sizes.end()};
-}
-
-std::vector<int64_t> with_last(const Tensor& tensor, int64_t last) {
-  std::vector<int64_t> sizes = sizes_of(tensor);
-  sizes.back() = last;
-  return sizes;
-}
 
 // The arguments that say which rows make up which sequence.
 struct SequenceArguments {
