@@ -36,7 +36,7 @@ test: $(VENV)/.built ## run the tests (ARGS="-k name")
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
 bench: $(VENV)/.built ## time the op beside what one would pick instead (ARGS="--help")
-	$(PY) -m benchmarks.bench_additive_attention $(ARGS)
+	$(PY) -m benchmarks.bench_additive_attention $(or $(ARGS),--more)
 
 lint: $(VENV)/.installed ## check the style of Python and C++
 	@# The pins resolve on any mirror: no index is written down.

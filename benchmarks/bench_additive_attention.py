@@ -20,7 +20,8 @@ from .workloads import WORKLOADS, Workload, uniform
 RESULTS = Path(__file__).parent / "results"
 TABLE = ("equal", "gnmt", "step-decoder", "one-long", "skewed")
 EAGER_ONLY = ("one-long", "mil")  # one query: nothing that a compiler could fuse across queries
-PEERS = ("eager", "compile", "level")  # what a row's time is divided into
+RIVALS = (*providers.PEERS, "level")  # whose times are divided by a row's
+DTYPES = ("float32", "bfloat16", "float16")
 TOKENS = (1_000, 2_000, 4_000, 8_000, 16_000)  # keys in all, for the scaling plot
 BATCHES = (4, 16, 64, 256)
 
@@ -41,17 +42,18 @@ def main() -> None:
         "dtype": options.dtype,
         "rows": rows,
     }
-    if options.scaling:
-        torch.set_num_threads(max(options.threads))
+    if options.more:
+        report["dtypes"] = bench_dtypes(options)
         report["scaling"] = bench_scaling(options)
     options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / f"additive_attention_{report['machine']['slug']}_{options.dtype}"
     stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    plots.draw_ratios(rows, report["machine"]["name"], stem.with_suffix(".png"))
+    title = f"attn_ext.additive_attention, {options.dtype}, {report['machine']['name']}"
+    plots.draw_ratios(rows, title, stem.with_suffix(".png"))
     print(f"\nwrote {stem.with_suffix('.json')} and {stem.with_suffix('.png')}")
-    if options.scaling:
+    if options.more:
         path = stem.with_name(stem.name + "_scaling.png")
-        plots.draw_scaling(report["scaling"], report["machine"]["name"], path)
+        plots.draw_scaling(report["scaling"], title, path)
         print(f"wrote {path}")
 
 
@@ -59,13 +61,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--workloads", type=_names(WORKLOADS), default=list(TABLE))
     parser.add_argument("--modes", type=_names(harness.MODES), default=["forward", "both"])
     parser.add_argument("--providers", type=lambda text: text.split(","), default=None)
-    parser.add_argument("--threads", type=lambda t: [int(n) for n in t.split(",")], default=None)
+    parser.add_argument("--threads", type=_counts, help="e.g. 1,2 (default: one and all)")
     parser.add_argument("--seconds", type=float, default=5.0, help="budget a workload and mode")
-    parser.add_argument("--scaling", action="store_true", help="also time against tokens and batch")
+    parser.add_argument(
+        "--more", action="store_true", help="also compare dtypes, and time against tokens and batch"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     usable = providers.available(options.device)
@@ -73,9 +77,20 @@ def parse_arguments() -> argparse.Namespace:
     for name in options.providers:
         if name not in usable:
             parser.error(f"--providers: {name} is not available here; have {', '.join(usable)}")
+    ours = [name for name in options.providers if name not in providers.PEERS]
+    if not ours:
+        parser.error(f"--providers: none of attn_ext's is among {', '.join(options.providers)}")
+    options.ours = ours[-1]
     if options.threads is None:
         options.threads = sorted({1, torch.get_num_threads()}) if options.device == "cpu" else [1]
     return options
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        return [int(count) for count in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: expected counts such as 1,2") from None
 
 
 def _names(known):
@@ -94,10 +109,12 @@ def bench_workload(workload: Workload, threads: int, options: argparse.Namespace
     torch.compiler.reset()
     dtype = getattr(torch, options.dtype)
     if workload.name == "skewed":  # padded, it would need 1,001 x 50,000 rows
-        ours = options.providers[-1]
-        level = harness.make_cases(WORKLOADS["level"], [ours], dtype, options.device)
-        skewed = harness.make_cases(workload, [ours], dtype, options.device)
-        cases = {"level": level[ours], "skewed": skewed[ours]}
+        cases = {
+            name: harness.make_cases(WORKLOADS[name], [options.ours], dtype, options.device)[
+                options.ours
+            ]
+            for name in ("level", "skewed")
+        }
     else:
         skipped = ("compile",) if workload.name in EAGER_ONLY else ()
         names = [name for name in options.providers if name not in skipped]
@@ -107,18 +124,16 @@ def bench_workload(workload: Workload, threads: int, options: argparse.Namespace
         timings = harness.time_cases(cases, mode, options.seconds)
         print(f"\n{workload.name}: {workload.description}; {mode}, {threads} threads")
         for name, timing in timings.items():
-            case = cases[name]
-            run = case.forward if mode == "forward" else lambda c=case: c.gradients(c.run())
-            memory = harness.peak_memory(run, options.device)
+            memory = harness.peak_memory(cases[name], mode, options.device)
             ratios = {
                 f"vs_{peer}": timings[peer].median / timing.median
-                for peer in PEERS
-                if peer in timings and name not in PEERS
+                for peer in RIVALS
+                if peer in timings and name not in RIVALS
             }
             rate = workload.pairs * workload.dim / timing.median
             row = {
                 "workload": workload.name,
-                "shape": workload.description,
+                "shape": WORKLOADS.get(name, workload).description,
                 "mode": mode,
                 "threads": threads,
                 "provider": name,
@@ -133,7 +148,9 @@ def bench_workload(workload: Workload, threads: int, options: argparse.Namespace
 
 
 def format_row(row: dict) -> str:
-    ratios = "".join(f"  {row[f'vs_{peer}']:5.2f}x {peer}" for peer in PEERS if f"vs_{peer}" in row)
+    ratios = "".join(
+        f"  {row[f'vs_{peer}']:5.2f}x {peer}" for peer in RIVALS if f"vs_{peer}" in row
+    )
     return (
         f"  {row['provider']:10s} {row['median'] * 1e3:9.2f} ms "
         f"[{row['low'] * 1e3:.2f} .. {row['high'] * 1e3:.2f}, n={row['rounds']}] "
@@ -142,9 +159,30 @@ def format_row(row: dict) -> str:
     )
 
 
+def bench_dtypes(options: argparse.Namespace) -> list[dict]:
+    """Time of the best provider in each dtype, on the same numbers."""
+    provider, rows = options.ours, []
+    for name in options.workloads:
+        cases = {
+            dtype: harness.make_cases(
+                WORKLOADS[name], [provider], getattr(torch, dtype), options.device
+            )[provider]
+            for dtype in DTYPES
+        }
+        for mode in options.modes:
+            timings = harness.time_cases(cases, mode, options.seconds / 2)
+            for dtype, timing in timings.items():
+                ratio = timing.median / timings["float32"].median
+                row = {"workload": name, "mode": mode, "dtype": dtype, "provider": provider}
+                rows.append({**row, **asdict(timing), "time_vs_float32": ratio})
+            ratios = ", ".join(f"{row['dtype']} {row['time_vs_float32']:.2f}x" for row in rows[-3:])
+            print(f"{name}, {mode}: time in units of float32's: {ratios}", flush=True)
+    return rows
+
+
 def bench_scaling(options: argparse.Namespace) -> dict[str, list[dict]]:
     """Time of the best provider against tokens at a fixed batch, and against batch."""
-    provider = options.providers[-1]
+    provider = options.ours
     sweeps = {
         "tokens": [("16 sequences", count, 16, count // 16) for count in TOKENS],
         "batch": [("8,000 keys in all", batch, batch, 8_000 // batch) for batch in BATCHES],
@@ -155,7 +193,8 @@ def bench_scaling(options: argparse.Namespace) -> dict[str, list[dict]]:
         for label, x, batch, length in points:
             keys = uniform(batch, length // 2, length + length // 2, seed=x)
             workload = Workload(f"{axis}-{x}", keys, (32,) * batch, 256, 256)
-            cases = harness.make_cases(workload, [provider], torch.float32, options.device)
+            dtype = getattr(torch, options.dtype)
+            cases = harness.make_cases(workload, [provider], dtype, options.device)
             for mode in options.modes:
                 timing = harness.time_cases(cases, mode, options.seconds / 5)[provider]
                 point = {"x": x, "keys": sum(keys), "label": label, "mode": mode}

@@ -1,5 +1,6 @@
 """Interleaved timing and peak memory, with results checked before any time is taken."""
 
+import ctypes
 import gc
 import statistics
 import time
@@ -10,11 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import attn_ext
+
 from . import providers
 from .workloads import Inputs, Workload, make_inputs
 
 MODES = ("forward", "backward", "both")
-PEERS = ("eager", "compile")
+# Peers sum in other orders than the plain formula does; they are only checked to be sane.
+PEER_ALLOWANCE = 20
 
 
 @dataclass
@@ -72,7 +76,7 @@ def check(cases: dict[str, Case], inputs: Inputs, is_loop: bool) -> None:
     """Raise unless every case's outputs and gradients keep the error budget of the project.
 
     Against float64, the error may be 2 times (output) or 3 times (gradients) that of the plain
-    formula in the same dtype, plus a rounding of the result's scale.
+    formula in the same dtype, plus a rounding of the result's scale; peers get more.
     """
     doutput = next(iter(cases.values())).doutput
     exact = _by_sequence(inputs, doutput, is_loop, torch.float64)
@@ -82,20 +86,22 @@ def check(cases: dict[str, Case], inputs: Inputs, is_loop: bool) -> None:
     for provider, case in cases.items():
         output = case.run()
         gradients = case.gradients(output)
-        if provider in PEERS:
+        if provider in providers.PEERS:
             gradients = _unpad(gradients, inputs, is_loop)
         results = (output.detach(), *gradients)
         for name, result, truth, eager in zip(names, results, exact, plain, strict=True):
             error, allowed = ((found - truth).abs().max().item() for found in (result, eager))
             allowed = allowed * (2 if name == "output" else 3) + rounding * truth.abs().max().item()
-            if provider not in PEERS and not error <= allowed:
+            if provider in providers.PEERS:
+                allowed *= PEER_ALLOWANCE
+            if not error <= allowed:
                 raise AssertionError(f"{provider}: {name} is off by {error:.2e}, not {allowed:.2e}")
 
 
 def _by_sequence(
     inputs: Inputs, doutput: Tensor, is_loop: bool, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """Output and gradients by the plain formula, one sequence at a time."""
+    """Output and gradients by the reference, one sequence at a time."""
     leaves = [
         tensor.detach().to(dtype).requires_grad_()
         for tensor in (inputs.query, inputs.key, inputs.value, inputs.score_weight)
@@ -105,7 +111,7 @@ def _by_sequence(
     sizes = inputs.cu_seqlens_k.diff().tolist()
     sequences = zip(queries, key.split(sizes), value.split(sizes), strict=True)
     contexts = [
-        providers.attend_padded(q[None], k[None], v[None], score_weight, None)[0]
+        attn_ext.reference.additive_attention(q[None], k[None], v[None], score_weight)[0]
         for q, k, v in sequences
     ]
     output = torch.stack(contexts, 1) if is_loop else torch.cat(contexts)
@@ -165,8 +171,15 @@ def measured_peaks(device: str) -> dict[str, float]:
     }
 
 
-def peak_memory(run: Callable[[], object], device: str) -> int:
-    """Bytes that ``run`` held at its peak beyond what was held before, its results included."""
+def peak_memory(case: Case, mode: str, device: str) -> int:
+    """Bytes that a call holds at its peak beyond what was held before, its results included."""
+    output = case.run() if mode == "backward" else None
+
+    def run() -> object:
+        if mode == "forward":
+            return case.forward()
+        return case.gradients(case.run() if output is None else output)
+
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -176,6 +189,7 @@ def peak_memory(run: Callable[[], object], device: str) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     status = Path("/proc/self/status")
+    ctypes.CDLL(None).malloc_trim(0)  # else memory that the allocator kept would hide the peak
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _status_bytes(status, "VmRSS")
     result = run()

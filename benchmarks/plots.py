@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+MODE_LABELS = {"forward": "fwd", "backward": "bwd", "both": "fwd + bwd"}
 PEER_COLOURS = {"vs_eager": "tab:blue", "vs_compile": "tab:orange"}
 
 
-def draw_ratios(rows: list[dict], machine: str, path: Path) -> None:
+def draw_ratios(rows: list[dict], title: str, path: Path) -> None:
     """Bars: how many times faster than each peer, a group a workload, mode and thread count."""
     import matplotlib
 
@@ -22,7 +23,7 @@ def draw_ratios(rows: list[dict], machine: str, path: Path) -> None:
         bars = axes.barh(places, ratios, height=0.38, color=colour, label=f"{peer[3:]} time / ours")
         axes.bar_label(bars, fmt="%.1f×", padding=3, fontsize=8)
     labels = [
-        f"{row['workload']}, {'fwd' if row['mode'] == 'forward' else 'fwd + bwd'}"
+        f"{row['workload']}, {MODE_LABELS[row['mode']]}"
         f", {row['threads']} thr" + (f" ({row['provider']})" if row["provider"] != "cpu" else "")
         for row in ours
     ]
@@ -32,13 +33,13 @@ def draw_ratios(rows: list[dict], machine: str, path: Path) -> None:
     axes.axvline(1, color="black", linewidth=0.8)
     axes.margins(x=0.1)
     axes.set_xlabel("times faster (log scale)")
-    axes.set_title(f"attn_ext.additive_attention, float32, {machine}", fontsize=10)
+    axes.set_title(title, fontsize=10)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def draw_scaling(sweeps: dict[str, list[dict]], machine: str, path: Path) -> None:
+def draw_scaling(sweeps: dict[str, list[dict]], title: str, path: Path) -> None:
     """Lines: time against keys in all at a fixed batch, and against batch at fixed keys."""
     import matplotlib
 
@@ -58,6 +59,6 @@ def draw_scaling(sweeps: dict[str, list[dict]], machine: str, path: Path) -> Non
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("ms, 32 queries a sequence, D = Dv = 256")
     panels[0].legend()
-    figure.suptitle(f"attn_ext.additive_attention, float32, {machine}", fontsize=10)
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -10,6 +10,8 @@ from attn_ext import backends
 
 from .workloads import Inputs, Workload
 
+PEERS = ("eager", "compile")
+
 Run = Callable[[], Tensor]  # computes the contexts of real queries, [total_q, Dv] or [steps, B, Dv]
 
 
@@ -102,7 +104,7 @@ def make_run(provider: str, workload: Workload, inputs: Inputs) -> Run:
 
 def leaves(provider: str, inputs: Inputs) -> list[Tensor]:
     """The tensors whose gradients a provider computes."""
-    prefix = "padded_" if provider in ("eager", "compile") else ""
+    prefix = "padded_" if provider in PEERS else ""
     names = [f"{prefix}{name}" for name in ("query", "key", "value")]
     return [getattr(inputs, name) for name in (*names, "score_weight")]
 
@@ -111,4 +113,4 @@ def available(device: str) -> list[str]:
     """Providers that run on ``device``, the baselines first."""
     ours = ("triton", "cuda", "cpu")
     usable = [name for name in ours if backends.problem(name, torch.device(device)) is None]
-    return ["eager", "compile", *usable]
+    return [*PEERS, *usable]
