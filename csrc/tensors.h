@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/geometry.h"
+#include "cpu/pages.h"
 #include "cpu/problem.h"
 
 namespace attn_ext {
@@ -108,8 +109,9 @@ inline Integers integers_of(const OptionalTensor& tensor) {
 
 inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype,
                        bool zeros) {
-  return zeros ? torch::stable::new_zeros(like, sizes, dtype)
-               : torch::stable::new_empty(like, sizes, dtype);
+  Tensor result = torch::stable::new_empty(like, sizes, dtype);
+  advise_huge_pages(result.data_ptr(), result.numel() * result.element_size());
+  return zeros ? torch::stable::zero_(result) : result;
 }
 
 inline Tensor nothing(const Tensor& like, ScalarType dtype) {

@@ -13,21 +13,26 @@ namespace ATTN_EXT_ISA {
 template <class T>
 struct ScoreRows {
   const BackwardCall<T>& call;
-  const KeyRange& range;
+  const UnitBlock& range;
   const Unit& unit;
   const Sequence& sequence;
 
-  ScoreRows(const BackwardCall<T>& call, const KeyRange& range)
+  ScoreRows(const BackwardCall<T>& call, const UnitBlock& range)
       : call(call),
         range(range),
         unit(call.wave->units[range.unit]),
         sequence(call.problem->sequences[unit.sequence]) {}
 
-  T* alpha(int64_t i) const { return call.alpha + unit.scores + i * unit.ld + range.key; }
-  T* dscores(int64_t i) const { return call.dscores + unit.scores + i * unit.ld + range.key; }
+  // Rows of query i of the block.
+  T* alpha(int64_t i) const { return call.alpha + offset(i); }
+  T* dscores(int64_t i) const { return call.dscores + offset(i); }
   Delta<T>& delta(int64_t i, int64_t chunk) const {
-    return call.deltas[unit.deltas + i * unit.chunks + chunk];
+    return call.deltas[unit.deltas + (range.query + i) * unit.chunks + chunk];
   }
+
+  int64_t offset(int64_t i) const { return unit.scores + (range.query + i) * unit.ld + range.key; }
+  // Number of query i in its sequence.
+  int64_t query(int64_t i) const { return unit.query + range.query + i; }
 };
 
 // sum |alpha| values and sum |alpha|.
@@ -54,7 +59,7 @@ Delta<T> row_delta(const ScoreRows<T>& rows, int64_t i, T* dweights, uint8_t* ke
   const BackwardCall<T>& call = rows.call;
   const Problem& problem = *call.problem;
   const int64_t count = rows.range.key_count;
-  const int64_t query = rows.unit.query + i;
+  const int64_t query = rows.query(i);
   T* alpha = rows.alpha(i);
   T* dalpha = rows.dscores(i);
   if (call.dweights.data != nullptr) {
@@ -85,12 +90,12 @@ Delta<T> row_delta(const ScoreRows<T>& rows, int64_t i, T* dweights, uint8_t* ke
 // s of a unit's rows for one range of keys, once their deltas are complete; alpha becomes the
 // weight that multiplies the values.
 template <class T>
-void finish_scores(const BackwardCall<T>& call, const KeyRange& range) {
+void finish_scores(const BackwardCall<T>& call, const UnitBlock& range) {
   const ScoreRows<T> rows(call, range);
   const Unit& unit = rows.unit;
   const Dropout& dropout = call.problem->dropout;
   const T keep_scale = static_cast<T>(dropout.keep_scale);
-  for (int64_t i = 0; i < unit.query_count; ++i) {
+  for (int64_t i = 0; i < range.query_count; ++i) {
     Delta<T> sums{0, 0};
     for (int64_t chunk = 0; chunk < unit.chunks; ++chunk) {
       sums.weighted += rows.delta(i, chunk).weighted;
@@ -127,39 +132,39 @@ void finish_scores(const BackwardCall<T>& call, const KeyRange& range) {
 
 // Recomputes the scores of a unit for a range of keys and turns them into alpha and dalpha.
 template <class T>
-void score_item(const BackwardCall<T>& call, const KeyRange& range) {
+void score_item(const BackwardCall<T>& call, const UnitBlock& range) {
   Scratch scratch;
   const Problem& problem = *call.problem;
   const ScoreRows<T> rows(call, range);
   const Unit& unit = rows.unit;
   const T* weights = score_weights(call, unit.head);
   const QueryBlock<T> queries =
-      pack_queries<T>(query_rows(problem.query, rows.sequence, unit.head), unit.query,
-                      unit.query_count, 0, problem.dim, weights, scratch);
+      pack_queries<T>(query_rows(problem.query, rows.sequence, unit.head), rows.query(0),
+                      range.query_count, 0, problem.dim, weights, scratch);
   const ScoreRoom<T> room(problem.dim, scratch);
   score_block<T>(queries, key_side(problem, rows.sequence, unit.head), range.key, range.key_count,
                  problem.dim, weights, rows.alpha(0), unit.ld, room);
   const RowSource stats = query_rows(call.stats, rows.sequence, unit.head);
   const int64_t padded = round_up(range.key_count, kLanes<T>);
   T* row = scratch.take<T>(padded);
-  for (int64_t i = 0; i < unit.query_count; ++i) {
-    const T* stat = static_cast<const T*>(stats.data) + stats.offset(unit.query + i);
+  for (int64_t i = 0; i < range.query_count; ++i) {
+    const T* stat = static_cast<const T*>(stats.data) + stats.offset(rows.query(i));
     __builtin_memcpy(row, rows.alpha(i), range.key_count * sizeof(T));
     pad_row<T>(row, range.key_count, padded, static_cast<T>(-__builtin_inf()));
     exponentiate_row<T>(row, padded, shift_of(stat[0]), 1 / stat[1]);
     __builtin_memcpy(rows.alpha(i), row, range.key_count * sizeof(T));
   }
   if (call.dcontext.data != nullptr && call.needs_scores) {
-    dot_block<T>(query_rows(call.dcontext, rows.sequence, unit.head), unit.query, unit.query_count,
-                 key_rows(problem.value, rows.sequence, unit.head), range.key, range.key_count,
-                 problem.value_dim, rows.dscores(0), unit.ld, scratch);
+    dot_block<T>(query_rows(call.dcontext, rows.sequence, unit.head), rows.query(0),
+                 range.query_count, key_rows(problem.value, rows.sequence, unit.head), range.key,
+                 range.key_count, problem.value_dim, rows.dscores(0), unit.ld, scratch);
   } else {
-    for (int64_t i = 0; i < unit.query_count; ++i) {
+    for (int64_t i = 0; i < range.query_count; ++i) {
       pad_row<T>(rows.dscores(i), 0, range.key_count, 0);
     }
   }
   uint8_t* keeps = scratch.take<uint8_t>(range.key_count);
-  for (int64_t i = 0; i < unit.query_count; ++i) {
+  for (int64_t i = 0; i < range.query_count; ++i) {
     rows.delta(i, range.chunk) = row_delta<T>(rows, i, row, keeps);
   }
   if (unit.chunks == 1) {
@@ -169,15 +174,15 @@ void score_item(const BackwardCall<T>& call, const KeyRange& range) {
 
 // A memory's backward has s and alpha already: [step, Nk, H], the step being the query.
 template <class T>
-void load_step_scores(const BackwardCall<T>& call, const KeyRange& range) {
+void load_step_scores(const BackwardCall<T>& call, const UnitBlock& range) {
   const ScoreRows<T> rows(call, range);
   RowSource ds = key_rows(call.step_dscores, rows.sequence, rows.unit.head);
   RowSource weights = key_rows(call.step_weights, rows.sequence, rows.unit.head);
   const int64_t ds_base = ds.base;
   const int64_t weights_base = weights.base;
-  for (int64_t i = 0; i < rows.unit.query_count; ++i) {
-    ds.base = ds_base + (rows.unit.query + i) * call.step_dscores.col;
-    weights.base = weights_base + (rows.unit.query + i) * call.step_weights.col;
+  for (int64_t i = 0; i < range.query_count; ++i) {
+    ds.base = ds_base + rows.query(i) * call.step_dscores.col;
+    weights.base = weights_base + rows.query(i) * call.step_weights.col;
     read_along_keys<T>(ds, range.key, range.key_count, rows.dscores(i));
     read_along_keys<T>(weights, range.key, range.key_count, rows.alpha(i));
   }
@@ -185,7 +190,7 @@ void load_step_scores(const BackwardCall<T>& call, const KeyRange& range) {
 
 // dvalue_j = sum_i alpha_ij dcontext_i over the unit's queries, added to what earlier units left.
 template <class T>
-void value_item(const BackwardCall<T>& call, const KeyRange& range) {
+void value_item(const BackwardCall<T>& call, const UnitBlock& range) {
   Scratch scratch;
   const ScoreRows<T> rows(call, range);
   const Unit& unit = rows.unit;

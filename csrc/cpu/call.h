@@ -70,10 +70,10 @@ struct Kernels {
   void (*write_weights)(const double* source, int64_t count, const Rows& target);
   void (*forward_item)(const ForwardCall<T>&, const ForwardItem&);
   void (*forward_merge)(const ForwardCall<T>&, const ForwardMerge&);
-  void (*score_item)(const BackwardCall<T>&, const KeyRange&);
-  void (*finish_scores)(const BackwardCall<T>&, const KeyRange&);
-  void (*load_step_scores)(const BackwardCall<T>&, const KeyRange&);
-  void (*value_item)(const BackwardCall<T>&, const KeyRange&);
+  void (*score_item)(const BackwardCall<T>&, const UnitBlock&);
+  void (*finish_scores)(const BackwardCall<T>&, const UnitBlock&);
+  void (*load_step_scores)(const BackwardCall<T>&, const UnitBlock&);
+  void (*value_item)(const BackwardCall<T>&, const UnitBlock&);
   void (*gradient_item)(const BackwardCall<T>&, const GradientItem&);
   void (*query_merge)(const BackwardCall<T>&, const QueryMerge&);
   // Row `row` (of all batches, heads) of exp_key and key_bound.

@@ -46,28 +46,55 @@ void merge_weights(const BackwardCall<T>& call) {
   }
 }
 
+// Buffers that every wave uses anew.
+template <class T>
+struct WaveBuffers {
+  Buffer<T> alpha;
+  Buffer<T> dscores;
+  Buffer<Delta<T>> deltas;
+  Buffer<T> partial_dquery;
+  Buffer<double> partial_dweight;
+
+  WaveBuffers(const BackwardPlan& plan, const BackwardCall<T>& call) {
+    int64_t scores = 0;
+    int64_t delta_rows = 0;
+    int64_t partial_rows = 0;
+    int64_t weight_rows = 0;
+    for (const Wave& wave : plan.waves) {
+      scores = std::max(scores, wave.scores);
+      delta_rows = std::max(delta_rows, wave.deltas);
+      partial_rows = std::max(partial_rows, wave.partial_rows);
+      weight_rows = std::max(weight_rows, wave.weight_rows);
+    }
+    alpha = Buffer<T>(scores);
+    dscores = Buffer<T>(scores);
+    deltas = Buffer<Delta<T>>(delta_rows);
+    partial_dquery = Buffer<T>(partial_rows * padded_columns(call.problem->dim));
+    if (call.dscore_weight != nullptr) {
+      partial_dweight = Buffer<double>(weight_rows * call.problem->dim);
+    }
+  }
+
+  void set(BackwardCall<T>& call) const {
+    call.alpha = alpha.get();
+    call.dscores = dscores.get();
+    call.deltas = deltas.get();
+    call.partial_dquery = partial_dquery.get();
+    call.partial_dweight = partial_dweight.get();
+  }
+};
+
 template <class T>
 void run_wave(BackwardCall<T>& call, const Wave& wave, bool from_steps) {
   const Kernels<T>& kernel = kernels<T>();
-  const bool needs_dweight = call.dscore_weight != nullptr;
-  Buffer<T> alpha(wave.scores);
-  Buffer<T> dscores(wave.scores);
-  Buffer<Delta<T>> deltas(wave.deltas);
-  Buffer<T> partial_dquery(wave.partial_rows * padded_columns(call.problem->dim));
-  Buffer<double> partial_dweight(needs_dweight ? wave.weight_rows * call.problem->dim : 0);
   call.wave = &wave;
-  call.alpha = alpha.get();
-  call.dscores = dscores.get();
-  call.deltas = deltas.get();
-  call.partial_dquery = partial_dquery.get();
-  call.partial_dweight = needs_dweight ? partial_dweight.get() : nullptr;
   if (from_steps) {
     run_phase(call, wave.score_items, 0, kernel.load_step_scores);
   } else {
     run_phase(call, wave.score_items, wave.score_cost, kernel.score_item);
-    std::vector<KeyRange> unfinished;
+    std::vector<UnitBlock> unfinished;
     std::copy_if(wave.score_items.begin(), wave.score_items.end(), std::back_inserter(unfinished),
-                 [&](const KeyRange& range) { return wave.units[range.unit].chunks > 1; });
+                 [&](const UnitBlock& range) { return wave.units[range.unit].chunks > 1; });
     run_phase(call, unfinished, wave.score_cost, kernel.finish_scores);
   }
   const int64_t values = call.needs_weights ? static_cast<int64_t>(wave.value_items.size()) : 0;
@@ -83,7 +110,7 @@ void run_wave(BackwardCall<T>& call, const Wave& wave, bool from_steps) {
   if (call.dquery.data != nullptr) {
     run_phase(call, wave.query_merges, wave.gradient_cost, kernel.query_merge);
   }
-  if (needs_dweight) {
+  if (call.dscore_weight != nullptr) {
     merge_weights(call);
   }
 }
@@ -116,6 +143,8 @@ void run_backward(BackwardCall<T> call, bool from_steps, const Rows& dscore_weig
   std::fill_n(dscore_weight.get(), weights, 0.0);
   call.score_weight = score_weight.get();
   call.dscore_weight = dscore_weight_out.data != nullptr ? dscore_weight.get() : nullptr;
+  const WaveBuffers<T> buffers(plan, call);
+  buffers.set(call);
   for (const Wave& wave : plan.waves) {
     run_wave(call, wave, from_steps);
   }

@@ -15,6 +15,8 @@ constexpr int kGradientKeys = kManyRegisters ? 4 : 2;
 constexpr int64_t kGradientTile = 64;
 // Terms of dscore_weight that are summed in the compute type before they join a sum in double.
 constexpr int64_t kWeightTerms = 512;
+// Queries whose share of dkey is summed in registers before it joins the sum in memory.
+constexpr int64_t kRunQueries = 128;
 
 // tanh and its slope for a step of features, from a = exp(2q), b = exp(2k): with z = ab,
 // tanh = (z - 1) / (z + 1), one reciprocal for two features.
@@ -73,16 +75,12 @@ void gradient_tile(const GradientOperands<T>& o) {
   constexpr int lanes = kLanes<T>;
   Vec<T> b0[K];
   Vec<T> b1[K];
-  Vec<T> dk0[K];
-  Vec<T> dk1[K];
+  Vec<T> dk0[K] = {};
+  Vec<T> dk1[K] = {};
 #pragma GCC unroll 4
   for (int j = 0; j < K; ++j) {
     b0[j] = load<T>(o.b + j * o.b_row);
     b1[j] = load<T>(o.b + j * o.b_row + lanes);
-    if constexpr (kKey) {
-      dk0[j] = load<T>(o.dk + j * kStep<T>);
-      dk1[j] = load<T>(o.dk + j * kStep<T> + lanes);
-    }
   }
   Vec<T> dw0{};
   Vec<T> dw1{};
@@ -121,8 +119,9 @@ void gradient_tile(const GradientOperands<T>& o) {
   if constexpr (kKey) {
 #pragma GCC unroll 4
     for (int j = 0; j < K; ++j) {
-      store<T>(o.dk + j * kStep<T>, dk0[j]);
-      store<T>(o.dk + j * kStep<T> + lanes, dk1[j]);
+      T* dk = o.dk + j * kStep<T>;
+      store<T>(dk, load<T>(dk) + dk0[j]);
+      store<T>(dk + lanes, load<T>(dk + lanes) + dk1[j]);
     }
     store<T>(o.dw, load<T>(o.dw) + dw0);
     store<T>(o.dw + lanes, load<T>(o.dw + lanes) + dw1);
@@ -228,7 +227,7 @@ class GradientBlock {
       const Route route = route_of(i, key_bound);
       const bool factored = route == Route::kFactored;
       int64_t end = i + 1;
-      while (end < rows && route_of(end, key_bound) == route) {
+      while (end < smaller(rows, i + kRunQueries) && route_of(end, key_bound) == route) {
         ++end;
       }
       if (route == Route::kSmall && p == 0) {

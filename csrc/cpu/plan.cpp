@@ -11,8 +11,10 @@ constexpr double kItemCost = 1 << 21;        // where an item is cut, about 0.2 
 constexpr double kGroupCost = 1 << 18;       // up to which small gradient items are joined
 constexpr int64_t kLargestQueryBlock = 128;  // queries that share the exponentials of a key
 constexpr int64_t kBlockNumbers = 1 << 17;   // their exponentials, 512 KiB of float, stay in L2
-constexpr int64_t kSmallestKeyRange = 256;   // an item's keys, to outweigh its partial results
+constexpr int64_t kSmallestUnitBlock = 256;  // an item's keys, to outweigh its partial results
 constexpr int64_t kWaveScores = 1 << 20;     // numbers in each of a wave's two score buffers
+constexpr int64_t kUnitScores = 1 << 17;     // of a unit with few keys
+constexpr int64_t kLargestUnit = 2048;       // queries
 constexpr int64_t kFeatureUnit = 64;         // whole steps on any machine
 constexpr int64_t kSmallestFeatureBlock = 128;
 constexpr int64_t kGradientKeys = 64;  // keys of a tile of a gradient item
@@ -38,7 +40,7 @@ double forward_cost(const Problem& problem, int64_t queries, int64_t keys) {
 int64_t key_splits(double cost, int64_t all_queries, int64_t keys) {
   const int64_t wanted = static_cast<int64_t>(cost / kItemCost) + 1;
   const int64_t affordable = (all_queries + keys) / all_queries;
-  return std::max<int64_t>(1, std::min({wanted, affordable, keys / kSmallestKeyRange}));
+  return std::max<int64_t>(1, std::min({wanted, affordable, keys / kSmallestUnitBlock}));
 }
 
 // Equal ranges of whole multiples of 64 keys.
@@ -93,31 +95,41 @@ ForwardPlan plan_forward(const Problem& problem) {
 
 namespace {
 
-// Queries of a unit: no more than leave its scores within a wave's buffers.
+// Queries of a unit: a block, or more of them where keys are few and a block is little work, yet no
+// more than leave the unit's scores within a wave's buffers.
 int64_t unit_queries(const Problem& problem, const Sequence& sequence) {
-  const int64_t fitting = kWaveScores / std::max<int64_t>(1, sequence.key_count) / 4 * 4;
-  return std::clamp<int64_t>(fitting, 4, query_block(problem.dim));
+  const int64_t keys = std::max<int64_t>(1, sequence.key_count);
+  const int64_t block = query_block(problem.dim);
+  const int64_t fitting = std::max<int64_t>(4, kWaveScores / keys / 4 * 4);
+  const int64_t wanted = std::clamp(kUnitScores / keys / block * block, block, kLargestUnit);
+  return std::min(fitting, wanted);
 }
 
 void plan_unit(const Problem& problem, Unit unit, Wave& wave) {
   const int64_t index = static_cast<int64_t>(wave.units.size());
   const int64_t keys = unit.key_count;
   const Sequence& sequence = problem.sequences[unit.sequence];
-  const double cost = forward_cost(problem, unit.query_count, keys);
+  const int64_t block = query_block(problem.dim);
+  const double cost = forward_cost(problem, std::min(block, unit.query_count), keys);
   const int64_t range = range_keys(keys, key_splits(cost, sequence.query_count, keys));
   unit.ld = divide_up(keys, 16) * 16;
   unit.scores = wave.scores;
   unit.deltas = wave.deltas;
   unit.chunks = divide_up(keys, range);
-  for (int64_t key = 0; key < keys; key += range) {
-    wave.score_items.push_back({index, key / range, key, std::min(range, keys - key)});
+  for (int64_t query = 0; query < unit.query_count; query += block) {
+    const int64_t queries = std::min(block, unit.query_count - query);
+    for (int64_t key = 0; key < keys; key += range) {
+      wave.score_items.push_back(
+          {index, query, queries, key / range, key, std::min(range, keys - key)});
+    }
   }
   for (int64_t key = 0; key < keys; key += kValueKeys) {
-    wave.value_items.push_back({index, key / kValueKeys, key, std::min(kValueKeys, keys - key)});
+    wave.value_items.push_back(
+        {index, 0, unit.query_count, 0, key, std::min(kValueKeys, keys - key)});
   }
   wave.scores += unit.query_count * unit.ld;
   wave.deltas += unit.query_count * unit.chunks;
-  wave.score_cost += cost;
+  wave.score_cost += forward_cost(problem, unit.query_count, keys);
   wave.units.push_back(unit);
 }
 
@@ -126,7 +138,7 @@ void plan_unit(const Problem& problem, Unit unit, Wave& wave) {
 int64_t gradient_columns(const Problem& problem, const Unit& unit) {
   const int64_t rows = 2 * (unit.query_count + std::min(unit.key_count, kGradientKeys));
   const double cost = 2.0 * static_cast<double>(unit.query_count + kReadCost) *
-                      static_cast<double>(std::min(unit.key_count, kSmallestKeyRange));
+                      static_cast<double>(std::min(unit.key_count, kSmallestUnitBlock));
   const int64_t fitting = std::min(kBlockNumbers / rows, static_cast<int64_t>(kItemCost / cost));
   const int64_t columns = std::max(fitting / kFeatureUnit * kFeatureUnit, kSmallestFeatureBlock);
   return std::max<int64_t>(1, std::min(columns, problem.dim));
@@ -198,10 +210,8 @@ void plan_gradients(const Problem& problem, Wave& wave) {
 
 void finish_wave(const Problem& problem, Wave&& wave, BackwardPlan& plan) {
   plan_gradients(problem, wave);
-  const auto cost = [&](const KeyRange& item) {
-    return wave.units[item.unit].query_count * item.key_count;
-  };
-  sort_by_cost(wave.score_items, cost);
+  sort_by_cost(wave.score_items,
+               [](const UnitBlock& item) { return item.query_count * item.key_count; });
   plan.waves.push_back(std::move(wave));
 }
 

@@ -45,15 +45,18 @@ struct Unit {
   int64_t ld;      // row stride of its scores
   int64_t scores;  // where they begin in the wave's buffers
   int64_t deltas;  // where its rows' sums, one a row and key chunk, begin
-  int64_t chunks;  // number of score items
+  int64_t chunks;  // number of ranges its keys are cut into
   bool first;      // of its head and sequence
   bool last;
 };
 
-// Keys [key, key + key_count) of a unit.
-struct KeyRange {
+// Queries [query, query + query_count) of a unit, counted from its first, against keys [key, key +
+// key_count).
+struct UnitBlock {
   int64_t unit;
-  int64_t chunk;
+  int64_t query;
+  int64_t query_count;
+  int64_t chunk;  // number of the range of keys
   int64_t key;
   int64_t key_count;
 };
@@ -88,8 +91,8 @@ struct WeightMerge {
 // Units whose scores are in memory together: at most one of each head and sequence.
 struct Wave {
   std::vector<Unit> units;
-  std::vector<KeyRange> score_items;
-  std::vector<KeyRange> value_items;
+  std::vector<UnitBlock> score_items;
+  std::vector<UnitBlock> value_items;
   std::vector<GradientItem> gradient_items;
   std::vector<QueryMerge> query_merges;
   std::vector<WeightMerge> weight_merges;
