@@ -19,6 +19,7 @@ from .workloads import Inputs, Workload, make_inputs
 MODES = ("forward", "backward", "both")
 # Peers sum in other orders than the plain formula does; they are only checked to be sane.
 PEER_ALLOWANCE = 20
+ROUND_SECONDS, MOST_CALLS = 0.02, 32
 
 
 @dataclass
@@ -47,16 +48,18 @@ class Case:
     def gradients(self, output: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(output, self.leaves, self.doutput)
 
-    def seconds(self, mode: str) -> float:
-        output = self.run() if mode == "backward" else None
+    def seconds(self, mode: str, calls: int = 1) -> float:
+        """Mean time of ``calls`` calls in a row."""
+        outputs = [self.run() if mode == "backward" else None for _ in range(calls)]
         _synchronize(self.doutput)
         start = time.perf_counter()
-        if mode == "forward":
-            self.forward()
-        else:
-            self.gradients(self.run() if output is None else output)
+        for output in outputs:
+            if mode == "forward":
+                self.forward()
+            else:
+                self.gradients(self.run() if output is None else output)
         _synchronize(self.doutput)
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / calls
 
 
 def make_cases(
@@ -128,9 +131,15 @@ def _unpad(gradients: tuple[Tensor, ...], inputs: Inputs, is_loop: bool) -> list
 def time_cases(
     cases: dict[str, Case], mode: str, budget: float, rounds: int = 25
 ) -> dict[str, Timing]:
-    """Time the cases in turn, round after round, until ``rounds`` or ``budget`` seconds are up."""
-    for case in cases.values():
+    """Time the cases in turn, round after round, until ``rounds`` or ``budget`` seconds are up.
+
+    In a round a case runs as many calls in a row as fill ``ROUND_SECONDS``: a short one after a
+    long one would find its inputs driven out of the caches, which in a model were just written.
+    """
+    calls = {}
+    for name, case in cases.items():
         case.seconds(mode)  # not counted: first-touch and compilation
+        calls[name] = max(1, min(MOST_CALLS, int(ROUND_SECONDS / case.seconds(mode))))
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     end = time.perf_counter() + budget
     gc.disable()
@@ -139,7 +148,7 @@ def time_cases(
             if done >= 3 and time.perf_counter() > end:
                 break
             for name, case in cases.items():
-                seconds[name].append(case.seconds(mode))
+                seconds[name].append(case.seconds(mode, calls[name]))
     finally:
         gc.enable()
     return {
