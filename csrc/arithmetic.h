@@ -12,26 +12,31 @@
 
 namespace attn_ext {
 
-// The factored form writes tanh(q + k) = 1 - 2r with r = 1 / (1 + A B), A = exp(2q), B = exp(2k),
-// and takes one reciprocal for two features. x0 x1 = (1 + A0 B0)(1 + A1 B1) must stay finite and
-// normal, so each exponent 2 log2(e) |q| stays below a quarter of the type's exponent range: 31 of
-// 127, 255 of 1023.
+// The factored form is tanh(q + k) = (z - 1) / (z + 1) with z = A B, A = exp(2q), B = exp(2k), and
+// takes one reciprocal for two features: with x = z + 1,
+//   w0 tanh0 + w1 tanh1 = (w0 (z0 - 1) x1 + w1 (z1 - 1) x0) / (x0 x1).
+// Numerator and denominator grow as the product of four exponentials: with each exponent 2 log2(e)
+// |q| up to kExponent they stay finite and normal for weights up to kLargestWeight.
 template <class T>
 struct FactoredRange;
 
 template <>
 struct FactoredRange<float> {
-  static constexpr float kLargest = 10.743781f;  // 31 ln(2) / 2, rounded down
+  static constexpr int kExponent = 27;        // 4 * 27 + 17 + 1 < 127
+  static constexpr float kLargest = 9.3574f;  // kExponent ln(2) / 2
 };
 
 template <>
 struct FactoredRange<double> {
-  static constexpr double kLargest = 88.37626;  // 255 ln(2) / 2, rounded down
+  static constexpr int kExponent = 250;  // 4 * 250 + 17 + 1 < 1023
+  static constexpr double kLargest = 86.643;
 };
 
+constexpr double kLargestWeight = 1 << 17;
+
 // Below this sum of magnitudes a tile's tanh values are all small, and the factored form, whose
-// error is absolute (about one unit of the type's epsilon in tanh), would lose relative accuracy in
-// dscore_weight = sum s tanh. Such a tile takes the exact route.
+// error is up to some units of the type's epsilon however small tanh is, would lose their relative
+// accuracy: such a tile takes the exact route.
 constexpr double kSmallestMagnitudeSum = 0.25;
 
 // Whether rows with these largest magnitudes may meet in the factored form. NaN answers false.

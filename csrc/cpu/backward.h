@@ -107,11 +107,14 @@ void finish_scores(const BackwardCall<T>& call, const UnitBlock& range) {
     for (int64_t j = 0; j < range.key_count; ++j) {
       s[j] -= delta;
     }
-    // What rounding left of sum s: nearly all of s where one weight is nearly 1.
+    // What rounding left of sum s: nearly all of s where one weight is nearly 1. Less than double
+    // precision could tell from 0 is left as it is.
     T rest = 0;
     if (unit.chunks == 1) {
       const Delta<T> left = weigh(alpha, s, range.key_count);
-      rest = left.weighted / left.total;
+      const T correction = left.weighted / left.total;
+      const T visible = T(0x1p-50) * (delta < 0 ? -delta : delta);
+      rest = correction > visible || correction < -visible ? correction : T(0);
     }
     for (int64_t j = 0; j < range.key_count; ++j) {
       s[j] = (alpha[j] < 0 ? -alpha[j] : alpha[j]) * (s[j] - rest);

@@ -32,7 +32,6 @@ struct Delta {
 template <class T>
 struct BackwardCall {
   const Problem* problem = nullptr;
-  const BackwardPlan* plan = nullptr;
   const Wave* wave = nullptr;
   Rows dcontext;  // data is null where it counts as 0
   Rows dweights;

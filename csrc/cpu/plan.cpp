@@ -225,7 +225,6 @@ BackwardPlan plan_backward(const Problem& problem) {
       rounds = std::max(rounds, divide_up(sequence.query_count, unit_queries(problem, sequence)));
     }
   }
-  plan.accumulates = rounds > 1;
   for (int64_t round = 0; round < rounds; ++round) {
     Wave wave;
     for (int64_t head = 0; head < problem.heads; ++head) {

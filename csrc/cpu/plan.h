@@ -106,7 +106,6 @@ struct Wave {
 
 struct BackwardPlan {
   std::vector<Wave> waves;
-  bool accumulates = false;  // some sequence has units in several waves
 };
 
 BackwardPlan plan_backward(const Problem& problem);

@@ -132,16 +132,21 @@ template <class T>
 void score_block(const QueryBlock<T>& queries, const KeySide& side, int64_t first, int64_t keys,
                  int64_t dim, const T* weights, T* scores, int64_t ld, const ScoreRoom<T>& room) {
   const int64_t steps = steps_of<T>(dim);
+  LargestMagnitude<T> weight_bound;
+  for (int64_t c = 0; c < dim; c += kLanes<T>) {
+    weight_bound.include(load<T>(weights + c));
+  }
+  const bool weights_fit = weight_bound.value() <= T(kLargestWeight);
   for (int64_t j = 0; j < keys; j += kTileCols) {
     const int64_t cols = smaller(kTileCols, keys - j);
     const KeyBlock<T> block = key_block<T>(side, first + j, cols, 0, dim, room.key);
     const T key_bound = largest_bound(block.bounds, cols);
-    const bool informative =
-        is_informative<T>(queries.exponentials, queries.count, block.exponentials, cols, steps);
+    const bool factors = weights_fit && is_informative<T>(queries.exponentials, queries.count,
+                                                          block.exponentials, cols, steps);
     for (int64_t i = 0; i < queries.count; i += kTileRows) {
       const int64_t rows = smaller(kTileRows, queries.count - i);
       T* out = scores + i * ld + j;
-      if (informative && in_factored_range(largest_bound(queries.bounds + i, rows), key_bound)) {
+      if (factors && in_factored_range(largest_bound(queries.bounds + i, rows), key_bound)) {
         inner_products<T, FactoredScore>(queries.exponentials.from_row(i), rows, block.exponentials,
                                          cols, steps, weights, out, ld);
       } else {
