@@ -114,6 +114,8 @@ class _Steps:
     def __init__(self, keys: KeySide, choice: tuple[bool, str]):
         self.keys = keys
         self.choice = choice
+        key_side = (keys.key, keys.value, keys.score_weight)
+        self.grad_mask = sum(t.requires_grad << bit for bit, t in enumerate(key_side, start=1))
         self.inputs = tuple(t.detach() for t in (keys.key, keys.value, keys.score_weight))
         self.prepared = ops.prepare(self.inputs[0])
         self.key_layout = (keys.cu_seqlens, keys.lengths, keys.padding_mask)
@@ -207,9 +209,14 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dcontext, dweights):
-        if dcontext is None and dweights is None:
-            return (None,) * 6
         steps = ctx.steps
+        grad_mask = int(ctx.needs_input_grad[0])
+        collector = ctx.next_functions[1][0]  # None where no gradient of the key side is needed
+        collects = collector is not None and torch._C._will_engine_execute_node(collector)
+        if collects:
+            grad_mask |= steps.grad_mask
+        if (dcontext is None and dweights is None) or not grad_mask:
+            return (None,) * 6
         steps.check_unchanged()
         query, stats, seed = ctx.saved_tensors
         dquery, dscores, weights = ops.step_backward(
@@ -224,10 +231,10 @@ class _Attend(torch.autograd.Function):
             ctx.dropout_p,
             seed,
             ctx.weights_layout,
+            grad_mask,
             *steps.choice,
         )
-        collector = ctx.next_functions[1][0]  # None where no gradient of the key side is needed
-        if collector is not None and torch._C._will_engine_execute_node(collector):
+        if collects:
             if dcontext is None:
                 dcontext = query.new_zeros((*query.shape[:-1], steps.inputs[1].size(-1)))
             steps.leave(query, dscores, weights, dcontext)

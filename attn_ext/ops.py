@@ -23,8 +23,8 @@ _SCHEMAS = {
     "-> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dscore_weight)",
     "additive_attention_prepare": "(Tensor key) -> (Tensor exp_key, Tensor key_bound)",
     "additive_attention_step_backward": f"({_GRADS}, {_INPUTS}, {_PREPARED}, Tensor stats, "
-    f"{_KEY_LAYOUT}, SymInt max_seqlen_k, {_DROPOUT}, int weights_layout, {_CHOICE}) "
-    "-> (Tensor dquery, Tensor dscores, Tensor weights)",
+    f"{_KEY_LAYOUT}, SymInt max_seqlen_k, {_DROPOUT}, int weights_layout, int grad_mask, "
+    f"{_CHOICE}) -> (Tensor dquery, Tensor dscores, Tensor weights)",
     "additive_attention_memory_backward": "(Tensor query, Tensor dscores, Tensor weights, "
     "Tensor dcontext, Tensor key, Tensor value, Tensor score_weight, "
     f"{_PREPARED}, {_KEY_LAYOUT}, SymInt max_seqlen_k, int grad_mask, {_CHOICE}) "
@@ -95,8 +95,8 @@ def _prepare_fake(key):
 
 @torch.library.register_fake("attn_ext::additive_attention_step_backward")
 def _step_backward_fake(dcontext, dweights, query, key, value, score_weight, exp_key, *rest):
-    scores_shape = exp_key.shape[:-1]
-    return query.new_empty(query.shape), *(exp_key.new_empty(scores_shape) for _ in range(2))
+    by_key = (exp_key.new_empty(exp_key.shape[:-1]) for _ in range(2))
+    return _gradient(query, rest[-3] & 1), *by_key
 
 
 @torch.library.register_fake("attn_ext::additive_attention_memory_backward")

@@ -214,7 +214,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Setup& setup, Backward
   dkey.set(wants_key, call.dkey, call.dkey_sum);
   dvalue.set(wants_value, call.dvalue, call.dvalue_sum);
   call.problem = &setup.problem;
-  call.needs_scores = wants_query || wants_key || wants_weight || call.step_dscores.data != nullptr;
+  call.needs_scores = call.needs_scores || wants_query || wants_key || wants_weight;
   call.needs_weights = wants_value && has_dcontext;
   run_backward<T>(call, from_steps, wants_weight ? score_weight_rows(dscore_weight) : Rows{});
   return {dquery, dkey.result, dvalue.result, dscore_weight};
@@ -275,7 +275,7 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_step_backward(
     const Tensor& key, const Tensor& value, const Tensor& score_weight, const Tensor& exp_key,
     const Tensor& key_bound, const Tensor& stats, const OptionalTensor& cu_seqlens_k,
     const OptionalTensor& key_lengths, const OptionalTensor& key_padding_mask, int64_t max_seqlen_k,
-    double dropout_p, const OptionalTensor& dropout_seed, int64_t weights_layout,
+    double dropout_p, const OptionalTensor& dropout_seed, int64_t weights_layout, int64_t grad_mask,
     bool /*deterministic*/, const std::string& /*backend*/) {
   const Setup setup =
       describe(query, key, value, score_weight, exp_key, key_bound,
@@ -287,7 +287,9 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_step_backward(
   const auto run = [&](auto call) {
     call.step_dscores = rows_of(dscores);
     call.step_weights = rows_of(weights);
-    return std::get<0>(backward(setup, call, query, key, value, score_weight, kGradQuery, false));
+    call.needs_scores = grad_mask & (kGradKey | kGradScoreWeight);
+    const int64_t now = grad_mask & kGradQuery;
+    return std::get<0>(backward(setup, call, query, key, value, score_weight, now, false));
   };
   const bool by_key = setup.problem.weights_by_key;
   Tensor dquery = computes_in_double(query)
