@@ -98,8 +98,9 @@ void run_wave(BackwardCall<T>& call, const Wave& wave, bool from_steps) {
     run_phase(call, unfinished, wave.score_cost, kernel.finish_scores);
   }
   const int64_t values = call.needs_weights ? static_cast<int64_t>(wave.value_items.size()) : 0;
-  const int64_t gradients =
-      call.needs_scores ? static_cast<int64_t>(wave.gradient_items.size()) : 0;
+  const bool has_gradients =
+      call.dquery.data != nullptr || call.dkey.data != nullptr || call.dscore_weight != nullptr;
+  const int64_t gradients = has_gradients ? static_cast<int64_t>(wave.gradient_items.size()) : 0;
   for_each_item(gradients + values, wave.gradient_cost, [&](int64_t n) {
     if (n < gradients) {
       kernel.gradient_item(call, wave.gradient_items[n]);
