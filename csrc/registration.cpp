@@ -37,8 +37,12 @@ Layout layout_of(const Tensor& query, const Tensor& key, const SequenceArguments
   layout.query_offsets = integers_of(arguments.cu_seqlens_q);
   layout.key_offsets = integers_of(arguments.cu_seqlens_k);
   layout.key_lengths = integers_of(arguments.key_lengths);
+  STD_TORCH_CHECK(layout.key_lengths.data == nullptr || layout.key_lengths.size == key.size(0),
+                  "attn_ext: key_lengths has another batch size than key");
   if (arguments.key_padding_mask.has_value()) {
     const Tensor& mask = *arguments.key_padding_mask;
+    STD_TORCH_CHECK(mask.size(0) == key.size(0) && mask.size(1) == key.size(1),
+                    "attn_ext: key_padding_mask has another shape than key");
     layout.mask.data = static_cast<const bool*>(mask.data_ptr());
     layout.mask.batch = mask.stride(0);
     layout.mask.row = mask.stride(1);

@@ -114,7 +114,8 @@ void finish_scores(const BackwardCall<T>& call, const UnitBlock& range) {
       const Delta<T> left = weigh(alpha, s, range.key_count);
       const T correction = left.weighted / left.total;
       const T visible = T(0x1p-50) * (delta < 0 ? -delta : delta);
-      rest = correction > visible || correction < -visible ? correction : T(0);
+      const bool is_finite = correction - correction == T(0);
+      rest = is_finite && (correction > visible || correction < -visible) ? correction : T(0);
     }
     for (int64_t j = 0; j < range.key_count; ++j) {
       s[j] = (alpha[j] < 0 ? -alpha[j] : alpha[j]) * (s[j] - rest);

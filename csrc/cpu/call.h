@@ -63,7 +63,6 @@ inline auto score_weights(const Call& call, int64_t head) {
 
 template <class T>
 struct Kernels {
-  const char* name;
   // One head of score_weight as a row, and a contiguous [heads, dim] back.
   void (*read_weights)(const Rows& score_weight, int64_t head, int64_t dim, T* row);
   void (*write_weights)(const double* source, int64_t count, const Rows& target);

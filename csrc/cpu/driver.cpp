@@ -46,7 +46,7 @@ void merge_weights(const BackwardCall<T>& call) {
   }
 }
 
-// Buffers that every wave uses anew.
+// Buffers that one wave after the other uses.
 template <class T>
 struct WaveBuffers {
   Buffer<T> alpha;
@@ -55,32 +55,19 @@ struct WaveBuffers {
   Buffer<T> partial_dquery;
   Buffer<double> partial_dweight;
 
-  WaveBuffers(const BackwardPlan& plan, const BackwardCall<T>& call) {
-    int64_t scores = 0;
-    int64_t delta_rows = 0;
-    int64_t partial_rows = 0;
-    int64_t weight_rows = 0;
-    for (const Wave& wave : plan.waves) {
-      scores = std::max(scores, wave.scores);
-      delta_rows = std::max(delta_rows, wave.deltas);
-      partial_rows = std::max(partial_rows, wave.partial_rows);
-      weight_rows = std::max(weight_rows, wave.weight_rows);
-    }
-    alpha = Buffer<T>(scores);
-    dscores = Buffer<T>(scores);
-    deltas = Buffer<Delta<T>>(delta_rows);
-    partial_dquery = Buffer<T>(partial_rows * padded_columns(call.problem->dim));
-    if (call.dscore_weight != nullptr) {
-      partial_dweight = Buffer<double>(weight_rows * call.problem->dim);
-    }
-  }
-
-  void set(BackwardCall<T>& call) const {
+  // Makes room for a wave.
+  void fit(const Wave& wave, BackwardCall<T>& call) {
+    const int64_t dim = call.problem->dim;
+    alpha.fit(wave.scores);
+    dscores.fit(wave.scores);
+    deltas.fit(wave.deltas);
+    partial_dquery.fit(wave.partial_rows * padded_columns(dim));
+    partial_dweight.fit(call.dscore_weight != nullptr ? wave.weight_rows * dim : 0);
     call.alpha = alpha.get();
     call.dscores = dscores.get();
     call.deltas = deltas.get();
     call.partial_dquery = partial_dquery.get();
-    call.partial_dweight = partial_dweight.get();
+    call.partial_dweight = call.dscore_weight != nullptr ? partial_dweight.get() : nullptr;
   }
 };
 
@@ -89,7 +76,8 @@ void run_wave(BackwardCall<T>& call, const Wave& wave, bool from_steps) {
   const Kernels<T>& kernel = kernels<T>();
   call.wave = &wave;
   if (from_steps) {
-    run_phase(call, wave.score_items, 0, kernel.load_step_scores);
+    // A number read costs about what a triple of scores does.
+    run_phase(call, wave.score_items, 2.0 * wave.scores, kernel.load_step_scores);
   } else {
     run_phase(call, wave.score_items, wave.score_cost, kernel.score_item);
     std::vector<UnitBlock> unfinished;
@@ -137,16 +125,16 @@ template <class T>
 void run_backward(BackwardCall<T> call, bool from_steps, const Rows& dscore_weight_out) {
   const Problem& problem = *call.problem;
   const Kernels<T>& kernel = kernels<T>();
-  const BackwardPlan plan = plan_backward(problem);
   const Buffer<T> score_weight = read_score_weight<T>(problem);
   const int64_t weights = problem.heads * problem.dim;
   Buffer<double> dscore_weight(weights);
   std::fill_n(dscore_weight.get(), weights, 0.0);
   call.score_weight = score_weight.get();
   call.dscore_weight = dscore_weight_out.data != nullptr ? dscore_weight.get() : nullptr;
-  const WaveBuffers<T> buffers(plan, call);
-  buffers.set(call);
-  for (const Wave& wave : plan.waves) {
+  WaveBuffers<T> buffers;
+  BackwardPlan plan(problem);
+  for (Wave wave; plan.next(wave);) {
+    buffers.fit(wave, call);
     run_wave(call, wave, from_steps);
   }
   if (dscore_weight_out.data != nullptr) {

@@ -9,7 +9,6 @@ namespace ATTN_EXT_ISA {
 
 // Keys whose scores are held at once, [queries, kKeyChunk], and values that are multiplied at once.
 constexpr int64_t kKeyChunk = 512;
-constexpr int64_t kValueTile = 64;
 
 // Running softmax of a block of queries: largest score, sum of exponentials, weighted sum of
 // values.

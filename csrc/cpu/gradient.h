@@ -12,7 +12,6 @@ namespace attn_ext {
 namespace ATTN_EXT_ISA {
 
 // Keys whose exponentials are packed at once.
-constexpr int64_t kGradientTile = 64;
 // Terms of dscore_weight that are summed in the compute type before they join a sum in double.
 constexpr int64_t kWeightTerms = 512;
 // Queries whose share of dkey is summed in registers before it joins the sum in memory.
@@ -67,7 +66,7 @@ class GradientBlock {
     const KeyBlock<T> block = key_block<T>(side_, first, keys, item_.col, item_.cols, room_);
     exact_keys_ready_ = false;
     informative_ = is_informative<T>(queries_.exponentials, unit_.query_count, block.exponentials,
-                                     keys, steps_);
+                                     keys, steps_, nullptr, T(0));
     if (wants_keys()) {
       pad_row<T>(dkey_, 0, keys * steps_ * kStep<T>, 0);
     }

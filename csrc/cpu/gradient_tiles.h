@@ -11,21 +11,26 @@ namespace ATTN_EXT_ISA {
 // Keys a register tile holds.
 constexpr int kGradientKeys = kManyRegisters ? 4 : 2;
 
-// tanh and its slope for a step of features, from a = exp(2q), b = exp(2k): with z = ab,
-// tanh = (z - 1) / (z + 1), one reciprocal for two features.
+// tanh and its slope for a step of features, from a = exp(2q), b = exp(2k): with z = ab and
+// u = 1 / (z + 1), tanh = (z - 1) u and 1 - tanh^2 = 4 z u^2, which keeps its relative accuracy
+// where tanh is saturated. One reciprocal serves two features.
 template <class T>
 struct FactoredSlope {
   static constexpr bool kShifted = false;
 
   static ATTN_EXT_INLINE void eval(Vec<T> a0, Vec<T> a1, Vec<T> b0, Vec<T> b1, TanhParts<T>& t0,
                                    TanhParts<T>& t1) {
+    const Vec<T> z0 = a0 * b0;
+    const Vec<T> z1 = a1 * b1;
     const Vec<T> x0 = a0 * b0 + 1;
     const Vec<T> x1 = a1 * b1 + 1;
     const Vec<T> inverse = reciprocal<T>(x0 * x1);
-    t0.tanh = (a0 * b0 - 1) * (x1 * inverse);
-    t1.tanh = (a1 * b1 - 1) * (x0 * inverse);
-    t0.slope = 1 - t0.tanh * t0.tanh;
-    t1.slope = 1 - t1.tanh * t1.tanh;
+    const Vec<T> u0 = x1 * inverse;
+    const Vec<T> u1 = x0 * inverse;
+    t0.tanh = (a0 * b0 - 1) * u0;
+    t1.tanh = (a1 * b1 - 1) * u1;
+    t0.slope = 4 * (z0 * u0) * u0;
+    t1.slope = 4 * (z1 * u1) * u1;
   }
 };
 

@@ -9,15 +9,14 @@
 #include "runtime.h"
 
 #define ATTN_EXT_ISA avx2
-#define ATTN_EXT_ISA_NAME "avx2"
 #define ATTN_EXT_ISA_AVX512 0
 #define ATTN_EXT_VECTOR_BYTES 32
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+#pragma GCC target("avx2,fma")
 #endif
 
 #include "kernels_impl.h"

@@ -9,17 +9,15 @@
 #include "runtime.h"
 
 #define ATTN_EXT_ISA avx512
-#define ATTN_EXT_ISA_NAME "avx512"
 #define ATTN_EXT_ISA_AVX512 1
 #define ATTN_EXT_VECTOR_BYTES 64
 
 #if defined(__clang__)
-#pragma clang attribute push(                                                    \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
-    apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #endif
 
 #include "kernels_impl.h"

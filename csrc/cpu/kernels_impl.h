@@ -1,7 +1,8 @@
 // The kernel table of one instruction set. A translation unit includes this once, inside its target
-// region, after every header that is not ours, with ATTN_EXT_ISA (a namespace and a name),
-// ATTN_EXT_VECTOR_BYTES and ATTN_EXT_ISA_AVX512 defined. Nothing of the standard library is called
-// here, so no inline function of it is compiled for an instruction set that the machine may lack.
+// region, after every header that is not ours, with ATTN_EXT_ISA (a namespace),
+// ATTN_EXT_VECTOR_BYTES and ATTN_EXT_ISA_AVX512 defined. All code is in that namespace, and the
+// standard library's templates are defined before the region, so no function that other files share
+// is compiled for an instruction set that the machine may lack.
 #include "backward.h"
 
 namespace attn_ext {
@@ -29,15 +30,17 @@ void prepare_rows(const Rows& key, int64_t batch, int64_t row, int64_t heads, in
         key.data, key.dtype, batch * key.batch + head * key.head, key.row, key.col, 0, nullptr};
     pack<T, PackExponentials<T>>(source, row, 1, 0, dim, packed, columns, kStep<T>,
                                  key_bound + head, copy);
-    __builtin_memcpy(exp_key + head * dim, packed, dim * sizeof(T));
+    if (dim > 0) {
+      __builtin_memcpy(exp_key + head * dim, packed, dim * sizeof(T));
+    }
   }
 }
 
 template <class T>
 constexpr Kernels<T> kKernels = {
-    ATTN_EXT_ISA_NAME, read_weights<T>,  write_weights,    forward_item<T>,
-    forward_merge<T>,  score_item<T>,    finish_scores<T>, load_step_scores<T>,
-    value_item<T>,     gradient_item<T>, query_merge<T>,   prepare_rows<T>,
+    read_weights<T>,  write_weights,    forward_item<T>,     forward_merge<T>,
+    score_item<T>,    finish_scores<T>, load_step_scores<T>, value_item<T>,
+    gradient_item<T>, query_merge<T>,   prepare_rows<T>,
 };
 
 }  // namespace ATTN_EXT_ISA

@@ -6,7 +6,6 @@
 #include "runtime.h"
 
 #define ATTN_EXT_ISA portable
-#define ATTN_EXT_ISA_NAME "portable"
 #define ATTN_EXT_ISA_AVX512 0
 #define ATTN_EXT_VECTOR_BYTES 16
 

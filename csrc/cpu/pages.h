@@ -1,5 +1,6 @@
 // Large outputs are written once, right after they are allocated, and with 4 KiB pages the faults
-// cost more than the arithmetic of one query a sequence does.
+// cost more than the arithmetic of one query a sequence does. The advice stays with the addresses:
+// what the allocator puts there later gets huge pages too, as with glibc.malloc.hugetlb=1.
 #pragma once
 
 #include <cstddef>

@@ -17,8 +17,7 @@ constexpr int64_t kUnitScores = 1 << 17;     // of a unit with few keys
 constexpr int64_t kLargestUnit = 2048;       // queries
 constexpr int64_t kFeatureUnit = 64;         // whole steps on any machine
 constexpr int64_t kSmallestFeatureBlock = 128;
-constexpr int64_t kGradientKeys = 64;  // keys of a tile of a gradient item
-constexpr int64_t kValueKeys = 64;     // keys of a dvalue item
+constexpr int64_t kWaveWeightSums = 1 << 22;  // numbers in a wave's partial dscore_weight
 // Reading a key or a value costs as much as this many queries against it.
 constexpr int64_t kReadCost = 3;
 
@@ -35,11 +34,11 @@ double forward_cost(const Problem& problem, int64_t queries, int64_t keys) {
           static_cast<double>(queries / 8 + kReadCost) * problem.value_dim + 64);
 }
 
-// Into how many ranges to cut the keys of an item, so that each costs about kItemCost, yet all
-// partial rows of its sequence are no more than the sequence's queries and keys.
-int64_t key_splits(double cost, int64_t all_queries, int64_t keys) {
+// Into how many ranges to cut the keys of an item, so that each costs about kItemCost, yet the
+// partial rows of all `queries` that have some at a time are no more than queries and keys.
+int64_t key_splits(double cost, int64_t queries, int64_t keys) {
   const int64_t wanted = static_cast<int64_t>(cost / kItemCost) + 1;
-  const int64_t affordable = (all_queries + keys) / all_queries;
+  const int64_t affordable = (queries + keys) / queries;
   return std::max<int64_t>(1, std::min({wanted, affordable, keys / kSmallestUnitBlock}));
 }
 
@@ -95,6 +94,9 @@ ForwardPlan plan_forward(const Problem& problem) {
 
 namespace {
 
+// Row length of a unit's scores: whole vectors of any machine.
+int64_t padded_keys(int64_t keys) { return divide_up(keys, 16) * 16; }
+
 // Queries of a unit: a block, or more of them where keys are few and a block is little work, yet no
 // more than leave the unit's scores within a wave's buffers.
 int64_t unit_queries(const Problem& problem, const Sequence& sequence) {
@@ -108,11 +110,10 @@ int64_t unit_queries(const Problem& problem, const Sequence& sequence) {
 void plan_unit(const Problem& problem, Unit unit, Wave& wave) {
   const int64_t index = static_cast<int64_t>(wave.units.size());
   const int64_t keys = unit.key_count;
-  const Sequence& sequence = problem.sequences[unit.sequence];
   const int64_t block = query_block(problem.dim);
   const double cost = forward_cost(problem, std::min(block, unit.query_count), keys);
-  const int64_t range = range_keys(keys, key_splits(cost, sequence.query_count, keys));
-  unit.ld = divide_up(keys, 16) * 16;
+  const int64_t range = range_keys(keys, key_splits(cost, unit.query_count, keys));
+  unit.ld = padded_keys(keys);
   unit.scores = wave.scores;
   unit.deltas = wave.deltas;
   unit.chunks = divide_up(keys, range);
@@ -123,9 +124,9 @@ void plan_unit(const Problem& problem, Unit unit, Wave& wave) {
           {index, query, queries, key / range, key, std::min(range, keys - key)});
     }
   }
-  for (int64_t key = 0; key < keys; key += kValueKeys) {
+  for (int64_t key = 0; key < keys; key += kValueTile) {
     wave.value_items.push_back(
-        {index, 0, unit.query_count, 0, key, std::min(kValueKeys, keys - key)});
+        {index, 0, unit.query_count, 0, key, std::min(kValueTile, keys - key)});
   }
   wave.scores += unit.query_count * unit.ld;
   wave.deltas += unit.query_count * unit.chunks;
@@ -136,7 +137,7 @@ void plan_unit(const Problem& problem, Unit unit, Wave& wave) {
 // Features of a gradient item: as many as keep the exponentials and the gradients of its queries
 // and of a tile of its keys in L2 and its cost within bounds.
 int64_t gradient_columns(const Problem& problem, const Unit& unit) {
-  const int64_t rows = 2 * (unit.query_count + std::min(unit.key_count, kGradientKeys));
+  const int64_t rows = 2 * (unit.query_count + std::min(unit.key_count, kGradientTile));
   const double cost = 2.0 * static_cast<double>(unit.query_count + kReadCost) *
                       static_cast<double>(std::min(unit.key_count, kSmallestUnitBlock));
   const int64_t fitting = std::min(kBlockNumbers / rows, static_cast<int64_t>(kItemCost / cost));
@@ -157,8 +158,7 @@ void plan_gradient_group(const Problem& problem, int64_t begin, int64_t end, Wav
   int64_t partial = -1;
   if (end - begin == 1) {
     range = range_keys(unit.key_count,
-                       key_splits(gradient_cost(problem, unit),
-                                  problem.sequences[unit.sequence].query_count, unit.key_count));
+                       key_splits(gradient_cost(problem, unit), unit.query_count, unit.key_count));
     splits = divide_up(unit.key_count, range);
   }
   if (splits > 1) {
@@ -208,54 +208,65 @@ void plan_gradients(const Problem& problem, Wave& wave) {
   }
 }
 
-void finish_wave(const Problem& problem, Wave&& wave, BackwardPlan& plan) {
+void finish_wave(const Problem& problem, Wave& wave) {
   plan_gradients(problem, wave);
   sort_by_cost(wave.score_items,
                [](const UnitBlock& item) { return item.query_count * item.key_count; });
-  plan.waves.push_back(std::move(wave));
+}
+
+// Whether a unit of this size still fits into a wave.
+bool fits(const Problem& problem, const Unit& unit, const Wave& wave) {
+  const int64_t units = static_cast<int64_t>(wave.units.size());
+  return units == 0 ||
+         (wave.scores + unit.query_count * padded_keys(unit.key_count) <= kWaveScores &&
+          (units + 1) * problem.dim <= kWaveWeightSums);
 }
 
 }  // namespace
 
-BackwardPlan plan_backward(const Problem& problem) {
-  BackwardPlan plan;
-  int64_t rounds = 0;
+BackwardPlan::BackwardPlan(const Problem& problem) : problem_(problem) {
   for (const Sequence& sequence : problem.sequences) {
     if (sequence.key_count > 0) {
-      rounds = std::max(rounds, divide_up(sequence.query_count, unit_queries(problem, sequence)));
+      rounds_ = std::max(rounds_, divide_up(sequence.query_count, unit_queries(problem, sequence)));
     }
   }
-  for (int64_t round = 0; round < rounds; ++round) {
-    Wave wave;
-    for (int64_t head = 0; head < problem.heads; ++head) {
-      for (size_t n = 0; n < problem.sequences.size(); ++n) {
-        const Sequence& sequence = problem.sequences[n];
-        const int64_t block = unit_queries(problem, sequence);
-        const int64_t query = round * block;
+}
+
+bool BackwardPlan::next(Wave& wave) {
+  wave = Wave{};
+  const int64_t sequences = static_cast<int64_t>(problem_.sequences.size());
+  for (; round_ < rounds_; ++round_, head_ = 0) {
+    for (; head_ < problem_.heads; ++head_, sequence_ = 0) {
+      for (; sequence_ < sequences; ++sequence_) {
+        const Sequence& sequence = problem_.sequences[sequence_];
+        const int64_t block = unit_queries(problem_, sequence);
+        const int64_t query = round_ * block;
         if (sequence.key_count == 0 || query >= sequence.query_count) {
           continue;
         }
         Unit unit{};
-        unit.sequence = static_cast<int64_t>(n);
-        unit.head = head;
+        unit.sequence = sequence_;
+        unit.head = head_;
         unit.query = query;
         unit.query_count = std::min(block, sequence.query_count - query);
         unit.key_count = sequence.key_count;
-        unit.first = round == 0;
+        unit.first = round_ == 0;
         unit.last = query + unit.query_count == sequence.query_count;
-        if (!wave.units.empty() &&
-            wave.scores + unit.query_count * (unit.key_count + 15) > kWaveScores) {
-          finish_wave(problem, std::move(wave), plan);
-          wave = Wave{};
+        if (!fits(problem_, unit, wave)) {
+          finish_wave(problem_, wave);
+          return true;
         }
-        plan_unit(problem, unit, wave);
+        plan_unit(problem_, unit, wave);
       }
     }
-    if (!wave.units.empty()) {
-      finish_wave(problem, std::move(wave), plan);
+    if (!wave.units.empty()) {  // a wave has at most one unit of each head and sequence
+      ++round_;
+      head_ = 0;
+      finish_wave(problem_, wave);
+      return true;
     }
   }
-  return plan;
+  return false;
 }
 
 }  // namespace attn_ext

@@ -8,6 +8,10 @@
 
 namespace attn_ext {
 
+// Keys of a tile of a gradient item, and values that are multiplied at once.
+constexpr int64_t kGradientTile = 64;
+constexpr int64_t kValueTile = 64;
+
 // Queries [query, query + query_count) of one head of one sequence against keys [key, key +
 // key_count).
 struct ForwardItem {
@@ -104,10 +108,20 @@ struct Wave {
   double gradient_cost = 0;
 };
 
-struct BackwardPlan {
-  std::vector<Wave> waves;
-};
+// Plans one wave after the other: all of them together would be as large as all scores.
+class BackwardPlan {
+ public:
+  explicit BackwardPlan(const Problem& problem);
 
-BackwardPlan plan_backward(const Problem& problem);
+  // The next wave, or false when all units have had theirs.
+  bool next(Wave& wave);
+
+ private:
+  const Problem& problem_;
+  int64_t rounds_ = 0;  // of units: each sequence's first blocks of queries, then its second ...
+  int64_t round_ = 0;
+  int64_t head_ = 0;
+  int64_t sequence_ = 0;
+};
 
 }  // namespace attn_ext

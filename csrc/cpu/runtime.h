@@ -21,31 +21,41 @@ void for_each_item(int64_t items, double cost, const Function& function) {
       &function);
 }
 
-// Aligned memory that lives as long as the object. Contents start undefined.
-template <class T>
-class Buffer;
-
 void* allocate_aligned(size_t bytes);
 void free_aligned(void* memory);
 
+// Aligned memory that lives as long as the object. Contents start undefined.
 template <class T>
 class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(int64_t count)
-      : data_(static_cast<T*>(allocate_aligned(static_cast<size_t>(count) * sizeof(T)))) {}
+      : data_(static_cast<T*>(allocate_aligned(static_cast<size_t>(count) * sizeof(T)))),
+        count_(count) {}
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
+  Buffer(Buffer&& other) noexcept { swap(other); }
   Buffer& operator=(Buffer&& other) noexcept {
-    std::swap(data_, other.data_);
+    swap(other);
     return *this;
   }
   ~Buffer() { free_aligned(data_); }
   T* get() const { return data_; }
+  void swap(Buffer& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(count_, other.count_);
+  }
+
+  // Makes room for `count`; what was held before is lost where it was too small.
+  void fit(int64_t count) {
+    if (count > count_) {
+      *this = Buffer(count);
+    }
+  }
 
  private:
   T* data_ = nullptr;
+  int64_t count_ = 0;
 };
 
 // Scratch of one item, from memory its thread keeps for the next item. At most one lives at a time

@@ -58,6 +58,9 @@ KeyBlock<T> key_block(const KeySide& side, int64_t first, int64_t keys, int64_t 
 // exp(2 |q + k|) from which tanh counts as saturated (|q + k| = 1), and up to which as small (1/4).
 constexpr double kSaturatedExponential = 7.38905610;
 constexpr double kSmallExponential = 1.64872127;
+// Of all |w|, the part that informative features must have for the factored form: its error is
+// relative to sum |w|, that of the plain formula to sum |w tanh|.
+constexpr double kInformativeShare = 0.125;
 
 // Smallest and largest of `rows` rows, lane by lane, for half a step of features.
 template <class T>
@@ -77,13 +80,15 @@ struct Extremes {
   }
 };
 
-// Whether some feature's tanh(q + k) can be neither nearly 0 nor nearly +-1 for a query and a key
-// of two panels of exponentials. If none can, as where every key is minus every query up to noise,
-// or all are saturated, then scores differ and gradients are so little that the absolute error of
-// the factored form would show.
+// Whether enough features' tanh(q + k) can be neither nearly 0 nor nearly +-1 for a query and a key
+// of two panels of exponentials: their |w|, or their number without `weights`, is more than
+// `least`. If they are fewer, as where every key is minus every query up to noise, or all are
+// saturated, then scores differ and gradients are so little that the absolute error of the factored
+// form would show.
 template <class T>
 bool is_informative(const Panel<T>& queries, int64_t query_count, const Panel<T>& keys,
-                    int64_t key_count, int64_t steps) {
+                    int64_t key_count, int64_t steps, const T* weights, T least) {
+  Vec<T> informative{};
   for (int64_t p = 0; p < steps; ++p) {
     for (int64_t half = 0; half < kStep<T>; half += kLanes<T>) {
       const Extremes<T> a(queries, query_count, p, half);
@@ -94,9 +99,13 @@ bool is_informative(const Panel<T>& queries, int64_t query_count, const Panel<T>
           (low <= T(kSaturatedExponential)) & (high >= T(1 / kSaturatedExponential));
       const VecBits<T> sizeable =
           (high >= T(kSmallExponential)) | (low <= T(1 / kSmallExponential));
-      if (any_lane<T>(unsaturated & sizeable)) {
-        return true;
-      }
+      const Vec<T> share = weights == nullptr
+                               ? splat<T>(T(1))
+                               : magnitude<T>(load<T>(weights + p * kStep<T> + half));
+      informative += from_bits<T>(bits_of<T>(share) & unsaturated & sizeable);
+    }
+    if (sum_of_lanes<T>(informative) > least) {
+      return true;
     }
   }
   return false;
@@ -133,16 +142,21 @@ void score_block(const QueryBlock<T>& queries, const KeySide& side, int64_t firs
                  int64_t dim, const T* weights, T* scores, int64_t ld, const ScoreRoom<T>& room) {
   const int64_t steps = steps_of<T>(dim);
   LargestMagnitude<T> weight_bound;
+  Vec<T> weight_sum{};
   for (int64_t c = 0; c < dim; c += kLanes<T>) {
-    weight_bound.include(load<T>(weights + c));
+    const Vec<T> weight = load<T>(weights + c);
+    weight_bound.include(weight);
+    weight_sum += magnitude<T>(weight);
   }
+  const T least = sum_of_lanes<T>(weight_sum) * T(kInformativeShare);
   const bool weights_fit = weight_bound.value() <= T(kLargestWeight);
   for (int64_t j = 0; j < keys; j += kTileCols) {
     const int64_t cols = smaller(kTileCols, keys - j);
     const KeyBlock<T> block = key_block<T>(side, first + j, cols, 0, dim, room.key);
     const T key_bound = largest_bound(block.bounds, cols);
-    const bool factors = weights_fit && is_informative<T>(queries.exponentials, queries.count,
-                                                          block.exponentials, cols, steps);
+    const bool factors =
+        weights_fit && is_informative<T>(queries.exponentials, queries.count, block.exponentials,
+                                         cols, steps, weights, least);
     for (int64_t i = 0; i < queries.count; i += kTileRows) {
       const int64_t rows = smaller(kTileRows, queries.count - i);
       T* out = scores + i * ld + j;

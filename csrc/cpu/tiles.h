@@ -12,6 +12,7 @@ constexpr bool kManyRegisters = ATTN_EXT_ISA_AVX512;
 constexpr int kTileRows = kManyRegisters ? 4 : 2;
 constexpr int kTileCols = 4;
 constexpr int kOuterRows = kManyRegisters ? 8 : 4;
+static_assert((kOuterRows & (kOuterRows - 1)) == 0, "outer_products halves it");
 
 // Rules of inner_tile. add() adds one step of features of a row of each panel to a sum: `a` and `b`
 // point to the step's two vectors, `w` to its score weights.
