@@ -641,6 +641,40 @@ def test_large_queries_and_keys_that_cancel(
     check(inputs, backend)
 
 
+@pytest.mark.parametrize("saturation", [3, 5, 8])
+def test_saturated_features_beside_an_informative_one(backend: str, saturation: float):
+    """One feature decides, and the slopes of the others are a small part of 1."""
+    inputs = make_inputs("padded", lengths_q=(8,), lengths_k=(50,), features=64, scale=0.1)
+    for name, informative in (("query", 0.0), ("key", 0.5)):
+        leaf = inputs.leaves[name]
+        leaf += saturation if name == "query" else 0
+        leaf[..., 0] = informative
+    inputs.leaves["score_weight"] *= 20
+    check(inputs, backend)
+
+
+@pytest.mark.parametrize("weight", [10, 500])
+def test_cancelling_features_beside_an_informative_one(backend: str, weight: float):
+    """All that tells the keys apart are tanh values near 0; one feature adds a constant."""
+    inputs = make_inputs("padded", lengths_q=(8,), lengths_k=(50,), features=64, scale=0.01)
+    inputs.leaves["query"] += 1
+    inputs.leaves["key"] -= 1
+    for name in ("query", "key"):
+        inputs.leaves[name][..., 0] = 0.5
+    inputs.leaves["score_weight"] *= weight
+    check(inputs, backend)
+
+
+@pytest.mark.parametrize("distance", [1, 4, 8, 16])
+def test_product_of_large_factors_stays_finite(backend: str, distance: int):
+    """Two features that share a reciprocal, at the end of the range."""
+    inputs = make_inputs("padded", lengths_q=(3,), lengths_k=(6,), features=32)
+    for name in ("query", "key"):
+        inputs.leaves[name][..., 0] = inputs.leaves[name][..., distance] = 9.3
+    inputs.leaves["score_weight"][..., [0, distance]] = 16
+    check(inputs, backend)
+
+
 def test_weights_sum_to_one_or_zero(backend: str):
     inputs = make_inputs("jagged", heads=2, dtype=torch.float64)
     _, weights = call(inputs, inputs.leaves, backend=backend, need_weights=True)
