@@ -4,20 +4,34 @@ Both are written whole or not at all, hold only tensors and plain values, and ar
 `weights_only=True`, so that a file from elsewhere can run no code.
 """
 
+import dataclasses
+import io
+import math
+import pickle
+from pathlib import Path
+
 import torch
 
-from attn_ext.nmt.cli import UsageError, atomic_file
+from attn_ext.nmt.cli import UsageError, atomic_write
 from attn_ext.nmt.model import ModelConfig, Seq2Seq
 from attn_ext.nmt.vocab import Vocabulary
 
-FORMAT = 1
 MODEL_FILE = "model.pt"
 CHECKPOINT_FILE = "checkpoint.pt"
+FORMATS = {"model": 1, "checkpoint": 2}
+_MODEL_FIELDS = {"config", "model", "vocabulary"}
+FIELDS = {
+    "model": _MODEL_FIELDS,
+    "checkpoint": _MODEL_FIELDS | {"optimizer", "averaged", "progress", "options", "identity"},
+}
 
 
 def save(path, kind, content):
-    with atomic_file(path) as file:
-        torch.save({"format": FORMAT, "kind": kind, **content}, file)
+    """Write a file that `load` reads with the same `kind`, "model" or "checkpoint"."""
+    # Into memory first: torch.save makes a RuntimeError of its own of a full disk.
+    buffer = io.BytesIO()
+    torch.save({"format": FORMATS[kind], "kind": kind, **content}, buffer)
+    atomic_write(path, buffer.getbuffer())
 
 
 def load(path, kind):
@@ -34,24 +48,66 @@ def load(path, kind):
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     try:
         with file:
+            begin = file.read(2)
+            file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever its parsers do
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"{path} is not a file of attn_ext.nmt: {reason[:120]}") from None
+    except pickle.UnpicklingError:
+        raise UsageError(f"{path} is not a file of attn_ext.nmt") from None
+    except Exception:  # torch.load raises whatever its parsers do
+        if begin in (b"", b"PK"):  # what torch.save writes is a zip archive
+            raise damaged(path) from None
+        raise UsageError(f"{path} is not a file of attn_ext.nmt") from None
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise UsageError(f"{path} is not a {kind} file of attn_ext.nmt")
-    if content.get("format") != FORMAT:
+    if content.get("format") != FORMATS[kind]:
         raise UsageError(
-            f"{path} has format {content.get('format')}; this version reads format {FORMAT}"
+            f"{path} has format {content.get('format')}; this version reads format {FORMATS[kind]}"
         )
+    if not content.keys() >= FIELDS[kind]:
+        raise damaged(path)
     return content
 
 
-def save_model(path, model, vocabulary):
-    save(path, "model", model_content(model, vocabulary))
+def damaged(path):
+    """The error for a file whose content is not what `save` writes."""
+    return UsageError(f"{path} is cut off or damaged; training with --overwrite starts anew")
+
+
+def rebuild(cls, values, path):
+    """A dataclass from its values in a file.
+
+    Raises:
+        UsageError: the values are not those of the dataclass' fields.
+    """
+    names = {field.name for field in dataclasses.fields(cls)}
+    if not isinstance(values, dict) or values.keys() != names:
+        raise damaged(path)
+    return cls(**values)
+
+
+def rebuild_vocabulary(content, path):
+    """The Vocabulary in a file's content."""
+    try:
+        return Vocabulary(content["vocabulary"].numpy().tobytes())
+    except (UsageError, AttributeError, TypeError):
+        raise damaged(path) from None
+
+
+def save_model(path, model, vocabulary, dev_loss):
+    """Write what translating needs, and the loss by which a later model has to be better."""
+    save(path, "model", {**model_content(model, vocabulary), "dev_loss": dev_loss})
+
+
+def kept_dev_loss(path):
+    """The dev loss of the model in a file; infinite where there is none that can be read."""
+    try:
+        return float(load(path, "model").get("dev_loss", math.inf))
+    except (UsageError, TypeError, ValueError):
+        return math.inf
 
 
 def model_content(model, vocabulary):
+    """What model files and checkpoints share: sizes, parameters, subwords."""
     return {
         "config": model.config.as_dict(),
         "model": model.state_dict(),
@@ -60,18 +116,20 @@ def model_content(model, vocabulary):
 
 
 def load_model(folder, backend=None, device="cpu"):
-    """The model and vocabulary of a training run's folder.
+    """The model and vocabulary of a training run's folder, or of a model file itself.
 
     Returns:
         (Seq2Seq in eval mode, Vocabulary)
     """
-    path = f"{folder}/{MODEL_FILE}"
+    path = Path(folder)
+    path = path if path.is_file() else path / MODEL_FILE
     content = load(path, "model")
+    vocabulary = rebuild_vocabulary(content, path)
+    config = rebuild(ModelConfig, content["config"], path)
     try:
-        vocabulary = Vocabulary(content["vocabulary"].numpy().tobytes())
-        model = Seq2Seq(ModelConfig(**content["config"]), backend)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UsageError(f"{path} does not describe a model: {error}") from None
+        model = Seq2Seq(config, backend)
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        raise damaged(path) from None
     load_parameters(model, content["model"], path)
     return model.to(device).eval(), vocabulary
 
@@ -79,6 +137,8 @@ def load_model(folder, backend=None, device="cpu"):
 def load_parameters(model, parameters, path):
     """Take over parameters, or say in one line where their shapes differ from the model's."""
     own = model.state_dict()
+    if not isinstance(parameters, dict):
+        raise damaged(path)
     for name in sorted(own.keys() | parameters.keys()):
         expected = tuple(own[name].shape) if name in own else "nothing"
         got = tuple(parameters[name].shape) if name in parameters else "nothing"

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib
+import math
 import os
 import sys
 import tempfile
@@ -13,6 +14,7 @@ import torch
 import attn_ext
 
 BACKEND_HELP = "backend of attn_ext: cpu, reference, ... (default: the best available)"
+BACKENDS = ("triton", "cuda", "cpu", "reference")  # as the default tries them
 DEVICE_HELP = "where to compute (default: a GPU where there is one)"
 
 
@@ -32,41 +34,38 @@ def require(module):
         ) from None
 
 
-def positive_int(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-    return value
+def _ranged(convert, accepts, expected):
+    """A type for argparse, whose message says what is expected instead of a function's name."""
+
+    def parse(text):
+        try:
+            value = convert(text)
+        except (ValueError, OverflowError):
+            value = None
+        if value is None or not accepts(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return parse
 
 
-def natural_int(text):
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
-    return value
-
-
-def positive_number(text):
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-    return value
-
-
-def fraction(text):
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, got {text}")
-    return value
+positive_int = _ranged(int, lambda n: 1 <= n < 2**63, "a positive whole number")
+natural_int = _ranged(int, lambda n: 0 <= n < 2**63, "a whole number, 0 or more")
+positive_number = _ranged(float, lambda x: 0 < x < math.inf, "a positive number")
+fraction = _ranged(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
+exponent = _ranged(float, lambda x: 0 <= x <= 10, "a number from 0 to 10")
 
 
 def check_backend(backend, device):
-    """Say at once, in one line, if a backend cannot be used."""
+    """The name of the backend that will run; one clear line if the one asked for cannot."""
     query = torch.zeros(1, 1, device=device)
-    try:
-        attn_ext.additive_attention(query, query[None], query[None], query[0], backend=backend)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"--backend: {str(error).splitlines()[0]}") from None
+    for name in [backend] if backend else BACKENDS:
+        try:
+            attn_ext.additive_attention(query, query[None], query[None], query[0], backend=name)
+            return name
+        except (TypeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+    raise UsageError(f"--backend: {reason}")
 
 
 def wait_without_spinning():
@@ -80,7 +79,8 @@ def wait_without_spinning():
     if chosen & os.environ.keys() or torch.get_num_threads() == 1:
         return
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    os.execv(sys.executable, sys.orig_argv)
+    # orig_argv[0] is what the shell was told, which need not lead to this interpreter.
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def run(main):
@@ -101,16 +101,28 @@ def run(main):
 
 
 @contextlib.contextmanager
-def atomic_file(path):
-    """Yield a binary file that becomes `path` when the block ends, whole or not at all."""
-    path = Path(path)
+def writing(path):
+    """A failed write in the block becomes one clear line that names `path`."""
     try:
+        yield
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def atomic_file(path):
+    """Yield a binary file that becomes `path` when the block ends, whole or not at all.
+
+    A link is followed; what is there and is no regular file (a pipe, a device) is refused.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UsageError(f"cannot write {path}: it is not a regular file")
+    path = Path(os.path.realpath(path))
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = tempfile.NamedTemporaryFile(
             dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
         )
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from None
     try:
         with file:
             yield file

@@ -163,6 +163,9 @@ def epoch_batches(examples, batch_tokens, seed, epoch, min_sentences=1, pool=409
             key=lambda index: (len(examples[index][1]), len(examples[index][0])),
         )
         batches += cut_batches(by_length, examples, batch_tokens, min_sentences)
+    if len(batches) > 1 and len(batches[-1]) < min_sentences:  # a last pool of very few
+        last = batches.pop()
+        batches[-1] = batches[-1] + last
     generator.shuffle(batches)
     return batches
 

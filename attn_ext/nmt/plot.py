@@ -14,8 +14,9 @@ def parse_arguments(arguments=None):
         prog="python -m attn_ext.nmt.plot",
         description="Translate a sentence and write its attention weights as a PNG heat map: "
         "source tokens left to right, target tokens top to bottom.",
+        allow_abbrev=False,
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="folder of a training run")
+    parser.add_argument("--model", required=True, metavar="DIR", help="a training run's folder")
     parser.add_argument("--source", required=True, metavar="TEXT", help="the sentence")
     parser.add_argument("--target", metavar="TEXT", help="align this instead of the translation")
     parser.add_argument("--out", required=True, metavar="X.png", help="the picture to write")
@@ -32,7 +33,7 @@ def main(arguments=None):
     target = None if options.target is None else normalise(options.target)
     if not source:
         raise cli.UsageError("--source is empty")
-    device = distributed.join(options.device).device
+    device = distributed.pick_device(options.device)
     cli.check_backend(options.backend, device)
     model, vocabulary = checkpoint.load_model(options.model, options.backend, device)
     *picture, target = heatmap.align(model, vocabulary, source, target, options.beam, device)

@@ -6,17 +6,21 @@ Runs unchanged under `torchrun --nproc_per_node=N -m attn_ext.nmt.train ...`.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import os
 import shlex
 import sys
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from attn_ext.nmt import checkpoint, cli, corpora, data, distributed, evaluation
 from attn_ext.nmt.cli import UsageError
 from attn_ext.nmt.model import DECODERS, ModelConfig, Seq2Seq
-from attn_ext.nmt.training import METRICS_FILE, Trainer, TrainOptions
+from attn_ext.nmt.training import METRICS_FILE, NO_LIMIT, RESULT_PATTERNS, Trainer, TrainOptions
 from attn_ext.nmt.vocab import Vocabulary
 
 VOCAB_SIZE = 4000
@@ -24,7 +28,7 @@ MODEL_DEFAULTS = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
 MODEL_DEFAULTS["vocab_size"] = VOCAB_SIZE
 TRAIN_DEFAULTS = TrainOptions().as_dict()
 DEV_BLEU_SENTENCES = 300
-NO_LIMIT = 1_000_000  # steps
+IDENTITY = {"corpus", "data", "fingerprint", "processes", "vocab_size"}  # of a checkpoint
 MAX_LENGTH = 80  # subwords of a training sentence; the few longer ones cost more than they teach
 
 
@@ -35,6 +39,7 @@ def parse_arguments(arguments=None):
         description="Train an RNN translation model with attn_ext's additive attention; then print "
         "BLEU, chrF and samples on held-out data, and draw attention pictures.",
         argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
     _add_data_options(parser.add_argument_group("data and output"))
     _add_model_options(_adder(parser.add_argument_group("model"), MODEL_DEFAULTS))
@@ -82,9 +87,9 @@ def _add_training_options(add):
     add("--max-steps", type=count, metavar="N", help="updates to make; no limit with --minutes")
     add(
         "--minutes",
-        type=float,
+        type=cli.positive_number,
         metavar="M",
-        help="stop training after this time, evaluation comes on top; 0 or --max-steps: no limit",
+        help="stop training after this time, evaluation comes on top; --max-steps alone: no limit",
     )
     add("--seed", type=count, metavar="S", help="of everything random")
     add("--batch-tokens", type=whole, metavar="N", help="tokens of a batch, over all processes")
@@ -124,43 +129,100 @@ def main(arguments=None):
     folder = Path(given["out"])
     for package in ("sentencepiece", "sacrebleu", "tqdm", "matplotlib"):
         cli.require(package)  # now, not at the end of the training
-    _check_folder(folder, given)
     world = distributed.join(given.get("device"))
     try:
         return _train(given, folder, world)
+    except UsageError:
+        if world.is_main:
+            raise
+        return 2  # the main process says it
     finally:
         distributed.leave(world)
 
 
-def _check_folder(folder, given):
-    """Refuse to write over a run by accident."""
-    path = folder / checkpoint.CHECKPOINT_FILE
+class Setting(NamedTuple):
+    """What is decided before the first step, the same on every rank."""
+
+    saved: dict | None  # the checkpoint to go on from
+    split: data.Split
+    identity: dict
+    vocabulary: Vocabulary
+    options: TrainOptions
+    config: ModelConfig
+
+
+def _prepare(given, folder, world):
+    """Check everything that the user chose, in the order of what it costs."""
+    cli.check_backend(given.get("backend"), world.device)
+    created = _take_folder(folder, given)
+    try:
+        path, saved = folder / checkpoint.CHECKPOINT_FILE, None
+        if "resume" in given:
+            if path.exists():
+                saved = checkpoint.load(path, "checkpoint")
+            else:
+                print(
+                    f"{folder} holds no checkpoint yet: starting at the beginning", file=sys.stderr
+                )
+        options = _train_options(given, saved, world)
+        split, identity = _load_data(given, saved, world)
+        vocabulary = _vocabulary(given, saved, split)
+        config = _model_config(given, saved, len(vocabulary))
+    except UsageError:
+        if created:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+    return Setting(saved, split, identity, vocabulary, options, config)
+
+
+def _take_folder(folder, given):
+    """Make the folder of the run, or refuse to write over another run by accident.
+
+    Returns:
+        Whether it is new.
+    """
+    if not given["out"].strip():
+        raise UsageError("--out is empty")
     if "resume" in given and "overwrite" in given:
         raise UsageError("--resume and --overwrite exclude each other")
-    if path.exists() and not given.keys() & {"resume", "overwrite"}:
-        raise UsageError(
-            f"{folder} holds a run already; --resume goes on with it, --overwrite starts anew, "
-            f"or choose another --out"
-        )
+    with cli.writing(folder):
+        created = not folder.exists()
+        if not created and not folder.is_dir():
+            raise UsageError(f"--out {folder} is a file; a folder is wanted")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass  # it can be written to
+        files = (checkpoint.CHECKPOINT_FILE, checkpoint.MODEL_FILE, METRICS_FILE)
+        there = [name for name in files if (folder / name).exists()]
+        if there and not given.keys() & {"resume", "overwrite"}:
+            raise UsageError(
+                f"{folder} holds a run already ({', '.join(there)}); --resume goes on with it, "
+                "--overwrite starts anew, or choose another --out"
+            )
+        if "resume" in given and files[0] not in there and files[1] in there:
+            raise UsageError(
+                f"{folder} holds a model but no checkpoint to go on from; --overwrite starts anew, "
+                "or choose another --out"
+            )
+        for name in (*files, *RESULT_PATTERNS):
+            for path in folder.glob(f".{name}.*.tmp"):  # left by a kill inside a write
+                path.unlink(missing_ok=True)
+    return created
 
 
 def _train(given, folder, world):
-    backend, resuming = given.get("backend"), "resume" in given
-    cli.check_backend(backend, world.device)
-    saved = None
-    if resuming and (folder / checkpoint.CHECKPOINT_FILE).exists():
-        saved = checkpoint.load(folder / checkpoint.CHECKPOINT_FILE, "checkpoint")
-    elif resuming and world.is_main:
-        print(f"{folder} holds no checkpoint yet: starting at the beginning", file=sys.stderr)
-
-    split, identity = _load_data(given, saved, world)
-    vocabulary = _vocabulary(given, saved, split)
+    saved, split, identity, vocabulary, options, config = world.from_main(
+        lambda: _prepare(given, folder, world)
+    )
+    backend = given.get("backend")
     encoded = data.Split(*(_encode(vocabulary, part) for part in split))
     train = [e for e in encoded.train if max(map(len, e)) <= MAX_LENGTH]
-    if not train:
-        raise UsageError(f"no training pair has at most {MAX_LENGTH} subwords a side")
-    options = _train_options(given, saved, world)
-    config = _model_config(given, saved, len(vocabulary))
+    if len(train) < world.size:
+        raise UsageError(
+            f"{len(train)} training pair(s) of at most {MAX_LENGTH} subwords a side are too few "
+            f"for {world.size} process(es)"
+        )
     torch.manual_seed(options.seed)
     model = Seq2Seq(config, backend).to(world.device)
     if world.is_main:
@@ -168,8 +230,9 @@ def _train(given, folder, world):
         print(
             f"{len(train)} training pairs ({len(split.train) - len(train)} too long), "
             f"{len(split.dev)} dev, {len(split.test)} test; {len(vocabulary)} subwords; "
-            f"{config.decoder}, {parameters / 1e6:.1f} M parameters; {world.size} process(es) on "
-            f"{world.device.type}, backend {backend or 'best available'}"
+            f"{config.decoder}, {parameters:,} parameters; {world.size} process(es) on "
+            f"{world.device.type}, backend {cli.check_backend(backend, world.device)}",
+            flush=True,
         )
 
     dev_bleu = evaluation.greedy_bleu(
@@ -185,9 +248,11 @@ def _train(given, folder, world):
         return 0
     step = trainer.progress.step
     if reason == "interrupted":
-        print(f"interrupted after step {step}; to go on: {_command(given)} --resume")
+        print(f"interrupted after step {step}; to go on: {_command(folder, world)}")
         return 130
-    print(f"training ended at step {step} ({reason}); losses in {folder / METRICS_FILE}")
+    print(
+        f"training ended at step {step} ({reason}); losses in {folder / METRICS_FILE}", flush=True
+    )
     model, vocabulary = checkpoint.load_model(folder, backend, world.device)
     evaluation.report(
         model, vocabulary, split, folder,
@@ -202,22 +267,32 @@ def _train(given, folder, world):
 
 def _load_data(given, saved, world):
     """The split, and what a resumed run must share: fingerprint of the data, processes."""
+    before = None if saved is None else saved["identity"]
+    path = Path(given["out"]) / checkpoint.CHECKPOINT_FILE
+    if saved is not None and (not isinstance(before, dict) or before.keys() != IDENTITY):
+        raise checkpoint.damaged(path)
     place = {"corpus": given.get("corpus"), "data": given.get("data")}
-    if saved is not None and not any(place.values()):
-        place = {key: saved["identity"][key] for key in place}
+    if place["data"] is not None:
+        place["data"] = os.path.abspath(place["data"])  # to be found from another folder, too
+    if before is not None and not any(place.values()):
+        place = {key: before[key] for key in place}
     elif not any(place.values()):
         place["corpus"] = "homeassistant"
-    for main_turn in (True, False):  # the main process fetches, the others find it in the cache
-        if world.is_main == main_turn:
-            if place["data"]:
-                pairs = corpora.read_tsv(place["data"])
-            else:
-                pairs = corpora.load(place["corpus"])
-        world.barrier()
+    if place["data"]:
+        pairs = corpora.read_tsv(given.get("data") or place["data"])
+    else:
+        pairs = corpora.load(place["corpus"])
     split = data.split_pairs(pairs)
-    identity = {**place, "fingerprint": data.fingerprint(split), "processes": world.size}
-    if saved is not None:
-        before = saved["identity"]
+    identity = {
+        **place,
+        "fingerprint": data.fingerprint(split),
+        "processes": world.size,
+        "vocab_size": given.get("vocab_size", VOCAB_SIZE),  # that was asked for
+    }
+    if before is not None:
+        if given.get("vocab_size", before["vocab_size"]) != before["vocab_size"]:
+            _refuse(given, "vocab_size", before["vocab_size"])
+        identity["vocab_size"] = before["vocab_size"]
         if before["fingerprint"] != identity["fingerprint"]:
             raise UsageError(
                 f"the data are not those that the run in {given['out']} was trained on "
@@ -233,10 +308,7 @@ def _load_data(given, saved, world):
 
 def _vocabulary(given, saved, split):
     if saved is not None:
-        vocabulary = Vocabulary(saved["vocabulary"].numpy().tobytes())
-        if "vocab_size" in given and given["vocab_size"] < len(vocabulary):
-            _refuse(given, "vocab_size", len(vocabulary))
-        return vocabulary
+        return checkpoint.rebuild_vocabulary(saved, Path(given["out"]) / checkpoint.CHECKPOINT_FILE)
     texts = (text for pair in split.train for text in (pair.source, pair.target))
     return Vocabulary.train(texts, given.get("vocab_size", VOCAB_SIZE))
 
@@ -256,10 +328,13 @@ def _train_options(given, saved, world):
             "bf16", world.device.type == "cuda" and torch.cuda.is_bf16_supported()
         )  # fmt: skip
         return TrainOptions(**chosen)
+    before = checkpoint.rebuild(
+        TrainOptions, saved["options"], Path(given["out"]) / checkpoint.CHECKPOINT_FILE
+    )
     for name, value in chosen.items():
-        if name not in TrainOptions.MUTABLE and value != saved["options"][name]:
-            _refuse(given, name, saved["options"][name])
-    return TrainOptions(**{**saved["options"], **chosen})
+        if name not in TrainOptions.MUTABLE and value != getattr(before, name):
+            _refuse(given, name, getattr(before, name))
+    return dataclasses.replace(before, **chosen)
 
 
 def _model_config(given, saved, vocab_size):
@@ -268,10 +343,13 @@ def _model_config(given, saved, vocab_size):
         if chosen.get("decoder", ModelConfig.decoder) == "gnmt":
             chosen.setdefault("decoder_layers", 2)  # the first only asks; another has to answer
         return ModelConfig(**{**chosen, "vocab_size": vocab_size})
+    before = checkpoint.rebuild(
+        ModelConfig, saved["config"], Path(given["out"]) / checkpoint.CHECKPOINT_FILE
+    )
     for name, value in chosen.items():
-        if name != "vocab_size" and value != saved["config"][name]:
-            _refuse(given, name, saved["config"][name])
-    return ModelConfig(**saved["config"])
+        if name != "vocab_size" and value != getattr(before, name):
+            _refuse(given, name, getattr(before, name))
+    return before
 
 
 def _refuse(given, name, before):
@@ -282,10 +360,11 @@ def _refuse(given, name, before):
     )
 
 
-def _command(given):
-    """The command line without --resume and --overwrite, as a person would repeat it."""
-    words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
-    return shlex.join(["python", "-m", "attn_ext.nmt.train", *words])
+def _command(folder, world):
+    """The command line that goes on with the run."""
+    several = ["torchrun", f"--nproc_per_node={world.size}"]
+    start = several if world.size > 1 else ["python"]
+    return shlex.join([*start, "-m", "attn_ext.nmt.train", "--out", str(folder), "--resume"])
 
 
 if __name__ == "__main__":

@@ -20,10 +20,12 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from attn_ext.nmt import checkpoint
-from attn_ext.nmt.cli import UsageError, atomic_write, require
+from attn_ext.nmt.cli import UsageError, atomic_write, require, writing
 from attn_ext.nmt.data import epoch_batches, make_batch, sorted_batches
 
 METRICS_FILE = "metrics.jsonl"
+RESULT_PATTERNS = ("results.json", "attention-*.png")  # written after the training
+NO_LIMIT = 1_000_000  # steps; a run with a time limit alone
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,11 @@ def average_parameters(decay):
     return update
 
 
+def perplexity(nll):
+    """Of a negative log-likelihood per token; a number at any loss, which JSON needs."""
+    return math.exp(min(nll, 700.0))
+
+
 @dataclass
 class Progress:
     """Where a run stands; all of it is in the checkpoint."""
@@ -102,6 +109,8 @@ class Trainer:
         self.averaged = AveragedModel(model, multi_avg_fn=average_parameters(options.averaging))
         self.progress = Progress()
         self._stop_signal = None
+        self._kept_dev_loss = math.inf  # of the model file, which may be ahead of the checkpoint
+        self._evaluated_at = None  # step
 
     # -- checkpoints ---------------------------------------------------------------------------
 
@@ -127,22 +136,29 @@ class Trainer:
         try:
             self.averaged.load_state_dict(content["averaged"])
             self.optimizer.load_state_dict(content["optimizer"])
-            self.progress = Progress(**content["progress"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"{path} does not hold the state of a run: {reason}") from None
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+            raise checkpoint.damaged(path) from None
+        self.progress = checkpoint.rebuild(Progress, content["progress"], path)
         if self.world.is_main:
+            self._kept_dev_loss = checkpoint.kept_dev_loss(self.folder / checkpoint.MODEL_FILE)
             self._cut_metrics()
         self.world.barrier()
 
     def _cut_metrics(self):
         path = self.folder / METRICS_FILE
         kept = []
-        if path.exists():
-            for line in path.read_text(errors="replace").splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut by a kill
-                    if json.loads(line)["step"] <= self.progress.step:
-                        kept.append(line + "\n")
+        try:
+            lines = path.read_text(errors="replace").splitlines()
+        except FileNotFoundError:
+            lines = []
+        except OSError as error:
+            raise UsageError(f"cannot read {path}: {error.strerror}") from None
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut by a kill
+                record = json.loads(line)
+                # The evaluation after the last step is no part of a run that goes on.
+                if record["step"] <= self.progress.step and "final" not in record:
+                    kept.append(line + "\n")
         atomic_write(path, "".join(kept))
 
     # -- the loop ------------------------------------------------------------------------------
@@ -157,11 +173,15 @@ class Trainer:
         started = time.monotonic()
         path = self.folder / METRICS_FILE
         if self.world.is_main and not self.progress.step:
+            self._remove_results()
             atomic_write(path, "")
             self.save_checkpoint()
-        metrics = open(path, "a") if self.world.is_main else None
+        metrics = None
+        if self.world.is_main:
+            with writing(path):
+                metrics = open(path, "a")
         bar = tqdm(
-            total=self.options.max_steps,
+            total=self.options.max_steps if self.options.max_steps < NO_LIMIT else None,
             initial=self.progress.step,
             unit="step",
             disable=not self.world.is_main,
@@ -193,12 +213,22 @@ class Trainer:
                     reason = "interrupted" if stop else "minutes"
                     break
         self.save_checkpoint()
+        if reason != "interrupted" and self._evaluated_at != self.progress.step:
+            # Not counted in the checkpoint: the run may go on from there.
+            dev_loss = self._keep_if_best()
+            record = {"step": self.progress.step, "final": True, **_dev_record(dev_loss)}
+            self._write(metrics, record)
         if metrics:
             metrics.close()
-        if reason != "interrupted":
-            self._keep_if_best()  # not counted in the checkpoint: the run may go on from there
         self.world.barrier()
         return reason
+
+    def _remove_results(self):
+        """A new run must not be taken for the one before it."""
+        names = (checkpoint.CHECKPOINT_FILE, checkpoint.MODEL_FILE, *RESULT_PATTERNS)
+        with writing(self.folder):
+            for path in [path for name in names for path in self.folder.glob(name)]:
+                path.unlink()
 
     def _batches(self):
         return epoch_batches(
@@ -238,10 +268,7 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
         norm = norm.item()
         if not math.isfinite(norm):
-            raise UsageError(
-                f"the gradient is not finite at step {step}; the last checkpoint stands; try a "
-                f"smaller --lr than {options.learning_rate:g}"
-            )
+            raise self._not_finite("gradient", step)
         self.optimizer.step()
         self.averaged.update_parameters(self.model)
         loss, nll, stop, late = world.sum(
@@ -251,7 +278,7 @@ class Trainer:
             "step": step,
             "epoch": self.progress.epoch,
             "loss": loss / tokens,
-            "ppl": math.exp(min(nll / tokens, 700)),
+            "ppl": perplexity(nll / tokens),
             "lr": learning_rate(step, options),
             "grad_norm": norm,
             "tokens": tokens,
@@ -261,40 +288,52 @@ class Trainer:
 
     def _evaluate(self, metrics, bar):
         """Measure dev, keep the model if it is the best, count evaluations without gain."""
-        gained, dev_loss = self._keep_if_best()
+        dev_loss = self._keep_if_best()
         progress = self.progress
+        gained = dev_loss < progress.best_dev_loss
         if gained:
             progress.best_dev_loss = dev_loss
             progress.evaluations_without_gain = 0
         else:
             progress.evaluations_without_gain += 1
         if self.world.is_main:
-            record = {"step": progress.step, "dev_loss": dev_loss, "dev_ppl": math.exp(dev_loss)}
+            record = {"step": progress.step, **_dev_record(dev_loss)}
             text = f"step {progress.step}: dev loss {dev_loss:.3f}"
             if self.dev_bleu is not None:
                 record["dev_bleu"] = self.dev_bleu(self.averaged.module)
-                text += f", dev BLEU {record['dev_bleu']:.1f} (greedy, first sentences)"
+                text += f", dev BLEU {record['dev_bleu']:.1f} (greedy, evenly spread sentences)"
             self._write(metrics, record)
             bar.write(text + ("" if gained else " (no gain)"), file=sys.stderr)
 
     def _keep_if_best(self):
-        """Save the averaged model if its dev loss is the best so far: (whether it was, loss)."""
+        """Measure dev, and save the averaged model if it is better than the one saved before."""
         dev_loss = 0.0
         if self.world.is_main:
             model = self.averaged.module
             dev_loss = evaluate_loss(
                 model, self.dev_examples, self.vocabulary, self.options, self.world.device
             )
-            if dev_loss < self.progress.best_dev_loss:
+            if dev_loss < self._kept_dev_loss:
                 path = self.folder / checkpoint.MODEL_FILE
-                checkpoint.save_model(path, model, self.vocabulary)
+                checkpoint.save_model(path, model, self.vocabulary, dev_loss)
+                self._kept_dev_loss = dev_loss
         (dev_loss,) = self.world.sum([dev_loss])
-        return dev_loss < self.progress.best_dev_loss, dev_loss
+        if not math.isfinite(dev_loss):
+            raise self._not_finite("loss on dev", self.progress.step)
+        self._evaluated_at = self.progress.step
+        return dev_loss
+
+    def _not_finite(self, what, step):
+        return UsageError(
+            f"the {what} is not finite at step {step}; the last checkpoint stands; try a "
+            f"smaller --lr than {self.options.learning_rate:g}"
+        )
 
     def _write(self, metrics, record):
         if metrics:
-            metrics.write(json.dumps(record) + "\n")
-            metrics.flush()
+            with writing(self.folder / METRICS_FILE):
+                metrics.write(json.dumps(record) + "\n")
+                metrics.flush()
 
     @contextlib.contextmanager
     def _signals(self):
@@ -314,6 +353,10 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _dev_record(dev_loss):
+    return {"dev_loss": dev_loss, "dev_ppl": perplexity(dev_loss)}
 
 
 @torch.no_grad()

@@ -18,11 +18,12 @@ def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(
         prog="python -m attn_ext.nmt.translate",
         description="Translate standard input, one sentence a line, to standard output.",
+        allow_abbrev=False,
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="folder of a training run")
+    parser.add_argument("--model", required=True, metavar="DIR", help="a training run's folder")
     parser.add_argument("--beam", type=cli.positive_int, default=5, metavar="K",
                         help="hypotheses kept in the search; 1 is greedy (default 5)")  # fmt: skip
-    parser.add_argument("--alpha", type=float, default=0.6,
+    parser.add_argument("--alpha", type=cli.exponent, default=0.6,
                         help="exponent of the length normalisation (default 0.6)")  # fmt: skip
     parser.add_argument("--batch-tokens", type=cli.positive_int, default=4000, metavar="N",
                         help="source tokens times beam in a batch (default 4000)")  # fmt: skip
@@ -33,11 +34,12 @@ def parse_arguments(arguments=None):
 
 def main(arguments=None):
     options = parse_arguments(arguments)
-    device = distributed.join(options.device).device
+    device = distributed.pick_device(options.device)
     cli.check_backend(options.backend, device)
     model, vocabulary = checkpoint.load_model(options.model, options.backend, device)
     lines = _input_lines()
-    while chunk := list(itertools.islice(lines, LINES_AT_ONCE)):
+    at_once = 1 if sys.stdin.buffer.isatty() else LINES_AT_ONCE  # a person waits for each answer
+    while chunk := list(itertools.islice(lines, at_once)):
         results = translate(
             model, vocabulary, chunk, options.beam, options.alpha, options.batch_tokens, device
         )

@@ -1,14 +1,17 @@
 """The command lines: what a person sees."""
 
 import builtins
+import errno
 import io
+import os
 import subprocess
 import sys
 
 import pytest
+import torch
 from toy_data import TINY_RUN, synthetic_pairs
 
-from attn_ext.nmt import cli, plot, train, translate
+from attn_ext.nmt import checkpoint, cli, plot, train, translate
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +70,8 @@ def test_plot(trained, tmp_path, target):
         (train.main, ["--out", "o", "--resume", "--overwrite"], "exclude each other"),
         (train.main, ["--out", "o", "--backend", "gpu"], "--backend: "),
         (translate.main, ["--model", "none"], "there is no none/model.pt"),
+        (train.main, ["--out", " "], "--out is empty"),
+        (train.main, ["--out", "x" * 300], "File name too long"),
         (plot.main, ["--model", "none", "--source", "x", "--out", "x.png"], "there is no none/"),
         (plot.main, ["--model", "none", "--source", " ", "--out", "x.png"], "--source is empty"),
     ],
@@ -94,6 +99,60 @@ def test_mistakes_get_one_line(main, arguments, message, tmp_path, monkeypatch, 
 def test_bad_options(arguments, capsys):
     assert status(train.main, arguments) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (train.main, ["--hidden", "x"], "expected a positive whole number, got 'x'"),
+        (train.main, ["--minutes", "nan"], "expected a positive number, got 'nan'"),
+        (train.main, ["--minutes", "0"], "expected a positive number, got '0'"),
+        (train.main, ["--seed", str(2**63)], "expected a whole number, 0 or more"),
+        (translate.main, ["--alpha", "inf"], "expected a number from 0 to 10"),
+        (translate.main, ["--batch", "9"], "unrecognized arguments: --batch 9"),
+    ],
+)
+def test_numbers_out_of_range(main, arguments, message, capsys):
+    place = ["--out", "o"] if main is train.main else ["--model", "m"]
+    assert status(main, [*place, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_out_is_a_file(tsv, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(cli.UsageError, match="is a file; a folder is wanted"):
+        train.main(["--data", str(tsv), "--out", str(tmp_path / "file")])
+
+
+def test_model_file_instead_of_folder(trained, monkeypatch, capfdbinary):
+    monkeypatch.setattr(sys, "stdin", Input(b"rot\n"))
+    monkeypatch.setenv("WORLD_SIZE", "2")  # of no concern to a tool of one process
+    assert status(translate.main, ["--model", str(trained / "model.pt")]) in (None, 0)
+    assert capfdbinary.readouterr().out.endswith(b"\n")
+
+
+class TestAtomicFile:
+    def test_refuses_a_pipe(self, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(cli.UsageError, match="is not a regular file"):
+            cli.atomic_write(tmp_path / "pipe", "text")
+        assert (tmp_path / "pipe").is_fifo()
+
+    def test_follows_a_link(self, tmp_path):
+        (tmp_path / "to").mkdir()
+        (tmp_path / "link").symlink_to("to/file")
+        cli.atomic_write(tmp_path / "link", "text")
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "to/file").read_text() == "text"
+
+    def test_full_disk(self, tmp_path, monkeypatch):
+        def full(_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        cli.atomic_write(tmp_path / "file", "before")
+        monkeypatch.setattr(cli.os, "fsync", full)
+        with pytest.raises(cli.UsageError, match="cannot write .*file: No space left on device"):
+            checkpoint.save(tmp_path / "file", "model", {"x": torch.ones(9)})
+        assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
 
 
 @pytest.mark.parametrize("package", ["sentencepiece", "sacrebleu", "tqdm", "matplotlib"])
@@ -141,7 +200,7 @@ class TestWaitWithoutSpinning:
 
     def test_starts_again_with_the_policy(self, started):
         cli.wait_without_spinning()
-        assert started == [sys.orig_argv]
+        assert started == [[sys.executable, *sys.orig_argv[1:]]]
         assert cli.os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
         cli.wait_without_spinning()
         assert len(started) == 1

@@ -108,3 +108,12 @@ def test_vocabulary_round_trip(vocabulary):
 def test_vocabulary_repeats(vocabulary):
     texts = [text for pair in synthetic_pairs(150) for text in pair]
     assert type(vocabulary).train(texts, 320).model_bytes == vocabulary.model_bytes
+
+
+def test_every_batch_has_a_sentence_for_each_process(examples):
+    for ranks in (2, 3):
+        batches = data.epoch_batches(
+            examples[:10], 20, seed=1, epoch=0, min_sentences=ranks, pool=3
+        )
+        assert min(map(len, batches)) >= ranks
+        assert sorted(index for batch in batches for index in batch) == list(range(10))

@@ -40,3 +40,18 @@ def test_two_processes_agree_with_each_other_and_with_one(two_processes, tmp_pat
         torch.testing.assert_close(first[name], alone[name], rtol=1e-3, atol=1e-4)
     # Tokens are weighed across the ranks, so the losses are those of the whole batch.
     assert losses(run) == pytest.approx(losses(tmp_path / f"{decoder}-1"), rel=1e-4)
+
+
+def test_a_mistake_is_told_once(tmp_path):
+    data = tmp_path / "pairs.tsv"
+    data.write_text("a\tb\nc\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         "-m", "attn_ext.nmt.train", "--data", str(data), "--out", str(tmp_path / "out"),
+         "--device", "cpu"],
+        capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode
+    assert done.stderr.count("error: ") == 1
+    assert "line 2: expected source<TAB>target" in done.stderr
+    assert not (tmp_path / "out").exists()

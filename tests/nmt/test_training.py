@@ -1,6 +1,7 @@
 """The training loop through its command line: resuming exactly, stopping, refusing."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -12,8 +13,9 @@ import torch
 from toy_data import TINY_RUN
 
 from attn_ext import backends
-from attn_ext.nmt import checkpoint, train
+from attn_ext.nmt import checkpoint, train, training
 from attn_ext.nmt.cli import UsageError
+from attn_ext.nmt.training import Trainer
 
 
 def run(tsv, out, *options):
@@ -146,7 +148,7 @@ class TestRefuses:
 
     def test_to_write_over_a_run(self, uninterrupted, tsv):
         before = {path: path.read_bytes() for path in uninterrupted.iterdir()}
-        self.refuses("holds a run already; --resume goes on", tsv, uninterrupted)
+        self.refuses(r"holds a run already \(.*\); --resume goes on", tsv, uninterrupted)
         assert before == {path: path.read_bytes() for path in uninterrupted.iterdir()}
 
     def test_another_shape(self, uninterrupted):
@@ -165,8 +167,47 @@ class TestRefuses:
     def test_broken_file(self, copy, name, content):
         path = copy / name
         path.write_bytes(path.read_bytes()[:-5000] if content is None else content)
-        with pytest.raises(UsageError, match="is not a file of attn_ext.nmt"):
+        message = "is not a file of attn_ext" if content == b"hello" else "is cut off or damaged"
+        with pytest.raises(UsageError, match=message):
             checkpoint.load(path, name.removesuffix(".pt"))
+
+    @pytest.mark.parametrize(
+        ("field", "change"),
+        [
+            ("averaged", None),
+            ("options", {"seeds": 1}),
+            ("config", {"layers": 1}),
+            ("progress", {"steps": 1}),
+            ("identity", {"x": 1}),
+            ("vocabulary", 3),
+            ("optimizer", {}),
+            ("model", []),
+        ],
+    )
+    def test_checkpoint_with_other_fields(self, copy, field, change):
+        content = torch.load(copy / "checkpoint.pt", weights_only=True)
+        if change is None:
+            del content[field]
+        elif isinstance(change, dict) and change:
+            content[field] |= change
+        else:
+            content[field] = change
+        torch.save(content, copy / "checkpoint.pt")
+        self.refuses("cut off or damaged; .*--overwrite", None, copy, "--resume")
+
+    @pytest.mark.parametrize("name", ["model.pt", "metrics.jsonl"])
+    def test_to_write_over_what_is_left_of_a_run(self, tsv, tmp_path, name):
+        (tmp_path / name).touch()
+        self.refuses(rf"holds a run already \({name}\)", tsv, tmp_path)
+
+    def test_to_go_on_without_a_checkpoint(self, copy, tsv):
+        (copy / "checkpoint.pt").unlink()
+        self.refuses("no checkpoint to go on from", tsv, copy, "--resume")
+
+    def test_another_vocabulary_size(self, uninterrupted):
+        self.refuses(
+            "--vocab-size 321 does not fit", None, uninterrupted, "--resume", "--vocab-size", "321"
+        )
 
     def test_a_file_with_code(self, copy):
         torch.save({"kind": "model", "x": pytest.raises}, copy / "model.pt")
@@ -196,6 +237,54 @@ class TestRefuses:
 def test_resume_before_the_first_checkpoint_starts_at_the_beginning(tsv, tmp_path, capsys):
     assert run(tsv, tmp_path, "--resume", "--max-steps", "1") == 0
     assert "starting at the beginning" in capsys.readouterr().err
+
+
+def test_overwrite_leaves_nothing_of_the_run_before(tsv, tmp_path, monkeypatch):
+    for name in ("model.pt", "results.json", "attention-9.png", ".model.pt.ab.tmp", "other.png"):
+        (tmp_path / name).touch()
+
+    def stop(*_):
+        raise UsageError("stopped")
+
+    monkeypatch.setattr(Trainer, "_step", stop)
+    with pytest.raises(UsageError, match="stopped"):
+        run(tsv, tmp_path, "--overwrite")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"checkpoint.pt", "metrics.jsonl", "other.png"}
+
+
+def test_resuming_does_not_replace_a_better_model(tsv, tmp_path):
+    """The evaluation after the last step keeps a model, too; it must not be forgotten."""
+    run(tsv, tmp_path, *STEPS, "--max-steps", "7", "--decoder", "rnnsearch")
+    model = checkpoint.load(tmp_path / "model.pt", "model")
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert records[-1]["final"] and records[-1]["step"] == 7
+    assert model["dev_loss"] == min(r["dev_loss"] for r in records if "dev_loss" in r)
+
+    torch.save({**model, "dev_loss": 1e-9}, tmp_path / "model.pt")
+    before = (tmp_path / "model.pt").read_bytes()
+    run(None, tmp_path, "--resume", "--max-steps", "13", "--device", "cpu")
+    assert (tmp_path / "model.pt").read_bytes() == before
+    finals = [step for (step, _), record in metrics(tmp_path).items() if "final" in record]
+    assert finals == [13]
+
+    (tmp_path / "model.pt").write_bytes(before[:100])
+    run(None, tmp_path, "--resume", "--device", "cpu")  # at its last step already
+    assert checkpoint.load(tmp_path / "model.pt", "model")["dev_loss"] < math.inf
+
+
+def test_one_evaluation_a_step(tsv, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(training, "evaluate_loss", lambda *_: calls.append(1) or 2000.0)
+    run(tsv, tmp_path, *STEPS, "--max-steps", "6")
+    assert len(calls) == 1
+    assert math.isfinite(metrics(tmp_path)[6, "dev"]["dev_ppl"])
+
+
+def test_dev_loss_that_is_not_finite(tsv, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "evaluate_loss", lambda *_: math.nan)
+    with pytest.raises(UsageError, match="loss on dev is not finite at step 6; .* --lr"):
+        run(tsv, tmp_path, *STEPS, "--max-steps", "6")
 
 
 def test_early_stop(tsv, tmp_path, capsys):
