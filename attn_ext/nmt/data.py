@@ -3,6 +3,7 @@
 import hashlib
 import random
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,7 +27,8 @@ def split_pairs(pairs):
 
     The group decides by a hash of its name, so the split does not depend on the order of the data.
     Large groups are for training: a single one would be most of what is held out. A held-out source
-    is a leak if it equals a training source up to case and numbers ("Zone 1", "Zone 2").
+    is a leak if it equals a training source up to case, numbers, punctuation and the names of
+    placeholders ("Zone 1", "zone 2:"; "{name} is on", "{entity} is on").
     """
     pairs = list(dict.fromkeys(pair for pair in pairs if pair.source and pair.target))
     sizes = Counter(pair.group for pair in pairs)
@@ -49,8 +51,9 @@ def split_pairs(pairs):
         for pair in pairs:
             key = _leak_key(pair.source)
             if pair.group in groups and key not in seen:
-                seen.add(key)
-                kept[key] = pair
+                # Of several with one key the first by text, in whatever order the data come.
+                kept[key] = min(pair, kept.get(key, pair))
+        seen |= kept.keys()
     split = Split(*(list(part.values()) for part in (train, dev, test)))
     for name, part in zip(Split._fields, split, strict=True):
         if not part:
@@ -75,7 +78,9 @@ def _stable_hash(text):
 
 
 def _leak_key(source):
-    return re.sub(r"\d+", "0", source.casefold())
+    text = re.sub(r"\{[^{}]*\}", " \0 ", source.casefold())
+    text = "".join(" " if unicodedata.category(c).startswith("P") else c for c in text)
+    return " ".join(re.sub(r"\d+", "0", text).split())
 
 
 @dataclass

@@ -22,6 +22,16 @@ def bleu_chrf(outputs, references):
     return {"bleu": round(bleu, 2), "chrf": round(chrf, 2)}
 
 
+def signatures():
+    """What sacrebleu needs to be told to repeat our scores."""
+    metrics = require("sacrebleu.metrics")
+    result = {}
+    for name, metric in (("bleu", metrics.BLEU(effective_order=False)), ("chrf", metrics.CHRF())):
+        metric.corpus_score(["a"], [["a"]])  # it knows the number of references only then
+        result[name] = str(metric.get_signature())
+    return result
+
+
 def greedy_bleu(vocabulary, pairs, device):
     """A function that scores a model on `pairs` by greedy search."""
     sources, references = [pair.source for pair in pairs], [pair.target for pair in pairs]
@@ -34,12 +44,13 @@ def greedy_bleu(vocabulary, pairs, device):
 
 
 def report(model, vocabulary, split, folder, *, beam, seed, backend, device):
-    """Print scores, samples and the paths of pictures; write results.json."""
+    """Write results.json and pictures, then print scores, samples and the pictures' paths."""
     results, outputs = {}, {}
     for name, width in (("dev", 1), ("test", beam)):
         pairs = getattr(split, name)
         sources = [pair.source for pair in pairs]
         references = [pair.target for pair in pairs]
+        print(f"translating {len(pairs)} sentences of {name}, beam {width}", flush=True)
         translations = translate(model, vocabulary, sources, width, device=device)
         outputs[name] = [text for text, _, _ in translations]
         results[name] = {
@@ -50,16 +61,30 @@ def report(model, vocabulary, split, folder, *, beam, seed, backend, device):
         }
     torch.manual_seed(seed)
     untrained = Seq2Seq(model.config, backend).to(device).eval()
-    translations = translate(untrained, vocabulary, sources, device=device)
+    print(f"the same for test with an untrained model, beam {width}", flush=True)
+    translations = translate(untrained, vocabulary, sources, width, device=device)
     results["test"]["untrained"] = bleu_chrf([text for text, _, _ in translations], references)
 
+    results["sacrebleu"] = signatures()
+    results["pictures"] = []
+    for number, pair in enumerate(picture_pairs(split.test, vocabulary), start=1):
+        path = folder / f"attention-{number}.png"
+        *picture, target = heatmap.align(model, vocabulary, pair.source, None, beam, device)
+        heatmap.draw(path, *picture, title=f"{pair.source}\n{target}")
+        results["pictures"].append(path.name)
+    atomic_write(folder / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
+
     print(f"\n{'':6}{'sentences':>10}  {'model':14}{'BLEU':>7}{'chrF':>7}")
-    for name, result in results.items():
+    for name in outputs:
+        result = results[name]
         for system in ("trained", "untrained", "source copied"):
             if system in result:
                 scores = result[system]
                 print(f"{name:6}{result['sentences']:>10}  {system:14}"
                       f"{scores['bleu']:>7.1f}{scores['chrf']:>7.1f}")  # fmt: skip
+
+    for name, signature in results["sacrebleu"].items():
+        print(f"{name} by sacrebleu, {signature}")
 
     print("\nHeld-out sentences:")
     phrases = [i for i, pair in enumerate(split.test) if len(pair.source.split()) >= 3]
@@ -69,14 +94,8 @@ def report(model, vocabulary, split, folder, *, beam, seed, backend, device):
         print(f"  output     {outputs['test'][index]}")
 
     print("\nWhere the model looked:")
-    results["pictures"] = []
-    for number, pair in enumerate(picture_pairs(split.test, vocabulary), start=1):
-        path = folder / f"attention-{number}.png"
-        *picture, target = heatmap.align(model, vocabulary, pair.source, None, beam, device)
-        heatmap.draw(path, *picture, title=f"{pair.source}\n{target}")
-        results["pictures"].append(path.name)
-        print(f"  {path}")
-    atomic_write(folder / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
+    for name in results["pictures"]:
+        print(f"  {folder / name}")
 
 
 def picture_pairs(pairs, vocabulary):

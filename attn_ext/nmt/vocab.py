@@ -1,8 +1,11 @@
 """Subwords: one sentencepiece vocabulary for both languages."""
 
 import io
+import re
 
 from attn_ext.nmt.cli import UsageError, require
+
+LEAST_SIZE = 260  # the 256 bytes, three marks and the start of a word
 
 
 class Vocabulary:
@@ -23,6 +26,8 @@ class Vocabulary:
         """Learn at most `size` subwords. One thread, so that equal data give equal subwords."""
         sentencepiece = require("sentencepiece")
         model = io.BytesIO()
+        if size < LEAST_SIZE:
+            raise UsageError(f"--vocab-size {size} is too small; at least {LEAST_SIZE} are needed")
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter(sentences),
@@ -44,6 +49,12 @@ class Vocabulary:
             )
         except (RuntimeError, OSError) as error:
             reason = str(error).strip().splitlines()[-1]
+            # "Vocabulary size is smaller than required_chars. 280 vs 281. ..."
+            if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", reason):
+                raise UsageError(
+                    f"--vocab-size {size} is too small: at least {least[1]} are needed for the "
+                    "marks, bytes and characters of these data"
+                ) from None
             raise UsageError(
                 f"cannot learn {size} subwords from these data ({reason}); try --vocab-size"
             ) from None

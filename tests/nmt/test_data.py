@@ -117,3 +117,17 @@ def test_every_batch_has_a_sentence_for_each_process(examples):
         )
         assert min(map(len, batches)) >= ranks
         assert sorted(index for batch in batches for index in batch) == list(range(10))
+
+
+def test_a_leak_is_found_through_punctuation_and_placeholders():
+    keys = {data._leak_key(text) for text in ("{name} is on.", "{entity_id} is ON", "{x}: is on!")}
+    assert len(keys) == 1
+    assert data._leak_key("a {name}") != data._leak_key("a name")
+
+
+def test_which_of_equal_held_out_sources_is_kept_does_not_depend_on_order():
+    pairs = component_pairs()
+    own = data.split_pairs(pairs).dev[0]
+    pairs += [own._replace(source=own.source + mark, target="x" + mark) for mark in ".!"]
+    splits = [set(data.split_pairs(order).dev) for order in (pairs, pairs[::-1])]
+    assert splits[0] == splits[1]

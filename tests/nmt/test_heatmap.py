@@ -1,0 +1,34 @@
+"""Attention pictures: what stands at their sides, and their size."""
+
+import struct
+
+import torch
+
+from attn_ext.nmt import heatmap
+
+
+def test_labels():
+    pieces = [
+        "▁rot",
+        "es",
+        ".",
+        "▁",
+        "<0xE2>",
+        "<0x82>",
+        "<0xAC>",
+        "<0x78>",
+        "▁(",
+        "<0xC3>",
+        "</s>",
+    ]
+    assert heatmap.labels(pieces) == [
+        "rot", "·es", ".", "␣", "€", "", "", "·x", "(", "·<0xC3>", "</s>"
+    ]  # fmt: skip
+
+
+def test_long_sentences_make_no_huge_picture(tmp_path):
+    pieces = ["▁wort"] * 700
+    path = tmp_path / "x.png"
+    heatmap.draw(path, pieces, pieces, torch.rand(700, 700), title="wort " * 700)
+    width, height = struct.unpack(">II", path.read_bytes()[16:24])
+    assert max(width, height) <= heatmap.LARGEST_SIDE * 130
