@@ -18,7 +18,7 @@ from attn_ext.nmt.vocab import Vocabulary
 
 MODEL_FILE = "model.pt"
 CHECKPOINT_FILE = "checkpoint.pt"
-FORMATS = {"model": 1, "checkpoint": 2}
+FORMAT = 2
 _MODEL_FIELDS = {"config", "model", "vocabulary"}
 FIELDS = {
     "model": _MODEL_FIELDS,
@@ -30,7 +30,7 @@ def save(path, kind, content):
     """Write a file that `load` reads with the same `kind`, "model" or "checkpoint"."""
     # Into memory first: torch.save makes a RuntimeError of its own of a full disk.
     buffer = io.BytesIO()
-    torch.save({"format": FORMATS[kind], "kind": kind, **content}, buffer)
+    torch.save({"format": FORMAT, "kind": kind, **content}, buffer)
     atomic_write(path, buffer.getbuffer())
 
 
@@ -59,9 +59,9 @@ def load(path, kind):
         raise UsageError(f"{path} is not a file of attn_ext.nmt") from None
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise UsageError(f"{path} is not a {kind} file of attn_ext.nmt")
-    if content.get("format") != FORMATS[kind]:
+    if content.get("format") != FORMAT:
         raise UsageError(
-            f"{path} has format {content.get('format')}; this version reads format {FORMATS[kind]}"
+            f"{path} has format {content.get('format')}; this version reads format {FORMAT}"
         )
     if not content.keys() >= FIELDS[kind]:
         raise damaged(path)

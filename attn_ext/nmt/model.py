@@ -1,4 +1,4 @@
-"""The translation model: a bidirectional LSTM encoder and two attention decoders.
+"""The translation model: a bidirectional LSTM or GRU encoder and two attention decoders.
 
 Nothing is padded: states are jagged rows (total, D) with offsets, the form `attn_ext` takes.
 
@@ -24,6 +24,7 @@ class ModelConfig:
     decoder: str = "rnnsearch"
     embedding: int = 256
     hidden: int = 256
+    encoder_cell: str = "lstm"
     encoder_layers: int = 1
     decoder_layers: int = 1
     dropout: float = 0.2
@@ -94,8 +95,11 @@ class Seq2Seq(nn.Module):
         return tokens.like(self.embed(tokens.values))
 
 
+ENCODER_CELLS = {"lstm": nn.LSTM, "gru": nn.GRU}
+
+
 class Encoder(nn.Module):
-    """Bidirectional LSTM over jagged embeddings; a state is both directions and the embedding.
+    """Bidirectional LSTM or GRU over jagged rows; a state is both directions and the embedding.
 
     That the attended token's own embedding is in the context makes names and placeholders easy to
     copy, source and output sharing the embedding matrix, and alignments sharp.
@@ -103,7 +107,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.lstm = nn.LSTM(
+        self.rnn = ENCODER_CELLS[config.encoder_cell](
             config.embedding,
             config.hidden,
             config.encoder_layers,
@@ -113,11 +117,24 @@ class Encoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, embedded):
-        hidden = self.dropout(run_lstm(self.lstm, embedded).values)
+        hidden = self.dropout(run_rnn(self.rnn, embedded).values)
         return embedded.like(torch.cat([hidden, embedded.values], -1))
 
 
-class RNNSearchDecoder(nn.Module):
+class Decoder(nn.Module):
+    """What the decoders share: how the hidden state and what it read become output features.
+
+    A subclass makes `attention`, `readout` and `dropout`, in its own order: the parameters' random
+    start depends on it. It can run over whole targets (`forward`) or step by step (`start`, `step`,
+    `select`), with equal results.
+    """
+
+    def read(self, hidden, context):
+        """Features (..., embedding) of states (..., hidden) and contexts (..., state_dim)."""
+        return self.dropout(torch.tanh(self.readout(torch.cat([hidden, context], -1))))
+
+
+class RNNSearchDecoder(Decoder):
     """LSTM with input feeding: one attention a step, its result part of the next step's input."""
 
     def __init__(self, config, backend):
@@ -131,6 +148,16 @@ class RNNSearchDecoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, embedded, states, need_weights=False):
+        """Decode whole targets.
+
+        Args:
+            embedded: Jagged target inputs (total_q, embedding).
+            states: Jagged encoder states (total_k, state_dim).
+            need_weights: also return the attention weights.
+
+        Returns:
+            (features (total_q, embedding), weights (Tq, Tk) of each sentence or None)
+        """
         attend = self.attention.memory(
             states.values,
             cu_seqlens_k=states.cu_seqlens,
@@ -165,6 +192,16 @@ class RNNSearchDecoder(nn.Module):
         return [(zeros, zeros) for _ in self.cells], fed
 
     def step(self, embedded, state, attend, need_weights=False):
+        """One token of each row.
+
+        Args:
+            embedded: (rows, embedding).
+            state: from `start`, `select` or the step before.
+            attend: queries (rows, hidden) to contexts (rows, state_dim).
+
+        Returns:
+            (features (rows, embedding), new state, weights or None)
+        """
         layers, fed = state
         hidden, new_layers = torch.cat([embedded, fed], -1), []
         for cell, layer in zip(self.cells, layers, strict=True):
@@ -176,7 +213,7 @@ class RNNSearchDecoder(nn.Module):
             context, weights = attend(hidden, need_weights=True)
         else:
             context = attend(hidden)
-        features = self.dropout(torch.tanh(self.readout(torch.cat([hidden, context], -1))))
+        features = self.read(hidden, context)
         return features, (new_layers, features), weights
 
     def select(self, state, rows):
@@ -185,7 +222,7 @@ class RNNSearchDecoder(nn.Module):
         return [(h[rows], c[rows]) for h, c in layers], fed[rows]
 
 
-class GNMTDecoder(nn.Module):
+class GNMTDecoder(Decoder):
     """LSTM layers of which the first queries the source, all steps in one call."""
 
     def __init__(self, config, backend):
@@ -201,7 +238,17 @@ class GNMTDecoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, embedded, states, need_weights=False):
-        queries = embedded.like(self.dropout(run_lstm(self.first, embedded).values))
+        """Decode whole targets.
+
+        Args:
+            embedded: Jagged target inputs (total_q, embedding).
+            states: Jagged encoder states (total_k, state_dim).
+            need_weights: also return the attention weights.
+
+        Returns:
+            (features (total_q, embedding), weights (Tq, Tk) of each sentence or None)
+        """
+        queries = embedded.like(self.dropout(run_rnn(self.first, embedded).values))
         result = self.attention(
             queries.values,
             states.values,
@@ -216,8 +263,8 @@ class GNMTDecoder(nn.Module):
         hidden = queries
         for lstm in self.upper:
             above = hidden.like(torch.cat([hidden.values, context], -1))
-            hidden = hidden.like(hidden.values + self.dropout(run_lstm(lstm, above).values))
-        features = self._read(hidden.values, context)
+            hidden = hidden.like(hidden.values + self.dropout(run_rnn(lstm, above).values))
+        features = self.read(hidden.values, context)
         if not need_weights:
             return features, None
         sizes = zip(queries.lengths.tolist(), states.lengths.tolist(), strict=True)
@@ -229,6 +276,16 @@ class GNMTDecoder(nn.Module):
         return [(zeros, zeros) for _ in range(1 + len(self.upper))]
 
     def step(self, embedded, state, attend):
+        """One token of each row.
+
+        Args:
+            embedded: (rows, embedding).
+            state: from `start`, `select` or the step before.
+            attend: queries (rows, hidden) to contexts (rows, state_dim).
+
+        Returns:
+            (features (rows, embedding), new state, weights or None)
+        """
         hidden, first = self.first(embedded[None], state[0])
         hidden, new_state = self.dropout(hidden), [first]
         context = attend(hidden[0])[None]
@@ -236,21 +293,18 @@ class GNMTDecoder(nn.Module):
             above, layer = lstm(torch.cat([hidden, context], -1), layer)
             hidden = hidden + self.dropout(above)
             new_state.append(layer)
-        return self._read(hidden[0], context[0]), new_state, None
+        return self.read(hidden[0], context[0]), new_state, None
 
     def select(self, state, rows):
         """The state of hypotheses `rows`."""
         return [(h[:, rows], c[:, rows]) for h, c in state]
 
-    def _read(self, hidden, context):
-        return self.dropout(torch.tanh(self.readout(torch.cat([hidden, context], -1))))
-
 
 DECODERS = {"rnnsearch": RNNSearchDecoder, "gnmt": GNMTDecoder}
 
 
-def run_lstm(lstm, sequences):
-    """An LSTM over jagged rows, without padding.
+def run_rnn(rnn, sequences):
+    """The outputs of an LSTM or GRU over jagged rows, without padding.
 
     torch's packed form wants the rows ordered by step, longest sequence first; going there and back
     are two gathers.
@@ -264,4 +318,4 @@ def run_lstm(lstm, sequences):
     back[rows] = torch.arange(len(rows))
     device = sequences.values.device
     packed = PackedSequence(sequences.values.index_select(0, rows.to(device)), alive.sum(1))
-    return sequences.like(lstm(packed)[0].data.index_select(0, back.to(device)))
+    return sequences.like(rnn(packed)[0].data.index_select(0, back.to(device)))

@@ -19,7 +19,7 @@ import torch
 
 from attn_ext.nmt import checkpoint, cli, corpora, data, distributed, evaluation
 from attn_ext.nmt.cli import UsageError
-from attn_ext.nmt.model import DECODERS, ModelConfig, Seq2Seq
+from attn_ext.nmt.model import DECODERS, ENCODER_CELLS, ModelConfig, Seq2Seq
 from attn_ext.nmt.training import METRICS_FILE, NO_LIMIT, RESULT_PATTERNS, Trainer, TrainOptions
 from attn_ext.nmt.vocab import Vocabulary
 
@@ -76,7 +76,8 @@ def _add_model_options(add):
     )
     add("--vocab-size", type=whole, metavar="N", help="most subwords")
     add("--embedding", type=whole, metavar="N", help="features of an embedding")
-    add("--hidden", type=whole, metavar="N", help="features of an LSTM state, each direction")
+    add("--hidden", type=whole, metavar="N", help="features of a recurrent state, each direction")
+    add("--encoder-cell", choices=sorted(ENCODER_CELLS), help="recurrent cell of the encoder")
     add("--encoder-layers", type=whole, metavar="N", help="bidirectional layers")
     add("--decoder-layers", type=whole, metavar="N", help="layers; gnmt has one more by default")
     add("--dropout", type=cli.fraction, metavar="P", help="on embeddings and layer outputs")

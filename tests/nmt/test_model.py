@@ -2,16 +2,17 @@ import pytest
 import torch
 
 from attn_ext.nmt import data
-from attn_ext.nmt.model import run_lstm
+from attn_ext.nmt.model import run_rnn
 
 
-def test_run_lstm_is_the_lstm_of_each_sequence():
+@pytest.mark.parametrize("cell", [torch.nn.LSTM, torch.nn.GRU])
+def test_run_rnn_is_the_rnn_of_each_sequence(cell):
     torch.manual_seed(0)
-    lstm = torch.nn.LSTM(5, 4, num_layers=2, bidirectional=True)
+    rnn = cell(5, 4, num_layers=2, bidirectional=True)
     sequences = [torch.randn(length, 5) for length in (3, 7, 1, 7, 2)]
     jagged = data.Jagged.of(torch.cat(sequences), [len(s) for s in sequences])
-    for got, sequence in zip(run_lstm(lstm, jagged).split(), sequences, strict=True):
-        torch.testing.assert_close(got, lstm(sequence)[0])
+    for got, sequence in zip(run_rnn(rnn, jagged).split(), sequences, strict=True):
+        torch.testing.assert_close(got, rnn(sequence)[0])
 
 
 def test_logits_do_not_depend_on_the_rest_of_the_batch(model, examples, vocabulary):

@@ -287,6 +287,13 @@ def test_dev_loss_that_is_not_finite(tsv, tmp_path, monkeypatch):
         run(tsv, tmp_path, *STEPS, "--max-steps", "6")
 
 
+def test_gru_encoder(tsv, tmp_path):
+    run(tsv, tmp_path, "--encoder-cell", "gru", "--encoder-layers", "2", "--max-steps", "1")
+    run(None, tmp_path, "--resume", "--max-steps", "2", "--device", "cpu")
+    model, _ = checkpoint.load_model(tmp_path)
+    assert isinstance(model.encoder.rnn, torch.nn.GRU)
+
+
 def test_early_stop(tsv, tmp_path, capsys):
     options = ["--eval-every", "1", "--patience", "2", "--lr", "1e-30", "--max-steps", "50"]
     assert run(tsv, tmp_path, *options) == 0
