@@ -31,7 +31,7 @@ def draw_ratios(rows: list[dict], title: str, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.margins(x=0.1)
+    axes.set_xlim(0.8, 2 * max(row[peer] for row in ours for peer in PEER_COLOURS if peer in row))
     axes.set_xlabel("times faster (log scale)")
     axes.set_title(title, fontsize=10)
     axes.legend(loc="lower right")
@@ -52,7 +52,9 @@ def draw_scaling(sweeps: dict[str, list[dict]], title: str, path: Path) -> None:
         for mode in dict.fromkeys(point["mode"] for point in points):
             line = [point for point in points if point["mode"] == mode]
             x = [point["keys"] if axis == "tokens" else point["x"] for point in line]
-            panel.plot(x, [point["median"] * 1e3 for point in line], marker="o", label=mode)
+            panel.plot(
+                x, [point["median"] * 1e3 for point in line], marker="o", label=MODE_LABELS[mode]
+            )
         panel.set_xscale("log")
         panel.set_yscale("log")
         panel.set_xlabel(titles[axis])
