@@ -39,6 +39,9 @@ struct BFloat16Codec {
 
 struct Float16Codec {
   static ATTN_EXT_INLINE Vec<float> decode(HalfBits bits) {
+#if ATTN_EXT_ISA_AVX512
+    return (Vec<float>)_mm512_cvtph_ps((__m256i)bits);
+#else
     const WordBits word = __builtin_convertvector(bits, WordBits);
     const WordBits payload = (word & 0x7FFFu) << 13;
     // The exponent bias grows from 15 to 127, subnormals included, by one exact multiplication.
@@ -46,6 +49,7 @@ struct Float16Codec {
     const WordBits special = payload | 0x7F800000u;  // infinity and NaN keep their exponent
     const WordBits is_special = (WordBits)(payload >= 0x0F800000u);
     return floats_of(((word & 0x8000u) << 16) | (is_special ? special : finite));
+#endif
   }
 
   // Rounds to nearest even: adding a power of two so chosen that the sum's last bit is the result's
