@@ -53,7 +53,8 @@ def additive_attention(
         need_weights: also return the attention weights (after dropout).
         deterministic: repeat results bit for bit; None follows
             ``torch.are_deterministic_algorithms_enabled()``.
-        backend: "triton", "cuda", "cpu" or "reference"; None takes the best available.
+        backend: "cpu" or "reference" ("triton" and "cuda" are names for kernels that this version
+            does not have yet); None takes the best available.
 
     Returns:
         The context, in value's dtype: ``(B, Tq, Dv)``, ``(B, Dv)``, ``(total_q, Dv)``, or nested

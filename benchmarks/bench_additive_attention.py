@@ -62,9 +62,14 @@ def parse_arguments() -> argparse.Namespace:
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--workloads", type=_names(WORKLOADS), default=list(TABLE))
-    parser.add_argument("--modes", type=_names(harness.MODES), default=["forward", "both"])
-    parser.add_argument("--providers", type=lambda text: text.split(","), default=None)
+    known = f"all, or some of {','.join(WORKLOADS)} (default {','.join(TABLE)})"
+    parser.add_argument("--workloads", type=_names(WORKLOADS), default=list(TABLE), help=known)
+    known = f"some of {','.join(harness.MODES)} (default forward,both)"
+    parser.add_argument(
+        "--modes", type=_names(harness.MODES), default=["forward", "both"], help=known
+    )
+    known = f"some of {','.join(providers.PEERS)},triton,cuda,cpu (default: what runs here)"
+    parser.add_argument("--providers", type=lambda text: text.split(","), help=known)
     parser.add_argument("--threads", type=_counts, help="e.g. 1,2 (default: one and all)")
     parser.add_argument("--seconds", type=float, default=5.0, help="budget a workload and mode")
     parser.add_argument(

@@ -7,7 +7,7 @@
 namespace attn_ext {
 namespace ATTN_EXT_ISA {
 
-// Keys whose scores are held at once, [queries, kKeyChunk], and values that are multiplied at once.
+// Keys whose scores are held at once, [queries, kKeyChunk].
 constexpr int64_t kKeyChunk = 512;
 
 // Running softmax of a block of queries: largest score, sum of exponentials, weighted sum of

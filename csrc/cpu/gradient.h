@@ -11,7 +11,6 @@
 namespace attn_ext {
 namespace ATTN_EXT_ISA {
 
-// Keys whose exponentials are packed at once.
 // Terms of dscore_weight that are summed in the compute type before they join a sum in double.
 constexpr int64_t kWeightTerms = 512;
 // Queries whose share of dkey is summed in registers before it joins the sum in memory.
