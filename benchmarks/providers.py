@@ -15,14 +15,19 @@ PEERS = ("eager", "compile")
 Run = Callable[[], Tensor]  # computes the contexts of real queries, [total_q, Dv] or [steps, B, Dv]
 
 
+def _weigh(scores: Tensor, value: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """Masked softmax of scores ``(B, Tq, Tk)`` and the weighted sum of values."""
+    if padding_mask is not None:
+        scores = scores.masked_fill(padding_mask.unsqueeze(1), -torch.inf)
+    return torch.bmm(scores.softmax(-1), value)
+
+
 def attend_padded(
     query: Tensor, key: Tensor, value: Tensor, score_weight: Tensor, padding_mask: Tensor | None
 ) -> Tensor:
     """Additive attention as code bases spell it out, ``(B, Tq, D)`` over ``(B, Tk, D)``."""
     scores = torch.tanh(query.unsqueeze(2) + key.unsqueeze(1)) @ score_weight
-    if padding_mask is not None:
-        scores = scores.masked_fill(padding_mask.unsqueeze(1), -torch.inf)
-    return torch.bmm(scores.softmax(-1), value)
+    return _weigh(scores, value, padding_mask)
 
 
 def attend_step(
@@ -30,9 +35,7 @@ def attend_step(
 ) -> Tensor:
     """The same for one query a sequence, ``(B, D)``."""
     scores = torch.tanh(query.unsqueeze(1) + key) @ score_weight
-    if padding_mask is not None:
-        scores = scores.masked_fill(padding_mask, -torch.inf)
-    return torch.bmm(scores.softmax(-1).unsqueeze(1), value).squeeze(1)
+    return _weigh(scores.unsqueeze(1), value, padding_mask).squeeze(1)
 
 
 def sum_product_padded(
@@ -40,9 +43,7 @@ def sum_product_padded(
 ) -> Tensor:
     """``attend_padded`` with the score as a sum of products, which Inductor fuses with the tanh."""
     scores = (torch.tanh(query.unsqueeze(2) + key.unsqueeze(1)) * score_weight).sum(-1)
-    if padding_mask is not None:
-        scores = scores.masked_fill(padding_mask.unsqueeze(1), -torch.inf)
-    return torch.bmm(scores.softmax(-1), value)
+    return _weigh(scores, value, padding_mask)
 
 
 def sum_product_step(
@@ -50,9 +51,7 @@ def sum_product_step(
 ) -> Tensor:
     """``attend_step`` in the form that Inductor fuses best."""
     scores = (torch.tanh(query.unsqueeze(1) + key) * score_weight).sum(-1)
-    if padding_mask is not None:
-        scores = scores.masked_fill(padding_mask, -torch.inf)
-    return torch.bmm(scores.softmax(-1).unsqueeze(1), value).squeeze(1)
+    return _weigh(scores.unsqueeze(1), value, padding_mask).squeeze(1)
 
 
 def _run_peer(workload: Workload, inputs: Inputs, padded: Callable, step: Callable) -> Run:
