@@ -1,6 +1,7 @@
 """Which backends this installation has, why one is missing, and which one a call gets."""
 
 import functools
+import os
 import warnings
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from .checks import mismatch, wrong_type
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
+OLDEST_TRITON = (3, 6)  # which torch 2.11 brings; with 3.9 the ends of the range that is tested
 
 
 def _load_cpu() -> str | None:
@@ -29,6 +31,26 @@ def _load_cpu() -> str | None:
 _cpu_problem = _load_cpu()
 
 
+@functools.cache
+def triton_interprets() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors: for tests, it is very slow."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0") and _triton_problem() is None
+
+
+@functools.cache
+def _triton_problem() -> str | None:
+    """Why Triton cannot be used, or None."""
+    oldest = ".".join(map(str, OLDEST_TRITON))
+    remedy = f"pip install 'triton>={oldest}'"
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); {remedy}, or use backend='reference'"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton {triton.__version__} is older than {oldest}; {remedy}"
+    return None
+
+
 def problem(backend: str, device: torch.device) -> str | None:
     """Why ``backend`` cannot compute on ``device``, with the remedy, or None if it can."""
     if backend == "reference":
@@ -37,6 +59,13 @@ def problem(backend: str, device: torch.device) -> str | None:
         if device.type != "cpu":
             return f"it computes on CPU tensors; use .cpu() or backend=None for {device}"
         return _cpu_problem
+    if backend == "triton":
+        if device.type != "cuda" and not (device.type == "cpu" and triton_interprets()):
+            return (
+                f"it computes on CUDA tensors; use .cuda() or backend=None for {device} "
+                "(TRITON_INTERPRET=1 runs it on CPU tensors, for tests)"
+            )
+        return _triton_problem()
     return f"this version has no {backend} kernels; use backend='cpu' or 'reference'"
 
 
@@ -49,7 +78,8 @@ def _warn_of_reference() -> None:
 def choose(backend: str | None, device: torch.device) -> str:
     """Resolve the ``backend`` argument; an explicit choice never falls back to another."""
     if backend is None:
-        chosen = next(name for name in BACKENDS if problem(name, device) is None)
+        usable = (name for name in BACKENDS if problem(name, device) is None)
+        chosen = next(name for name in usable if name != "triton" or device.type == "cuda")
         if chosen == "reference" and device.type == "cpu" and not torch.compiler.is_compiling():
             _warn_of_reference()
         return chosen

@@ -117,7 +117,8 @@ class _Steps:
         key_side = (keys.key, keys.value, keys.score_weight)
         self.grad_mask = sum(t.requires_grad << bit for bit, t in enumerate(key_side, start=1))
         self.inputs = tuple(t.detach() for t in (keys.key, keys.value, keys.score_weight))
-        self.prepared = ops.prepare(self.inputs[0])
+        # Accelerators exponentiate keys faster than they would read prepared exponentials.
+        self.prepared = ops.prepare(self.inputs[0]) if choice[1] == "cpu" else (None, None)
         self.key_layout = (keys.cu_seqlens, keys.lengths, keys.padding_mask)
         self._versions = self._current_versions()
         # By backward pass: passes may nest (reentrant checkpointing) or run in several threads.

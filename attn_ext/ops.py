@@ -1,18 +1,25 @@
-"""torch.library definitions: schemas, fake kernels and autograd. Backends register the kernels.
+"""torch.library definitions: schemas, fake kernels, autograd, and the way to the backends.
 
-The CPU kernels are registered by the C++ library (``csrc/registration.cpp``). Arguments are in the
-internal form of :mod:`attn_ext.layout`; nothing is checked here.
+The CPU kernels are registered by the C++ library (``csrc/registration.cpp``); on CUDA tensors the
+``backend`` argument chooses. Arguments are in the internal form of :mod:`attn_ext.layout`; nothing
+is checked here.
 """
+
+import importlib
+import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from . import backends
 
 _KEY_LAYOUT = "Tensor? cu_seqlens_k, Tensor? key_lengths, Tensor? key_padding_mask"
 _LAYOUT = f"Tensor? cu_seqlens_q, {_KEY_LAYOUT}, SymInt max_seqlen_q, SymInt max_seqlen_k"
 _DROPOUT = "float dropout_p, Tensor? dropout_seed"
 _CHOICE = "bool deterministic, str backend"
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor score_weight"
-_PREPARED = "Tensor exp_key, Tensor key_bound"
+_PREPARED = "Tensor? exp_key, Tensor? key_bound"  # None: the backend prepares nothing
 _GRADS = "Tensor? dcontext, Tensor? dweights"
 
 _SCHEMAS = {
@@ -21,7 +28,7 @@ _SCHEMAS = {
     "additive_attention_backward": f"({_GRADS}, {_INPUTS}, Tensor stats, {_LAYOUT}, {_DROPOUT}, "
     f"int weights_layout, int grad_mask, {_CHOICE}) "
     "-> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dscore_weight)",
-    "additive_attention_prepare": "(Tensor key) -> (Tensor exp_key, Tensor key_bound)",
+    "additive_attention_prepare": "(Tensor key) -> (Tensor exp_key, Tensor key_bound)",  # CPU
     "additive_attention_step_backward": f"({_GRADS}, {_INPUTS}, {_PREPARED}, Tensor stats, "
     f"{_KEY_LAYOUT}, SymInt max_seqlen_k, {_DROPOUT}, int weights_layout, int grad_mask, "
     f"{_CHOICE}) -> (Tensor dquery, Tensor dscores, Tensor weights)",
@@ -94,8 +101,9 @@ def _prepare_fake(key):
 
 
 @torch.library.register_fake("attn_ext::additive_attention_step_backward")
-def _step_backward_fake(dcontext, dweights, query, key, value, score_weight, exp_key, *rest):
-    by_key = (exp_key.new_empty(exp_key.shape[:-1]) for _ in range(2))
+def _step_backward_fake(dcontext, dweights, query, key, value, score_weight, *rest):
+    dtype = compute_dtype(key.dtype)
+    by_key = (key.new_empty(key.shape[:-1], dtype=dtype) for _ in range(2))
     return _gradient(query, rest[-3] & 1), *by_key
 
 
@@ -182,3 +190,42 @@ for _name in ("backward", "step_backward", "memory_backward"):
     torch.library.register_autograd(
         f"attn_ext::additive_attention_{_name}", _refuse_second_backward
     )
+
+
+# ---- The kernels of CUDA tensors ----
+
+
+def _accelerated(name: str) -> Callable:
+    """The implementation of an op that hands on to the backend its last argument names."""
+
+    def kernel(*arguments):
+        *arguments, backend = arguments
+        if backend == "cuda":
+            return getattr(torch.ops.attn_ext_cuda, name)(*arguments)
+        launch = importlib.import_module(".triton_kernels.launch", __package__)
+        return getattr(launch, name)(*arguments)
+
+    return kernel
+
+
+def _interpreted(name: str) -> Callable:
+    """The same for CPU tensors under Triton's interpreter, beside the C++ library's kernel."""
+    by_triton = _accelerated(name)
+    has_cpu = torch._C._dispatch_has_kernel_for_dispatch_key(f"attn_ext::{name}", "CPU")
+    by_cpu = torch.library.get_kernel(f"attn_ext::{name}", "CPU") if has_cpu else None
+
+    def kernel(keyset, *arguments):
+        if arguments[-1] == "triton":
+            return by_triton(*arguments)
+        return by_cpu.call_boxed(keyset, *arguments)
+
+    return kernel
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # PyTorch's, that the interpreter's kernels override others
+    for _name in _SCHEMAS:
+        if _name != "additive_attention_prepare":
+            _library.impl(_name, _accelerated(_name), "CUDA")
+            if backends.triton_interprets():
+                _library.impl(_name, _interpreted(_name), "CPU", with_keyset=True)

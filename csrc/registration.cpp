@@ -276,10 +276,11 @@ std::tuple<Tensor, Tensor> additive_attention_prepare(const Tensor& key) {
 
 std::tuple<Tensor, Tensor, Tensor> additive_attention_step_backward(
     const OptionalTensor& dcontext, const OptionalTensor& dweights, const Tensor& query,
-    const Tensor& key, const Tensor& value, const Tensor& score_weight, const Tensor& exp_key,
-    const Tensor& key_bound, const Tensor& stats, const OptionalTensor& cu_seqlens_k,
-    const OptionalTensor& key_lengths, const OptionalTensor& key_padding_mask, int64_t max_seqlen_k,
-    double dropout_p, const OptionalTensor& dropout_seed, int64_t weights_layout, int64_t grad_mask,
+    const Tensor& key, const Tensor& value, const Tensor& score_weight,
+    const OptionalTensor& exp_key, const OptionalTensor& key_bound, const Tensor& stats,
+    const OptionalTensor& cu_seqlens_k, const OptionalTensor& key_lengths,
+    const OptionalTensor& key_padding_mask, int64_t max_seqlen_k, double dropout_p,
+    const OptionalTensor& dropout_seed, int64_t weights_layout, int64_t grad_mask,
     bool /*deterministic*/, const std::string& /*backend*/) {
   const Setup setup =
       describe(query, key, value, score_weight, exp_key, key_bound,
@@ -304,8 +305,9 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_step_backward(
 
 std::tuple<Tensor, Tensor, Tensor> additive_attention_memory_backward(
     const Tensor& query, const Tensor& dscores, const Tensor& weights, const Tensor& dcontext,
-    const Tensor& key, const Tensor& value, const Tensor& score_weight, const Tensor& exp_key,
-    const Tensor& key_bound, const OptionalTensor& cu_seqlens_k, const OptionalTensor& key_lengths,
+    const Tensor& key, const Tensor& value, const Tensor& score_weight,
+    const OptionalTensor& exp_key, const OptionalTensor& key_bound,
+    const OptionalTensor& cu_seqlens_k, const OptionalTensor& key_lengths,
     const OptionalTensor& key_padding_mask, int64_t max_seqlen_k, int64_t grad_mask,
     bool /*deterministic*/, const std::string& /*backend*/) {
   const Setup setup =
