@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from . import reference
+from . import batching, reference
 from .functional import additive_attention
 from .memory import AttentionMemory
 from .module import AdditiveAttention

@@ -89,6 +89,8 @@ def can_read_values(tensor: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or type(tensor) not in _REAL_TENSORS or tensor.is_meta:
         return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
     return tensor.device.type == "cpu" or os.environ.get("ATTN_EXT_CHECK") == "1"
 
 

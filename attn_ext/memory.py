@@ -58,10 +58,8 @@ class AttentionMemory:
         deterministic = resolve_deterministic(deterministic)
         backend = backends.choose(backend, keys.key.device)
         self._choice = deterministic, backend
-        # A compiled graph cannot follow the Python list that collects the steps; there, and on the
-        # reference backend, each step computes all its gradients itself.
         self._steps: _Steps | None = None
-        if backend != "reference" and not torch.compiler.is_compiling():
+        if backend != "reference" and _can_collect():
             self._steps = _Steps(keys, self._choice)
             self._token = _Collect.apply(keys.key, keys.value, keys.score_weight, self._steps)
 
@@ -88,7 +86,7 @@ class AttentionMemory:
             expected = f"shape (B, {layout.row_text(self._keys.has_heads)}), one query a sequence"
             got = "a nested tensor" if query.is_nested else shape_of(query)
             raise mismatch("query", expected, got)
-        if self._steps is None or torch.compiler.is_compiling():
+        if self._steps is None or not _can_collect():
             return attend(queries, self._keys, self._dropout_p, need_weights, *self._choice)
         return self._attend_step(queries, need_weights)
 
@@ -106,6 +104,15 @@ class AttentionMemory:
         if not need_weights:
             return context
         return context, queries.restore_weights(weights, weights_layout)
+
+
+def _can_collect() -> bool:
+    """Whether steps may leave their gradients to one batched pass.
+
+    A compiled graph cannot follow the Python list that collects them, nor can torch.func; there,
+    and on the reference backend, each step computes all its gradients itself.
+    """
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 class _Steps:

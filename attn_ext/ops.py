@@ -5,12 +5,14 @@ The CPU kernels are registered by the C++ library (``csrc/registration.cpp``); o
 is checked here.
 """
 
+import contextlib
 import importlib
 import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
 
 from . import backends
 
@@ -114,6 +116,12 @@ def _memory_backward_fake(query, dscores, weights, dcontext, key, value, score_w
     return tuple(_gradient(tensor, grad_mask & 2 << bit) for bit, tensor in enumerate(inputs))
 
 
+# ---- Autograd ----
+#
+# torch.library.register_autograd would do, but it reads the schema in every call, 90 microseconds,
+# and torch.func differentiates nothing that it registers.
+
+_library = torch.library.Library("attn_ext", "FRAGMENT")
 _TENSORS = 10  # tensors that lead the forward op's arguments
 
 
@@ -122,7 +130,8 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, keyset, *arguments):
-        output = _forward_below_autograd(keyset, arguments)
+        with _outer_levels_recording():
+            output = _below_autograd(forward, keyset, arguments)
         query, key, value, score_weight, _, _, *offsets = arguments[:_TENSORS]
         *ctx.bounds, ctx.dropout_p, dropout_seed, ctx.weights_layout, _, _ = arguments[_TENSORS:]
         ctx.choice = arguments[-2:]
@@ -158,38 +167,82 @@ class _Forward(torch.autograd.Function):
         return (None, *chosen, *no_gradient)
 
 
-def _forward_autograd(keyset, *arguments):
-    if torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+class _Gradient(torch.autograd.Function):
+    """An op that computes gradients, which have no derivative of their own."""
+
+    @staticmethod
+    def forward(ctx, op, keyset, *arguments):
+        with _outer_levels_recording():
+            return _below_autograd(op, keyset, arguments)
+
+    @staticmethod
+    def backward(ctx, *gradients):
         raise RuntimeError(
-            "attn_ext: additive attention has no forward-mode derivative and takes no part in "
-            "torch.func transforms on this backend; use backend='reference' there"
+            "attn_ext: the gradient of additive attention is not itself differentiable on this "
+            "backend; use backend='reference' where you need a second derivative"
         )
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments[:4]):
-        return _Forward.apply(keyset, *arguments)
-    return _forward_below_autograd(keyset, arguments)
 
 
-def _forward_below_autograd(keyset, arguments):
+def _outer_levels_recording() -> contextlib.AbstractContextManager:
+    """Let outer torch.func transforms differentiate what is below a Function's forward.
+
+    A Function's forward runs without recording, which would otherwise hold for those levels too.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return contextlib.nullcontext()
+    recording = contextlib.ExitStack()
+    recording.enter_context(torch.enable_grad())
+    recording.enter_context(torch.autograd.forward_ad._set_fwd_grad_enabled(True))
+    return recording
+
+
+def _apply(function: type[torch.autograd.Function], *arguments):
+    """``function.apply``, also for the level that a torch.func transform differentiates.
+
+    There Function.apply asks for a rule of torch.func's own. None is needed at the Autograd key,
+    where the transform has already made its level the one whose gradients are recorded.
+    """
+    record = super(torch.autograd.Function, function).apply
+    if not torch._C._are_functorch_transforms_active():
+        return record(*arguments)
+    with enable_single_level_autograd_function():
+        return record(*arguments)
+
+
+def _forward_autograd(keyset, *arguments):
+    inputs = arguments[:4]
+    if torch.autograd.forward_ad._current_level >= 0:
+        _refuse_tangents(inputs)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        return _apply(_Forward, keyset, *arguments)
+    return _below_autograd(forward, keyset, arguments)
+
+
+def _refuse_tangents(tensors: tuple[Tensor, ...]) -> None:
+    if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            "attn_ext: additive attention has no forward-mode derivative on this backend; use "
+            "torch.func.vjp or grad instead, or backend='reference' where you need jvp"
+        )
+
+
+def _below_autograd(op, keyset, arguments):
     with torch._C._AutoDispatchBelowAutograd():
-        return forward.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
 
-# torch.library.register_autograd would do, but it reads the schema in every call, 90 microseconds.
-_library = torch.library.Library("attn_ext", "FRAGMENT")
+def _gradient_autograd(op: torch._ops.OpOverload) -> Callable:
+    def kernel(keyset, *arguments):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            return _apply(_Gradient, op, keyset, *arguments)
+        return _below_autograd(op, keyset, arguments)
+
+    return kernel
+
+
 _library.impl("additive_attention_forward", _forward_autograd, "Autograd", with_keyset=True)
-
-
-def _refuse_second_backward(ctx, *gradients):
-    raise RuntimeError(
-        "attn_ext: the gradient of additive attention is not itself differentiable on this "
-        "backend; use backend='reference' where you need a second derivative"
-    )
-
-
-for _name in ("backward", "step_backward", "memory_backward"):
-    torch.library.register_autograd(
-        f"attn_ext::additive_attention_{_name}", _refuse_second_backward
-    )
+for _op in (backward, step_backward, memory_backward):
+    _library.impl(_op, _gradient_autograd(_op), "Autograd", with_keyset=True)
 
 
 # ---- The kernels of CUDA tensors ----

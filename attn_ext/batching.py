@@ -1,0 +1,91 @@
+"""Rules of ``torch.func.vmap`` for the ops: what is mapped over becomes more heads.
+
+Heads attend independently, each with its own queries, keys, values and score weights, so in every
+layout ``V`` calls over the same sequences are one call with ``V * H`` heads. Calls that differ in
+their sequences, or that drop weights at random, are made one after the other.
+"""
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+# The head axis of each leading argument that has one, and of each result.
+_HEAD_AXES = {
+    # query, key, value, score_weight, exp_key, key_bound -> context, weights, stats
+    ops.forward: ((2, 2, 2, 0, 2, 2), (2, 1, 2)),
+    # dcontext, dweights, query, key, value, score_weight, stats -> their gradients
+    ops.backward: ((2, 1, 2, 2, 2, 0, 2), (2, 2, 2, 0)),
+    # key -> exp_key, key_bound
+    ops.prepare: ((2,), (2, 2)),
+    # dcontext, dweights, query, key, value, score_weight, exp_key, key_bound, stats
+    # -> dquery, dscores, weights
+    ops.step_backward: ((2, 1, 2, 2, 2, 0, 2, 2, 2), (2, 2, 2)),
+    # query, dscores, weights, dcontext, key, value, score_weight, exp_key, key_bound
+    # -> dkey, dvalue, dscore_weight
+    ops.memory_backward: ((2, 3, 3, 2, 2, 2, 0, 2, 2), (2, 2, 0)),
+}
+_DROPOUT_SEED = {
+    op: next((i for i, arg in enumerate(op._schema.arguments) if arg.name == "dropout_seed"), None)
+    for op in _HEAD_AXES
+}
+
+
+def _fold(tensor: Tensor | None, mapped: int | None, calls: int, axis: int) -> Tensor | None:
+    """A tensor of one call, or of all, with the calls folded into its head axis."""
+    if tensor is None:
+        return None
+    if mapped is None:
+        tensor = tensor.unsqueeze(axis)
+        tensor = tensor.expand(*tensor.shape[:axis], calls, *tensor.shape[axis + 1 :])
+    else:
+        tensor = tensor.movedim(mapped, axis)
+    return tensor.flatten(axis, axis + 1)
+
+
+def _unfold(result: Tensor, calls: int, axis: int) -> tuple[Tensor, int | None]:
+    """A result of all calls and where they are; what was not asked for is the same for all."""
+    if result.dim() == 1:  # empty
+        return result, None
+    return result.unflatten(axis, (calls, result.size(axis) // calls)), axis
+
+
+def _vmap(op: torch._ops.OpOverload, info, in_dims: tuple, *arguments):
+    argument_axes, result_axes = _HEAD_AXES[op]
+    calls, with_heads = info.batch_size, len(argument_axes)
+    seed = _DROPOUT_SEED[op]
+    drops = seed is not None and arguments[seed] is not None
+    if drops or any(dim is not None for dim in in_dims[with_heads:]):
+        return _one_by_one(op, calls, in_dims, arguments)
+    folded = (
+        _fold(tensor, mapped, calls, axis)
+        for tensor, mapped, axis in zip(arguments, in_dims, argument_axes)
+    )
+    results = op(*folded, *arguments[with_heads:])
+    unfolded = (_unfold(result, calls, axis) for result, axis in zip(results, result_axes))
+    return tuple(zip(*unfolded))
+
+
+def _one_by_one(op: torch._ops.OpOverload, calls: int, in_dims: tuple, arguments: tuple):
+    each = (
+        op(
+            *(
+                argument if mapped is None else argument.select(mapped, call)
+                for argument, mapped in zip(arguments, in_dims)
+            )
+        )
+        for call in range(calls)
+    )
+    results = tuple(torch.stack(column) for column in zip(*each))
+    return results, (0,) * len(results)
+
+
+def _register(op: torch._ops.OpOverload) -> None:
+    def rule(info, in_dims: tuple, *arguments):
+        return _vmap(op, info, in_dims, *arguments)
+
+    torch.library.register_vmap(op._name, rule)
+
+
+for _op in _HEAD_AXES:
+    _register(_op)
