@@ -51,6 +51,7 @@ def _triton_problem() -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result  # a fact of the installation: nothing to trace
 def problem(backend: str, device: torch.device) -> str | None:
     """Why ``backend`` cannot compute on ``device``, with the remedy, or None if it can."""
     if backend == "reference":
@@ -75,11 +76,17 @@ def _warn_of_reference() -> None:
     warnings.warn(f"attn_ext is slow here: {_cpu_problem}", RuntimeWarning, stacklevel=4)
 
 
+_best: dict[str, str] = {}  # by type of device: asking every backend takes microseconds
+
+
 def choose(backend: str | None, device: torch.device) -> str:
     """Resolve the ``backend`` argument; an explicit choice never falls back to another."""
     if backend is None:
-        usable = (name for name in BACKENDS if problem(name, device) is None)
-        chosen = next(name for name in usable if name != "triton" or device.type == "cuda")
+        chosen = _best.get(device.type)
+        if chosen is None:
+            usable = (name for name in BACKENDS if problem(name, device) is None)
+            chosen = next(name for name in usable if name != "triton" or device.type == "cuda")
+            _best[device.type] = chosen
         if chosen == "reference" and device.type == "cpu" and not torch.compiler.is_compiling():
             _warn_of_reference()
         return chosen
