@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from . import batching, reference
+from . import reference
 from .functional import additive_attention
 from .memory import AttentionMemory
 from .module import AdditiveAttention

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import ops
 
 # The head axis of each leading argument that has one, and of each result.
-_HEAD_AXES = {
+HEAD_AXES = {
     # query, key, value, score_weight, exp_key, key_bound -> context, weights, stats
     ops.forward: ((2, 2, 2, 0, 2, 2), (2, 1, 2)),
     # dcontext, dweights, query, key, value, score_weight, stats -> their gradients
@@ -27,7 +27,7 @@ _HEAD_AXES = {
 }
 _DROPOUT_SEED = {
     op: next((i for i, arg in enumerate(op._schema.arguments) if arg.name == "dropout_seed"), None)
-    for op in _HEAD_AXES
+    for op in HEAD_AXES
 }
 
 
@@ -50,8 +50,9 @@ def _unfold(result: Tensor, calls: int, axis: int) -> tuple[Tensor, int | None]:
     return result.unflatten(axis, (calls, result.size(axis) // calls)), axis
 
 
-def _vmap(op: torch._ops.OpOverload, info, in_dims: tuple, *arguments):
-    argument_axes, result_axes = _HEAD_AXES[op]
+def batched(op: torch._ops.OpOverload, info, in_dims: tuple, *arguments):
+    """The rule of ``op``, as :func:`torch.library.register_vmap` takes it."""
+    argument_axes, result_axes = HEAD_AXES[op]
     calls, with_heads = info.batch_size, len(argument_axes)
     seed = _DROPOUT_SEED[op]
     drops = seed is not None and arguments[seed] is not None
@@ -78,14 +79,3 @@ def _one_by_one(op: torch._ops.OpOverload, calls: int, in_dims: tuple, arguments
     )
     results = tuple(torch.stack(column) for column in zip(*each))
     return results, (0,) * len(results)
-
-
-def _register(op: torch._ops.OpOverload) -> None:
-    def rule(info, in_dims: tuple, *arguments):
-        return _vmap(op, info, in_dims, *arguments)
-
-    torch.library.register_vmap(op._name, rule)
-
-
-for _op in _HEAD_AXES:
-    _register(_op)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import backends, layout, ops, reference
+from . import autograd, backends, layout, reference
 from .checks import check_flag, check_probability
 from .layout import KeySide, QuerySide
 
@@ -102,7 +102,7 @@ def attend(
     if backend == "reference":
         return reference.attend(queries, keys, dropout_p, seed, need_weights)
     weights_layout = layout.weights_layout(queries, keys) if need_weights else 0
-    context, weights, _ = ops.forward(
+    context, weights, _ = autograd.forward(
         queries.query,
         keys.key,
         keys.value,

@@ -5,7 +5,6 @@ score weights ``[H, D]``. A jagged side has ``Bq`` (``Bk``) = 1 and offsets; a p
 per sequence. Below this file nothing is validated again.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -27,8 +26,7 @@ from .checks import (
 DENSE_WEIGHTS, JAGGED_WEIGHTS = 1, 2  # 0: no weights are returned
 
 
-@dataclass(frozen=True, slots=True)
-class KeySide:
+class KeySide(NamedTuple):
     """Checked keys and values of a batch, in the internal form."""
 
     key: Tensor  # [Bk, Nk, H, D]
@@ -44,8 +42,7 @@ class KeySide:
     autocast: bool  # whether key and value were cast
 
 
-@dataclass(frozen=True, slots=True)
-class QuerySide:
+class QuerySide(NamedTuple):
     """Checked queries of a batch, in the internal form, and how to shape the results."""
 
     query: Tensor  # [Bq, Nq, H, D]
@@ -251,6 +248,8 @@ def _check_query_shape(query: Tensor, keys: KeySide, is_jagged: bool, is_nested:
 
 def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """What ``torch.autocast`` casts to, or None; float64 is left alone, as PyTorch does."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     device = tensor.device.type
     if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
         return None

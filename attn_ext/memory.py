@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import backends, layout, ops, reference
+from . import autograd, backends, layout, ops, reference
 from .checks import check_flag, check_probability, mismatch, shape_of
 from .functional import attend, resolve_deterministic
 from .layout import KeySide, QuerySide
@@ -171,7 +171,7 @@ class _Collect(torch.autograd.Function):
             return None, None, None, None
         steps.check_unchanged()
         query, dscores, weights, dcontext = columns
-        gradients = ops.memory_backward(
+        gradients = autograd.memory_backward(
             query.squeeze(2),
             dscores,
             weights,
@@ -197,7 +197,7 @@ class _Attend(torch.autograd.Function):
     def forward(ctx, query, token, steps, dropout_p, seed, weights_layout):
         steps.check_unchanged()
         keys = steps.keys
-        context, weights, stats = ops.forward(
+        context, weights, stats = autograd.forward(
             query,
             *steps.inputs,
             *steps.prepared,
@@ -227,7 +227,7 @@ class _Attend(torch.autograd.Function):
             return (None,) * 6
         steps.check_unchanged()
         query, stats, seed = ctx.saved_tensors
-        dquery, dscores, weights = ops.step_backward(
+        dquery, dscores, weights = autograd.step_backward(
             dcontext,
             dweights,
             query,

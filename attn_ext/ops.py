@@ -1,18 +1,16 @@
-"""torch.library definitions: schemas, fake kernels, autograd, and the way to the backends.
+"""torch.library definitions: schemas, fake kernels, and the way to the backends.
 
 The CPU kernels are registered by the C++ library (``csrc/registration.cpp``); on CUDA tensors the
 ``backend`` argument chooses. Arguments are in the internal form of :mod:`attn_ext.layout`; nothing
 is checked here.
 """
 
-import contextlib
 import importlib
 import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
 
 from . import backends
 
@@ -116,135 +114,6 @@ def _memory_backward_fake(query, dscores, weights, dcontext, key, value, score_w
     return tuple(_gradient(tensor, grad_mask & 2 << bit) for bit, tensor in enumerate(inputs))
 
 
-# ---- Autograd ----
-#
-# torch.library.register_autograd would do, but it reads the schema in every call, 90 microseconds,
-# and torch.func differentiates nothing that it registers.
-
-_library = torch.library.Library("attn_ext", "FRAGMENT")
-_TENSORS = 10  # tensors that lead the forward op's arguments
-
-
-class _Forward(torch.autograd.Function):
-    """The forward op with its gradient; ``keyset`` leads on to the backend's kernel."""
-
-    @staticmethod
-    def forward(ctx, keyset, *arguments):
-        with _outer_levels_recording():
-            output = _below_autograd(forward, keyset, arguments)
-        query, key, value, score_weight, _, _, *offsets = arguments[:_TENSORS]
-        *ctx.bounds, ctx.dropout_p, dropout_seed, ctx.weights_layout, _, _ = arguments[_TENSORS:]
-        ctx.choice = arguments[-2:]
-        ctx.save_for_backward(query, key, value, score_weight, output[2], dropout_seed, *offsets)
-        ctx.mark_non_differentiable(output[2])
-        ctx.set_materialize_grads(False)
-        return output
-
-    @staticmethod
-    def backward(ctx, dcontext, dweights, dstats):
-        no_gradient = (None,) * 13
-        wanted = ctx.needs_input_grad[1:5]
-        if dcontext is None and dweights is None:
-            return (None,) * 5 + no_gradient
-        query, key, value, score_weight, stats, dropout_seed, *offsets = ctx.saved_tensors
-        gradients = backward(
-            dcontext,
-            dweights if ctx.weights_layout else None,
-            query,
-            key,
-            value,
-            score_weight,
-            stats,
-            *offsets,
-            *ctx.bounds,
-            ctx.dropout_p,
-            dropout_seed,
-            ctx.weights_layout,
-            sum(needed << bit for bit, needed in enumerate(wanted)),
-            *ctx.choice,
-        )
-        chosen = (grad if needed else None for grad, needed in zip(gradients, wanted))
-        return (None, *chosen, *no_gradient)
-
-
-class _Gradient(torch.autograd.Function):
-    """An op that computes gradients, which have no derivative of their own."""
-
-    @staticmethod
-    def forward(ctx, op, keyset, *arguments):
-        with _outer_levels_recording():
-            return _below_autograd(op, keyset, arguments)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        raise RuntimeError(
-            "attn_ext: the gradient of additive attention is not itself differentiable on this "
-            "backend; use backend='reference' where you need a second derivative"
-        )
-
-
-def _outer_levels_recording() -> contextlib.AbstractContextManager:
-    """Let outer torch.func transforms differentiate what is below a Function's forward.
-
-    A Function's forward runs without recording, which would otherwise hold for those levels too.
-    """
-    if not torch._C._are_functorch_transforms_active():
-        return contextlib.nullcontext()
-    recording = contextlib.ExitStack()
-    recording.enter_context(torch.enable_grad())
-    recording.enter_context(torch.autograd.forward_ad._set_fwd_grad_enabled(True))
-    return recording
-
-
-def _apply(function: type[torch.autograd.Function], *arguments):
-    """``function.apply``, also for the level that a torch.func transform differentiates.
-
-    There Function.apply asks for a rule of torch.func's own. None is needed at the Autograd key,
-    where the transform has already made its level the one whose gradients are recorded.
-    """
-    record = super(torch.autograd.Function, function).apply
-    if not torch._C._are_functorch_transforms_active():
-        return record(*arguments)
-    with enable_single_level_autograd_function():
-        return record(*arguments)
-
-
-def _forward_autograd(keyset, *arguments):
-    inputs = arguments[:4]
-    if torch.autograd.forward_ad._current_level >= 0:
-        _refuse_tangents(inputs)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        return _apply(_Forward, keyset, *arguments)
-    return _below_autograd(forward, keyset, arguments)
-
-
-def _refuse_tangents(tensors: tuple[Tensor, ...]) -> None:
-    if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise RuntimeError(
-            "attn_ext: additive attention has no forward-mode derivative on this backend; use "
-            "torch.func.vjp or grad instead, or backend='reference' where you need jvp"
-        )
-
-
-def _below_autograd(op, keyset, arguments):
-    with torch._C._AutoDispatchBelowAutograd():
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
-
-
-def _gradient_autograd(op: torch._ops.OpOverload) -> Callable:
-    def kernel(keyset, *arguments):
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-            return _apply(_Gradient, op, keyset, *arguments)
-        return _below_autograd(op, keyset, arguments)
-
-    return kernel
-
-
-_library.impl("additive_attention_forward", _forward_autograd, "Autograd", with_keyset=True)
-for _op in (backward, step_backward, memory_backward):
-    _library.impl(_op, _gradient_autograd(_op), "Autograd", with_keyset=True)
-
-
 # ---- The kernels of CUDA tensors ----
 
 
@@ -275,6 +144,7 @@ def _interpreted(name: str) -> Callable:
     return kernel
 
 
+_library = torch.library.Library("attn_ext", "FRAGMENT")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # PyTorch's, that the interpreter's kernels override others
     for _name in _SCHEMAS:

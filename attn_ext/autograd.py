@@ -1,0 +1,158 @@
+"""How the ops are differentiated: once, by ``backward()`` and by ``torch.func.grad`` and ``vjp``.
+
+:func:`forward`, :func:`backward`, :func:`step_backward` and :func:`memory_backward` are the ops of
+the same names in :mod:`attn_ext.ops`, called the shortest way.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+
+from . import batching, ops
+
+_TENSORS = 10  # tensors that lead the forward op's arguments, the first four differentiable
+
+
+class _Forward(torch.autograd.Function):
+    """The forward op with its gradient."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        output = _recorded_further_out(ops.forward, arguments)
+        query, key, value, score_weight, _, _, *offsets = arguments[:_TENSORS]
+        *ctx.bounds, ctx.dropout_p, dropout_seed, ctx.weights_layout, _, _ = arguments[_TENSORS:]
+        ctx.choice = arguments[-2:]
+        ctx.save_for_backward(query, key, value, score_weight, output[2], dropout_seed, *offsets)
+        ctx.mark_non_differentiable(output[2])
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx, dcontext, dweights, dstats):
+        no_gradient = (None,) * 13
+        if dcontext is None and dweights is None:
+            return (None,) * 4 + no_gradient
+        wanted = ctx.needs_input_grad[:4]
+        query, key, value, score_weight, stats, dropout_seed, *offsets = ctx.saved_tensors
+        gradients = backward(
+            dcontext,
+            dweights if ctx.weights_layout else None,
+            query,
+            key,
+            value,
+            score_weight,
+            stats,
+            *offsets,
+            *ctx.bounds,
+            ctx.dropout_p,
+            dropout_seed,
+            ctx.weights_layout,
+            sum(needed << bit for bit, needed in enumerate(wanted)),
+            *ctx.choice,
+        )
+        chosen = (grad if needed else None for grad, needed in zip(gradients, wanted))
+        return (*chosen, *no_gradient)
+
+
+class _Gradient(torch.autograd.Function):
+    """An op that computes gradients, which have no derivative of their own."""
+
+    @staticmethod
+    def forward(ctx, op, *arguments):
+        return _recorded_further_out(op, arguments)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError(
+            "attn_ext: the gradient of additive attention is not itself differentiable on this "
+            "backend; use backend='reference' where you need a second derivative"
+        )
+
+
+def _below_autograd(op: torch._ops.OpOverload, arguments: tuple):
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
+def _recorded_further_out(op: torch._ops.OpOverload, arguments: tuple):
+    """The op below autograd, but not below the torch.func transforms around this one.
+
+    A Function's forward runs without recording, which would otherwise hold for those too.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return _below_autograd(op, arguments)
+    with torch.enable_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+        return _below_autograd(op, arguments)
+
+
+def _record(function: type[torch.autograd.Function], *arguments):
+    """``function.apply``, also for the level that a torch.func transform differentiates.
+
+    There Function.apply asks for a rule of torch.func's own. None is needed at the Autograd key,
+    where the transform has already made its level the one whose gradients are recorded.
+    """
+    apply = super(torch.autograd.Function, function).apply
+    if not torch._C._are_functorch_transforms_active():
+        return apply(*arguments)
+    with enable_single_level_autograd_function():
+        return apply(*arguments)
+
+
+def _refuse_tangents(arguments: tuple) -> None:
+    tensors = (argument for argument in arguments if isinstance(argument, Tensor))
+    if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            "attn_ext: additive attention has no forward-mode derivative on this backend; use "
+            "torch.func.vjp or grad instead, or backend='reference' where you need jvp"
+        )
+
+
+def _differentiable(*arguments):
+    """The forward op at the Autograd key."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        _refuse_tangents(arguments)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments[:4]):
+        return _record(_Forward, *arguments)
+    return _below_autograd(ops.forward, arguments)
+
+
+def _differentiated(op: torch._ops.OpOverload) -> Callable:
+    """An op that computes gradients at the Autograd key."""
+
+    def kernel(*arguments):
+        if torch.autograd.forward_ad._current_level >= 0:
+            _refuse_tangents(arguments)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            return _record(_Gradient, op, *arguments)
+        return _below_autograd(op, arguments)
+
+    return kernel
+
+
+# torch.library.register_autograd would do, but it reads the schema in every call, 90 microseconds,
+# and torch.func cannot differentiate what it registers.
+_library = torch.library.Library("attn_ext", "FRAGMENT")
+
+
+def _register(op: torch._ops.OpOverload, kernel: Callable) -> Callable:
+    """Register the kernel of the Autograd key; the shortest way to call it."""
+    _library.impl(op, kernel, "Autograd")
+
+    def call(*arguments):
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return op(*arguments)
+        return kernel(*arguments)  # the dispatcher would take 5 microseconds to do that
+
+    return call
+
+
+forward = _register(ops.forward, _differentiable)
+backward = _register(ops.backward, _differentiated(ops.backward))
+step_backward = _register(ops.step_backward, _differentiated(ops.step_backward))
+memory_backward = _register(ops.memory_backward, _differentiated(ops.memory_backward))
+
+for _op in batching.HEAD_AXES:
+    torch.library.register_vmap(_op._name, functools.partial(batching.batched, _op))
