@@ -112,7 +112,11 @@ def _can_collect() -> bool:
     A compiled graph cannot follow the Python list that collects them, nor can torch.func; there,
     and on the reference backend, each step computes all its gradients itself.
     """
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 class _Steps:
