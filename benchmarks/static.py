@@ -7,15 +7,19 @@ and AMD gfx942 and prints registers, spills, shared memory, an occupancy estimat
 loop issues for one (i, j, d) element. Every figure is counted from machine code, not measured:
 ``benchmarks.sass`` says what that leaves out.
 
-The main loop is, of the loops that take at least a quarter of a reciprocal an element, the one with
-the fewest slots: the unfactored route for large magnitudes takes more.
+The main loop: kernels also hold a direct route for magnitudes that do not factor, as a loop of its
+own or as a block that an iteration may pass by. It takes two MUFU operations an element. The paired
+form takes half a reciprocal, and exponentials for rows that many elements share; with one query
+for all, an exponential an element. ``MOST_MUFU`` tells them apart.
 """
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import json
 import multiprocessing
+import operator
 import os
 import re
 import sys
@@ -25,8 +29,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.control_flow import Loop, is_slow_path
 from benchmarks.sass import (
     Counts,
+    Instruction,
     Kernel,
     MissingTool,
     Occupancy,
@@ -46,6 +52,8 @@ CASE_MODULES = ("benchmarks.tanh_yardstick", "attn_ext.triton_kernels.static_cas
 YARDSTICK = "libdevice.tanh"
 # What benchmarks.tanh_yardstick stands for: the loop that torch.compile emits for sm_90.
 TORCH_COMPILE_SLOTS = 20.75
+# MUFU operations an element, by regime: what takes more is the direct route.
+MOST_MUFU = {"all": 0.9, "step": 1.9}
 TANH_APPROX_CEILING = 16  # elements a clock an SM: one MUFU.TANH each
 
 
@@ -63,9 +71,12 @@ class Figures:
     registers: int  # a thread (a work item)
     spills: int  # instructions that access local memory; on AMD spilled registers
     shared: int  # bytes a CTA
+    per_element: bool  # whether its main loop is over elements
     occupancy: Occupancy | None = None
     element: PerElement | None = None  # of the main loop
     ceiling: float | None = None  # elements a clock an SM
+    # Slots an element with a share of the loop around, where the row says for how many iterations.
+    slots_with_surroundings: float | None = None
     load_widths: dict[int, float] | None = None  # bytes a lane -> share of the bytes loops load
 
 
@@ -87,9 +98,12 @@ def compile_case(case, target: str):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    constants = dict(case.constants)
+    if "USE_PTX" in constants:
+        constants["USE_PTX"] = TARGETS[target][0] == "cuda"
     names = list(case.signature)
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
-    source = ASTSource(case.kernel, case.signature, case.constants, aligned)
+    source = ASTSource(case.kernel, case.signature, constants, aligned)
     options = {
         "num_warps": case.num_warps,
         "num_stages": case.num_stages,
@@ -98,11 +112,54 @@ def compile_case(case, target: str):
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 
 
-def main_loop(kernel: Kernel, elements_per_warp: float) -> PerElement | None:
-    """What the kernel's main loop issues an element; None where no loop takes reciprocals."""
-    loops = [per_element(Counts.of(loop.straight()), elements_per_warp) for loop in kernel.loops]
-    candidates = [element for element in loops if element.reciprocals >= 0.25]
-    return min(candidates, key=lambda element: element.slots, default=None)
+def main_loop(
+    kernel: Kernel, elements: float, regime: str
+) -> tuple[Loop, list[Instruction]] | None:
+    """The main loop and what one of its iterations issues; None where none takes reciprocals.
+
+    Of the loops of the paired form it is the one with most reciprocals an element (direct loops
+    over smaller tiles have few), then the one with most slots. Without any, the cheapest loop.
+
+    Args:
+        kernel: for NVIDIA.
+        elements: how many an iteration is for, of one warp.
+        regime: "step" or "all".
+    """
+    most = MOST_MUFU[regime]
+    loops = []
+    for loop in kernel.loops:
+        instructions = usual_path(loop, elements, most)
+        element = per_element(Counts.of(instructions), elements)
+        if element.reciprocals >= 0.25:
+            loops.append((element, loop, instructions))
+    paired = [found for found in loops if found[0].mufu <= most]
+    if paired:
+        return max(paired, key=lambda found: (found[0].reciprocals, found[0].slots))[1:]
+    return min(loops, key=lambda found: found[0].slots)[1:] if loops else None
+
+
+def usual_path(loop: Loop, elements: float, most_mufu: float) -> list[Instruction]:
+    """What an iteration issues while magnitudes factor."""
+
+    def is_direct(block: Sequence[Instruction]) -> bool:
+        return is_slow_path(block) or per_element(Counts.of(block), elements).mufu > most_mufu
+
+    return loop.straight(is_direct)
+
+
+def slots_with_surroundings(
+    kernel: Kernel, loop: Loop, slots: float, elements: float, iterations: int
+) -> float:
+    """Slots an element, with a share of what is issued once for so many iterations of the loop.
+
+    That is an iteration of the loop around it, or else all that is in no loop.
+    """
+    if loop.parent:
+        around = loop.parent.straight()
+    else:
+        looped = set().union(*(other.body for other in kernel.loops))
+        around = kernel.flow.instructions_of(set(kernel.flow.order) - looped)
+    return slots + per_element(Counts.of(around), elements).slots / iterations
 
 
 def load_widths(kernel: Kernel) -> dict[int, float]:
@@ -119,6 +176,7 @@ def figures_of(case, target: str) -> Figures:
     compiled = compile_case(case, target)
     shared = compiled.metadata.shared
     common = (case.name, case.regime, case.pass_, case.dtype, case.dim, target, case.num_warps)
+    elements = case.elements_per_iteration / case.num_warps
     backend, arch, _ = TARGETS[target]
     if backend == "hip":
         text = compiled.asm["amdgcn"]
@@ -126,15 +184,22 @@ def figures_of(case, target: str) -> Figures:
             int(re.search(rf"\.{what}:\s*(\d+)", text)[1])
             for what in ("vgpr_count", "vgpr_spill_count")
         )
-        return Figures(*common, registers, spills, shared)
-    (kernel,) = disassemble(compiled.asm["cubin"]).values()
-    figures = Figures(*common, kernel.registers, kernel.spills, kernel.shared + shared)
+        return Figures(*common, registers, spills, shared, per_element=elements > 0)
+    kernel = disassemble(compiled.asm["cubin"])[compiled.metadata.name]
+    figures = Figures(
+        *common, kernel.registers, kernel.spills, kernel.shared + shared, per_element=elements > 0
+    )
     figures.occupancy = kernel.occupancy(32 * case.num_warps, shared)
     figures.load_widths = load_widths(kernel)
-    if case.elements_per_iteration:
-        figures.element = main_loop(kernel, case.elements_per_iteration / case.num_warps)
-    if figures.element:
+    if elements and (main := main_loop(kernel, elements, case.regime)):
+        loop, instructions = main
+        figures.element = per_element(Counts.of(instructions), elements)
         figures.ceiling = figures.element.ceiling(arch)
+        if iterations := getattr(case, "iterations", 0):
+            slots = figures.element.slots
+            figures.slots_with_surroundings = slots_with_surroundings(
+                kernel, loop, slots, elements, iterations
+            )
     return figures
 
 
@@ -172,9 +237,7 @@ def backward_sums(rows: Sequence[Figures]) -> Iterator[Figures]:
                 passes[row.pass_] = row
     for (dtype, dim, target), passes in groups.items():
         parts = list(passes.values())
-        total = parts[0].element
-        for part in parts[1:]:
-            total = total + part.element
+        around = [part.slots_with_surroundings for part in parts]
         yield Figures(
             kernel=f"sum of {len(parts)} passes",
             regime="all",
@@ -186,15 +249,17 @@ def backward_sums(rows: Sequence[Figures]) -> Iterator[Figures]:
             registers=max(part.registers for part in parts),
             spills=sum(part.spills for part in parts),
             shared=max(part.shared for part in parts),
-            element=total,
+            per_element=True,
+            element=functools.reduce(operator.add, (part.element for part in parts)),
             ceiling=1 / sum(1 / part.ceiling for part in parts),
+            slots_with_surroundings=None if None in around else sum(around),
         )
 
 
 HEADER = (
     ("kernel", "regime", "pass", "dtype", "D", "target")
     + ("regs", "spills", "shared", "CTAs", "warps", "limit")
-    + ("slots", "MUFU", "rcp", "el/clk", "x tanh", "loads")
+    + ("slots", "around", "MUFU", "rcp", "el/clk", "x tanh", "loads")
 )
 
 
@@ -217,7 +282,8 @@ def table(rows: Sequence[Figures]) -> str:
 
 LEGEND = f"""\
 Counted from machine code, not measured. regs a thread, shared in bytes a CTA, CTAs and warps an SM
-(estimate). Of the main loop, for one (i, j, d) element: issue slots, MUFU operations, reciprocals.
+(estimate). Of the main loop, for one (i, j, d) element: issue slots, MUFU operations, reciprocals;
+around: the share of slots issued outside it, reductions and softmax, where its length is known.
 el/clk: elements a clock an SM at most, by issue slots (128), FP32 units and MUFU units (16).
 x tanh: that ceiling over the same of {YARDSTICK}, compiled alike, in this table (torch.compile
 emits {TORCH_COMPILE_SLOTS} slots for it on sm_90: {128 / TORCH_COMPILE_SLOTS:.2f} el/clk). \
@@ -233,11 +299,17 @@ def _occupancy_cells(occupancy: Occupancy | None) -> tuple[str, ...]:
 
 def _element_cells(row: Figures, tanh: float | None) -> tuple[str, ...]:
     if row.element is None:
-        return ("",) * 5
-    # A backward does more than a tanh: no ratio.
-    ratio = f"{row.ceiling / tanh:.2f}" if tanh and row.pass_ == "forward" else ""
-    element = (row.element.slots, row.element.mufu, row.element.reciprocals, row.ceiling)
-    return (*(f"{figure:.2f}" for figure in element), ratio)
+        return ("",) * 6
+    # A backward does more than a tanh, and a step waits for memory: no ratio.
+    comparable = tanh and (row.regime, row.pass_) == ("all", "forward")
+    ratio = f"{row.ceiling / tanh:.2f}" if comparable else ""
+    around = row.slots_with_surroundings
+    return (
+        f"{row.element.slots:.2f}",
+        "" if around is None else f"+{around - row.element.slots:.2f}",
+        *(f"{n:.2f}" for n in (row.element.mufu, row.element.reciprocals, row.ceiling)),
+        ratio,
+    )
 
 
 def _load_cell(widths: dict[int, float] | None) -> str:

@@ -56,4 +56,5 @@ def static_cases() -> Iterator[SimpleNamespace]:
         dtype="bf16",
         dim=1024,
         elements_per_iteration=16 * 16 * 16,
+        iterations=1024 // 16,
     )

@@ -3,6 +3,7 @@
 Nothing here needs a GPU: ptxas and the disassembler are part of Triton's wheel.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-from benchmarks import sass  # noqa: E402
+from benchmarks import sass, static  # noqa: E402
+from benchmarks.control_flow import Loop  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 ARCHS = ("sm_80", "sm_90", "sm_100")
@@ -77,7 +79,7 @@ inner:
 }
 """
 
-# A loop that passes by a block of stores and MUFU.TANH unless what it loaded is large.
+# A loop that passes by a block of eight stores and {function} unless what it loaded is large.
 GUARDED_LOOP = """
     mov.f32 %a0, 0f00000000; mov.u32 %i, 0;
 again:
@@ -98,7 +100,7 @@ usual:
     st.global.f32 [%q], %a0;
     ret;
 }
-""".replace("{slow}", "tanh.approx.f32 %x1, %x1; st.volatile.global.f32 [%p], %x1;\n    " * 8)
+""".replace("{slow}", "{function} %x1, %x1; st.volatile.global.f32 [%p], %x1;\n    " * 8)
 
 # Holds 64 numbers at once.
 WIDE = "\n".join(
@@ -167,8 +169,14 @@ def test_nested_loops_are_told_apart(tmp_path, arch):
     assert kernel.shared == 128
 
 
+def guarded(function: str, folder: Path) -> tuple[sass.Kernel, Loop]:
+    kernel = assemble(GUARDED_LOOP.replace("{function}", function), folder)
+    (loop,) = kernel.loops
+    return kernel, loop
+
+
 def test_blocks_that_rarely_run_are_left_out_of_the_straight_path(tmp_path):
-    (loop,) = assemble(GUARDED_LOOP, tmp_path).loops
+    _, loop = guarded("tanh.approx.f32", tmp_path)
     straight, total = sass.Counts.of(loop.straight()), sass.Counts.of(loop.total())
     assert (straight.names["MUFU.TANH"], total.names["MUFU.TANH"]) == (0, 8)
     assert (straight.names["STG"], total.names["STG"]) == (0, 8)
@@ -176,6 +184,16 @@ def test_blocks_that_rarely_run_are_left_out_of_the_straight_path(tmp_path):
     assert straight.slots + 18 <= total.slots
     everything = sass.Counts.of(loop.straight(is_cold=lambda block: False))
     assert everything.names["MUFU.TANH"] == 8
+
+
+def test_the_direct_route_is_no_part_of_the_main_loop(tmp_path):
+    kernel, loop = guarded("ex2.approx.ftz.f32", tmp_path)
+    assert sass.Counts.of(loop.straight()).names["MUFU.EX2"] == 8
+    main, instructions = static.main_loop(kernel, 64, "all")
+    counts = sass.Counts.of(instructions)
+    assert main is loop
+    assert (counts.names["MUFU.RCP"], counts.names["MUFU.EX2"], counts.names["STG"]) == (1, 0, 0)
+    assert static.main_loop(kernel, 64 * 4, "all") is None  # too few reciprocals
 
 
 def test_spills_are_seen(tmp_path):
@@ -240,3 +258,42 @@ def test_the_yardstick_is_what_torch_compile_emits(rows):
     assert tanh["element"]["slots"] == pytest.approx(20.75, rel=0.1)
     assert (tanh["element"]["mufu"], tanh["element"]["reciprocals"]) == (2, 1)
     assert tanh["spills"] == 0
+
+
+@pytest.fixture
+def kernels(rows) -> list[dict]:
+    """Without the yardstick."""
+    if importlib.util.find_spec("attn_ext.triton_kernels.static_cases") is None:
+        pytest.skip("attn_ext.triton_kernels has no static_cases")
+    return [row for row in rows if row["kernel"] != static.YARDSTICK]
+
+
+def test_nothing_spills(kernels):
+    assert kernels
+    assert [row["kernel"] for row in kernels if row["spills"]] == []
+
+
+def test_every_main_loop_is_found(kernels):
+    """A kernel whose row states elements has a loop that takes reciprocals for them."""
+    cases = [case for case in kernels if case["per_element"]]
+    assert cases
+    assert [case["kernel"] for case in cases if case["element"] is None] == []
+
+
+@pytest.mark.parametrize(("pass_", "slots", "mufu"), [("forward", 4.5, 0.6), ("backward", 12, 1.2)])
+def test_all_at_once_kernels_issue_little(kernels, pass_, slots, mufu):
+    """The backward is the sum over its passes. tanh itself takes 20.75 slots and 2 MUFU."""
+    found = [row for row in kernels if (row["regime"], row["pass_"]) == ("all", pass_)]
+    found = [row for row in found if row["per_element"]]
+    assert found
+    for row in found:
+        assert row["element"]["slots"] <= slots, row
+        assert row["element"]["mufu"] <= mufu, row
+
+
+def test_step_kernels_load_keys_and_values_16_bytes_at_a_time(kernels):
+    """What else their loops load (masks, statistics) is a small part of the bytes."""
+    found = [row for row in kernels if row["regime"] == "step" and row["per_element"]]
+    assert found
+    for row in found:
+        assert row["load_widths"].get("16", 0) >= 0.9, row
