@@ -48,8 +48,8 @@ class Loop:
 
     @property
     def conditional(self) -> set[int]:
-        """Own blocks that an iteration may pass by: those that do not dominate every latch."""
-        return self.own - set.intersection(*(self.flow.dominators[b] for b in self.latches))
+        """Blocks that an iteration may pass by: those that do not dominate every latch."""
+        return self.body - set.intersection(*(self.flow.dominators[b] for b in self.latches))
 
     def total(self) -> list["Instruction"]:
         """Every own instruction once, whichever way an iteration goes."""
@@ -60,9 +60,9 @@ class Loop:
     ) -> list["Instruction"]:
         """What one iteration issues on the heaviest way from header to latch without cold blocks.
 
-        Inner loops count nothing. A block is cold where an iteration may pass it by (see
-        ``conditional``) and ``is_cold``, by default :func:`is_slow_path`, says so of its
-        instructions.
+        Inner loops count nothing, but the way leads through them. A block is cold where an
+        iteration may pass it by (see ``conditional``) and ``is_cold``, by default
+        :func:`is_slow_path`, says so of its instructions.
         """
         is_cold = is_cold or is_slow_path
         cold = {b for b in self.conditional if is_cold(self.flow.instructions_of([b]))}

@@ -75,21 +75,15 @@ class Figures:
     occupancy: Occupancy | None = None
     element: PerElement | None = None  # of the main loop
     ceiling: float | None = None  # elements a clock an SM
-    # Slots an element with a share of the loop around, where the row says for how many iterations.
-    slots_with_surroundings: float | None = None
+    around: float | None = None  # slots an element outside the main loop, where it is known
     load_widths: dict[int, float] | None = None  # bytes a lane -> share of the bytes loops load
 
 
-def load_cases() -> dict[str, object]:
-    """All rows by a unique key, in their order."""
-    cases: dict[str, object] = {}
-    for module in CASE_MODULES:
-        if importlib.util.find_spec(module) is None:
-            continue
-        for case in importlib.import_module(module).static_cases():
-            key = f"{case.name}|{case.pass_}|{case.dtype}|{case.dim}|{len(cases)}"
-            cases[key] = case
-    return cases
+@functools.cache
+def load_cases() -> list:
+    """All rows, the yardstick among them."""
+    modules = [name for name in CASE_MODULES if importlib.util.find_spec(name)]
+    return [case for name in modules for case in importlib.import_module(name).static_cases()]
 
 
 def compile_case(case, target: str):
@@ -147,19 +141,20 @@ def usual_path(loop: Loop, elements: float, most_mufu: float) -> list[Instructio
     return loop.straight(is_direct)
 
 
-def slots_with_surroundings(
-    kernel: Kernel, loop: Loop, slots: float, elements: float, iterations: int
-) -> float:
-    """Slots an element, with a share of what is issued once for so many iterations of the loop.
+def slots_around(kernel: Kernel, loop: Loop, case, elements: float) -> float | None:
+    """Slots an element issued once for all iterations of the main loop, if the row says how many.
 
-    That is an iteration of the loop around it, or else all that is in no loop.
+    They are those of an iteration of the loop around it, or else of all that is in no loop.
     """
+    iterations = getattr(case, "iterations", 0)
+    if not iterations:
+        return None
     if loop.parent:
-        around = loop.parent.straight()
+        around = usual_path(loop.parent, elements, MOST_MUFU[case.regime])
     else:
         looped = set().union(*(other.body for other in kernel.loops))
         around = kernel.flow.instructions_of(set(kernel.flow.order) - looped)
-    return slots + per_element(Counts.of(around), elements).slots / iterations
+    return per_element(Counts.of(around), elements).slots / iterations
 
 
 def load_widths(kernel: Kernel) -> dict[int, float]:
@@ -195,31 +190,34 @@ def figures_of(case, target: str) -> Figures:
         loop, instructions = main
         figures.element = per_element(Counts.of(instructions), elements)
         figures.ceiling = figures.element.ceiling(arch)
-        if iterations := getattr(case, "iterations", 0):
-            slots = figures.element.slots
-            figures.slots_with_surroundings = slots_with_surroundings(
-                kernel, loop, slots, elements, iterations
-            )
+        figures.around = slots_around(kernel, loop, case, elements)
     return figures
 
 
-def _figures_in_worker(job: tuple[str, str]) -> Figures:
-    key, target = job
-    return figures_of(load_cases()[key], target)
+def _figures_in_worker(job: tuple[int, str]) -> Figures:
+    index, target = job
+    case = load_cases()[index]
+    try:
+        return figures_of(case, target)
+    except Exception as problem:
+        row = f"{case.name} ({case.pass_}, {case.dtype}, D={case.dim})"
+        raise RuntimeError(f"{row} for {target}: {problem}") from problem
 
 
 def collect(
     targets: Sequence[str], dtypes: Sequence[str], dims: Sequence[int], kernel: str, jobs: int
 ) -> list[Figures]:
     """The figures of all rows that the (empty: any) filters let through; the yardstick always."""
+
+    def is_wanted(case) -> bool:
+        right_size = not dims or case.dim in dims
+        return right_size and (not dtypes or case.dtype in dtypes) and kernel in case.name
+
     work = [
-        (key, target)
-        for key, case in load_cases().items()
+        (index, target)
+        for index, case in enumerate(load_cases())
+        if case.name == YARDSTICK or is_wanted(case)
         for target in targets
-        if case.name == YARDSTICK
-        or (not dtypes or case.dtype in dtypes)
-        and (not dims or case.dim in dims)
-        and kernel in case.name
     ]
     # Not forked: Triton and PyTorch have threads by now.
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
@@ -237,7 +235,7 @@ def backward_sums(rows: Sequence[Figures]) -> Iterator[Figures]:
                 passes[row.pass_] = row
     for (dtype, dim, target), passes in groups.items():
         parts = list(passes.values())
-        around = [part.slots_with_surroundings for part in parts]
+        around = [part.around for part in parts]
         yield Figures(
             kernel=f"sum of {len(parts)} passes",
             regime="all",
@@ -252,7 +250,7 @@ def backward_sums(rows: Sequence[Figures]) -> Iterator[Figures]:
             per_element=True,
             element=functools.reduce(operator.add, (part.element for part in parts)),
             ceiling=1 / sum(1 / part.ceiling for part in parts),
-            slots_with_surroundings=None if None in around else sum(around),
+            around=None if None in around else sum(around),
         )
 
 
@@ -303,10 +301,9 @@ def _element_cells(row: Figures, tanh: float | None) -> tuple[str, ...]:
     # A backward does more than a tanh, and a step waits for memory: no ratio.
     comparable = tanh and (row.regime, row.pass_) == ("all", "forward")
     ratio = f"{row.ceiling / tanh:.2f}" if comparable else ""
-    around = row.slots_with_surroundings
     return (
         f"{row.element.slots:.2f}",
-        "" if around is None else f"+{around - row.element.slots:.2f}",
+        "" if row.around is None else f"+{row.around:.2f}",
         *(f"{n:.2f}" for n in (row.element.mufu, row.element.reciprocals, row.ceiling)),
         ratio,
     )
