@@ -36,8 +36,8 @@ class GradientBlock {
         exact_query_(unit.query_count, item.cols, scratch),
         dweight_total_(dweight) {
     const int64_t padded = steps_ * kStep<T>;
-    dquery_ = scratch.take<T>(unit.query_count * padded);
-    dkey_ = scratch.take<T>(tile_keys_ * padded);
+    dquery_ = scratch.take<T>(steps_ * step_stride<T>(unit.query_count));
+    dkey_ = scratch.take<T>(steps_ * step_stride<T>(tile_keys_));
     row_ = scratch.take<T>(padded);
     dweight_ = scratch.take<T>(padded);
     left_out_ = scratch.take<double>(unit.query_count);
@@ -46,7 +46,7 @@ class GradientBlock {
       left_out_[i] = 0;
       shifted_keys_[i] = 0;
     }
-    pad_row<T>(dquery_, 0, unit.query_count * padded, 0);
+    pad_row<T>(dquery_, 0, steps_ * step_stride<T>(unit.query_count), 0);
     pad_row<T>(dweight_, 0, padded, 0);
   }
 
@@ -67,7 +67,7 @@ class GradientBlock {
     informative_ = is_informative<T>(queries_.exponentials, unit_.query_count, block.exponentials,
                                      keys, steps_, nullptr, T(0));
     if (wants_keys()) {
-      pad_row<T>(dkey_, 0, keys * steps_ * kStep<T>, 0);
+      pad_row<T>(dkey_, 0, steps_ * step_stride<T>(keys), 0);
     }
     for (int64_t p = 0; p < steps_; ++p) {
       for (int64_t j = 0; j < keys; j += kGradientKeys) {
@@ -113,8 +113,8 @@ class GradientBlock {
                                          call_.dscores + unit_.scores + i * unit_.ld + first + j,
                                          unit_.ld,
                                          end - i,
-                                         dquery_ + (p * rows + i) * kStep<T>,
-                                         dkey_ + (p * keys + j) * kStep<T>,
+                                         dquery_ + p * step_stride<T>(rows) + i * kStep<T>,
+                                         dkey_ + p * step_stride<T>(keys) + j * kStep<T>,
                                          dweight_ + p * kStep<T>};
       const bool query = call_.dquery.data != nullptr;
       if (factored) {
@@ -164,21 +164,21 @@ class GradientBlock {
     const int64_t rows = unit_.query_count;
     if (!exact_queries_ready_) {
       pack<T, PackValues<T>>(queries_.source, queries_.first, rows, item_.col, item_.cols,
-                             exact_query_.data, kStep<T>, rows * kStep<T>, nullptr,
+                             exact_query_.data, kStep<T>, step_stride<T>(rows), nullptr,
                              exact_query_.copy);
       exact_queries_ready_ = true;
     }
-    return {exact_query_.data, kStep<T>, rows * kStep<T>};
+    return {exact_query_.data, kStep<T>, step_stride<T>(rows)};
   }
 
   // The same for the tile's keys.
   Panel<T> exact_keys(int64_t first, int64_t keys) {
     if (!exact_keys_ready_) {
       pack<T, PackValues<T>>(side_.key, first, keys, item_.col, item_.cols, exact_key_.data,
-                             kStep<T>, keys * kStep<T>, nullptr, exact_key_.copy);
+                             kStep<T>, step_stride<T>(keys), nullptr, exact_key_.copy);
       exact_keys_ready_ = true;
     }
-    return {exact_key_.data, kStep<T>, keys * kStep<T>};
+    return {exact_key_.data, kStep<T>, step_stride<T>(keys)};
   }
 
   // Long sums of s t continue in double.
@@ -192,31 +192,46 @@ class GradientBlock {
     }
   }
 
-  // Row r of `rows` in a step-after-step layout, plus `shift`, times w.
-  const T* final_row(const T* data, int64_t r, int64_t rows, T shift) {
+  // out = w (4 sums + shift) for row r of `rows` rows of sums, which are of quarters.
+  void final_row(const T* data, int64_t r, int64_t rows, T shift, T* out) const {
     const T* weight = score_weights(call_, unit_.head) + item_.col;
     for (int64_t c = 0; c < item_.cols; c += kStep<T>) {
-      const T* sums = data + (c / kStep<T> * rows + r) * kStep<T>;
-      const int64_t count = smaller(kStep<T>, item_.cols - c);
-      for (int64_t n = 0; n < count; ++n) {
-        row_[c + n] = weight[c + n] * (sums[n] + shift);
+      const T* sums = data + c / kStep<T> * step_stride<T>(rows) + r * kStep<T>;
+      if (c + kStep<T> <= item_.cols) {
+        for (int64_t n = 0; n < kStep<T>; n += kLanes<T>) {
+          store<T>(out + c + n, load<T>(weight + c + n) * (4 * load<T>(sums + n) + shift));
+        }
+      } else {
+        for (int64_t n = 0; n < item_.cols - c; ++n) {
+          out[c + n] = weight[c + n] * (4 * sums[n] + shift);
+        }
       }
     }
-    return row_;
+  }
+
+  // Where the item's part of row j of a gradient is computed: in place if it has the compute type.
+  T* result_row(const RowSource& target, int64_t j) const {
+    return target.dtype == kDTypeOf<T>
+               ? static_cast<T*>(const_cast<void*>(target.data)) + target.offset(j) + item_.col
+               : row_;
+  }
+
+  void write_result(const RowSource& target, int64_t j, const T* row) const {
+    if (row == row_) {
+      write_row<T>(const_cast<void*>(target.data), target.dtype, target.offset(j) + item_.col, 1,
+                   item_.cols, row);
+    }
   }
 
   void write_queries() {
+    const RowSource target = query_rows(call_.dquery, sequence_, unit_.head);
     for (int64_t i = 0; i < unit_.query_count; ++i) {
-      const T* row = final_row(dquery_, i, unit_.query_count, shift_of_query(i));
-      if (item_.dquery_partial >= 0) {
-        T* partial = call_.partial_dquery +
-                     (item_.dquery_partial + i) * padded_columns(call_.problem->dim) + item_.col;
-        __builtin_memcpy(partial, row, item_.cols * sizeof(T));
-      } else {
-        const RowSource target = query_rows(call_.dquery, sequence_, unit_.head);
-        write_row<T>(call_.dquery.data, target.dtype, target.offset(unit_.query + i) + item_.col, 1,
-                     item_.cols, row);
-      }
+      const bool partial = item_.dquery_partial >= 0;
+      T* row = partial ? call_.partial_dquery + item_.col +
+                             (item_.dquery_partial + i) * padded_columns(call_.problem->dim)
+                       : result_row(target, unit_.query + i);
+      final_row(dquery_, i, unit_.query_count, shift_of_query(i), row);
+      write_result(target, unit_.query + i, row);
     }
   }
 
@@ -224,15 +239,15 @@ class GradientBlock {
     const RowSource sum = key_rows(call_.dkey_sum, sequence_, unit_.head);
     const RowSource target = unit_.last ? key_rows(call_.dkey, sequence_, unit_.head) : sum;
     for (int64_t j = 0; j < keys; ++j) {
-      final_row(dkey_, j, keys, 0);
+      T* row = unit_.first ? result_row(target, first + j) : row_;
+      final_row(dkey_, j, keys, 0, row);
       if (!unit_.first) {
         const T* before = static_cast<const T*>(sum.data) + sum.offset(first + j) + item_.col;
         for (int64_t c = 0; c < item_.cols; ++c) {
           row_[c] += before[c];
         }
       }
-      write_row<T>(const_cast<void*>(target.data), target.dtype,
-                   target.offset(first + j) + item_.col, 1, item_.cols, row_);
+      write_result(target, first + j, row);
     }
   }
 

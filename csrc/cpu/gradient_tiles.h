@@ -11,49 +11,65 @@ namespace ATTN_EXT_ISA {
 // Keys a register tile holds.
 constexpr int kGradientKeys = kManyRegisters ? 4 : 2;
 
-// tanh and its slope for a step of features, from a = exp(2q), b = exp(2k): with z = ab and
-// u = 1 / (z + 1), tanh = (z - 1) u and 1 - tanh^2 = 4 z u^2, which keeps its relative accuracy
-// where tanh is saturated. One reciprocal serves two features.
+// What one pair adds to dscore_weight, dkey and dquery for a step of features: s tanh and, to both
+// others, a quarter of s (1 - tanh^2).
+template <class T>
+struct GradientTerms {
+  Vec<T> weight;
+  Vec<T> key;
+  Vec<T> query;
+};
+
+// From a = exp(2q), b = exp(2k): with z = ab and u = 1 / (z + 1), tanh = (z - 1) u and
+// (1 - tanh^2) / 4 = u z u, which keeps its relative accuracy where tanh is saturated. One
+// reciprocal serves two features.
 template <class T>
 struct FactoredSlope {
-  static constexpr bool kShifted = false;
-
-  static ATTN_EXT_INLINE void eval(Vec<T> a0, Vec<T> a1, Vec<T> b0, Vec<T> b1, TanhParts<T>& t0,
-                                   TanhParts<T>& t1) {
+  static ATTN_EXT_INLINE void eval(Vec<T> a0, Vec<T> a1, Vec<T> b0, Vec<T> b1, Vec<T> s,
+                                   GradientTerms<T>& t0, GradientTerms<T>& t1) {
     const Vec<T> z0 = a0 * b0;
     const Vec<T> z1 = a1 * b1;
-    const Vec<T> x0 = a0 * b0 + 1;
-    const Vec<T> x1 = a1 * b1 + 1;
+    const Vec<T> x0 = z0 + 1;
+    const Vec<T> x1 = z1 + 1;
     const Vec<T> inverse = reciprocal<T>(x0 * x1);
     const Vec<T> u0 = x1 * inverse;
     const Vec<T> u1 = x0 * inverse;
-    t0.tanh = (a0 * b0 - 1) * u0;
-    t1.tanh = (a1 * b1 - 1) * u1;
-    t0.slope = 4 * (z0 * u0) * u0;
-    t1.slope = 4 * (z1 * u1) * u1;
+    const Vec<T> su0 = s * u0;
+    const Vec<T> su1 = s * u1;
+    t0.weight = su0 * (z0 - 1);
+    t1.weight = su1 * (z1 - 1);
+    t0.key = rounded<T>(su0 * (z0 * u0));
+    t1.key = rounded<T>(su1 * (z1 * u1));
+    t0.query = t0.key;
+    t1.query = t1.key;
   }
 };
 
-// The same from a = q, b = k, for any magnitudes.
-template <class T>
-struct ExactSlope {
-  static constexpr bool kShifted = false;
+// The same from a = q, b = k, for any magnitudes; kSmall takes -tanh^2 for 1 - tanh^2 in dquery.
+template <class T, bool kSmall>
+struct UnfactoredSlope {
+  static ATTN_EXT_INLINE void eval(Vec<T> a0, Vec<T> a1, Vec<T> b0, Vec<T> b1, Vec<T> s,
+                                   GradientTerms<T>& t0, GradientTerms<T>& t1) {
+    t0 = terms(a0 + b0, s);
+    t1 = terms(a1 + b1, s);
+  }
 
-  static ATTN_EXT_INLINE void eval(Vec<T> a0, Vec<T> a1, Vec<T> b0, Vec<T> b1, TanhParts<T>& t0,
-                                   TanhParts<T>& t1) {
-    t0 = tanh_parts<T>(a0 + b0);
-    t1 = tanh_parts<T>(a1 + b1);
+  static ATTN_EXT_INLINE GradientTerms<T> terms(Vec<T> x, Vec<T> s) {
+    const TanhParts<T> parts = tanh_parts<T>(x);
+    const Vec<T> quarter = T(0.25) * s;
+    const Vec<T> key = quarter * parts.slope;
+    return {s * parts.tanh, key, kSmall ? -quarter * parts.tanh * parts.tanh : key};
   }
 };
 
-// The same where every tanh is small, with -t^2 in place of 1 - t^2 for dquery (see Route).
 template <class T>
-struct SmallSlope : ExactSlope<T> {
-  static constexpr bool kShifted = true;
-};
+using ExactSlope = UnfactoredSlope<T, false>;
+// Where every tanh is small (see Route).
+template <class T>
+using SmallSlope = UnfactoredSlope<T, true>;
 
-// One step of features of `rows` queries against K keys. Rows of a, dq, dk are kStep apart; dq, dk
-// and dw are added to: sums of s (1 - t^2) or -s t^2, s (1 - t^2) and s t.
+// One step of features of `rows` queries against K keys. Rows of a, dq, dk are kStep apart; to dq,
+// dk and dw the sums of GradientTerms are added.
 template <class T>
 struct GradientOperands {
   const T* a;
@@ -91,19 +107,18 @@ void gradient_tile(const GradientOperands<T>& o) {
     Vec<T> row_dw1{};
 #pragma GCC unroll 4
     for (int j = 0; j < K; ++j) {
-      TanhParts<T> t0;
-      TanhParts<T> t1;
-      Rule<T>::eval(a0, a1, b0[j], b1[j], t0, t1);
-      const Vec<T> s = splat<T>(o.s[i * o.s_row + j]);
+      GradientTerms<T> t0;
+      GradientTerms<T> t1;
+      Rule<T>::eval(a0, a1, b0[j], b1[j], splat<T>(o.s[i * o.s_row + j]), t0, t1);
       if constexpr (kKey) {
-        dk0[j] += s * t0.slope;
-        dk1[j] += s * t1.slope;
-        row_dw0 += s * t0.tanh;
-        row_dw1 += s * t1.tanh;
+        dk0[j] += t0.key;
+        dk1[j] += t1.key;
+        row_dw0 += t0.weight;
+        row_dw1 += t1.weight;
       }
       if constexpr (kQuery) {
-        dq0 += s * (Rule<T>::kShifted ? -t0.tanh * t0.tanh : t0.slope);
-        dq1 += s * (Rule<T>::kShifted ? -t1.tanh * t1.tanh : t1.slope);
+        dq0 += t0.query;
+        dq1 += t1.query;
       }
     }
     dw0 += row_dw0;

@@ -41,6 +41,14 @@ ATTN_EXT_INLINE int64_t steps_of(int64_t columns) {
   return (columns + kStep<T> - 1) / kStep<T>;
 }
 
+// From one step to the next of `rows` packed rows of `width` numbers a step: an odd number of cache
+// lines, as the steps of a row, written one after the other, would else compete for few cache sets.
+template <class T>
+ATTN_EXT_INLINE int64_t step_stride(int64_t rows, int64_t width = kStep<T>) {
+  constexpr int64_t line = 64 / sizeof(T);
+  return ((rows * width + line - 1) / line | 1) * line;
+}
+
 // Rows j = 0, 1, ... of one head of one sequence, in a tensor.
 struct RowSource {
   const void* data;
@@ -185,19 +193,22 @@ QueryBlock<T> pack_queries(const RowSource& source, int64_t first, int64_t rows,
                            int64_t count, const T* weights, Scratch& scratch) {
   const int64_t steps = steps_of<T>(count);
   const int64_t width = (weights == nullptr ? 1 : 2) * kStep<T>;
-  T* data = scratch.take<T>(rows * steps * width);
+  const int64_t stride = step_stride<T>(rows, width);
+  T* data = scratch.take<T>(steps * stride);
   T* bounds = scratch.take<T>(rows);
   T* copy = scratch.take<T>(count);
-  pack<T, PackExponentials<T>>(source, first, rows, begin, count, data, width, rows * width, bounds,
+  pack<T, PackExponentials<T>>(source, first, rows, begin, count, data, width, stride, bounds,
                                copy);
-  for (int64_t n = 0; weights != nullptr && n < steps * rows; ++n) {
-    T* step = data + n * width;
+  for (int64_t p = 0; weights != nullptr && p < steps; ++p) {
     for (int64_t half = 0; half < kStep<T>; half += kLanes<T>) {
-      store<T>(step + kStep<T> + half,
-               load<T>(step + half) * load<T>(weights + n / rows * kStep<T> + half));
+      const Vec<T> weight = load<T>(weights + p * kStep<T> + half);
+      for (int64_t i = 0; i < rows; ++i) {
+        T* step = data + p * stride + i * width + half;
+        store<T>(step + kStep<T>, load<T>(step) * weight);
+      }
     }
   }
-  return {{data, width, rows * width}, bounds, source, first, rows};
+  return {{data, width, stride}, bounds, source, first, rows};
 }
 
 // The largest of `count` magnitudes, NaN if one is NaN.

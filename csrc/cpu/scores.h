@@ -33,7 +33,7 @@ struct PanelRoom {
   T* copy;
 
   PanelRoom(int64_t rows, int64_t columns, Scratch& scratch)
-      : data(scratch.take<T>(rows * steps_of<T>(columns) * kStep<T>)),
+      : data(scratch.take<T>(step_stride<T>(rows) * steps_of<T>(columns))),
         bounds(scratch.take<T>(rows)),
         copy(scratch.take<T>(columns)) {}
 };
@@ -51,8 +51,8 @@ KeyBlock<T> key_block(const KeySide& side, int64_t first, int64_t keys, int64_t 
             room.bounds};
   }
   pack<T, PackExponentials<T>>(side.key, first, keys, begin, count, room.data, kStep<T>,
-                               keys * kStep<T>, room.bounds, room.copy);
-  return {{room.data, kStep<T>, keys * kStep<T>}, room.bounds};
+                               step_stride<T>(keys), room.bounds, room.copy);
+  return {{room.data, kStep<T>, step_stride<T>(keys)}, room.bounds};
 }
 
 // exp(2 |q + k|) from which tanh counts as saturated (|q + k| = 1), and up to which as small (1/4).

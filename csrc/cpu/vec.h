@@ -78,6 +78,16 @@ ATTN_EXT_INLINE Vec<T> splat(T value) {
   return value - Vec<T>{};
 }
 
+// x, computed once: the compiler would else multiply a product anew in every sum that takes it, as
+// a fused multiply-add, while the adders that most machines have beside those idle.
+template <class T>
+ATTN_EXT_INLINE Vec<T> rounded(Vec<T> x) {
+#if ATTN_EXT_VECTOR_BYTES > 16 && defined(__x86_64__)
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
+
 template <class T>
 ATTN_EXT_INLINE VecBits<T> bits_of(Vec<T> value) {
   VecBits<T> result;
