@@ -1,0 +1,85 @@
+"""ESPnet's additive attention."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..memory import AttentionMemory
+from .replacement import Stepwise
+
+
+class ESPnetAttAdd(Stepwise):
+    """``espnet.nets.pytorch_backend.rnn.attentions.AttAdd``.
+
+    Parameters: ``mlp_enc``, ``mlp_dec``, ``gvec``. As there, what the first step is given is used
+    until ``reset``, and with ``han_mode`` every step is a first one. The bias of ``gvec`` changes
+    no weight; its gradient is exactly 0.
+    """
+
+    original = (
+        "espnet.nets.pytorch_backend.rnn.attentions.AttAdd",
+        "espnet2.asr.decoder.rnn_decoder.AttAdd",
+    )
+    sizes = ("eprojs", "dunits", "att_dim", "han_mode")
+
+    def __init__(
+        self,
+        eprojs: int,
+        dunits: int,
+        att_dim: int,
+        han_mode: bool = False,
+        *,
+        backend: str | None = None,
+    ):
+        super().__init__(backend)
+        self.mlp_enc = nn.Linear(eprojs, att_dim)
+        self.mlp_dec = nn.Linear(dunits, att_dim, bias=False)
+        self.gvec = nn.Linear(att_dim, 1)
+        self.eprojs, self.dunits, self.att_dim, self.han_mode = eprojs, dunits, att_dim, han_mode
+        self.enc_h: Tensor | None = None
+        self._lengths: Tensor | None = None
+
+    def reset(self) -> None:
+        """Forget the encoder states."""
+        self.enc_h = self._lengths = None
+        self._forget()
+
+    def forward(
+        self,
+        enc_hs_pad: Tensor,
+        enc_hs_len: Sequence[int] | Tensor,
+        dec_z: Tensor | None,
+        att_prev: object = None,
+        scaling: float = 2.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend with one query a sequence.
+
+        Args:
+            enc_hs_pad: ``(B, Tk, eprojs)``.
+            enc_hs_len: ``(B,)`` lengths.
+            dec_z: ``(B, dunits)``, or None for zeros.
+            att_prev: not used.
+            scaling: what scores are multiplied with.
+
+        Returns:
+            The context ``(B, eprojs)`` and the weights ``(B, Tk)``.
+        """
+        if self.enc_h is None or self.han_mode:
+            self._forget()
+            self.enc_h = enc_hs_pad
+            self._lengths = torch.as_tensor(enc_hs_len, device=enc_hs_pad.device)
+        memory = self._recall(scaling)
+        if memory is None:
+            # The bias has a gradient too, which DistributedDataParallel wants of all parameters.
+            score_weight = scaling * self.gvec.weight.squeeze(0) + 0 * self.gvec.bias
+            memory = self._memory = AttentionMemory(
+                self.mlp_enc(self.enc_h),
+                self.enc_h,
+                score_weight,
+                key_lengths=self._lengths,
+                backend=self.backend,
+            )
+        if dec_z is None:
+            dec_z = enc_hs_pad.new_zeros(len(enc_hs_pad), self.dunits)
+        return memory.attend(self.mlp_dec(dec_z.view(-1, self.dunits)), need_weights=True)

@@ -1,0 +1,78 @@
+"""OpenNMT-py's "mlp" attention."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import mismatch
+from ..functional import additive_attention
+from .replacement import Replacement
+
+
+class OpenNMTGlobalAttention(Replacement):
+    """``onmt.modules.GlobalAttention(dim, attn_type="mlp")`` of OpenNMT-py 3.
+
+    Parameters: ``linear_context``, ``linear_query``, ``v``, ``linear_out``.
+    """
+
+    original = ("onmt.modules.global_attention.GlobalAttention",)
+    sizes = ("dim", "attn_type", "attn_func")
+
+    def __init__(
+        self,
+        dim: int,
+        coverage: bool = False,
+        attn_type: str = "mlp",
+        attn_func: str = "softmax",
+        *,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        if attn_type != "mlp":
+            raise mismatch("attn_type", "'mlp', additive attention", repr(attn_type))
+        if attn_func != "softmax":
+            raise mismatch("attn_func", "'softmax'", repr(attn_func))
+        if coverage:
+            raise mismatch("coverage", "False", "True")
+        self.dim, self.attn_type, self.attn_func = dim, attn_type, attn_func
+        self.backend = backend
+        self.linear_context = nn.Linear(dim, dim, bias=False)
+        self.linear_query = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, 1, bias=False)
+        self.linear_out = nn.Linear(dim * 2, dim)
+
+    @classmethod
+    def _arguments(cls, module: nn.Module) -> dict[str, Any]:
+        return {**super()._arguments(module), "coverage": hasattr(module, "linear_cover")}
+
+    def forward(
+        self,
+        src: Tensor,
+        enc_out: Tensor,
+        src_len: Tensor | None = None,
+        coverage: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend and project the context beside the query.
+
+        Args:
+            src: queries ``(B, Tq, dim)``, or ``(B, dim)``.
+            enc_out: ``(B, Tk, dim)``.
+            src_len: ``(B,)`` lengths of the sources.
+            coverage: must be None.
+
+        Returns:
+            ``(B, Tq, dim)`` and the weights ``(B, Tq, Tk)``, without Tq for one query.
+        """
+        if coverage is not None:
+            raise mismatch("coverage", "None", "a tensor")
+        context, weights = additive_attention(
+            self.linear_query(src),
+            self.linear_context(enc_out),
+            enc_out,
+            self.v.weight.squeeze(0),
+            key_lengths=src_len,
+            need_weights=True,
+            backend=self.backend,
+        )
+        return self.linear_out(torch.cat([context, src], -1)), weights
