@@ -23,13 +23,13 @@ import operator
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.control_flow import Loop, is_slow_path
+from benchmarks.ptx import argument_load_widths
 from benchmarks.sass import (
     Counts,
     Instruction,
@@ -76,7 +76,8 @@ class Figures:
     element: PerElement | None = None  # of the main loop
     ceiling: float | None = None  # elements a clock an SM
     around: float | None = None  # slots an element outside the main loop, where it is known
-    load_widths: dict[int, float] | None = None  # bytes a lane -> share of the bytes loops load
+    # Of each pointer that is loaded from: bytes a lane -> number of loads.
+    load_widths: dict[str, dict[int, int]] | None = None
 
 
 @functools.cache
@@ -157,13 +158,11 @@ def slots_around(kernel: Kernel, loop: Loop, case, elements: float) -> float | N
     return per_element(Counts.of(around), elements).slots / iterations
 
 
-def load_widths(kernel: Kernel) -> dict[int, float]:
-    """The share of each width, in bytes a lane, in the bytes that loops load from global memory."""
-    moved: Counter = Counter()
-    for loop in kernel.loops:
-        for width, count in Counts.of(loop.straight()).global_loads.items():
-            moved[width] += width * count
-    return {width: n / moved.total() for width, n in moved.most_common()}
+def load_widths(case, ptx: str) -> dict[str, dict[int, int]]:
+    """For each pointer that is loaded from: bytes a lane -> number of loads."""
+    arguments = [(name, kind) for name, kind in case.signature.items() if kind != "constexpr"]
+    pointers = [name if kind.startswith("*") else None for name, kind in arguments]
+    return {name: dict(widths) for name, widths in argument_load_widths(ptx, pointers).items()}
 
 
 def figures_of(case, target: str) -> Figures:
@@ -185,7 +184,7 @@ def figures_of(case, target: str) -> Figures:
         *common, kernel.registers, kernel.spills, kernel.shared + shared, per_element=elements > 0
     )
     figures.occupancy = kernel.occupancy(32 * case.num_warps, shared)
-    figures.load_widths = load_widths(kernel)
+    figures.load_widths = load_widths(case, compiled.asm["ptx"])
     if elements and (main := main_loop(kernel, elements, case.regime)):
         loop, instructions = main
         figures.element = per_element(Counts.of(instructions), elements)
@@ -286,7 +285,7 @@ el/clk: elements a clock an SM at most, by issue slots (128), FP32 units and MUF
 x tanh: that ceiling over the same of {YARDSTICK}, compiled alike, in this table (torch.compile
 emits {TORCH_COMPILE_SLOTS} slots for it on sm_90: {128 / TORCH_COMPILE_SLOTS:.2f} el/clk). \
 tanh.approx, less accurate, can reach {TANH_APPROX_CEILING} el/clk.
-loads: bytes a lane of the global loads in loops, with their share of the bytes."""
+loads: bytes a lane of each width in which the kernel loads queries, keys and values."""
 
 
 def _occupancy_cells(occupancy: Occupancy | None) -> tuple[str, ...]:
@@ -309,8 +308,13 @@ def _element_cells(row: Figures, tanh: float | None) -> tuple[str, ...]:
     )
 
 
-def _load_cell(widths: dict[int, float] | None) -> str:
-    return " ".join(f"{width}B:{share:.0%}" for width, share in (widths or {}).items())
+def _load_cell(widths: dict[str, dict[int, int]] | None) -> str:
+    shown = {name: (widths or {}).get(f"{name}_ptr") for name in ("query", "key", "value")}
+    return " ".join(
+        f"{name} {'+'.join(str(width) for width in sorted(found, reverse=True))}"
+        for name, found in shown.items()
+        if found
+    )
 
 
 def main() -> None:
