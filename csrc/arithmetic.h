@@ -1,7 +1,9 @@
 // Scalar arithmetic that every C++ and CUDA backend shares, so that they agree on dropout bits and
-// on which magnitudes the factored form may see.
+// on which magnitudes the factored form may see. What only the CUDA backend computes scalar by
+// scalar stands here too: the host compiles it for tests.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #if defined(__CUDACC__)
@@ -44,6 +46,117 @@ template <class T>
 ATTN_EXT_HOST_DEVICE bool in_factored_range(T query_bound, T key_bound) {
   return query_bound <= FactoredRange<T>::kLargest && key_bound <= FactoredRange<T>::kLargest &&
          query_bound + key_bound >= T(kSmallestMagnitudeSum);
+}
+
+// exp(2 |q + k|) from which tanh counts as saturated (|q + k| = 1), and up to which as small (1/4).
+// Where few features lie between, the error of the factored form, relative to sum |w|, would show.
+constexpr double kSaturatedProduct = 7.38905610;
+constexpr double kSmallProduct = 1.64872127;
+// The part of sum |w| that features between the two need for factored scores.
+constexpr double kInformativePart = 0.125;
+
+// Whether tanh(q + k) can be neither nearly 0 nor nearly +-1, given the extremes of exp(2(q + k)).
+ATTN_EXT_HOST_DEVICE bool can_inform(float smallest, float largest) {
+  return smallest <= static_cast<float>(kSaturatedProduct) &&
+         largest >= static_cast<float>(1 / kSaturatedProduct) &&
+         (largest >= static_cast<float>(kSmallProduct) ||
+          smallest <= static_cast<float>(1 / kSmallProduct));
+}
+
+// 2^x and 1 / x, on a GPU by the instruction, whose error is some units of the last place.
+ATTN_EXT_HOST_DEVICE float fast_exp2(float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return std::exp2(x);
+#endif
+}
+
+ATTN_EXT_HOST_DEVICE float fast_reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return 1 / x;
+#endif
+}
+
+constexpr float kTwoLog2E = 2.88539008f;
+constexpr float kTwoLog2ELow = 4.05138180e-8f;  // 2 log2(e) - kTwoLog2E
+constexpr float kLn2 = 0.693147181f;
+
+// A = exp(2x). What rounding takes from the exponent, up to 1e-6 at the end of the factored range,
+// is put back to first order.
+ATTN_EXT_HOST_DEVICE float factored_exponential(float x) {
+  const float exponent = x * kTwoLog2E;
+  const float rest = std::fma(x, kTwoLog2ELow, std::fma(x, kTwoLog2E, -exponent));
+  const float power = fast_exp2(exponent);
+  return std::fma(power * kLn2, rest, power);
+}
+
+// sum + w0 / (1 + a0 b0) + w1 / (1 + a1 b1), with one reciprocal for two features.
+ATTN_EXT_HOST_DEVICE float add_factored_pair(float sum, float w0, float w1, float a0, float a1,
+                                             float b0, float b1) {
+  const float x0 = std::fma(a0, b0, 1.0f);
+  const float x1 = std::fma(a1, b1, 1.0f);
+  return std::fma(std::fma(w0, x1, w1 * x0), fast_reciprocal(x0 * x1), sum);
+}
+
+// tanh(x) and (1 - tanh(x)^2) / 4.
+struct TanhSlope {
+  float tanh;
+  float slope;
+};
+
+// r = 1 / (1 + a b) of two features: tanh = 1 - 2r, and the slope is r - r^2.
+ATTN_EXT_HOST_DEVICE void factored_pair(float a0, float a1, float b0, float b1, float& r0,
+                                        float& r1) {
+  const float x0 = std::fma(a0, b0, 1.0f);
+  const float x1 = std::fma(a1, b1, 1.0f);
+  const float inverse = fast_reciprocal(x0 * x1);
+  r0 = x1 * inverse;
+  r1 = x0 * inverse;
+}
+
+// For any x, both with a small relative error: below kSeries tanh by its series, whose next term is
+// 1e-8 of it, else (1 - z) / (1 + z) with z = exp(-2|x|).
+ATTN_EXT_HOST_DEVICE TanhSlope exact_tanh(float x) {
+  constexpr float kSeries = 0.25f;
+  const float size = std::fabs(x);
+  const float z = fast_exp2(-kTwoLog2E * size);
+  const float inverse = fast_reciprocal(1 + z);
+  const float square = x * x;
+  float series = std::fma(square, 62.0f / 2835, -17.0f / 315);
+  series = std::fma(square, series, 2.0f / 15);
+  series = std::fma(square, series, -1.0f / 3);
+  const float small = std::fma(x * square, series, x);
+  const float large = std::copysign((1 - z) * inverse, x);
+  return {size < kSeries ? small : large, z * inverse * inverse};
+}
+
+// A softmax over some of the keys: largest score and sum of exponentials relative to it.
+struct SoftmaxPart {
+  float largest;
+  float total;
+};
+
+// -infinity stands for "nothing yet"; a row of -infinities keeps its sum of 0, hence its NaN.
+ATTN_EXT_HOST_DEVICE float softmax_shift(float largest) {
+  return largest == -INFINITY ? 0.0f : largest;
+}
+
+// By what sums relative to `part` are to be scaled to become relative to `largest`.
+ATTN_EXT_HOST_DEVICE float softmax_scale(float part, float largest) {
+  return std::exp(part - softmax_shift(largest));
+}
+
+ATTN_EXT_HOST_DEVICE SoftmaxPart merge_softmax(SoftmaxPart a, SoftmaxPart b) {
+  const float largest = a.largest > b.largest ? a.largest : b.largest;
+  return {largest, a.total * softmax_scale(a.largest, largest) +
+                       b.total * softmax_scale(b.largest, largest)};
 }
 
 struct PhiloxKey {

@@ -1,0 +1,190 @@
+// From a block's number to the rows it works on. Offsets are clamped into the tensors, whatever
+// they hold.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "problem.h"
+
+namespace attn_ext {
+namespace cuda {
+
+template <class T>
+__device__ __forceinline__ T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+
+template <class T>
+__device__ __forceinline__ T larger(T a, T b) {
+  return a > b ? a : b;
+}
+
+__host__ __device__ inline int log2_of(int64_t power) {
+  int result = 0;
+  while ((int64_t{1} << result) < power) {
+    ++result;
+  }
+  return result;
+}
+
+__device__ inline int64_t integer(const Integers& values, int64_t n) {
+  return values.wide ? static_cast<const int64_t*>(values.data)[n * values.stride]
+                     : static_cast<const int32_t*>(values.data)[n * values.stride];
+}
+
+// The number of the first row of sequence n.
+__device__ inline int64_t row_offset(const Side& side, int64_t n) {
+  if (side.offsets.data == nullptr) {
+    return n * side.rows;
+  }
+  return smaller(larger<int64_t>(integer(side.offsets, n), 0), side.rows);
+}
+
+__device__ inline int row_count(const Side& side, int64_t n, int64_t begin) {
+  const int64_t count =
+      side.offsets.data == nullptr ? side.rows : row_offset(side, n + 1) - begin;
+  return static_cast<int>(larger<int64_t>(smaller(count, side.longest), 0));
+}
+
+// The queries and keys of one sequence that a block works on.
+struct Span {
+  int64_t number;       // in the batch
+  int64_t query_batch;  // row query_begin + i of batch entry query_batch is query i
+  int64_t query_begin;
+  int64_t flat_row;     // row of query 0 among those of the wave
+  int64_t first_query;  // number of query 0 in its sequence
+  int query_count;
+  bool has_last_query;  // of its sequence
+  int key_count;        // that take part
+  int64_t key_batch;
+  int64_t key_begin;
+  const int32_t* key_index;
+
+  // Position of key j in its sequence.
+  __device__ int64_t position(int64_t j) const { return key_index != nullptr ? key_index[j] : j; }
+};
+
+__device__ inline Span span_of(const Sequences& sequences, int64_t n) {
+  const bool jagged_queries = sequences.query.offsets.data != nullptr;
+  const bool jagged_keys = sequences.key.offsets.data != nullptr;
+  Span span{};
+  span.number = n;
+  const int64_t begin = row_offset(sequences.query, n);
+  const int64_t end = begin + row_count(sequences.query, n, begin);
+  const int64_t first = smaller(larger(begin, sequences.first_row), end);
+  span.first_query = first - begin;
+  span.query_count = static_cast<int>(larger<int64_t>(smaller(end, sequences.last_row) - first, 0));
+  span.has_last_query = first + span.query_count == end;
+  span.flat_row = first - sequences.first_row;
+  span.query_batch = jagged_queries ? 0 : n;
+  span.query_begin = jagged_queries ? first : span.first_query;
+  const int64_t key_begin = row_offset(sequences.key, n);
+  span.key_count = row_count(sequences.key, n, key_begin);
+  span.key_batch = jagged_keys ? 0 : n;
+  span.key_begin = jagged_keys ? key_begin : 0;
+  if (sequences.key_lengths.data != nullptr) {
+    span.key_count = static_cast<int>(
+        smaller<int64_t>(larger<int64_t>(integer(sequences.key_lengths, n), 0), span.key_count));
+  } else if (sequences.key_count != nullptr) {
+    span.key_count = sequences.key_count[n];
+    span.key_index = sequences.key_index + n * sequences.key.rows;
+  }
+  return span;
+}
+
+// A tile of size = 2^shift consecutive rows of one sequence, by a number that grows with the rows:
+// sequence n has the numbers from floor(rows before it / size) + n on, of which it needs at most as
+// many as lie before those of n + 1. So a grid follows the rows without anyone having read the
+// offsets.
+struct Tile {
+  int64_t sequence;
+  int64_t first;  // row of the sequence
+};
+
+__host__ __device__ inline int64_t tile_bound(int64_t rows, int64_t sequences, int shift) {
+  return (rows >> shift) + sequences;
+}
+
+__device__ inline int64_t first_tile(const Side& side, int64_t n, int64_t begin, int64_t end,
+                                     int shift) {
+  const int64_t row = smaller(larger(row_offset(side, n), begin), end) - begin;
+  return (row >> shift) + n;
+}
+
+// Tile `number` of the rows [begin, end) of a side.
+__device__ inline Tile find_tile(const Side& side, int64_t sequences, int64_t begin, int64_t end,
+                                 int shift, int64_t number) {
+  int64_t low = 0;
+  int64_t high = sequences;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    if (first_tile(side, middle, begin, end, shift) <= number) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return {low, (number - first_tile(side, low, begin, end, shift)) << shift};
+}
+
+__device__ inline Tile find_query_tile(const Sequences& sequences, int shift, int64_t number) {
+  return find_tile(sequences.query, sequences.count, sequences.first_row, sequences.last_row, shift,
+                   number);
+}
+
+// All rows of the key side.
+__host__ __device__ inline int64_t key_rows(const Sequences& sequences) {
+  return sequences.key.offsets.data != nullptr ? sequences.key.rows
+                                               : sequences.count * sequences.key.rows;
+}
+
+__device__ inline Tile find_key_tile(const Sequences& sequences, int shift, int64_t number) {
+  return find_tile(sequences.key, sequences.count, 0, key_rows(sequences), shift, number);
+}
+
+__device__ inline int64_t query_offset(const Rows& rows, const Span& span, int64_t head,
+                                       int64_t i) {
+  return span.query_batch * rows.batch + (span.query_begin + i) * rows.row + head * rows.head;
+}
+
+__device__ inline int64_t key_offset(const Rows& rows, const Span& span, int64_t head, int64_t j) {
+  return span.key_batch * rows.batch + (span.key_begin + span.position(j)) * rows.row +
+         head * rows.head;
+}
+
+// Where the score of query i and key j is.
+__device__ inline int64_t score_offset(const Scores& scores, const Span& span, int64_t head,
+                                       int64_t i, int64_t j) {
+  if (scores.by_key) {
+    return span.key_batch * scores.batch + (span.key_begin + span.position(j)) * scores.key +
+           head * scores.head + (span.first_query + i) * scores.query;
+  }
+  return (span.flat_row + i) * scores.query + head * scores.head + j * scores.key;
+}
+
+__device__ inline int64_t weight_offset(const Weights& weights, const Span& span, int64_t head,
+                                        int64_t i, int64_t j) {
+  const Rows& rows = weights.rows;
+  if (weights.by_key) {
+    return (span.key_begin + span.position(j)) * rows.col + head * rows.head;
+  }
+  return span.number * rows.batch + head * rows.head + (span.first_query + i) * rows.row +
+         span.position(j) * rows.col;
+}
+
+// The factor that dropout gives the weight of query i and key j.
+__device__ inline float dropout_factor(const Dropout& dropout, const Span& span, int64_t head,
+                                       int64_t i, int64_t j) {
+  if (!dropout.active) {
+    return 1;
+  }
+  const uint64_t bits = static_cast<uint64_t>(*dropout.seed);
+  const PhiloxKey seed{static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)};
+  return dropout_keeps(span.position(j), span.first_query + i, head, span.number, seed,
+                       dropout.threshold)
+             ? dropout.keep_scale
+             : 0;
+}
+
+}  // namespace cuda
+}  // namespace attn_ext

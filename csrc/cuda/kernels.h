@@ -1,0 +1,113 @@
+// The kernels' launchers. Each puts one kernel on `stream` and throws if the launch fails; none
+// allocates or waits, so that they can be captured in a graph.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "problem.h"
+
+namespace attn_ext {
+namespace cuda {
+
+// out = sum_d w_d tanh(left_id + right_jd) of queries and keys, or without `scores` the inner
+// products of dcontext and values.
+struct InnerCall {
+  Problem problem;
+  bool scores = true;
+  Rows left;   // by query
+  Rows right;  // by key
+  int64_t dim = 0;
+  Scores out;
+};
+void launch_inner(const InnerCall& call, cudaStream_t stream);
+// The same for one query a sequence.
+void launch_step_inner(const InnerCall& call, cudaStream_t stream);
+
+// scores -> alpha, in place, with the statistics of the softmax.
+struct SoftmaxCall {
+  Problem problem;
+  Scores scores;
+  Rows stats;
+  Weights weights;  // data is null unless asked for
+};
+void launch_softmax(const SoftmaxCall& call, cudaStream_t stream);
+
+// scores -> alpha after dropout, and dalpha -> s = alpha (dalpha - sum alpha dalpha), in place.
+struct SoftmaxGradientCall {
+  Problem problem;
+  Scores scores;
+  Scores dalpha;
+  bool has_dalpha = false;  // else it counts as 0
+  Rows stats;
+  Weights dweights;       // data is null without
+  bool one_step = false;  // few long rows
+};
+void launch_softmax_gradient(const SoftmaxGradientCall& call, cudaStream_t stream);
+
+// out_i = sum_j alpha_ij rows_j over the keys, or by_key: out_j = sum_i alpha_ij rows_i.
+struct WeightedCall {
+  Problem problem;
+  bool by_key = false;
+  Scores alpha;
+  Rows rows;
+  Rows out;
+  Rows sums;  // by_key: float32, where out gathers over waves
+};
+void launch_weighted(const WeightedCall& call, cudaStream_t stream);
+
+// Features that a block of the gradient kernel works on, and the most queries at a time.
+constexpr int kGradientFeatures = 64;
+constexpr int kGradientQueries = 48;
+
+// dquery, dkey and partial sums of dscore_weight from s. Data of what is not wanted is null.
+struct GradientCall {
+  Problem problem;
+  Scores dscores;
+  Rows dquery;
+  Rows dkey;
+  Rows dkey_sums;  // float32, where dkey gathers over tiles of queries
+  int64_t keys_per_block = 0;
+  // With more than one block of keys a sequence: [splits, rows of the wave, heads, dim], and
+  // [splits, rows of the wave, heads, chunks] of what the sums leave out (see gradient.cu).
+  float* partial_dquery = nullptr;
+  float2* left_out = nullptr;
+  int64_t splits = 1;
+  float* partial_dweight = nullptr;  // [tiles of keys, heads, dim]
+};
+void launch_gradient(const GradientCall& call, cudaStream_t stream);
+void launch_merge_dquery(const GradientCall& call, cudaStream_t stream);
+// dscore_weight from the partial sums [tiles, heads, dim].
+void launch_merge_dweight(const float* partial, int64_t tiles, int64_t heads, int64_t dim,
+                          const Rows& dscore_weight, cudaStream_t stream);
+
+// Context and statistics for one query a sequence, a block for each `keys_per_block` keys.
+struct StepCall {
+  Problem problem;
+  Rows context;
+  Rows stats;
+  Weights weights;     // data is null unless asked for
+  int64_t keys_per_block = 0;
+  bool merges = false;  // whether a sequence may have more than one block; then
+  Scores scores;        // with weights: where scores wait for their softmax
+  float* partial_sums = nullptr;         // [tiles of keys, heads, value_dim]
+  SoftmaxPart* partial_stats = nullptr;  // [tiles of keys, heads]
+};
+constexpr int64_t kMostStepKeys = 1024;  // a block's
+void launch_step(const StepCall& call, cudaStream_t stream);
+void launch_step_merge(const StepCall& call, cudaStream_t stream);
+
+// Positions of the keys that a mask [count, rows] leaves, in order.
+struct Mask {
+  const bool* data = nullptr;  // true = ignore
+  int64_t batch = 0;
+  int64_t row = 0;
+};
+void launch_compact_mask(const Mask& mask, int64_t count, int64_t rows, int32_t* key_index,
+                         int32_t* key_count, cudaStream_t stream);
+
+void clear(void* data, int64_t bytes, cudaStream_t stream);
+// Multiprocessors of the current device.
+int64_t processors();
+
+}  // namespace cuda
+}  // namespace attn_ext

@@ -1,0 +1,166 @@
+// Loads and stores of rows in any dtype, reductions over a warp, and asynchronous copies.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "geometry.cuh"
+
+namespace attn_ext {
+namespace cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+// Features that are loaded at once: 16 bytes of a 16-bit type, twice 16 of float.
+constexpr int kGranule = 8;
+
+__device__ inline float load(const Rows& rows, int64_t offset) {
+  switch (rows.dtype) {
+    case DType::kFloat16:
+      return __half2float(static_cast<const __half*>(rows.data)[offset]);
+    case DType::kBFloat16:
+      return __bfloat162float(static_cast<const __nv_bfloat16*>(rows.data)[offset]);
+    default:
+      return static_cast<const float*>(rows.data)[offset];
+  }
+}
+
+__device__ inline void store(const Rows& rows, int64_t offset, float value) {
+  switch (rows.dtype) {
+    case DType::kFloat16:
+      static_cast<__half*>(rows.data)[offset] = __float2half_rn(value);
+      break;
+    case DType::kBFloat16:
+      static_cast<__nv_bfloat16*>(rows.data)[offset] = __float2bfloat16_rn(value);
+      break;
+    default:
+      static_cast<float*>(rows.data)[offset] = value;
+  }
+}
+
+__device__ inline float2 halves(DType dtype, unsigned bits) {
+  if (dtype == DType::kBFloat16) {
+    return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
+  }
+  return make_float2(__half2float(__ushort_as_half(static_cast<unsigned short>(bits))),
+                     __half2float(__ushort_as_half(static_cast<unsigned short>(bits >> 16))));
+}
+
+// The raw bytes of a granule.
+struct Granule {
+  uint4 low;
+  uint4 high;  // only of float
+};
+
+__device__ __forceinline__ void unpack(DType dtype, const Granule& raw, float (&values)[kGranule]) {
+  const unsigned words[8] = {raw.low.x,  raw.low.y,  raw.low.z,  raw.low.w,
+                             raw.high.x, raw.high.y, raw.high.z, raw.high.w};
+  if (dtype == DType::kFloat32) {
+#pragma unroll
+    for (int n = 0; n < kGranule; ++n) {
+      values[n] = __uint_as_float(words[n]);
+    }
+    return;
+  }
+#pragma unroll
+  for (int n = 0; n < kGranule / 2; ++n) {
+    const float2 pair = halves(dtype, words[n]);
+    values[2 * n] = pair.x;
+    values[2 * n + 1] = pair.y;
+  }
+}
+
+__device__ __forceinline__ Granule load_raw(const Rows& rows, int64_t offset) {
+  Granule raw{};
+  if (rows.dtype == DType::kFloat32) {
+    const auto* source = reinterpret_cast<const uint4*>(static_cast<const float*>(rows.data) + offset);
+    raw.low = __ldg(source);
+    raw.high = __ldg(source + 1);
+  } else {
+    raw.low = __ldg(
+        reinterpret_cast<const uint4*>(static_cast<const unsigned short*>(rows.data) + offset));
+  }
+  return raw;
+}
+
+__device__ inline bool is_whole(const Rows& rows, int64_t col, int64_t dim) {
+  return rows.vectors && col + kGranule <= dim;
+}
+
+// Columns [col, col + kGranule) of the row at `offset`, 0 from `dim` on.
+__device__ __forceinline__ void load_granule(const Rows& rows, int64_t offset, int64_t col,
+                                             int64_t dim, float (&values)[kGranule]) {
+  if (is_whole(rows, col, dim)) {
+    unpack(rows.dtype, load_raw(rows, offset + col), values);
+    return;
+  }
+#pragma unroll
+  for (int n = 0; n < kGranule; ++n) {
+    values[n] = col + n < dim ? load(rows, offset + (col + n) * rows.col) : 0.0f;
+  }
+}
+
+// Starts to copy a whole granule into shared memory, past the registers.
+__device__ __forceinline__ void copy_async(Granule* target, const Rows& rows, int64_t offset) {
+  const bool wide = rows.dtype == DType::kFloat32;
+  const char* source = static_cast<const char*>(rows.data) + offset * (wide ? 4 : 2);
+#if defined(__CUDA_ARCH__)
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(target));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(source) : "memory");
+  if (wide) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address + 16), "l"(source + 16)
+                 : "memory");
+  }
+#else
+  emulated_copy_async(target, source, wide ? 32 : 16);
+#endif
+}
+
+// Waits for the copies that this thread started.
+__device__ __forceinline__ void wait_for_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#else
+  emulated_wait_for_copies();
+#endif
+}
+
+struct Sum {
+  static __device__ float of(float a, float b) { return a + b; }
+};
+
+struct Maximum {
+  static __device__ float of(float a, float b) { return a > b || a != a ? a : b; }  // keeps NaN
+};
+
+template <class Reduction>
+__device__ __forceinline__ float reduce_warp(float value) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    value = Reduction::of(value, __shfl_xor_sync(kAllLanes, value, distance));
+  }
+  return value;
+}
+
+// Over kThreads consecutive threads: a warp, or the whole block, which shares `room`.
+template <class Reduction, int kThreads>
+__device__ __forceinline__ float reduce(float value, float (&room)[kThreads / kWarp]) {
+  value = reduce_warp<Reduction>(value);
+  if constexpr (kThreads > kWarp) {
+    __syncthreads();
+    if (threadIdx.x % kWarp == 0) {
+      room[threadIdx.x / kWarp] = value;
+    }
+    __syncthreads();
+    value = room[0];
+#pragma unroll
+    for (int warp = 1; warp < kThreads / kWarp; ++warp) {
+      value = Reduction::of(value, room[warp]);
+    }
+  }
+  return value;
+}
+
+}  // namespace cuda
+}  // namespace attn_ext

@@ -1,0 +1,90 @@
+// What the kernels are told: views of tensors, the geometry of the sequences, and where scores lie.
+// Strides count elements. Plain data, filled by registration.cpp and read on the device.
+#pragma once
+
+#include <cstdint>
+
+#include "../arithmetic.h"
+
+namespace attn_ext {
+namespace cuda {
+
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
+
+// A strided view of element (batch, row, head, col).
+struct Rows {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  bool vectors = false;  // whether 16-byte loads of every 8th element on are aligned
+  int64_t batch = 0;
+  int64_t row = 0;
+  int64_t head = 0;
+  int64_t col = 0;
+};
+
+// A vector of int32 or int64; data is null where the argument was not given.
+struct Integers {
+  const void* data = nullptr;
+  bool wide = false;
+  int64_t stride = 1;
+};
+
+// The rows of all queries, or of all keys: jagged by offsets, else `rows` for each sequence. Rows
+// are numbered through all sequences.
+struct Side {
+  Integers offsets;
+  int64_t rows = 0;
+  int64_t longest = 0;  // a bound on the rows of a sequence
+};
+
+struct Sequences {
+  int64_t count = 0;
+  Side query;
+  Side key;
+  Integers key_lengths;
+  const int32_t* key_index = nullptr;  // [count, key.rows]: the keys that a mask leaves
+  const int32_t* key_count = nullptr;  // [count]: how many they are
+  int64_t first_row = 0;  // only queries first_row <= row < last_row are worked on
+  int64_t last_row = 0;
+};
+
+// A number for each query and key: those of the keys of a query side by side, rows of queries
+// counted from Sequences::first_row; or `by_key`, where keys have the places that they have in the
+// key tensor.
+struct Scores {
+  float* data = nullptr;
+  bool by_key = false;
+  int64_t batch = 0;
+  int64_t query = 0;
+  int64_t key = 0;
+  int64_t head = 0;
+};
+
+// Attention weights as the caller sees them: [B, H, max_seqlen_q, max_seqlen_k], or [Nk, H].
+struct Weights {
+  Rows rows;  // row: query, col: key
+  bool by_key = false;
+};
+
+struct Dropout {
+  bool active = false;
+  const int64_t* seed = nullptr;
+  double threshold = 0;  // p * 2^24
+  float keep_scale = 1;  // 1 / (1 - p)
+};
+
+// What every kernel needs.
+struct Problem {
+  Sequences sequences;
+  int64_t heads = 0;
+  int64_t dim = 0;
+  int64_t value_dim = 0;
+  Rows query;
+  Rows key;
+  Rows value;
+  Rows score_weight;  // head, col
+  Dropout dropout;
+};
+
+}  // namespace cuda
+}  // namespace attn_ext

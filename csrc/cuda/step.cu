@@ -1,0 +1,400 @@
+// One query a sequence, bound by memory: every key and value is read once, 16 bytes a load. A warp
+// takes 4 keys at a time, its lanes the features; tanh is exact everywhere, as there is time for
+// it. Long sequences are split over blocks, whose partial softmaxes are merged in order.
+#include "kernels.h"
+#include "launch.cuh"
+#include "memory.cuh"
+
+namespace attn_ext {
+namespace cuda {
+namespace {
+
+constexpr int kKeys = 4;  // a warp's at a time
+
+// What a warp multiplies: scores of queries and keys, or inner products of dcontext and values.
+template <bool kScores>
+struct StepRows {
+  const Rows& left;
+  const Rows& right;
+  const Rows& weight;
+  int64_t dim;
+};
+
+// The sums of the 4 keys from `first` on, in all lanes; those past `keys` are repeated.
+template <bool kScores>
+__device__ __forceinline__ void step_sums(const StepRows<kScores>& rows, const Span& span,
+                                          int64_t head, int first, int keys,
+                                          float (&sums)[kKeys]) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t query = query_offset(rows.left, span, head, 0);
+  int64_t offsets[kKeys];
+#pragma unroll
+  for (int n = 0; n < kKeys; ++n) {
+    offsets[n] = key_offset(rows.right, span, head, smaller(first + n, keys - 1));
+    sums[n] = 0;
+  }
+  for (int64_t col = lane * kGranule; col < rows.dim; col += kWarp * kGranule) {
+    float a[kGranule];
+    float w[kGranule];
+    float b[kKeys][kGranule];
+    if (is_whole(rows.right, col, rows.dim)) {
+      Granule raw[kKeys];
+#pragma unroll
+      for (int n = 0; n < kKeys; ++n) {
+        raw[n] = load_raw(rows.right, offsets[n] + col);
+      }
+#pragma unroll
+      for (int n = 0; n < kKeys; ++n) {
+        unpack(rows.right.dtype, raw[n], b[n]);
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < kKeys; ++n) {
+        load_granule(rows.right, offsets[n], col, rows.dim, b[n]);
+      }
+    }
+    load_granule(rows.left, query, col, rows.dim, a);
+    if constexpr (kScores) {
+      load_granule(rows.weight, head * rows.weight.head, col, rows.dim, w);
+    }
+#pragma unroll
+    for (int f = 0; f < kGranule; ++f) {
+#pragma unroll
+      for (int n = 0; n < kKeys; ++n) {
+        sums[n] = kScores ? fmaf(w[f], exact_tanh(a[f] + b[n][f]).tanh, sums[n])
+                          : fmaf(a[f], b[n][f], sums[n]);
+      }
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < kKeys; ++n) {
+    sums[n] = reduce_warp<Sum>(sums[n]);
+  }
+}
+
+constexpr int kInnerThreads = 128;
+constexpr int kInnerShift = 6;
+
+template <bool kScores>
+__global__ void __launch_bounds__(kInnerThreads) step_inner_kernel(const InnerCall call) {
+  constexpr int kWarps = kInnerThreads / kWarp;
+  const Sequences& sequences = call.problem.sequences;
+  const Tile found = find_key_tile(sequences, kInnerShift, blockIdx.x);
+  const Span span = span_of(sequences, found.sequence);
+  const int end = static_cast<int>(
+      smaller<int64_t>(span.key_count, found.first + (int64_t{1} << kInnerShift)));
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  const StepRows<kScores> rows{call.left, call.right, call.problem.score_weight, call.dim};
+  for (int64_t head = blockIdx.y; head < call.problem.heads; head += gridDim.y) {
+    for (int key = static_cast<int>(smaller<int64_t>(found.first, end)) + warp * kKeys; key < end;
+         key += kWarps * kKeys) {
+      float sums[kKeys];
+      step_sums(rows, span, head, key, end, sums);
+#pragma unroll
+      for (int n = 0; n < kKeys; ++n) {
+        if (lane == n && key + n < end) {
+          call.out.data[score_offset(call.out, span, head, 0, key + n)] = sums[n];
+        }
+      }
+    }
+  }
+}
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kUnroll = 4;  // values that a thread loads at a time
+
+struct Shared {
+  float scores[kMostStepKeys];
+  float sums[kThreads][kGranule];
+  float room[kWarps];
+};
+
+// A block's keys of one head.
+struct Part {
+  const StepCall& call;
+  const Span& span;
+  int64_t head;
+  int first;
+  int keys;
+};
+
+// Scores of the block's keys, and their softmax: exponentials, after dropout, take their place.
+__device__ inline SoftmaxPart score_part(const Part& part, Shared& shared) {
+  const StepCall& call = part.call;
+  const Problem& problem = call.problem;
+  const StepRows<true> rows{problem.query, problem.key, problem.score_weight, problem.dim};
+  const int lane = threadIdx.x % kWarp;
+  for (int key = threadIdx.x / kWarp * kKeys; key < part.keys; key += kWarps * kKeys) {
+    float sums[kKeys];
+    step_sums(rows, part.span, part.head, part.first + key, part.first + part.keys, sums);
+#pragma unroll
+    for (int n = 0; n < kKeys; ++n) {
+      if (lane == n && key + n < part.keys) {
+        shared.scores[key + n] = sums[n];
+      }
+    }
+  }
+  __syncthreads();
+  float largest = -INFINITY;
+  for (int j = threadIdx.x; j < part.keys; j += kThreads) {
+    largest = Maximum::of(largest, shared.scores[j]);
+  }
+  largest = reduce<Maximum, kThreads>(largest, shared.room);
+  const float shift = softmax_shift(largest);
+  float total = 0;
+  for (int j = threadIdx.x; j < part.keys; j += kThreads) {
+    const float score = shared.scores[j];
+    const float exponential = expf(score - shift);
+    total += exponential;
+    if (call.merges && call.scores.data != nullptr) {
+      call.scores.data[score_offset(call.scores, part.span, part.head, 0, part.first + j)] = score;
+    }
+    shared.scores[j] =
+        exponential * dropout_factor(problem.dropout, part.span, part.head, 0, part.first + j);
+  }
+  total = reduce<Sum, kThreads>(total, shared.room);
+  return {largest, total};
+}
+
+// sum_j scores_j value_j for the 8 columns from `col` on. Threads with the same columns share the
+// keys, and the first of them gets the sum.
+__device__ inline void weigh_values(const Part& part, int64_t col, int share, int shares,
+                                    Shared& shared, float (&sums)[kGranule]) {
+  const Rows& value = part.call.problem.value;
+  const int64_t dim = part.call.problem.value_dim;
+#pragma unroll
+  for (int f = 0; f < kGranule; ++f) {
+    sums[f] = 0;
+  }
+  if (col < dim && share < shares) {
+    for (int first = share; first < part.keys; first += kUnroll * shares) {
+      float values[kUnroll][kGranule];
+#pragma unroll
+      for (int n = 0; n < kUnroll; ++n) {
+        const int j = smaller(first + n * shares, part.keys - 1);
+        load_granule(value, key_offset(value, part.span, part.head, part.first + j), col, dim,
+                     values[n]);
+      }
+#pragma unroll
+      for (int n = 0; n < kUnroll; ++n) {
+        const int j = first + n * shares;
+        const float weight = j < part.keys ? shared.scores[j] : 0.0f;
+#pragma unroll
+        for (int f = 0; f < kGranule; ++f) {
+          // Not even the last value, which is loaded again, may turn nothing into NaN.
+          sums[f] = j < part.keys ? fmaf(weight, values[n][f], sums[f]) : sums[f];
+        }
+      }
+    }
+  }
+  if (shares == 1) {
+    return;
+  }
+  const int columns = static_cast<int>((dim + kGranule - 1) / kGranule);
+  __syncthreads();
+#pragma unroll
+  for (int f = 0; f < kGranule; ++f) {
+    shared.sums[threadIdx.x][f] = sums[f];
+  }
+  __syncthreads();
+  if (share == 0) {
+    for (int n = 1; n < shares; ++n) {
+#pragma unroll
+      for (int f = 0; f < kGranule; ++f) {
+        sums[f] += shared.sums[n * columns + threadIdx.x][f];
+      }
+    }
+  }
+}
+
+__device__ inline void write_values(const Part& part, int64_t col, float scale,
+                                    const float (&sums)[kGranule]) {
+  const StepCall& call = part.call;
+  const int64_t dim = call.problem.value_dim;
+  const int64_t context = query_offset(call.context, part.span, part.head, 0);
+  const int64_t partial = (int64_t{blockIdx.x} * call.problem.heads + part.head) * dim;
+#pragma unroll
+  for (int f = 0; f < kGranule; ++f) {
+    if (col + f < dim && call.merges) {
+      call.partial_sums[partial + col + f] = sums[f];
+    } else if (col + f < dim) {
+      store(call.context, context + col + f, sums[f] * scale);
+    }
+  }
+}
+
+__device__ inline void write_stats(const Part& part, const SoftmaxPart& softmax) {
+  const StepCall& call = part.call;
+  if (call.merges) {
+    call.partial_stats[int64_t{blockIdx.x} * call.problem.heads + part.head] = softmax;
+    return;
+  }
+  const int64_t stats = query_offset(call.stats, part.span, part.head, 0);
+  store(call.stats, stats, softmax.largest);
+  store(call.stats, stats + 1, softmax.total);
+}
+
+__global__ void __launch_bounds__(kThreads) step_kernel(const StepCall call) {
+  __shared__ __align__(16) Shared shared;
+  const Problem& problem = call.problem;
+  const Tile found = find_key_tile(problem.sequences, log2_of(call.keys_per_block), blockIdx.x);
+  const Span span = span_of(problem.sequences, found.sequence);
+  if (found.first >= span.key_count) {
+    return;
+  }
+  const int first = static_cast<int>(found.first);
+  const int keys = static_cast<int>(smaller<int64_t>(call.keys_per_block, span.key_count - first));
+  const int columns = larger(static_cast<int>((problem.value_dim + kGranule - 1) / kGranule), 1);
+  const int shares = larger(kThreads / columns, 1);
+  for (int64_t head = blockIdx.y; head < problem.heads; head += gridDim.y) {
+    const Part part{call, span, head, first, keys};
+    __syncthreads();
+    const SoftmaxPart softmax = score_part(part, shared);
+    const float scale = 1 / softmax.total;
+    if (threadIdx.x == 0) {
+      write_stats(part, softmax);
+    }
+    if (call.weights.rows.data != nullptr && !call.merges) {
+      for (int j = threadIdx.x; j < keys; j += kThreads) {
+        store(call.weights.rows, weight_offset(call.weights, span, head, 0, first + j),
+              shared.scores[j] * scale);
+      }
+    }
+    const int share = shares > 1 ? threadIdx.x / columns : 0;
+    const int column = shares > 1 ? threadIdx.x % columns : threadIdx.x;
+    for (int start = 0; start < columns; start += kThreads) {
+      const int64_t col = int64_t{start + column} * kGranule;
+      float sums[kGranule];
+      weigh_values(part, col, share, shares, shared, sums);
+      if (share == 0) {
+        write_values(part, col, scale, sums);
+      }
+    }
+  }
+}
+
+// Joins the partial softmaxes of a sequence in the order of their keys.
+__global__ void __launch_bounds__(kThreads) step_merge_kernel(const StepCall call) {
+  const Problem& problem = call.problem;
+  const int64_t n = blockIdx.x;
+  const Span span = span_of(problem.sequences, n);
+  if (span.key_count == 0) {
+    return;
+  }
+  const Sequences& sequences = problem.sequences;
+  const int shift = log2_of(call.keys_per_block);
+  const int64_t begin = first_tile(sequences.key, n, 0, key_rows(sequences), shift);
+  const int64_t end = begin + ((span.key_count + call.keys_per_block - 1) >> shift);
+  for (int64_t head = blockIdx.y; head < problem.heads; head += gridDim.y) {
+    SoftmaxPart whole{-INFINITY, 0};
+    for (int64_t tile = begin; tile < end; ++tile) {
+      whole = merge_softmax(whole, call.partial_stats[tile * problem.heads + head]);
+    }
+    const float scale = 1 / whole.total;
+    if (threadIdx.x == 0) {
+      const int64_t stats = query_offset(call.stats, span, head, 0);
+      store(call.stats, stats, whole.largest);
+      store(call.stats, stats + 1, whole.total);
+    }
+    for (int64_t col = threadIdx.x; col < problem.value_dim; col += kThreads) {
+      float sum = 0;
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t row = tile * problem.heads + head;
+        sum = fmaf(softmax_scale(call.partial_stats[row].largest, whole.largest),
+                   call.partial_sums[row * problem.value_dim + col], sum);
+      }
+      store(call.context, query_offset(call.context, span, head, 0) + col, sum * scale);
+    }
+    if (call.weights.rows.data == nullptr) {
+      continue;
+    }
+    for (int64_t j = threadIdx.x; j < span.key_count; j += kThreads) {
+      const float score = call.scores.data[score_offset(call.scores, span, head, 0, j)];
+      store(call.weights.rows, weight_offset(call.weights, span, head, 0, j),
+            softmax_scale(score, whole.largest) * scale *
+                dropout_factor(problem.dropout, span, head, 0, j));
+    }
+  }
+}
+
+struct MaskCall {
+  Mask mask;
+  int64_t rows;
+  int32_t* key_index;
+  int32_t* key_count;
+};
+
+// Positions of the keys that the mask leaves, a sequence a block, a slice of its row a thread.
+__global__ void __launch_bounds__(kThreads) compact_mask_kernel(const MaskCall call) {
+  __shared__ int counts[kThreads];
+  const bool* row = call.mask.data + int64_t{blockIdx.x} * call.mask.batch;
+  int32_t* index = call.key_index + int64_t{blockIdx.x} * call.rows;
+  const int64_t slice = (call.rows + kThreads - 1) / kThreads;
+  const int64_t begin = smaller(threadIdx.x * slice, call.rows);
+  const int64_t end = smaller(begin + slice, call.rows);
+  int count = 0;
+  for (int64_t j = begin; j < end; ++j) {
+    count += row[j * call.mask.row] ? 0 : 1;
+  }
+  counts[threadIdx.x] = count;
+  __syncthreads();
+  int next = 0;
+  for (unsigned thread = 0; thread < threadIdx.x; ++thread) {
+    next += counts[thread];
+  }
+  if (threadIdx.x == kThreads - 1) {
+    call.key_count[blockIdx.x] = next + count;
+  }
+  for (int64_t j = begin; j < end; ++j) {
+    if (!row[j * call.mask.row]) {
+      index[next++] = static_cast<int32_t>(j);
+    }
+  }
+}
+
+}  // namespace
+
+void launch_step_inner(const InnerCall& call, cudaStream_t stream) {
+  const Sequences& sequences = call.problem.sequences;
+  launch(call.scores ? "scores of a step" : "inner products of a step",
+         call.scores ? step_inner_kernel<true> : step_inner_kernel<false>,
+         tile_bound(key_rows(sequences), sequences.count, kInnerShift), call.problem.heads, 1,
+         kInnerThreads, call, stream);
+}
+
+void launch_step(const StepCall& call, cudaStream_t stream) {
+  const Sequences& sequences = call.problem.sequences;
+  launch("step", step_kernel,
+         tile_bound(key_rows(sequences), sequences.count, log2_of(call.keys_per_block)),
+         call.problem.heads, 1, kThreads, call, stream);
+}
+
+void launch_step_merge(const StepCall& call, cudaStream_t stream) {
+  launch("merge of a step", step_merge_kernel, call.problem.sequences.count, call.problem.heads, 1,
+         kThreads, call, stream);
+}
+
+void launch_compact_mask(const Mask& mask, int64_t count, int64_t rows, int32_t* key_index,
+                         int32_t* key_count, cudaStream_t stream) {
+  launch("mask", compact_mask_kernel, count, 1, 1, kThreads,
+         MaskCall{mask, rows, key_index, key_count}, stream);
+}
+
+void clear(void* data, int64_t bytes, cudaStream_t stream) {
+  if (bytes > 0) {
+    check(cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), stream), "clearing a result");
+  }
+}
+
+int64_t processors() {
+  int device = 0;
+  int count = 0;
+  check(cudaGetDevice(&device), "current device");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "device");
+  return count;
+}
+
+}  // namespace cuda
+}  // namespace attn_ext

@@ -1,0 +1,131 @@
+// What csrc/cuda uses of CUDA, on the host: a test compiles the very same sources against this
+// header. The threads of a block are fibers that run one after the other up to the next barrier or
+// warp operation; copies that are asynchronous happen when they are waited for, and shared memory
+// starts as NaN, so that what is read too early is seen.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
+#define __shared__ static
+
+using std::isfinite;
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  explicit dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+using cudaStream_t = struct emulated_stream*;
+enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+
+namespace emulation {
+
+// The place of the thread that runs.
+extern uint3 thread;
+extern uint3 block;
+extern uint3 grid;
+
+struct Body {
+  void (*call)(void* kernel, void* parameters);
+  void* kernel;
+  void* parameters;
+};
+void run(const Body& body, dim3 grid, dim3 threads);
+void barrier();
+// The bits of every lane of the warp.
+void exchange(uint32_t bits, uint32_t (&lanes)[32]);
+unsigned lane();
+void copy_later(void* target, const void* source, size_t bytes);
+void copy_now();
+
+}  // namespace emulation
+
+#define threadIdx emulation::thread
+#define blockIdx emulation::block
+#define gridDim emulation::grid
+
+inline void __syncthreads() { emulation::barrier(); }
+
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  uint32_t lanes[32];
+  emulation::exchange(bits, lanes);
+  return __uint_as_float(lanes[emulation::lane() ^ static_cast<unsigned>(mask)]);
+}
+
+inline bool __any_sync(unsigned, bool value) {
+  uint32_t lanes[32];
+  emulation::exchange(value, lanes);
+  for (uint32_t other : lanes) {
+    if (other) {
+      return true;
+    }
+  }
+  return false;
+}
+
+template <class T>
+T __ldg(const T* source) {
+  return *source;
+}
+
+inline void emulated_copy_async(void* target, const void* source, size_t bytes) {
+  emulation::copy_later(target, source, bytes);
+}
+inline void emulated_wait_for_copies() { emulation::copy_now(); }
+
+template <class P>
+cudaError_t cudaLaunchKernel(void (*kernel)(P), dim3 grid, dim3 threads, void** parameters, size_t,
+                             cudaStream_t) {
+  if (grid.y > 65535 || grid.z > 65535 || threads.x > 1024) {
+    return cudaErrorInvalidConfiguration;
+  }
+  const auto call = [](void* function, void* parameter) {
+    reinterpret_cast<void (*)(P)>(function)(*static_cast<P*>(parameter));
+  };
+  emulation::run({call, reinterpret_cast<void*>(kernel), parameters[0]}, grid, threads);
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration"; }
+inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
+  std::memset(data, value, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device);

@@ -1,0 +1,216 @@
+// Runs blocks of threads as fibers, and stands in for what a CUDA build of PyTorch has.
+#include <csetjmp>
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <vector>
+
+#include <ucontext.h>
+
+#include "cuda_runtime.h"
+
+namespace emulation {
+
+uint3 thread;
+uint3 block;
+uint3 grid;
+
+namespace {
+
+constexpr size_t kStackBytes = 128 << 10;
+constexpr unsigned kWarp = 32;
+
+// Threads wait until all that have not ended are there.
+struct Barrier {
+  unsigned live = 0;
+  unsigned arrived = 0;
+  unsigned generation = 0;
+
+  void open_if_full() {
+    if (live == arrived && arrived > 0) {
+      arrived = 0;
+      ++generation;
+    }
+  }
+};
+
+struct Warp {
+  Barrier barrier;
+  uint32_t lanes[kWarp] = {};
+};
+
+struct Copy {
+  void* target;
+  const void* source;
+  size_t bytes;
+};
+
+struct Fiber {
+  uint3 place;
+  jmp_buf state;
+  bool started = false;
+  bool ended = false;
+  std::vector<Copy> copies;
+  std::vector<char> stack;
+};
+
+struct Block {
+  const Body* body = nullptr;
+  Barrier barrier;
+  std::vector<Warp> warps;
+  std::vector<Fiber*> fibers;
+  Fiber* current = nullptr;
+  jmp_buf scheduler;
+  unsigned long progress = 0;  // barriers opened and threads ended
+};
+
+Block now;
+
+void wait_at(Barrier& barrier) {
+  const unsigned generation = barrier.generation;
+  ++barrier.arrived;
+  barrier.open_if_full();
+  now.progress += barrier.generation != generation;
+  Fiber* fiber = now.current;
+  while (barrier.generation == generation) {
+    if (_setjmp(fiber->state) == 0) {
+      _longjmp(now.scheduler, 1);
+    }
+  }
+}
+
+Warp& warp_of(const Fiber& fiber) { return now.warps[fiber.place.x / kWarp]; }
+
+void leave(Barrier& barrier) {
+  --barrier.live;
+  barrier.open_if_full();
+}
+
+void enter() {
+  now.body->call(now.body->kernel, now.body->parameters);
+  Fiber* fiber = now.current;
+  fiber->ended = true;
+  ++now.progress;
+  leave(now.barrier);
+  leave(warp_of(*fiber).barrier);
+  _longjmp(now.scheduler, 1);
+}
+
+void start(Fiber& fiber) {
+  fiber.started = true;
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.stack.data();
+  context.uc_stack.ss_size = fiber.stack.size();
+  context.uc_link = nullptr;
+  makecontext(&context, enter, 0);
+  setcontext(&context);
+}
+
+void resume(Fiber& fiber) {
+  now.current = &fiber;
+  thread = fiber.place;
+  if (_setjmp(now.scheduler) == 0) {
+    if (fiber.started) {
+      _longjmp(fiber.state, 1);
+    }
+    start(fiber);
+  }
+}
+
+void run_block(unsigned threads) {
+  const char* order = std::getenv("ATTN_EXT_EMULATED_ORDER");
+  const bool reversed = order != nullptr && order[0] == 'r';
+  now.barrier = Barrier{threads, 0, 0};
+  now.warps.assign((threads + kWarp - 1) / kWarp, Warp{});
+  while (now.fibers.size() < threads) {
+    now.fibers.push_back(new Fiber);
+    now.fibers.back()->stack.resize(kStackBytes);
+  }
+  for (unsigned n = 0; n < threads; ++n) {
+    Fiber& fiber = *now.fibers[n];
+    fiber.place = {n, 0, 0};
+    fiber.started = fiber.ended = false;
+    fiber.copies.clear();
+    ++now.warps[n / kWarp].barrier.live;
+  }
+  unsigned ended = 0;
+  while (ended < threads) {
+    const unsigned long before = now.progress;
+    ended = 0;
+    for (unsigned n = 0; n < threads; ++n) {
+      Fiber& fiber = *now.fibers[reversed ? threads - 1 - n : n];
+      if (!fiber.ended) {
+        resume(fiber);
+      }
+      ended += fiber.ended;
+    }
+    if (now.progress == before && ended < threads) {
+      std::fprintf(stderr, "emulated block: threads wait at different barriers\n");
+      std::abort();
+    }
+  }
+}
+
+}  // namespace
+
+void run(const Body& body, dim3 size, dim3 threads) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  now.body = &body;
+  grid = {size.x, size.y, size.z};
+  for (unsigned z = 0; z < size.z; ++z) {
+    for (unsigned y = 0; y < size.y; ++y) {
+      for (unsigned x = 0; x < size.x; ++x) {
+        block = {x, y, z};
+        run_block(threads.x);
+      }
+    }
+  }
+}
+
+void barrier() { wait_at(now.barrier); }
+
+unsigned lane() { return thread.x % kWarp; }
+
+void exchange(uint32_t bits, uint32_t (&lanes)[kWarp]) {
+  Warp& warp = warp_of(*now.current);
+  warp.lanes[lane()] = bits;
+  wait_at(warp.barrier);
+  std::memcpy(lanes, warp.lanes, sizeof(lanes));
+  wait_at(warp.barrier);
+}
+
+void copy_later(void* target, const void* source, size_t bytes) {
+  // What is read before the wait is NaN.
+  std::memset(target, 0xff, bytes);
+  now.current->copies.push_back({target, source, bytes});
+}
+
+void copy_now() {
+  for (const Copy& copy : now.current->copies) {
+    std::memcpy(copy.target, copy.source, copy.bytes);
+  }
+  now.current->copies.clear();
+}
+
+}  // namespace emulation
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  const char* processors = std::getenv("ATTN_EXT_EMULATED_PROCESSORS");
+  *value = processors != nullptr ? std::atoi(processors) : 1;
+  return cudaSuccess;
+}
+
+extern "C" {
+struct CUDAGuardOpaque;
+int32_t aoti_torch_create_cuda_guard(int32_t, CUDAGuardOpaque** guard) {
+  *guard = nullptr;
+  return 0;
+}
+int32_t aoti_torch_delete_cuda_guard(CUDAGuardOpaque*) { return 0; }
+int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
+}
