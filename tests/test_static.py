@@ -6,6 +6,7 @@ Nothing here needs a GPU: ptxas and the disassembler are part of Triton's wheel.
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +152,17 @@ def test_counts_of_an_element(tmp_path):
     assert element.ceiling(90) == min(16 / 1.0, 128 / element.slots)
     twice = element + element
     assert twice.ceiling(90) == element.ceiling(90) / 2
+
+
+def test_a_kernel_is_described_for_reading(tmp_path, monkeypatch, capsys):
+    assemble(NESTED_LOOPS, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sass", str(tmp_path / "known.cubin"), "--arch", "sm_90"])
+    sass.main()
+    title, outer, _, _, inner, widths, _ = capsys.readouterr().out.splitlines()
+    assert title.startswith("known (sm_90): ") and "128 B static shared memory" in title
+    assert re.match(r"  loop at 0x\w+: \d+ slots \(\d+ with cold blocks\), 1 MUFU, 0 FP32", outer)
+    assert re.match(r"    loop at 0x\w+: \d+ slots \(\d+ with cold blocks\), 2 MUFU, 1 FP32", inner)
+    assert widths.strip() == "bytes a lane: {'LDG': {8: 1}}"
 
 
 @pytest.mark.parametrize("arch", ARCHS)
