@@ -72,6 +72,7 @@ class Figures:
     spills: int  # instructions that access local memory; on AMD spilled registers
     shared: int  # bytes a CTA
     per_element: bool  # whether its main loop is over elements
+    routes: tuple[str, ...] = ()  # of alternative sets of passes those it is in; none: all
     occupancy: Occupancy | None = None
     element: PerElement | None = None  # of the main loop
     ceiling: float | None = None  # elements a clock an SM
@@ -82,7 +83,12 @@ class Figures:
 
 @functools.cache
 def load_cases() -> list:
-    """All rows, the yardstick among them."""
+    """All rows, the yardstick among them.
+
+    What a row has: ``benchmarks.tanh_yardstick.static_cases`` shows it. ``elements_per_iteration``
+    is of one CTA, 0 where elements are not what a kernel loops over. Optional are ``iterations``
+    of the main loop for each of the loop around it, and ``routes`` (see :func:`backward_sums`).
+    """
     modules = [name for name in CASE_MODULES if importlib.util.find_spec(name)]
     return [case for name in modules for case in importlib.import_module(name).static_cases()]
 
@@ -171,6 +177,7 @@ def figures_of(case, target: str) -> Figures:
     shared = compiled.metadata.shared
     common = (case.name, case.regime, case.pass_, case.dtype, case.dim, target, case.num_warps)
     elements = case.elements_per_iteration / case.num_warps
+    routes = tuple(getattr(case, "routes", ()))
     backend, arch, _ = TARGETS[target]
     if backend == "hip":
         text = compiled.asm["amdgcn"]
@@ -178,12 +185,11 @@ def figures_of(case, target: str) -> Figures:
             int(re.search(rf"\.{what}:\s*(\d+)", text)[1])
             for what in ("vgpr_count", "vgpr_spill_count")
         )
-        return Figures(*common, registers, spills, shared, per_element=elements > 0)
+        return Figures(*common, registers, spills, shared, elements > 0, routes)
     kernel = disassemble(compiled.asm["cubin"])[compiled.metadata.name]
-    figures = Figures(
-        *common, kernel.registers, kernel.spills, kernel.shared + shared, per_element=elements > 0
-    )
-    figures.occupancy = kernel.occupancy(32 * case.num_warps, shared)
+    shared += kernel.shared
+    figures = Figures(*common, kernel.registers, kernel.spills, shared, elements > 0, routes)
+    figures.occupancy = kernel.occupancy(32 * case.num_warps, compiled.metadata.shared)
     figures.load_widths = load_widths(case, compiled.asm["ptx"])
     if elements and (main := main_loop(kernel, elements, case.regime)):
         loop, instructions = main
@@ -224,33 +230,47 @@ def collect(
 
 
 def backward_sums(rows: Sequence[Figures]) -> Iterator[Figures]:
-    """The all-at-once backward as one row: passes added, of variants of a pass the heaviest."""
+    """The all-at-once backward as one row a route: passes added, of a pass's variants the heaviest.
+
+    Routes are alternatives, as for short and long sequences; a pass without any is in each.
+    """
+    passes = [
+        row
+        for row in rows
+        if row.regime == "all" and row.pass_.startswith("backward") and row.element
+    ]
+    routes = list(dict.fromkeys(route for row in passes for route in row.routes)) or [""]
     groups: dict[tuple, dict[str, Figures]] = {}
-    for row in rows:
-        if row.regime == "all" and row.pass_.startswith("backward") and row.element:
-            passes = groups.setdefault((row.dtype, row.dim, row.target), {})
-            held = passes.get(row.pass_)
-            if held is None or row.element.slots > held.element.slots:
-                passes[row.pass_] = row
-    for (dtype, dim, target), passes in groups.items():
-        parts = list(passes.values())
-        around = [part.around for part in parts]
-        yield Figures(
-            kernel=f"sum of {len(parts)} passes",
-            regime="all",
-            pass_="backward",
-            dtype=dtype,
-            dim=dim,
-            target=target,
-            num_warps=0,
-            registers=max(part.registers for part in parts),
-            spills=sum(part.spills for part in parts),
-            shared=max(part.shared for part in parts),
-            per_element=True,
-            element=functools.reduce(operator.add, (part.element for part in parts)),
-            ceiling=1 / sum(1 / part.ceiling for part in parts),
-            around=None if None in around else sum(around),
-        )
+    for row in passes:
+        for route in row.routes or routes:
+            held = groups.setdefault((row.dtype, row.dim, row.target, route), {})
+            if row.pass_ not in held or row.element.slots > held[row.pass_].element.slots:
+                held[row.pass_] = row
+    for (dtype, dim, target, route), held in groups.items():
+        yield _sum_of_passes(list(held.values()), dtype, dim, target, route)
+
+
+def _sum_of_passes(
+    parts: Sequence[Figures], dtype: str, dim: int, target: str, route: str
+) -> Figures:
+    around = [part.around for part in parts]
+    return Figures(
+        kernel=f"sum of {len(parts)} passes",
+        regime="all",
+        pass_="backward",
+        dtype=dtype,
+        dim=dim,
+        target=target,
+        num_warps=0,
+        registers=max(part.registers for part in parts),
+        spills=sum(part.spills for part in parts),
+        shared=max(part.shared for part in parts),
+        per_element=True,
+        routes=(route,) if route else (),
+        element=functools.reduce(operator.add, (part.element for part in parts)),
+        ceiling=1 / sum(1 / part.ceiling for part in parts),
+        around=None if None in around else sum(around),
+    )
 
 
 HEADER = (
@@ -266,7 +286,14 @@ def table(rows: Sequence[Figures]) -> str:
     cells = [HEADER]
     for row in rows:
         cells.append(
-            (row.kernel, row.regime, row.pass_, row.dtype, str(row.dim), row.target)
+            (
+                " ".join((row.kernel, *row.routes)),
+                row.regime,
+                row.pass_,
+                row.dtype,
+                str(row.dim),
+                row.target,
+            )
             + (str(row.registers), str(row.spills), str(row.shared))
             + _occupancy_cells(row.occupancy)
             + _element_cells(row, tanh.get(row.target))

@@ -278,6 +278,34 @@ def test_loads_are_traced_to_their_argument():
     assert widths == {"key_ptr": {16: 2}, "score_weight_ptr": {2: 1}, "value_ptr": {8: 1}}
 
 
+def figures(pass_: str, slots: float, *routes: str) -> static.Figures:
+    element = sass.PerElement(slots, mufu=0.5, reciprocals=0.5, fp32=3.0)
+    common = ("kernel", "all", pass_, "bf16", 1024, "sm_90", 4, 128, 0, 0, True, routes)
+    return static.Figures(*common, element=element, ceiling=element.ceiling(90))
+
+
+def test_passes_of_the_backward_are_added_by_route():
+    """Alternatives are not added to each other, and of variants of a pass the heaviest counts."""
+    rows = [
+        figures("forward", 4),
+        figures("backward scores", 4),
+        figures("backward scores", 5),
+        figures("backward whole", 3, "short"),
+        figures("backward query", 2, "long"),
+        figures("backward key", 2.5, "long"),
+    ]
+    sums = {row.routes: row for row in static.backward_sums(rows)}
+    assert {routes: row.element.slots for routes, row in sums.items()} == {
+        ("short",): 8,
+        ("long",): 9.5,
+    }
+    assert (sums[("short",)].element.mufu, sums[("long",)].element.mufu) == (1.0, 1.5)
+    # One after the other: clocks an element add up.
+    assert sums[("short",)].ceiling == pytest.approx(1 / (5 / 128 + 1 / 32))
+    (only,) = static.backward_sums(rows[:3])
+    assert (only.routes, only.element.slots) == ((), 5)
+
+
 # ---- The kernels: one run of the command, whatever TRITON_INTERPRET says here. ----
 
 
