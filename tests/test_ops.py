@@ -1,4 +1,4 @@
-"""The torch.library ops: opcheck, fake tensors, torch.compile, instruction sets, peak memory."""
+"""The torch.library ops: opcheck, fake tensors, corrupt offsets, instruction sets, peak memory."""
 
 import os
 import subprocess
@@ -12,13 +12,11 @@ from helpers import (
     LAYOUTS,
     ONE_STEP_LAYOUTS,
     Inputs,
-    assert_within_budget,
     call,
     differentiate,
     incoming_gradients,
     make_inputs,
     require_backend,
-    yardsticks,
 )
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -88,7 +86,7 @@ def recorded_memory_calls(inputs: Inputs, dropout_p: float) -> list[tuple]:
 def run_opcheck(op: torch._ops.OpOverload, arguments: tuple, requires_grad: bool) -> None:
     """All of opcheck's tests; gradients are checked for the op that has a derivative."""
     arguments = tuple(
-        argument.detach().clone().requires_grad_(requires_grad and argument.is_floating_point())
+        argument.detach().requires_grad_(requires_grad and argument.is_floating_point())
         if isinstance(argument, Tensor)
         else argument
         for argument in arguments
@@ -107,6 +105,37 @@ def test_opcheck(layout: str, heads: int | None, dropout_p: float):
         seen.add(op)
         run_opcheck(op, arguments, requires_grad=op is ops.forward)
     assert seen == {ops.forward, ops.backward}
+
+
+DTYPES_AND_STRIDES = pytest.mark.parametrize(
+    ("dtype", "strides"),
+    [
+        (torch.float64, "contiguous"),
+        (torch.float16, "transposed"),
+        (torch.bfloat16, "reversed"),
+        (torch.float32, "sliced"),
+    ],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+
+
+@DTYPES_AND_STRIDES
+@pytest.mark.parametrize("layout", ["padded_mask", "jagged", "jagged_one_step"])
+def test_opcheck_of_dtypes_and_strides(layout: str, dtype: torch.dtype, strides: str):
+    inputs = make_inputs(layout, heads=2, dtype=dtype, strides=strides, poison=False)
+    for op, arguments in recorded_calls(inputs, 0.0):
+        query = arguments[0 if op is ops.forward else 2]
+        assert query.is_contiguous() == (strides == "contiguous")
+        run_opcheck(op, arguments, requires_grad=op is ops.forward)
+
+
+@DTYPES_AND_STRIDES
+def test_opcheck_of_memory_ops_of_dtypes_and_strides(dtype: torch.dtype, strides: str):
+    inputs = make_inputs("one_step_lengths", heads=2, dtype=dtype, strides=strides, poison=False)
+    calls = dict(recorded_memory_calls(inputs, 0.0))
+    assert calls.keys() == {ops.forward, ops.prepare, ops.step_backward, ops.memory_backward}
+    for op, arguments in calls.items():
+        run_opcheck(op, arguments, requires_grad=False)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["no_dropout", "dropout"])
@@ -245,59 +274,6 @@ def test_corrupt_lengths_stay_inside_the_tensors(index_dtype: torch.dtype):
     for result in (context, weights, stats, *gradients):
         assert result.isfinite().all()
     assert (context[2:] == 0).all() and (context[:2] != 0).any()
-
-
-# ---- torch.compile ----
-
-
-def check_compiled(inputs: Inputs, compiler: str) -> None:
-    """A whole graph, forward and backward, gives what the call itself does."""
-    torch._dynamo.reset()
-    compiled = torch.compile(attn_ext.additive_attention, fullgraph=True, backend=compiler)
-
-    def attend(leaves: dict[str, Tensor]):
-        tensors = inputs.arguments(leaves)
-        return compiled(*tensors, **inputs.keywords, need_weights=True, backend="cpu")
-
-    incoming = incoming_gradients(inputs, need_weights=True)
-    actual = differentiate(attend, inputs.leaves, incoming)
-    exact, eager = yardsticks(inputs, incoming)
-    for name, result in actual.items():
-        assert_within_budget(name, result, exact[name], eager[name])
-
-
-@pytest.mark.parametrize("layout", ["padded_lengths", "jagged", "jagged_one_step"])
-def test_compile_aot_eager(layout: str):
-    inputs = make_inputs(layout, heads=2)
-    if "jagged" in layout:
-        inputs = inputs.with_keywords(max_seqlen_k=inputs.max_seqlen_k)
-    if layout == "jagged":
-        inputs = inputs.with_keywords(max_seqlen_q=inputs.max_seqlen_q)
-    check_compiled(inputs, "aot_eager")
-
-
-@pytest.mark.parametrize("layout", ["padded_mask", "jagged"])
-def test_compile_inductor(layout: str):
-    inputs = make_inputs(layout)
-    if layout == "jagged":
-        bounds = {"max_seqlen_q": inputs.max_seqlen_q, "max_seqlen_k": inputs.max_seqlen_k}
-        inputs = inputs.with_keywords(**bounds)
-    check_compiled(inputs, "inductor")
-
-
-def test_compiled_once_for_several_shapes():
-    """Dynamic shapes: new lengths do not compile anew for ever."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(
-        attn_ext.additive_attention, fullgraph=True, backend="aot_eager", dynamic=True
-    )
-    for size in (5, 6, 9, 14):
-        inputs = make_inputs("padded", lengths_q=(size, 2), lengths_k=(size + 1, 2))
-        context = compiled(*inputs.leaves.values(), backend="cpu")
-        exact, eager = yardsticks(inputs, {}, wanted=())
-        assert_within_budget("context", context, exact["context"], eager["context"])
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
 # ---- Instruction sets ----
