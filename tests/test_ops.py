@@ -20,6 +20,7 @@ from helpers import (
 )
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import attn_ext
 from attn_ext import AttentionMemory, backends, ops
@@ -164,6 +165,12 @@ def results_and_gradients(inputs: Inputs, leaves: dict[str, Tensor], **keywords)
     return [*results, *torch.autograd.grad(loss, list(leaves.values()))]
 
 
+def with_bounds(inputs: Inputs) -> Inputs:
+    """With the bounds of offsets, which the host would have to read otherwise."""
+    names = [n.replace("cu_seqlens", "max_seqlen") for n in inputs.keywords if "cu_seqlens" in n]
+    return inputs.with_keywords(**{name: getattr(inputs, name) for name in names})
+
+
 def as_fake(mode: FakeTensorMode, inputs: Inputs) -> Inputs:
     fake = {
         name: mode.from_tensor(value) if isinstance(value, Tensor) else value
@@ -184,13 +191,7 @@ def as_fake(mode: FakeTensorMode, inputs: Inputs) -> Inputs:
 def test_fake_tensors_are_like_the_real(
     layout: str, heads: int | None, need_weights: bool, strides: str
 ):
-    inputs = make_inputs(layout, heads=heads, strides=strides)
-    jagged = {}
-    if "cu_seqlens_k" in inputs.keywords:
-        jagged["max_seqlen_k"] = inputs.max_seqlen_k
-    if "cu_seqlens_q" in inputs.keywords:
-        jagged["max_seqlen_q"] = inputs.max_seqlen_q
-    inputs = inputs.with_keywords(**jagged)
+    inputs = with_bounds(make_inputs(layout, heads=heads, strides=strides))
     keywords = {"backend": "cpu", "need_weights": need_weights}
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in inputs.leaves.items()}
     real = results_and_gradients(inputs, leaves, **keywords)
@@ -202,6 +203,40 @@ def test_fake_tensors_are_like_the_real(
     for name, ours, theirs in zip(names, fake, real, strict=True):
         assert isinstance(ours, FakeTensor)
         assert metadata(ours) == metadata(theirs), name
+
+
+@pytest.mark.parametrize("heads", [None, 2], ids=lambda heads: f"heads={heads}")
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "nested" in name])
+def test_fake_nested_tensors(layout: str, heads: int | None):
+    inputs = with_bounds(make_inputs(layout, heads=heads))
+    real = inputs.arguments({name: leaf.detach() for name, leaf in inputs.leaves.items()})
+    sizes = ShapeEnv()  # nested tensors have symbols for sizes
+    with FakeTensorMode(allow_non_fake_inputs=False, shape_env=sizes, static_shapes=True) as mode:
+        tensors = [mode.from_tensor(tensor).requires_grad_() for tensor in real]
+        keywords = as_fake(mode, inputs).keywords
+        context, weights = attn_ext.additive_attention(
+            *tensors, **keywords, need_weights=True, backend="cpu"
+        )
+        loss = (context.values() if context.is_nested else context).sum() + weights.sum()
+        gradients = torch.autograd.grad(loss, tensors)
+    assert context.is_nested == (inputs.offsets_q is not None)
+    for tensor, gradient in zip(tensors, gradients, strict=True):
+        assert gradient.is_nested == tensor.is_nested and gradient.shape == tensor.shape
+
+
+@pytest.mark.parametrize("layout", STEP_LAYOUTS)
+def test_memory_of_fake_tensors(layout: str):
+    inputs = with_bounds(make_inputs(layout, heads=2))
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        fake = as_fake(mode, inputs)
+        leaves = [leaf.detach().requires_grad_() for leaf in fake.leaves.values()]
+        query, *key_side = leaves
+        memory = AttentionMemory(*key_side, **fake.keywords, backend="cpu")
+        steps = [memory.attend(query, need_weights=True) for _ in range(2)]
+        loss = sum(context.sum() + weights.sum() for context, weights in steps)
+        gradients = torch.autograd.grad(loss, leaves)
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        assert isinstance(gradient, FakeTensor) and gradient.shape == leaf.shape
 
 
 @pytest.mark.parametrize("layout", STEP_LAYOUTS)
