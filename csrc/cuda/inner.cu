@@ -25,31 +25,33 @@ constexpr int kGranules = kTile * kChunk / kGranule / kThreads;  // a thread's, 
 static_assert(kThreads == kParts * kStride * kStride);
 static_assert(kTile * kChunk == kGranules * kGranule * kThreads);
 
-// How a pair of features enters a sum. kExponential: panels hold exp(2x) of their rows, and the
-// score weights are -2w, as sum_d w_d tanh_d = sum_d w_d - 2 sum_d w_d r_d.
+// How four features enter a sum. kExponential: panels hold exp(2x) of their rows, and the score
+// weights are -2w, as sum_d w_d tanh_d = sum_d w_d - 2 sum_d w_d r_d.
 struct FactoredScore {
   static constexpr bool kExponential = true;
   static constexpr bool kWeighted = true;
-  static __device__ float add(float sum, float w0, float w1, float a0, float a1, float b0,
-                              float b1) {
-    return add_factored_pair(sum, w0, w1, a0, a1, b0, b1);
+  static __device__ float add(float sum, const float4& w, const float4& a, const float4& b) {
+    sum = add_factored_pair(sum, w.x, w.y, a.x, a.y, b.x, b.y);
+    return add_factored_pair(sum, w.z, w.w, a.z, a.w, b.z, b.w);
   }
 };
 
 struct ExactScore {
   static constexpr bool kExponential = false;
   static constexpr bool kWeighted = true;
-  static __device__ float add(float sum, float w0, float w1, float a0, float a1, float b0,
-                              float b1) {
-    return fmaf(w1, exact_tanh(a1 + b1).tanh, fmaf(w0, exact_tanh(a0 + b0).tanh, sum));
+  // The four are summed on their own, as rounding errors grow with the additions to a long sum.
+  static __device__ float add(float sum, const float4& w, const float4& a, const float4& b) {
+    const float first = fmaf(w.y, exact_tanh(a.y + b.y).tanh, w.x * exact_tanh(a.x + b.x).tanh);
+    const float last = fmaf(w.w, exact_tanh(a.w + b.w).tanh, w.z * exact_tanh(a.z + b.z).tanh);
+    return sum + (first + last);
   }
 };
 
 struct DotProduct {
   static constexpr bool kExponential = false;
   static constexpr bool kWeighted = false;
-  static __device__ float add(float sum, float, float, float a0, float a1, float b0, float b1) {
-    return fmaf(a1, b1, fmaf(a0, b0, sum));
+  static __device__ float add(float sum, const float4&, const float4& a, const float4& b) {
+    return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
   }
 };
 
@@ -250,11 +252,8 @@ __device__ __forceinline__ void inner_products(const TileRows& tile, const Weigh
       }
 #pragma unroll
       for (int n = 0; n < kSide * kSide; ++n) {
-        const float4 x = a[n / kSide];
-        const float4 y = b[n % kSide];
         float& sum = sums[n / kSide][n % kSide];
-        sum = Rule::add(sum, w.x, w.y, x.x, x.y, y.x, y.y);
-        sum = Rule::add(sum, w.z, w.w, x.z, x.w, y.z, y.w);
+        sum = Rule::add(sum, w, a[n / kSide], b[n % kSide]);
       }
     }
     if constexpr (Rule::kExponential) {
