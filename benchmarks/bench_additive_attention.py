@@ -8,19 +8,31 @@ import argparse
 import json
 import os
 import platform
+import shutil
+import subprocess
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 
 import torch
 
-from . import harness, plots, providers
+from . import harness, plots, providers, reach
 from .workloads import WORKLOADS, Workload, uniform
 
 RESULTS = Path(__file__).parent / "results"
-TABLE = ("equal", "gnmt", "step-decoder", "one-long", "skewed")
-EAGER_ONLY = ("one-long", "mil")  # one query: nothing that a compiler could fuse across queries
-RIVALS = (*providers.PEERS, "level")  # whose times are divided by a row's
+TABLES = {
+    "cpu": ("equal", "gnmt", "step-decoder", "one-long", "skewed"),
+    "cuda": (
+        *("at-once", "gnmt-384", "step", "one-long-512", "skewed-512", "step-decoder", "graph"),
+    ),
+}
+MODES = {"cpu": ("forward", "both"), "cuda": harness.MODES}
+DEFAULT_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+# One query: nothing that a compiler could fuse across queries.
+EAGER_ONLY = ("one-long", "one-long-512", "mil")
+# Whose calls, on a CUDA device, are also replayed as a CUDA graph: else the host would be timed.
+CAPTURED = ("step", "one-long-512", "skewed-512", "step-decoder")
+RIVALS = ("eager", "compile", "cudnn", "eager+graph", "compile+graph", "level")  # of ratios
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENS = (1_000, 2_000, 4_000, 8_000, 16_000)  # keys in all, for the scaling plot
 BATCHES = (4, 16, 64, 256)
@@ -29,18 +41,27 @@ BATCHES = (4, 16, 64, 256)
 def main() -> None:
     options = parse_arguments()
     torch.manual_seed(0)
-    rows, peaks = [], {}
+    for name in providers.PEERS:
+        reason = providers.problem(name, options.device)
+        if reason is not None:
+            print(f"{name}: not available: {reason}")
+    rows, peaks, failures = [], {}, []
     for threads in options.threads:
         torch.set_num_threads(threads)
         peaks[threads] = harness.measured_peaks(options.device)
         print(f"{threads} threads:", ", ".join(f"{k} {v:.3g}" for k, v in peaks[threads].items()))
         for name in options.workloads:
-            rows += bench_workload(WORKLOADS[name], threads, options)
+            try:
+                rows += bench_workload(WORKLOADS[name], threads, peaks[threads], options)
+            except (AssertionError, RuntimeError) as error:  # the other workloads still count
+                failures.append(f"{name}, {threads} threads: {error}")
+                print(f"\nFAILED {failures[-1]}", flush=True)
     report = {
         "machine": machine(options.device),
         "peaks_by_threads": peaks,
         "dtype": options.dtype,
         "rows": rows,
+        "failures": failures,
     }
     if options.more:
         report["dtypes"] = bench_dtypes(options)
@@ -55,19 +76,20 @@ def main() -> None:
         path = stem.with_name(stem.name + "_scaling.png")
         plots.draw_scaling(report["scaling"], title, path)
         print(f"wrote {path}")
+    if failures:
+        raise SystemExit("failed: " + "; ".join(failures))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    known = f"all, or some of {','.join(WORKLOADS)} (default {','.join(TABLE)})"
-    parser.add_argument("--workloads", type=_names(WORKLOADS), default=list(TABLE), help=known)
-    known = f"some of {','.join(harness.MODES)} (default forward,both)"
-    parser.add_argument(
-        "--modes", type=_names(harness.MODES), default=["forward", "both"], help=known
-    )
+    known = "default float32 on a CPU, bfloat16 on a GPU"
+    parser.add_argument("--dtype", choices=DTYPES, help=known)
+    known = f"all, or some of {','.join(WORKLOADS)} (default: the table of the device)"
+    parser.add_argument("--workloads", type=_names(WORKLOADS), help=known)
+    known = f"some of {','.join(harness.MODES)} (default: forward,both; all on a GPU)"
+    parser.add_argument("--modes", type=_names(harness.MODES), help=known)
     known = f"some of {','.join(providers.PEERS)},triton,cuda,cpu (default: what runs here)"
     parser.add_argument("--providers", type=lambda text: text.split(","), help=known)
     parser.add_argument("--threads", type=_counts, help="e.g. 1,2 (default: one and all)")
@@ -77,15 +99,19 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this PyTorch finds no CUDA device")
+    options.dtype = options.dtype or DEFAULT_DTYPES[options.device]
+    options.workloads = options.workloads or TABLES[options.device]
+    options.modes = options.modes or MODES[options.device]
     usable = providers.available(options.device)
     options.providers = options.providers or usable
     for name in options.providers:
         if name not in usable:
             parser.error(f"--providers: {name} is not available here; have {', '.join(usable)}")
-    ours = [name for name in options.providers if name not in providers.PEERS]
-    if not ours:
+    options.ours = [name for name in options.providers if name not in providers.PEERS]
+    if not options.ours:
         parser.error(f"--providers: none of attn_ext's is among {', '.join(options.providers)}")
-    options.ours = ours[-1]
     if options.threads is None:
         options.threads = sorted({1, torch.get_num_threads()}) if options.device == "cpu" else [1]
     return options
@@ -109,64 +135,102 @@ def _names(known):
     return parse
 
 
-def bench_workload(workload: Workload, threads: int, options: argparse.Namespace) -> list[dict]:
+def make_cases(workload: Workload, options: argparse.Namespace) -> dict[str, harness.Case]:
+    """A case a provider that takes part; with a level rival also one a provider of that."""
+    names = list(options.providers)
+    if workload.level:  # padded, it would need 1,001 x 50,000 rows
+        names = list(options.ours)
+    if workload.name in EAGER_ONLY:
+        names = [name for name in names if name != "compile"]
+    if not workload.tied:  # a graph's sums are of the nodes that it scores
+        names = [name for name in names if name != "cudnn"]
+    if workload.name in CAPTURED and options.device == "cuda":
+        names += [name + harness.CAPTURED for name in names if name != "cudnn"]
+    dtype = getattr(torch, options.dtype)
+    cases = harness.make_cases(workload, names, dtype, options.device)
+    if workload.level:
+        level = harness.make_cases(WORKLOADS[workload.level], names, dtype, options.device)
+        cases |= {f"{name} level": case for name, case in level.items()}
+    return cases
+
+
+def bench_workload(
+    workload: Workload, threads: int, peaks: dict[str, float], options: argparse.Namespace
+) -> list[dict]:
     """Rows of one workload: a time a provider and mode, with ratios to those of the peers."""
     torch.compiler.reset()
-    dtype = getattr(torch, options.dtype)
-    if workload.name == "skewed":  # padded, it would need 1,001 x 50,000 rows
-        cases = {
-            name: harness.make_cases(WORKLOADS[name], [options.ours], dtype, options.device)[
-                options.ours
-            ]
-            for name in ("level", "skewed")
-        }
-    else:
-        skipped = ("compile",) if workload.name in EAGER_ONLY else ()
-        names = [name for name in options.providers if name not in skipped]
-        cases = harness.make_cases(workload, names, dtype, options.device)
+    cases = make_cases(workload, options)
     rows = []
     for mode in options.modes:
         timings = harness.time_cases(cases, mode, options.seconds)
         print(f"\n{workload.name}: {workload.description}; {mode}, {threads} threads")
         for name, timing in timings.items():
-            memory = harness.peak_memory(cases[name], mode, options.device)
-            ratios = {
-                f"vs_{peer}": timings[peer].median / timing.median
-                for peer in RIVALS
-                if peer in timings and name not in RIVALS
-            }
-            rate = workload.pairs * workload.dim / timing.median
+            case = cases[name]
+            shape = WORKLOADS[workload.level] if name.endswith(" level") else workload
             row = {
                 "workload": workload.name,
-                "shape": WORKLOADS.get(name, workload).description,
+                "shape": shape.description,
                 "mode": mode,
                 "threads": threads,
                 "provider": name,
+                "captured": case.is_captured,
                 **asdict(timing),
-                "elements_per_second": rate,
-                "peak_bytes": memory,
-                **ratios,
+                "elements_per_second": shape.pairs * shape.dim / timing.median,
+                "share_of_error_budget": case.error,
+                **memory_figures(case, mode, options.device),
             }
+            if shape.one_query and not shape.steps:
+                moved = shape.bytes_moved(mode, case.doutput.itemsize)
+                row["share_of_copy"] = moved / timing.median / peaks["copied_bytes_per_second"]
+            if not case.is_peer and shape is workload:
+                row |= ratios(name, timings)
+                row["reach"] = reach.verdicts(row, options.device, options.dtype)
             rows.append(row)
             print(format_row(row), flush=True)
     return rows
 
 
+def ratios(name: str, timings: dict[str, harness.Timing]) -> dict[str, float]:
+    """Times of the rivals over that of case ``name``, and the same of processor time."""
+    found = {}
+    for rival in RIVALS:
+        other = timings.get(f"{name} level" if rival == "level" else rival)
+        if other is not None:
+            found[f"vs_{rival}"] = other.median / timings[name].median
+            found[f"processor_vs_{rival}"] = other.processor / timings[name].processor
+    return found
+
+
+def memory_figures(case: harness.Case, mode: str, device: str) -> dict[str, float]:
+    """A call's peak beyond its inputs, and inputs and peak over inputs, outputs and gradients."""
+    peak = harness.peak_memory(case, mode, device)
+    inputs, output = case.input_bytes, case.doutput.nbytes
+    before = inputs + (output if mode == "backward" else 0)
+    needed = inputs + output + (0 if mode == "forward" else inputs)
+    return {"peak_bytes": peak, "memory_ratio": (before + peak) / needed}
+
+
 def format_row(row: dict) -> str:
-    ratios = "".join(
-        f"  {row[f'vs_{peer}']:5.2f}x {peer}" for peer in RIVALS if f"vs_{peer}" in row
+    versus = "".join(
+        f"  {row[f'vs_{rival}']:.2f}x {rival} ({row[f'processor_vs_{rival}']:.2f}x processor)"
+        for rival in RIVALS
+        if f"vs_{rival}" in row
     )
+    share = f"  {row['share_of_copy']:.0%} of copy" if "share_of_copy" in row else ""
+    verdicts = "".join(f"\n    reach {verdict}" for verdict in row.get("reach", ()))
     return (
-        f"  {row['provider']:10s} {row['median'] * 1e3:9.2f} ms "
-        f"[{row['low'] * 1e3:.2f} .. {row['high'] * 1e3:.2f}, n={row['rounds']}] "
+        f"  {row['provider']:14s} {row['median'] * 1e3:9.3f} ms "
+        f"[{row['low'] * 1e3:.3f} .. {row['high'] * 1e3:.3f}, n={row['rounds']}; "
+        f"processor {row['processor'] * 1e3:.3f}] "
         f"{row['elements_per_second'] / 1e9:6.2f} G elements/s "
-        f"{row['peak_bytes'] / 1e6:8.1f} MB{ratios}"
+        f"{row['peak_bytes'] / 1e6:8.1f} MB (x{row['memory_ratio']:.2f})  "
+        f"error {row['share_of_error_budget']:.2f} of budget{share}{versus}{verdicts}"
     )
 
 
 def bench_dtypes(options: argparse.Namespace) -> list[dict]:
     """Time of the best provider in each dtype, on the same numbers."""
-    provider, rows = options.ours, []
+    provider, rows = options.ours[0], []
     for name in options.workloads:
         cases = {
             dtype: harness.make_cases(
@@ -187,7 +251,7 @@ def bench_dtypes(options: argparse.Namespace) -> list[dict]:
 
 def bench_scaling(options: argparse.Namespace) -> dict[str, list[dict]]:
     """Time of the best provider against tokens at a fixed batch, and against batch."""
-    provider = options.ours
+    provider = options.ours[0]
     sweeps = {
         "tokens": [("16 sequences", count, 16, count // 16) for count in TOKENS],
         "batch": [("8,000 keys in all", batch, batch, 8_000 // batch) for batch in BATCHES],
@@ -210,16 +274,30 @@ def bench_scaling(options: argparse.Namespace) -> dict[str, list[dict]]:
 def machine(device: str) -> dict[str, str | int]:
     """What the numbers were measured on."""
     name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
-    isa = torch.backends.cpu.get_cpu_capability()
     suffix = "" if device == "cuda" else f", {os.cpu_count()} cores"
     return {
         "name": name + suffix,
         "slug": "".join(c if c.isalnum() else "-" for c in name.lower()),
-        "isa": isa,
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        **(_cuda_facts() if device == "cuda" else {}),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": date.today().isoformat(),
     }
+
+
+def _cuda_facts() -> dict[str, str | int]:
+    properties = torch.cuda.get_device_properties(0)
+    facts = {
+        "cuda": torch.version.cuda,
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+    }
+    command = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem"]
+    if shutil.which(command[0]):
+        found = subprocess.run([*command, "--format=csv,noheader"], capture_output=True, text=True)
+        facts["driver, clocks now, most, memory"] = found.stdout.strip()
+    return facts
 
 
 def _cpu_name() -> str:

@@ -1,7 +1,9 @@
 """Interleaved timing and peak memory, with results checked before any time is taken."""
 
 import ctypes
+import functools
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +22,10 @@ MODES = ("forward", "backward", "both")
 # Peers sum in other orders than the plain formula does; they are only checked to be sane.
 PEER_ALLOWANCE = 20
 ROUND_SECONDS, MOST_CALLS = 0.02, 32
+CAPTURED = "+graph"  # ends the name of a provider whose calls are replayed as one CUDA graph
+COLD_FACTOR = 3  # the copies of a cold workload's inputs are so many times as large as the cache
+MOST_COPIES = 16
+CPU_CACHE = 32 << 20  # bytes of L3 that the cores of most server processors share
 
 
 @dataclass
@@ -30,101 +36,215 @@ class Timing:
     low: float
     high: float
     rounds: int
+    processor: float  # median of the process's processor time, which other processes do not add to
 
 
 class Case:
-    """One provider on one workload: its forward, and its gradients for a fixed output gradient."""
+    """One provider on one workload: its forward, and its gradients for a fixed output gradient.
 
-    def __init__(self, provider: str, workload: Workload, inputs: Inputs, doutput: Tensor):
-        self.provider = provider
-        self.run = providers.make_run(provider, workload, inputs)
-        self.leaves = providers.leaves(provider, inputs)
+    With several copies of the inputs, calls take them in turn.
+    """
+
+    def __init__(self, name: str, workload: Workload, copies: list[Inputs], doutput: Tensor):
+        provider = name.removesuffix(CAPTURED)
+        self.is_captured = name != provider
+        self.is_peer = provider in providers.PEERS
+        self.is_padded = provider in providers.PADDED
         self.doutput = doutput
+        self.input_bytes = copies[0].bytes
+        self.error = math.nan  # the largest share of the error budget, once checked
+        self._runs = [providers.make_run(provider, workload, inputs) for inputs in copies]
+        self._leaves = [providers.leaves(provider, inputs) for inputs in copies]
+        self._calls = 0
+        self._processor = 0.0
+        self._replay: tuple[str, Callable[[], object], object] | None = None
 
-    def forward(self) -> Tensor:
-        with torch.no_grad():
-            return self.run()
+    def output(self, copy: int = 0) -> Tensor:
+        return self._runs[copy]()
 
-    def gradients(self, output: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(output, self.leaves, self.doutput)
+    def gradients(self, output: Tensor, copy: int = 0, again: bool = False) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(output, self._leaves[copy], self.doutput, retain_graph=again)
+
+    def call(self, mode: str, copy: int = 0) -> object:
+        if mode == "forward":
+            with torch.no_grad():
+                return self.output(copy)
+        return self.gradients(self.output(copy), copy)
 
     def seconds(self, mode: str, calls: int = 1) -> float:
         """Mean time of ``calls`` calls in a row."""
-        outputs = [self.run() if mode == "backward" else None for _ in range(calls)]
+        if self.is_captured:
+            return self._replayed_seconds(mode, calls)
+        if mode != "backward":
+            return self._elapsed(lambda: self.call(mode, self._next()), calls)
+        taken = 0.0
+        for _ in range(calls):
+            copy = self._next()
+            output = self.output(copy)
+            taken += self._elapsed(functools.partial(self.gradients, output, copy))
+        return taken / calls
+
+    def timed(self, mode: str, calls: int) -> tuple[float, float]:
+        """The same, and the mean processor time of a call."""
+        self._processor = 0.0
+        taken = self.seconds(mode, calls)
+        copies = len(self._runs) if self.is_captured else 1
+        return taken, self._processor / (calls * copies)
+
+    def release(self) -> None:
+        """Free a captured graph and the memory it holds."""
+        self._replay = None
+
+    def _next(self) -> int:
+        self._calls += 1
+        return self._calls % len(self._runs)
+
+    def _elapsed(self, work: Callable[[], object], calls: int = 1) -> float:
         _synchronize(self.doutput)
-        start = time.perf_counter()
-        for output in outputs:
-            if mode == "forward":
-                self.forward()
-            else:
-                self.gradients(self.run() if output is None else output)
+        start, spent = time.perf_counter(), time.process_time()
+        for _ in range(calls):
+            work()
         _synchronize(self.doutput)
+        self._processor += time.process_time() - spent
         return (time.perf_counter() - start) / calls
+
+    def _replayed_seconds(self, mode: str, calls: int) -> float:
+        """The same for replays of one graph that holds a call on each copy of the inputs."""
+        if self._replay is None or self._replay[0] != mode:
+            self._replay = (mode, *self._capture(mode))
+        return self._elapsed(self._replay[1], calls) / len(self._runs)
+
+    def _capture(self, mode: str) -> tuple[Callable[[], object], object]:
+        """Runs ``mode`` on every copy, on a CUDA device as one graph, and what that refers to."""
+        if not self.doutput.is_cuda:
+            outputs = self._outputs(mode)
+            return lambda: self._all_copies(mode, outputs), outputs
+        stream = _capture_stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            outputs = self._outputs(mode)
+            for _ in range(3):
+                self._all_copies(mode, outputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            results = self._all_copies(mode, outputs)
+        return graph.replay, (outputs, results)
+
+    def _outputs(self, mode: str) -> list[Tensor] | None:
+        """One output a copy for a backward that is timed alone."""
+        return [self.output(n) for n in range(len(self._runs))] if mode == "backward" else None
+
+    def _all_copies(self, mode: str, outputs: list[Tensor] | None) -> list[object]:
+        if outputs is None:
+            return [self.call(mode, copy) for copy in range(len(self._runs))]
+        return [self.gradients(output, copy, again=True) for copy, output in enumerate(outputs)]
+
+
+@functools.cache
+def _capture_stream() -> torch.cuda.Stream:
+    """One for all captures: backward runs on the streams of its forward and of its leaves."""
+    return torch.cuda.Stream()
 
 
 def make_cases(
     workload: Workload, names: list[str], dtype: torch.dtype, device: str
 ) -> dict[str, Case]:
-    """Make and check one case a provider, all on the same numbers."""
+    """Make and check one case a provider, all on the same numbers; leave out peers that fail."""
     inputs = make_inputs(workload, dtype, device)
     rows = inputs.query.shape[:-1]
     doutput = torch.randn(*rows, workload.value_dim, generator=torch.Generator().manual_seed(9))
     doutput = doutput.to(device, dtype)
-    cases = {name: Case(name, workload, inputs, doutput) for name in names}
-    check(cases, inputs, bool(workload.steps))
-    return cases
+    copies = [inputs]
+    if workload.cold:
+        wanted = math.ceil(COLD_FACTOR * cache_bytes(device) / inputs.bytes)
+        copies += [inputs.copy() for _ in range(1, min(wanted, MOST_COPIES))]
+    cases = {name: Case(name, workload, copies, doutput) for name in names}
+    return check(cases, inputs, bool(workload.steps))
 
 
-def check(cases: dict[str, Case], inputs: Inputs, is_loop: bool) -> None:
-    """Raise unless every case's outputs and gradients keep the error budget of the project.
+def cache_bytes(device: str) -> int:
+    """Size of the last cache before memory."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    return CPU_CACHE
+
+
+def check(cases: dict[str, Case], inputs: Inputs, is_loop: bool) -> dict[str, Case]:
+    """The cases that run; raise unless their outputs and gradients keep the error budget.
 
     Against float64, the error may be 2 times (output) or 3 times (gradients) that of the plain
-    formula in the same dtype, plus a rounding of the result's scale; peers get more.
+    formula in the same dtype, plus a rounding of the result's scale; peers get more. A peer that
+    does not run here, for want of memory say, is named and left out.
     """
     doutput = next(iter(cases.values())).doutput
     exact = _by_sequence(inputs, doutput, is_loop, torch.float64)
     plain = _by_sequence(inputs, doutput, is_loop, doutput.dtype)
     rounding = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}[doutput.dtype]
-    names = ("output", "dquery", "dkey", "dvalue", "dscore_weight")
+    names = ["output", "dquery", "dkey", "dvalue", "dscore_weight"]
+    if len(exact) < len(names):
+        names.remove("dvalue")
+    usable = {}
     for provider, case in cases.items():
-        output = case.run()
-        gradients = case.gradients(output)
-        if provider in providers.PEERS:
-            gradients = _unpad(gradients, inputs, is_loop)
-        results = (output.detach(), *gradients)
+        results = _results(provider, case, inputs, is_loop)
+        if results is None:
+            continue
+        shares = {}
         for name, result, truth, eager in zip(names, results, exact, plain, strict=True):
             error, allowed = ((found - truth).abs().max().item() for found in (result, eager))
             allowed = allowed * (2 if name == "output" else 3) + rounding * truth.abs().max().item()
-            if provider in providers.PEERS:
-                allowed *= PEER_ALLOWANCE
-            if not error <= allowed:
+            shares[name] = error / allowed if error else 0.0
+            if not shares[name] <= (PEER_ALLOWANCE if case.is_peer else 1):
                 raise AssertionError(f"{provider}: {name} is off by {error:.2e}, not {allowed:.2e}")
+        case.error = max(shares.values())
+        usable[provider] = case
+    return usable
+
+
+def _results(provider: str, case: Case, inputs: Inputs, is_loop: bool) -> list[Tensor] | None:
+    """Output and jagged gradients of a case; None for a peer that does not run."""
+    try:
+        output = case.output()
+        gradients = case.gradients(output)
+    except RuntimeError as error:
+        if not case.is_peer:
+            raise
+        print(f"{provider}: does not run here: {str(error).splitlines()[0]}", flush=True)
+        return None
+    return [output.detach(), *(_unpad(gradients, inputs, is_loop) if case.is_padded else gradients)]
 
 
 def _by_sequence(
     inputs: Inputs, doutput: Tensor, is_loop: bool, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     """Output and gradients by the reference, one sequence at a time."""
-    leaves = [
-        tensor.detach().to(dtype).requires_grad_()
-        for tensor in (inputs.query, inputs.key, inputs.value, inputs.score_weight)
-    ]
-    query, key, value, score_weight = leaves
-    queries = query.unbind(1) if is_loop else query.split(inputs.cu_seqlens_q.diff().tolist())
+    queries, douts = (
+        rows.unbind(1) if is_loop else rows.split(inputs.cu_seqlens_q.diff().tolist())
+        for rows in (inputs.query, doutput)
+    )
     sizes = inputs.cu_seqlens_k.diff().tolist()
-    sequences = zip(queries, key.split(sizes), value.split(sizes), strict=True)
-    contexts = [
-        attn_ext.reference.additive_attention(q[None], k[None], v[None], score_weight)[0]
-        for q, k, v in sequences
+    tied = inputs.value is inputs.key
+    key_side = [
+        rows.split(sizes) for rows in ((inputs.key,) if tied else (inputs.key, inputs.value))
     ]
-    output = torch.stack(contexts, 1) if is_loop else torch.cat(contexts)
-    return output.detach(), *torch.autograd.grad(output, leaves, doutput.to(dtype))
+    results = []
+    for query, dout, *keys in zip(queries, douts, *key_side, strict=True):
+        tensors = (query, *keys, inputs.score_weight)
+        leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
+        context = attn_ext.reference.additive_attention(
+            leaves[0][None], leaves[1][None], leaves[-2][None], leaves[-1]
+        )[0]
+        gradients = torch.autograd.grad(context, leaves, dout.to(dtype))
+        results.append((context.detach(), *gradients))
+    contexts, dqueries, *dkeys, dweights = zip(*results, strict=True)
+    join = (lambda rows: torch.stack(rows, 1)) if is_loop else torch.cat
+    return join(contexts), join(dqueries), *map(torch.cat, dkeys), torch.stack(dweights).sum(0)
 
 
 def _unpad(gradients: tuple[Tensor, ...], inputs: Inputs, is_loop: bool) -> list[Tensor]:
-    dquery, dkey, dvalue, dweight = gradients
+    dquery, *dkeys, dweight = gradients
     valid = slice(None) if inputs.padding_mask is None else ~inputs.padding_mask
-    rows = (grad[valid].flatten(0, -2) for grad in (dkey, dvalue))
+    rows = (grad[valid].flatten(0, -2) for grad in dkeys)
     return [dquery if is_loop else dquery[inputs.query_valid], *rows, dweight]
 
 
@@ -139,8 +259,9 @@ def time_cases(
     calls = {}
     for name, case in cases.items():
         case.seconds(mode)  # not counted: first-touch and compilation
-        calls[name] = max(1, min(MOST_CALLS, int(ROUND_SECONDS / case.seconds(mode))))
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
+        single = min(case.seconds(mode) for _ in range(3))
+        calls[name] = max(1, min(MOST_CALLS, int(ROUND_SECONDS / single)))
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     end = time.perf_counter() + budget
     gc.disable()
     try:
@@ -148,13 +269,18 @@ def time_cases(
             if done >= 3 and time.perf_counter() > end:
                 break
             for name, case in cases.items():
-                seconds[name].append(case.seconds(mode, calls[name]))
+                seconds[name].append(case.timed(mode, calls[name]))
     finally:
         gc.enable()
-    return {
-        name: Timing(statistics.median(taken), min(taken), max(taken), len(taken))
-        for name, taken in seconds.items()
-    }
+        for case in cases.values():
+            case.release()
+    timings = {}
+    for name, pairs in seconds.items():
+        taken, spent = zip(*pairs, strict=True)
+        timings[name] = Timing(
+            statistics.median(taken), min(taken), max(taken), len(taken), statistics.median(spent)
+        )
+    return timings
 
 
 def measured_peaks(device: str) -> dict[str, float]:
@@ -166,12 +292,13 @@ def measured_peaks(device: str) -> dict[str, float]:
 
     def best(work: Callable[[], object]) -> float:
         taken = []
-        for _ in range(10):
+        for _ in range(5):
             _synchronize(matrix)
             start = time.perf_counter()
             work()
+            work()
             _synchronize(matrix)
-            taken.append(time.perf_counter() - start)
+            taken.append((time.perf_counter() - start) / 2)
         return min(taken)
 
     return {
@@ -182,12 +309,10 @@ def measured_peaks(device: str) -> dict[str, float]:
 
 def peak_memory(case: Case, mode: str, device: str) -> int:
     """Bytes that a call holds at its peak beyond what was held before, its results included."""
-    output = case.run() if mode == "backward" else None
+    output = case.output() if mode == "backward" else None
 
     def run() -> object:
-        if mode == "forward":
-            return case.forward()
-        return case.gradients(case.run() if output is None else output)
+        return case.call(mode) if output is None else case.gradients(output)
 
     gc.collect()
     if device == "cuda":

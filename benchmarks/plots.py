@@ -3,7 +3,7 @@
 from pathlib import Path
 
 MODE_LABELS = {"forward": "fwd", "backward": "bwd", "both": "fwd + bwd"}
-PEER_COLOURS = {"vs_eager": "tab:blue", "vs_compile": "tab:orange"}
+PEER_COLOURS = {"vs_eager": "tab:blue", "vs_compile": "tab:orange", "vs_cudnn": "tab:green"}
 
 
 def draw_ratios(rows: list[dict], title: str, path: Path) -> None:
@@ -17,10 +17,14 @@ def draw_ratios(rows: list[dict], title: str, path: Path) -> None:
     if not ours:
         return
     figure, axes = pyplot.subplots(figsize=(8, 0.5 + 0.42 * len(ours)), layout="constrained")
-    for offset, (peer, colour) in zip((-0.2, 0.2), PEER_COLOURS.items(), strict=True):
+    drawn = [peer for peer in PEER_COLOURS if any(peer in row for row in ours)]
+    height = 0.8 / len(drawn)
+    for number, peer in enumerate(drawn):
+        offset = (number - (len(drawn) - 1) / 2) * height
         places = [place + offset for place, row in enumerate(ours) if peer in row]
         ratios = [row[peer] for row in ours if peer in row]
-        bars = axes.barh(places, ratios, height=0.38, color=colour, label=f"{peer[3:]} time / ours")
+        label, colour = f"{peer[3:]} time / ours", PEER_COLOURS[peer]
+        bars = axes.barh(places, ratios, height=0.95 * height, color=colour, label=label)
         axes.bar_label(bars, fmt="%.1f×", padding=3, fontsize=8)
     labels = [
         f"{row['workload']}, {MODE_LABELS[row['mode']]}"
@@ -31,7 +35,7 @@ def draw_ratios(rows: list[dict], title: str, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlim(0.8, 2 * max(row[peer] for row in ours for peer in PEER_COLOURS if peer in row))
+    axes.set_xlim(0.8, 2 * max(row[peer] for row in ours for peer in drawn if peer in row))
     axes.set_xlabel("times faster (log scale)")
     axes.set_title(title, fontsize=10)
     axes.legend(loc="lower right")

@@ -1,6 +1,6 @@
 """The shapes people run, by name, and the inputs for them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
@@ -22,7 +22,9 @@ class Workload:
     """One attention problem: lengths a sequence, features, and how queries arrive.
 
     ``steps`` > 0 is a decoder loop of that many steps with one query a sequence each (keys are
-    prepared once); 0 means that all of a sequence's queries attend in one call.
+    prepared once); 0 means that all of a sequence's queries attend in one call. ``cold`` inputs are
+    read from memory, not from a cache that the call before left them in. ``level`` names a workload
+    of equal lengths and as many tokens to compare with. ``tied`` values are the keys.
     """
 
     name: str
@@ -31,6 +33,23 @@ class Workload:
     dim: int
     value_dim: int
     steps: int = 0
+    cold: bool = False
+    level: str = ""
+    tied: bool = False
+
+    @property
+    def one_query(self) -> bool:
+        """Whether each sequence has one query in a call."""
+        return bool(self.steps) or max(self.query_lengths) == 1
+
+    def bytes_moved(self, mode: str, itemsize: int) -> int:
+        """Bytes that a call (not a loop) reads and writes if it touches each number once."""
+        queries, keys = sum(self.query_lengths), sum(self.key_lengths)
+        inputs = queries * self.dim + keys * (self.dim + (0 if self.tied else self.value_dim))
+        forward = inputs + queries * self.value_dim
+        backward = forward + inputs
+        numbers = {"forward": forward, "backward": backward, "both": forward + backward}
+        return numbers[mode] * itemsize
 
     @property
     def pairs(self) -> int:
@@ -89,7 +108,28 @@ class Inputs:
     @cached_property
     def padded_value(self) -> Tensor:
         """``[B, Tk, Dv]``."""
-        return _pad(self.value, self.key_valid)
+        return self.padded_key if self.value is self.key else _pad(self.value, self.key_valid)
+
+    @cached_property
+    def query_places(self) -> Tensor | None:
+        """``[total_q]``, where the queries stand among padded ones; None when none is padding."""
+        valid = self.query_valid.flatten()
+        return None if bool(valid.all()) else valid.nonzero().squeeze(1)
+
+    @property
+    def bytes(self) -> int:
+        """Of query, key and value."""
+        return sum(tensor.nbytes for tensor in {self.query, self.key, self.value})
+
+    def copy(self) -> "Inputs":
+        """The same numbers elsewhere in memory."""
+        copied = {
+            name: tensor.detach().clone().requires_grad_(tensor.requires_grad)
+            for name, tensor in ((field.name, getattr(self, field.name)) for field in fields(self))
+        }
+        if self.value is self.key:
+            copied["value"] = copied["key"]
+        return Inputs(**copied)
 
 
 def mixture(batch: int, seed: int) -> tuple[int, ...]:
@@ -113,6 +153,7 @@ def _loop(name: str, keys: tuple[int, ...], steps: int, dim: int, value_dim: int
 
 SKEWED = (8,) * 1000 + (50_000,)
 LEVEL = (58,) * 943 + (57,) * 58  # as many sequences, and as many keys in all, as SKEWED
+ONES = (1,) * len(SKEWED)
 
 WORKLOADS = {
     workload.name: workload
@@ -121,8 +162,15 @@ WORKLOADS = {
         Workload("gnmt", mixture(64, 1), mixture(64, 2), 1024, 1024),
         _loop("step-decoder", mixture(64, 3), 30, 512, 512),
         Workload("one-long", (100_000,), (1,), 256, 512),
-        Workload("skewed", SKEWED, (1,) * 1001, 256, 256),
-        Workload("level", LEVEL, (1,) * 1001, 256, 256),
+        Workload("skewed", SKEWED, ONES, 256, 256, level="level"),
+        Workload("level", LEVEL, ONES, 256, 256),
+        Workload("at-once", (75,) * 384, (75,) * 384, 1024, 1024),
+        Workload("gnmt-384", mixture(384, 1), mixture(384, 2), 1024, 1024),
+        Workload("step", mixture(384, 3), (1,) * 384, 1024, 1024, cold=True),
+        Workload("one-long-512", (100_000,), (1,), 512, 512, cold=True),
+        Workload("skewed-512", SKEWED, ONES, 512, 512, cold=True, level="level-512"),
+        Workload("level-512", LEVEL, ONES, 512, 512, cold=True),
+        Workload("graph", mixture(384, 1), mixture(384, 2), 1024, 1024, tied=True),
         _loop("rnnsearch", uniform(80, 40, 60, 4), 50, 1000, 2000),
         _loop("tacotron2", uniform(64, 100, 190, 5), 50, 128, 512),
         _loop("listen-attend-spell", uniform(16, 200, 500, 6), 20, 1024, 512),
@@ -148,10 +196,11 @@ def make_inputs(
     query_lengths = torch.tensor(workload.query_lengths, device=device)
     total_k = sum(workload.key_lengths)
     query_shape = (workload.steps, batch) if workload.steps else (sum(workload.query_lengths),)
+    key = draw(total_k, workload.dim).requires_grad_()
     return Inputs(
         draw(*query_shape, workload.dim).requires_grad_(),
-        draw(total_k, workload.dim).requires_grad_(),
-        draw(total_k, workload.value_dim).requires_grad_(),
+        key,
+        key if workload.tied else draw(total_k, workload.value_dim).requires_grad_(),
         draw(workload.dim, scale=workload.dim**-0.5).requires_grad_(),
         _offsets(query_lengths),
         _offsets(key_lengths),
