@@ -43,6 +43,7 @@ lint: $(VENV)/.installed ## check the style of Python and C++
 	! grep -nE '://|index-url|find-links' requirements/*
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
 	    | xargs -r $(VENV)/bin/clang-format --dry-run -Werror
 

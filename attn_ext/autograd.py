@@ -94,7 +94,7 @@ def _record(function: type[torch.autograd.Function], *arguments):
     There Function.apply asks for a rule of torch.func's own. None is needed at the Autograd key,
     where the transform has already made its level the one whose gradients are recorded.
     """
-    apply = super(torch.autograd.Function, function).apply
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     if not torch._C._are_functorch_transforms_active():
         return apply(*arguments)
     with enable_single_level_autograd_function():

@@ -1,11 +1,64 @@
 """The public function: checks, the internal form, and the choice of a backend."""
 
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
+
 import torch
 from torch import Tensor
 
 from . import autograd, backends, layout, reference
 from .checks import check_flag, check_probability
 from .layout import KeySide, QuerySide
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    class _Options(TypedDict, total=False):
+        cu_seqlens_q: Tensor | None
+        cu_seqlens_k: Tensor | None
+        max_seqlen_q: int | None
+        max_seqlen_k: int | None
+        key_padding_mask: Tensor | None
+        key_lengths: Tensor | None
+        dropout_p: float
+        deterministic: bool | None
+        backend: str | None
+
+
+# For type checkers: what is returned depends on need_weights.
+@overload
+def additive_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_weight: Tensor,
+    *,
+    need_weights: Literal[False] = False,
+    **options: "Unpack[_Options]",
+) -> Tensor: ...
+
+
+@overload
+def additive_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_weight: Tensor,
+    *,
+    need_weights: Literal[True],
+    **options: "Unpack[_Options]",
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def additive_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_weight: Tensor,
+    *,
+    need_weights: bool,
+    **options: "Unpack[_Options]",
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def additive_attention(

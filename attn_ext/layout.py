@@ -5,7 +5,7 @@ score weights ``[H, D]``. A jagged side has ``Bq`` (``Bk``) = 1 and offsets; a p
 per sequence. Below this file nothing is validated again.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ def check_key_side(
         if nest is not None:
             expected, got = got, expected
         raise mismatch("value", f"a {expected} tensor, as key is", f"a {got} one")
-    if nest is not None:
+    if nest is not None and value_nest is not None:
         if cu_seqlens_k is not None:
             raise mismatch("cu_seqlens_k", "None for a nested key, which has its own", "offsets")
         _check_same_offsets(nest.offsets, value_nest.offsets)
@@ -110,7 +110,7 @@ def check_key_side(
     is_jagged = cu_seqlens_k is not None
     _check_key_shapes(key, value, score_weight, is_jagged)
 
-    if is_jagged:
+    if cu_seqlens_k is not None:
         for name, given in (("key_padding_mask", key_padding_mask), ("key_lengths", key_lengths)):
             if given is not None:
                 raise mismatch(name, "None with jagged keys, whose offsets give lengths", "one")
@@ -171,12 +171,14 @@ def check_query_side(
     if query.dtype != keys.key.dtype:
         raise wrong_type("query", f"dtype {keys.key.dtype}, as key", query.dtype)
 
-    if is_jagged:
+    bound: int | None = None
+    batch = query.size(0)
+    if cu_seqlens_q is not None:
         longest = check_offsets("cu_seqlens_q", cu_seqlens_q, "query", query)
         bound = check_bound("max_seqlen_q", max_seqlen_q, longest)
         if bound is None:
             bound = _bound_of_unread(cu_seqlens_q, query.size(0), need_max)
-    batch = cu_seqlens_q.size(0) - 1 if is_jagged else query.size(0)
+        batch = cu_seqlens_q.size(0) - 1
     if batch != keys.batch_size:
         name = "cu_seqlens_q" if is_jagged and nested is None else "query"
         raise mismatch(name, f"{keys.batch_size} sequences, as the keys have", str(batch))
@@ -187,7 +189,7 @@ def check_query_side(
         query = query.unsqueeze(1)
     if not keys.has_heads:
         query = query.unsqueeze(2)
-    if not is_jagged:
+    if bound is None:
         bound = query.size(1)
         check_bound("max_seqlen_q", max_seqlen_q, bound)
     return QuerySide(query, cu_seqlens_q, bound, is_one_step, keys.has_heads, nested)
@@ -259,7 +261,7 @@ def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 def _bound_of_unread(cu: Tensor, rows: int, need_exact: bool) -> int:
     """A length bound when values were not read and no ``max_seqlen`` was given."""
     if need_exact and cu.size(0) > 1:
-        return cu.diff().max().item()  # the one host synchronisation, for the shape of weights
+        return int(cu.diff().max().item())  # the one host synchronisation, for the shape of weights
     return rows
 
 
@@ -277,12 +279,13 @@ def _unwrap(name: str, tensor: Tensor) -> tuple[Tensor, _Nest | None]:
         return tensor, None
     if tensor.layout != torch.jagged:
         raise mismatch(name, "a nested tensor of layout=torch.jagged", f"layout {tensor.layout}")
-    if tensor._ragged_idx != 1:
-        raise mismatch(name, "a nested tensor ragged in axis 1", f"axis {tensor._ragged_idx}")
-    if tensor.lengths() is not None:
+    nested: Any = tensor  # of a class that PyTorch does not make public
+    if nested._ragged_idx != 1:
+        raise mismatch(name, "a nested tensor ragged in axis 1", f"axis {nested._ragged_idx}")
+    if nested.lengths() is not None:
         expected = "a nested tensor without holes (rebuild it with torch.nested.nested_tensor)"
         raise mismatch(name, expected, "one with lengths() set")
-    return tensor.values(), _Nest(tensor.offsets(), tensor._maybe_max_seqlen)
+    return nested.values(), _Nest(nested.offsets(), nested._maybe_max_seqlen)
 
 
 def _check_same_offsets(ours: Tensor, theirs: Tensor) -> None:
@@ -293,7 +296,7 @@ def _check_same_offsets(ours: Tensor, theirs: Tensor) -> None:
         raise mismatch("value", "a nested tensor with key's offsets", "other offsets")
 
 
-def _nested_like(values: Tensor, like: Tensor) -> Tensor:
+def _nested_like(values: Tensor, like: Any) -> Tensor:
     return torch.nested.nested_tensor_from_jagged(
         values,
         offsets=like.offsets(),

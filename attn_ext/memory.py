@@ -1,5 +1,7 @@
 """Attention for decoders that attend once a step, with the key side prepared once."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -62,6 +64,15 @@ class AttentionMemory:
         if backend != "reference" and _can_collect():
             self._steps = _Steps(keys, self._choice)
             self._token = _Collect.apply(keys.key, keys.value, keys.score_weight, self._steps)
+
+    @overload
+    def attend(self, query: Tensor, *, need_weights: Literal[False] = False) -> Tensor: ...
+
+    @overload
+    def attend(self, query: Tensor, *, need_weights: Literal[True]) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def attend(self, query: Tensor, *, need_weights: bool) -> Tensor | tuple[Tensor, Tensor]: ...
 
     def attend(
         self, query: Tensor, *, need_weights: bool = False
@@ -133,7 +144,7 @@ class _Steps:
         self.key_layout = (keys.cu_seqlens, keys.lengths, keys.padding_mask)
         self._versions = self._current_versions()
         # By backward pass: passes may nest (reentrant checkpointing) or run in several threads.
-        self._records: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
+        self._records: dict[int, list[tuple[Tensor, ...]]] = {}
 
     def _current_versions(self) -> list[int]:
         tensors = (self.keys.key, self.keys.value, self.keys.score_weight, *self.key_layout)

@@ -62,7 +62,7 @@ class AdditiveAttention(nn.Module):
         self.key_proj.reset_parameters()
         bound = self.score_weight.size(-1) ** -0.5
         nn.init.uniform_(self.score_weight, -bound, bound)
-        if self.g is not None:
+        if self.g is not None and self.b is not None:
             nn.init.constant_(self.g, bound)
             nn.init.zeros_(self.b)
 
@@ -206,7 +206,7 @@ class _ProjectingMemory(AttentionMemory):
         super().__init__(*arguments, **keywords)
         self._module = module
 
-    def attend(
+    def attend(  # type: ignore[override]  # the overloads are inherited
         self, query: Tensor, *, need_weights: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Project the query ``(B, query_dim)`` and attend: see :class:`AttentionMemory`."""

@@ -80,14 +80,14 @@ def attend(
             query, key, value, keys.score_weight, key_valid, dropout_p, seed
         )
     context = context.to(keys.value.dtype)
-    if queries.cu_seqlens is not None:
+    if query_rows is not None:
         context = _scatter(context, query_rows, query_valid, queries.query.size(1))
     context = queries.restore_context(context)
     if not need_weights:
         return context
     weights = weights.to(keys.value.dtype).masked_fill(~query_valid[:, None, :, None], 0)
     weights_layout = layout.weights_layout(queries, keys)
-    if weights_layout == layout.JAGGED_WEIGHTS:
+    if key_rows is not None and weights_layout == layout.JAGGED_WEIGHTS:
         by_key = weights.squeeze(2).transpose(1, 2)  # [B, Tk, H]
         weights = _scatter(by_key, key_rows, key_valid, keys.key.size(1)).squeeze(0)
     else:  # the shape is the bounds', which may be larger than the longest sequences
@@ -134,7 +134,7 @@ def _rows(
     total = rows.size(1)
     cu = cu.to(torch.int64).clamp(0, total)  # corrupt offsets stay inside the rows
     if max_seqlen >= total and batch > 1:  # no useful bound: padding to it could take any memory
-        max_seqlen = cu.diff().max().item()
+        max_seqlen = int(cu.diff().max().item())
     numbers = cu[:-1, None] + torch.arange(max_seqlen, device=rows.device)
     return numbers, numbers < cu[1:, None]
 

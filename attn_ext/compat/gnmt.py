@@ -47,7 +47,7 @@ class GNMTBahdanauAttention(Replacement):
         self.mask: Tensor | None = None
 
     @classmethod
-    def _arguments(cls, module: nn.Module) -> dict[str, Any]:
+    def _arguments(cls, module: Any) -> dict[str, Any]:
         widths = {"query_size": module.linear_q, "key_size": module.linear_k}
         widths = {name: linear.in_features for name, linear in widths.items()}
         return {**super()._arguments(module), **widths}

@@ -34,7 +34,7 @@ class JoeyNMTBahdanauAttention(Stepwise):
         self.proj_query: Tensor | None = None
 
     @classmethod
-    def _arguments(cls, module: nn.Module) -> dict[str, Any]:
+    def _arguments(cls, module: Any) -> dict[str, Any]:
         return {
             "hidden_size": module.energy_layer.in_features,
             "key_size": module.key_layer.in_features,
@@ -65,7 +65,7 @@ class JoeyNMTBahdanauAttention(Stepwise):
             raise RuntimeError("compute_proj_keys must be called before the first step")
         if query.dim() != 3 or query.size(1) != 1:
             raise mismatch("query", "shape (B, 1, query_size)", shape_of(query))
-        self.compute_proj_query(query)
+        projected = self.proj_query = self.query_layer(query)
         memory = self._recall(values, mask, mask._version)
         if memory is None:
             memory = self._memory = AttentionMemory(
@@ -75,5 +75,5 @@ class JoeyNMTBahdanauAttention(Stepwise):
                 key_padding_mask=(mask == 0).squeeze(1),
                 backend=self.backend,
             )
-        context, weights = memory.attend(self.proj_query.squeeze(1), need_weights=True)
+        context, weights = memory.attend(projected.squeeze(1), need_weights=True)
         return context.unsqueeze(1), weights.unsqueeze(1)

@@ -43,7 +43,7 @@ class OpenNMTGlobalAttention(Replacement):
         self.linear_out = nn.Linear(dim * 2, dim)
 
     @classmethod
-    def _arguments(cls, module: nn.Module) -> dict[str, Any]:
+    def _arguments(cls, module: Any) -> dict[str, Any]:
         return {**super()._arguments(module), "coverage": hasattr(module, "linear_cover")}
 
     def forward(

@@ -17,7 +17,7 @@ class Replacement(nn.Module):
     sizes: ClassVar[tuple[str, ...]] = ()  # constructor arguments that the original keeps
 
     @classmethod
-    def _arguments(cls, module: nn.Module) -> dict[str, Any]:
+    def _arguments(cls, module: Any) -> dict[str, Any]:
         """The constructor arguments that made ``module``."""
         return {name: getattr(module, name) for name in cls.sizes}
 
