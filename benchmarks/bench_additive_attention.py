@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from . import harness, plots, providers, reach
-from .workloads import WORKLOADS, Workload, uniform
+from .workloads import WORKLOADS, Workload, mixture, uniform
 
 RESULTS = Path(__file__).parent / "results"
 TABLES = {
@@ -36,6 +36,7 @@ RIVALS = ("eager", "compile", "cudnn", "eager+graph", "compile+graph", "level") 
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENS = (1_000, 2_000, 4_000, 8_000, 16_000)  # keys in all, for the scaling plot
 BATCHES = (4, 16, 64, 256)
+DIMS = (128, 256, 512, 1000, 1024, 2048)
 
 
 def main() -> None:
@@ -65,6 +66,7 @@ def main() -> None:
     }
     if options.more:
         report["dtypes"] = bench_dtypes(options)
+        report["dims"] = bench_dims(peaks[options.threads[-1]], options)
         report["scaling"] = bench_scaling(options)
     options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / f"additive_attention_{report['machine']['slug']}_{options.dtype}"
@@ -95,7 +97,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=_counts, help="e.g. 1,2 (default: one and all)")
     parser.add_argument("--seconds", type=float, default=5.0, help="budget a workload and mode")
     parser.add_argument(
-        "--more", action="store_true", help="also compare dtypes, and time against tokens and batch"
+        "--more",
+        action="store_true",
+        help="also other dtypes and D, and time against tokens and batch",
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -246,6 +250,33 @@ def bench_dtypes(options: argparse.Namespace) -> list[dict]:
                 rows.append({**row, **asdict(timing), "time_vs_float32": ratio})
             ratios = ", ".join(f"{row['dtype']} {row['time_vs_float32']:.2f}x" for row in rows[-3:])
             print(f"{name}, {mode}: time in units of float32's: {ratios}", flush=True)
+    return rows
+
+
+def bench_dims(peaks: dict[str, float], options: argparse.Namespace) -> list[dict]:
+    """Rates of attn_ext's providers for each feature size, all at once and in one step."""
+    rows, dtype = [], getattr(torch, options.dtype)
+    for dim in DIMS:
+        keys = mixture(64, 1)
+        for name, queries in (("all at once", mixture(64, 2)), ("step", (1,) * len(keys))):
+            workload = Workload(name, keys, queries, dim, dim, cold=name == "step")
+            suffix = harness.CAPTURED if options.device == "cuda" else ""
+            names = [provider + suffix for provider in options.ours]
+            cases = harness.make_cases(workload, names, dtype, options.device)
+            for mode in options.modes:
+                for provider, timing in harness.time_cases(
+                    cases, mode, options.seconds / 5
+                ).items():
+                    rate = workload.pairs * dim / timing.median
+                    row = {"workload": name, "dim": dim, "mode": mode, "provider": provider}
+                    row |= {**asdict(timing), "elements_per_second": rate}
+                    text = f"{rate / 1e9:.2f} G elements/s"
+                    if workload.one_query:
+                        moved = workload.bytes_moved(mode, dtype.itemsize) / timing.median
+                        row["share_of_copy"] = moved / peaks["copied_bytes_per_second"]
+                        text += f", {row['share_of_copy']:.0%} of copy"
+                    rows.append(row)
+                    print(f"D={dim} {name}, {mode}, {provider}: {text}", flush=True)
     return rows
 
 
