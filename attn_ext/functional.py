@@ -93,11 +93,11 @@ def additive_attention(
         value: as key with ``Dv`` features; float64 goes only with float64.
         score_weight: ``(D,)``, or ``(H, D)`` for H heads: then every other tensor has an H axis
             before its last.
-        cu_seqlens_q: ``(B + 1,)`` int32 or int64 offsets of jagged queries, starting at 0. Rows
-            past the last offset belong to no sequence.
+        cu_seqlens_q: ``(B + 1,)`` int32 or int64 offsets of jagged queries, in rows, starting at
+            0. Rows past the last offset belong to no sequence.
         cu_seqlens_k: the same for keys and values.
-        max_seqlen_q: the longest query sequence or more. Given, nothing synchronises with an
-            accelerator.
+        max_seqlen_q: the rows of the longest query sequence, or more. Given, nothing synchronises
+            with an accelerator.
         max_seqlen_k: the same for keys.
         key_padding_mask: ``(B, Tk)`` bool, True = ignore that key (padded layouts).
         key_lengths: ``(B,)`` int32 or int64, the valid prefix of each row of keys (padded layouts).
@@ -106,8 +106,7 @@ def additive_attention(
         need_weights: also return the attention weights (after dropout).
         deterministic: repeat results bit for bit; None follows
             ``torch.are_deterministic_algorithms_enabled()``.
-        backend: "cpu" or "reference" ("triton" and "cuda" are names for kernels that this version
-            does not have yet); None takes the best available.
+        backend: "triton", "cuda", "cpu" or "reference"; None takes the best available.
 
     Returns:
         The context, in value's dtype: ``(B, Tq, Dv)``, ``(B, Dv)``, ``(total_q, Dv)``, or nested
@@ -119,10 +118,32 @@ def additive_attention(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device, layout or value, or an unavailable backend.
+        ValueError: a wrong shape, device, layout or value, or an unavailable backend. The message
+            names the argument, what was expected and what came. Values on an accelerator are
+            checked under ``ATTN_EXT_CHECK=1`` only.
+        RuntimeError: a second derivative, or forward mode, on another backend than "reference".
 
     Differentiable once in query, key, value and score_weight, through context and weights; on the
-    "reference" backend any number of times.
+    "reference" backend any number of times. ``torch.func.grad``, ``vjp`` and ``vmap`` work.
+
+    Example:
+        >>> import torch, attn_ext
+        >>> states, query = torch.randn(7, 4), torch.randn(2, 4)
+        >>> score_weight = torch.randn(4, requires_grad=True)
+        >>> context, weights = attn_ext.additive_attention(  # two sources, of 3 and 4 states
+        ...     query, states, states, score_weight,
+        ...     cu_seqlens_k=torch.tensor([0, 3, 7]), need_weights=True,
+        ... )
+        >>> context.shape, weights.shape
+        (torch.Size([2, 4]), torch.Size([7]))
+        >>> scores = torch.tanh(query[0] + states[:3]) @ score_weight
+        >>> torch.allclose(weights[:3], scores.softmax(0), atol=1e-6)
+        True
+        >>> torch.allclose(context[0], weights[:3] @ states[:3], atol=1e-6)
+        True
+        >>> context.sum().backward()
+        >>> score_weight.grad.shape
+        torch.Size([4])
     """
     check_flag("need_weights", need_weights)
     keys = layout.check_key_side(

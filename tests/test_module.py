@@ -267,6 +267,32 @@ def test_autocast(backend: str):
     assert all(p.grad.dtype == torch.float32 for p in module.parameters())
 
 
+def test_grad_scaler(backend: str):
+    """float16 autocast with a scaled loss takes the steps that float32 takes."""
+    device = torch.get_default_device().type
+    start, tensors = make_module("everything").state_dict(), make_tensors()
+    trained = []
+    for enabled in (True, False):
+        module = make_module("everything")
+        module.load_state_dict(start)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler(device, init_scale=2.0**8, enabled=enabled)
+        for _ in range(3):
+            optimizer.zero_grad()
+            with torch.autocast(device, torch.float16, enabled=enabled):
+                context = module(*tensors, backend=backend)
+                assert context.dtype == (torch.float16 if enabled else torch.float32)
+                loss = context.float().square().mean()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        trained.append(module.state_dict())
+    for name, parameter in trained[0].items():
+        assert parameter.dtype == torch.float32
+        step = trained[1][name] - start[name]
+        assert (parameter - start[name] - step).abs().max() < 0.05 * step.abs().max(), name
+
+
 def test_repr_names_the_options():
     text = repr(make_module("everything", dropout=0.25))
     assert "num_heads=4, normalize=True, dropout=0.25" in text
