@@ -16,7 +16,9 @@ def draw_ratios(rows: list[dict], title: str, path: Path) -> None:
     ours = [row for row in rows if any(peer in row for peer in PEER_COLOURS)]
     if not ours:
         return
-    figure, axes = pyplot.subplots(figsize=(8, 0.5 + 0.42 * len(ours)), layout="constrained")
+    figure, axes = pyplot.subplots(
+        figsize=(8, max(2.5, 0.5 + 0.42 * len(ours))), layout="constrained"
+    )
     drawn = [peer for peer in PEER_COLOURS if any(peer in row for row in ours)]
     height = 0.8 / len(drawn)
     for number, peer in enumerate(drawn):
