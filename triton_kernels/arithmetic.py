@@ -1,0 +1,128 @@
+"""The arithmetic that all kernels share: tanh factored and direct, softmax weights, dropout.
+
+With ``A = exp(2q)``, ``B = exp(2k)``, ``x = 1 + A B`` and ``r = 1 / x``, ``tanh(q + k) = 1 - 2r``
+and its derivative is ``4 (r - r^2)``. Feature d goes with feature ``d + HALF``: two fractions share
+one reciprocal, ``w0 r0 + w1 r1 = (w0 x1 + w1 x0) / (x0 x1)``.
+"""
+
+import triton
+import triton.language as tl
+
+# The interpreter multiplies matrices of 16-bit floats by their bits.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# Exponents 2 log2(e) |q| up to 31 keep x0 x1 < 2^126, so that its reciprocal is a normal number.
+LARGEST_MAGNITUDE = tl.constexpr(31 * 0.6931471805599453 / 2)
+# Below this, tanh is so small that the fractions' absolute error would show.
+SMALLEST_MAGNITUDE = tl.constexpr(0.25)
+
+
+@triton.jit
+def reciprocal(x, USE_PTX: tl.constexpr):
+    """``1 / x`` to one unit in the last place, for normal x with a normal reciprocal, and inf."""
+    if USE_PTX:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def exp_twice(x, REFINE: tl.constexpr):
+    """``exp(2x)``; ``REFINE`` makes up for the rounding of the exponent of base 2."""
+    exponent = x * (2 * LOG2_E)
+    result = tl.exp2(exponent)
+    if REFINE:
+        result += result * tl.fma(exponent, -LN_2, x + x)
+    return result
+
+
+@triton.jit
+def tanh_and_derivative(x, EXACT: tl.constexpr, USE_PTX: tl.constexpr):
+    """``tanh(x)`` and ``1 - tanh(x)^2`` for any x.
+
+    Without ``EXACT`` both err by some units of 2^-24 however small they are; with it the errors are
+    relative.
+    """
+    if EXACT:
+        magnitude = tl.abs(x)
+        decay = exp_twice(-magnitude, REFINE=True)
+        fraction = reciprocal(1.0 + decay, USE_PTX)
+        square = x * x  # the series of tanh up to x^15, for |x| < 1/2
+        series = square * -0.0014558343870513183 + 0.003592128036572481
+        series = square * series - 0.008863235529902197
+        series = square * series + 0.021869488536155203
+        series = square * series - 0.05396825396825397
+        series = square * series + 0.13333333333333333
+        series = square * series - 0.3333333333333333
+        small = x + x * (square * series)
+        large = (1.0 - decay) * fraction
+        large = tl.where(x < 0, -large, large)
+        return tl.where(magnitude < 0.5, small, large), 4.0 * decay * (fraction * fraction)
+    else:
+        r = reciprocal(1.0 + tl.exp2(x * (2 * LOG2_E)), USE_PTX)
+        return 1.0 - 2.0 * r, 4.0 * (r - r * r)
+
+
+@triton.jit
+def pair_of_fractions(a0, a1, b0, b1, USE_PTX: tl.constexpr):
+    """``r0`` and ``r1`` of two features from one reciprocal."""
+    x0 = a0 * b0 + 1.0
+    x1 = a1 * b1 + 1.0
+    both = reciprocal(x0 * x1, USE_PTX)
+    return x1 * both, x0 * both
+
+
+@triton.jit
+def weighted_pair(a0, a1, b0, b1, w0, w1, USE_PTX: tl.constexpr):
+    """``w0 r0 + w1 r1``."""
+    x0 = a0 * b0 + 1.0
+    x1 = a1 * b1 + 1.0
+    return (w0 * x1 + w1 * x0) * reciprocal(x0 * x1, USE_PTX)
+
+
+@triton.jit
+def product(left, right):
+    """``left @ right`` of two matrices of one dtype, summed in float32 without rounding before."""
+    if INTERPRETED:
+        return tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(left, right, input_precision="ieee")
+
+
+@triton.jit
+def weighted_sum(weights, value):
+    """``weights @ value`` with float32 weights: 16-bit values meet them in two 16-bit parts."""
+    if value.dtype == tl.float32:
+        return product(weights, value)
+    else:
+        high = weights.to(value.dtype)
+        low = (weights - high.to(tl.float32)).to(value.dtype)
+        return product(high, value) + product(low, value)
+
+
+@triton.jit
+def factors(query_bound, key_bound):
+    """Whether rows with these largest magnitudes may meet in the factored form; NaN: no."""
+    in_range = (query_bound <= LARGEST_MAGNITUDE) & (key_bound <= LARGEST_MAGNITUDE)
+    return in_range & (query_bound + key_bound >= SMALLEST_MAGNITUDE)
+
+
+@triton.jit
+def dropout_scales(seed_ptr, threshold, scale, sequence, head, query, key):
+    """``scale`` where dropout keeps the weight of (sequence, head, query, key), else 0.
+
+    Args:
+        seed_ptr: one int64.
+        threshold: the least 24-bit number that is kept, ``ceil(dropout_p * 2^24)``.
+        scale: ``1 / (1 - dropout_p)``.
+        sequence, head: int32 numbers.
+        query, key: positions in the sequence, broadcast against each other.
+    """
+    query, key = tl.broadcast(query.to(tl.int32), key.to(tl.int32))
+    zero = query * 0
+    word, _, _, _ = tl.philox(tl.load(seed_ptr), key, query, zero + head, zero + sequence)
+    return tl.where((word >> 8).to(tl.int32) >= threshold, scale, 0.0)

@@ -1,0 +1,76 @@
+"""Block sizes and warps: one table, chosen by regime, feature counts and dtype; nothing is tuned at
+call time, and nothing depends on how many tokens a call has.
+
+Reasons are counts from machine code for sm_90 (``python -m benchmarks.static``), not measurements.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Block sizes of one kernel, with its warps."""
+
+    warps: int
+    queries: int = 0
+    keys: int = 0
+    features: int = 0
+    value_features: int = 0
+
+
+# A score tile is [queries, keys, features] in registers, 32 sums a thread. Fewer features mean
+# fewer rounds of shuffles at the end, more queries and keys fewer exponentials: 32 x 32 x 8 has
+# both, at 128 registers, so that 16 warps share an SM.
+FORWARD = Tiles(warps=8, queries=32, keys=32, features=8, value_features=64)
+# Float32 products of matrices go through multiply-adds and need the registers themselves.
+FORWARD_FLOAT32 = Tiles(warps=8, queries=32, keys=32, features=8, value_features=32)
+# The same work with 64 sums a thread: fewer loads of exponentials for each, at 8 warps an SM.
+BACKWARD_SCORES = Tiles(warps=4, queries=32, keys=32, features=8, value_features=64)
+BACKWARD_SCORES_FLOAT32 = Tiles(warps=8, queries=32, keys=32, features=8, value_features=32)
+DVALUE = Tiles(warps=4, queries=32, keys=64, value_features=64)
+DVALUE_FLOAT32 = Tiles(warps=4, queries=32, keys=32, value_features=32)
+# Returned weights are written once; any tile will do.
+WEIGHTS = Tiles(warps=4, queries=16, keys=64)
+# 32 rows of keys stay in registers as 8 tensors of 4 rows, at 255 registers without a spill; with
+# 16 rows the loads of a column would be shared by half as many products.
+GRADIENT_ROW_TILES = 8
+# A warp reads a row of bfloat16 keys in 16-byte loads, 8 threads a row.
+STEP = Tiles(warps=4, features=64, value_features=64)
+MERGE = Tiles(warps=4, value_features=256)
+
+SINGLE_SEGMENT = 128  # the most keys whose scores and weights are one tile
+STEP_SEGMENT = 64  # keys a program, where sequences are longer
+# Up to so many (query, key) pairs a program computes all gradients of a sequence (7.8 issue slots
+# an element); of longer ones the queries' and the keys' are computed apart (11), tile by tile, for
+# no program to be busy long after the others.
+WHOLE_SEQUENCE_PAIRS = 1 << 14
+
+
+def forward_tiles(dtype: torch.dtype) -> Tiles:
+    return FORWARD_FLOAT32 if dtype == torch.float32 else FORWARD
+
+
+def backward_scores_tiles(dtype: torch.dtype) -> Tiles:
+    return BACKWARD_SCORES_FLOAT32 if dtype == torch.float32 else BACKWARD_SCORES
+
+
+def dvalue_tiles(dtype: torch.dtype) -> Tiles:
+    return DVALUE_FLOAT32 if dtype == torch.float32 else DVALUE
+
+
+def gradient_pairs(half: int) -> int:
+    """Pairs of features a program: one a thread, in as few warps as hold ``half`` of them."""
+    return next((pairs for pairs in (32, 64) if half <= pairs), 128)
+
+
+def segment(max_seqlen_k: int) -> int:
+    """Keys whose scores are one tile: a power of two from 32 on."""
+    return min(SINGLE_SEGMENT, max(32, 1 << (max_seqlen_k - 1).bit_length()))
+
+
+def step_segment(max_seqlen_k: int) -> tuple[int, bool]:
+    """Keys a program where sequences have one query, and whether that is all keys of any."""
+    single = max_seqlen_k <= SINGLE_SEGMENT
+    return segment(max_seqlen_k) if single else STEP_SEGMENT, single

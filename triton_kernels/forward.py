@@ -1,0 +1,313 @@
+"""Forward for several queries a sequence, and what merges partial results and returns weights."""
+
+import triton
+import triton.language as tl
+
+from .arithmetic import dropout_scales, weighted_sum
+from .rows import are_attended, attended_keys, find_tile, offset_of, sequence_rows
+from .scores import segment_scores
+
+SIZES = ["batch", "rows_q", "rows_k", "max_seqlen_q", "max_seqlen_k", "parts", "threshold"]
+
+
+@triton.jit(do_not_specialize=SIZES)
+def additive_attention_fwd_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    score_weight_ptr,
+    context_ptr,
+    stats_ptr,
+    partial_ptr,
+    scores_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    key_lengths_ptr,
+    padding_mask_ptr,
+    seed_ptr,
+    batch,
+    rows_q,
+    rows_k,
+    max_seqlen_k,
+    parts,
+    threshold,
+    dropout_scale,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_wh,
+    stride_scores,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SINGLE: tl.constexpr,
+    KEEP_SCORES: tl.constexpr,
+    REFINE: tl.constexpr,
+    USE_PTX: tl.constexpr,
+):
+    """``context_i = sum_j softmax_j(e_ij) value_j`` for BLOCK_Q queries of a sequence and a head.
+
+    Keys are taken in segments: all scores of one, then its softmax, then its weighted sum. With
+    ``SINGLE`` a sequence's keys are one segment, and results final. Else program (tile, head, part)
+    takes each ``parts``-th segment, and leaves for :func:`merge_parts_kernel` its sum ``partial``
+    [parts, rows, H, DV] and its (max, sum) in ``stats`` [parts, rows, H, 2].
+    Scores pass through ``scores`` [(parts,) rows, H, stride_scores], all of them with KEEP_SCORES.
+    """
+    rows_q = rows_q.to(tl.int64)
+    rows_k = rows_k.to(tl.int64)
+    head = tl.program_id(1)
+    part = tl.program_id(2)
+    sequence, first_query = find_tile(cu_q_ptr, tl.program_id(0), batch, rows_q, BLOCK_Q)
+    place, start, length_q = sequence_rows(cu_q_ptr, sequence, batch, rows_q)
+    if first_query >= length_q:
+        return
+    key_place, key_start, length = attended_keys(
+        cu_k_ptr, key_lengths_ptr, sequence, batch, rows_k, max_seqlen_k
+    )
+    query = first_query + tl.arange(0, BLOCK_Q)
+    query_valid = query < length_q
+    query_rows = (
+        query_ptr
+        + place * stride_qb
+        + (start + tl.minimum(query, length_q - 1)) * stride_qt
+        + head * stride_qh
+    )
+    all_rows = rows_q
+    if cu_q_ptr is None:
+        all_rows = rows_q * batch
+    row = (place * rows_q + start + query) * H + head
+    part_row = row + part * all_rows * H
+    scores_rows = scores_ptr + (row if KEEP_SCORES else part_row) * stride_scores
+    key_rows_ptr = key_ptr + key_place * stride_kb + key_start * stride_kt + head * stride_kh
+    value_rows_ptr = value_ptr + key_place * stride_vb + key_start * stride_vt + head * stride_vh
+
+    column = tl.arange(0, SEGMENT).to(tl.int64)
+    lane = tl.arange(0, BLOCK_DV)
+    largest = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_Q,), tl.float32)
+    # Without any key there still is a result to write: 0, by one empty segment.
+    segments = tl.maximum(tl.cdiv(length, SEGMENT), 1)
+    for segment in range(part, segments, parts):
+        first = segment * SEGMENT
+        kept = first if KEEP_SCORES else 0
+        segment_scores(
+            query_rows,
+            key_rows_ptr,
+            stride_kt,
+            first,
+            length,
+            score_weight_ptr + head * stride_wh,
+            scores_rows + kept,
+            query_valid,
+            None,
+            None,
+            0,
+            D,
+            HALF,
+            BLOCK_Q,
+            BLOCK_K,
+            BLOCK_D,
+            SEGMENT,
+            REFINE,
+            USE_PTX,
+        )
+        position = first + column
+        attended = are_attended(padding_mask_ptr, key_place, rows_k, position, length)
+        scores = tl.load(
+            scores_rows[:, None] + kept + column[None, :],
+            mask=query_valid[:, None] & attended[None, :],
+            other=-float("inf"),
+        )
+        new_largest = tl.maximum(largest, tl.max(scores, 1))
+        shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)
+        weights = tl.exp(scores - shift[:, None])  # [BLOCK_Q, SEGMENT]
+        shrink = tl.exp(largest - shift)
+        total = total * shrink + tl.sum(weights, 1)
+        largest = new_largest
+        if seed_ptr is not None:
+            weights *= dropout_scales(
+                seed_ptr,
+                threshold,
+                dropout_scale,
+                sequence,
+                head,
+                query[:, None],
+                position[None, :],
+            )
+        if SINGLE:
+            weights = weights / tl.where(total == 0.0, 1.0, total)[:, None]
+        for begin in range(0, DV, BLOCK_DV):
+            d = begin + lane
+            value = tl.load(
+                value_rows_ptr + position[:, None] * stride_vt + d[None, :],
+                mask=attended[:, None] & (d[None, :] < DV),
+                other=0.0,
+            )
+            sums = weighted_sum(weights, value)
+            target_mask = query_valid[:, None] & (d[None, :] < DV)
+            if SINGLE:
+                target = context_ptr + row[:, None] * DV + d[None, :]
+                tl.store(target, sums.to(context_ptr.dtype.element_ty), mask=target_mask)
+            else:
+                target = partial_ptr + part_row[:, None] * DV + d[None, :]
+                if segment != part:
+                    earlier = tl.load(target, mask=target_mask, other=0.0)
+                    sums += earlier * shrink[:, None]
+                tl.store(target, sums, mask=target_mask)
+        tl.debug_barrier()  # the next segment overwrites the scores
+    tl.store(stats_ptr + part_row * 2, largest, mask=query_valid)
+    tl.store(stats_ptr + part_row * 2 + 1, total, mask=query_valid)
+
+
+@triton.jit(do_not_specialize=["batch", "rows_k", "parts", "rows_apart", "parts_apart"])
+def merge_parts_kernel(
+    partial_ptr,
+    part_stats_ptr,
+    context_ptr,
+    stats_ptr,
+    cu_k_ptr,
+    rows_k,
+    parts,
+    rows_apart,
+    parts_apart,
+    H: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """``context = sum_p exp(max_p - max) partial_p / sum`` over the parts of a query row and head.
+
+    Part p of row r is row ``r rows_apart + p parts_apart`` of ``partial`` [.., H, DV] and of its
+    stats [.., H, 2]; or, with offsets, row r is sequence r and its parts are its tiles of keys.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    if cu_k_ptr is None:
+        first = row * rows_apart
+        count = parts
+    else:
+        rows_k = rows_k.to(tl.int64)
+        first = offset_of(cu_k_ptr, row, rows_k) // TILE + row
+        count = offset_of(cu_k_ptr, row + 1, rows_k) // TILE + row + 1 - first
+    largest = -float("inf")
+    total = 0.0
+    for part in range(count):
+        part_row = (first + part * parts_apart) * H + head
+        part_largest = tl.load(part_stats_ptr + part_row * 2)
+        part_total = tl.load(part_stats_ptr + part_row * 2 + 1)
+        if part_total != 0.0:
+            new_largest = tl.maximum(largest, part_largest)
+            total = total * tl.exp(largest - new_largest)
+            total += part_total * tl.exp(part_largest - new_largest)
+            largest = new_largest
+    tl.store(stats_ptr + (row * H + head) * 2, largest)
+    tl.store(stats_ptr + (row * H + head) * 2 + 1, total)
+    safe_total = tl.where(total == 0.0, 1.0, total)
+    for begin in range(0, DV, BLOCK_DV):
+        d = begin + tl.arange(0, BLOCK_DV)
+        context = tl.zeros((BLOCK_DV,), tl.float32)
+        for part in range(count):
+            part_row = (first + part * parts_apart) * H + head
+            part_total = tl.load(part_stats_ptr + part_row * 2 + 1)
+            share = tl.exp(tl.load(part_stats_ptr + part_row * 2) - largest) / safe_total
+            # A part without keys has written nothing.
+            mask = d < tl.where(part_total != 0.0, DV, 0)
+            partial = tl.load(partial_ptr + part_row * DV + d, mask=mask, other=0.0)
+            context += tl.where(part_total != 0.0, share, 0.0) * partial
+        target = context_ptr + (row * H + head) * DV + d
+        tl.store(target, context.to(context_ptr.dtype.element_ty), mask=d < DV)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def additive_attention_weights_kernel(
+    scores_ptr,
+    stats_ptr,
+    weights_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    key_lengths_ptr,
+    padding_mask_ptr,
+    seed_ptr,
+    batch,
+    rows_q,
+    rows_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    threshold,
+    dropout_scale,
+    stride_score_query_row,
+    stride_score_key_row,
+    stride_score_query,
+    stride_score_key,
+    stride_score_head,
+    stride_weight_b,
+    stride_weight_key_row,
+    stride_weight_query,
+    stride_weight_key,
+    stride_weight_head,
+    H: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``exp(score - max) / sum``, dropped out, where weights are returned; the rest is not touched.
+
+    A score is at (sequence's first query row and key row, query, key, head), each with its stride;
+    a weight at (sequence, first key row, query, key, head).
+    """
+    rows_q = rows_q.to(tl.int64)
+    rows_k = rows_k.to(tl.int64)
+    head = tl.program_id(1)
+    sequence, first_key = find_tile(cu_k_ptr, tl.program_id(0), batch, rows_k, BLOCK_K)
+    if sequence >= batch:
+        return
+    key_place, key_start, length = attended_keys(
+        cu_k_ptr, key_lengths_ptr, sequence, batch, rows_k, max_seqlen_k
+    )
+    place, start, length_q = sequence_rows(cu_q_ptr, sequence, batch, rows_q)
+    length_q = tl.minimum(length_q, max_seqlen_q)
+    query = tl.program_id(2).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    key = first_key + tl.arange(0, BLOCK_K)
+    attended = are_attended(padding_mask_ptr, key_place, rows_k, key, length)
+    mask = (query < length_q)[:, None] & attended[None, :]
+    query_row = place * rows_q + start
+    key_row = key_place * rows_k + key_start
+    scores = tl.load(
+        scores_ptr
+        + query_row * stride_score_query_row
+        + key_row * stride_score_key_row
+        + head * stride_score_head
+        + query[:, None] * stride_score_query
+        + key[None, :] * stride_score_key,
+        mask=mask,
+        other=0.0,
+    )
+    stats = stats_ptr + ((query_row + query) * H + head) * 2
+    largest = tl.load(stats, mask=query < length_q, other=0.0)
+    total = tl.load(stats + 1, mask=query < length_q, other=1.0)
+    weights = tl.exp(scores - largest[:, None]) / total[:, None]
+    if seed_ptr is not None:
+        weights *= dropout_scales(
+            seed_ptr, threshold, dropout_scale, sequence, head, query[:, None], key[None, :]
+        )
+    tl.store(
+        weights_ptr
+        + sequence.to(tl.int64) * stride_weight_b
+        + key_row * stride_weight_key_row
+        + head * stride_weight_head
+        + query[:, None] * stride_weight_query
+        + key[None, :] * stride_weight_key,
+        weights.to(weights_ptr.dtype.element_ty),
+        mask=mask,
+    )

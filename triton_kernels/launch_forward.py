@@ -1,0 +1,266 @@
+"""Launchers of the forward kernels."""
+
+import torch
+import triton
+from torch import Tensor
+
+from . import configurations
+from .forward import (
+    additive_attention_fwd_kernel,
+    additive_attention_weights_kernel,
+    merge_parts_kernel,
+)
+from .problem import (
+    DENSE_WEIGHTS,
+    JAGGED_WEIGHTS,
+    Problem,
+    describe,
+    half_of,
+    on_device,
+    processors,
+    rows_of,
+    strides_of,
+    uses_ptx,
+    weight_strides,
+)
+from .step import additive_attention_step_fwd_kernel
+
+PROGRAMS_A_PROCESSOR = 4  # enough for every processor to be busy to the end
+MOST_PARTS = 64
+
+
+def additive_attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_weight: Tensor,
+    exp_key: Tensor | None,
+    key_bound: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    key_lengths: Tensor | None,
+    key_padding_mask: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    weights_layout: int,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    problem = describe(
+        query,
+        key,
+        value,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        key_lengths,
+        key_padding_mask,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
+        dropout_seed,
+    )
+    rows = query.shape[:3]
+    context = value.new_empty((*rows, problem.value_dim))
+    stats = query.new_empty((*rows, 2), dtype=torch.float32)
+    weights_shape = {
+        0: (0,),
+        DENSE_WEIGHTS: (problem.batch, problem.heads, max_seqlen_q, max_seqlen_k),
+        JAGGED_WEIGHTS: (problem.rows_k, problem.heads),
+    }[weights_layout]
+    weights = value.new_zeros(weights_shape)
+    if context.numel() == 0 and weights.numel() == 0:
+        return context, weights, stats
+    if problem.all_rows_k == 0 or problem.batch == 0:
+        return context.zero_(), weights, stats.zero_()
+    inputs = [rows_of(tensor) for tensor in (query, key, value, score_weight)]
+    forward = _step_forward if problem.is_one_step else _forward
+    with on_device(query):
+        scores, strides = forward(problem, inputs, context, stats, bool(weights_layout))
+        if weights_layout and weights.numel():
+            tiles = configurations.WEIGHTS
+            additive_attention_weights_kernel[
+                (
+                    problem.tiles("k", tiles.keys),
+                    problem.heads,
+                    triton.cdiv(problem.max_q, tiles.queries),
+                )
+            ](
+                scores,
+                stats,
+                weights,
+                problem.cu_q,
+                *problem.key_side(),
+                problem.seed,
+                problem.batch,
+                problem.rows_q,
+                problem.rows_k,
+                problem.max_q,
+                problem.max_k,
+                *problem.dropout(),
+                *strides,
+                *weight_strides(weights, weights_layout),
+                H=problem.heads,
+                BLOCK_Q=tiles.queries,
+                BLOCK_K=tiles.keys,
+                num_warps=tiles.warps,
+            )
+    return context, weights, stats
+
+
+def _forward(
+    problem: Problem, inputs: list[Tensor], context: Tensor, stats: Tensor, keep_scores: bool
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Fill context and stats; return raw scores and their strides, for weights."""
+    query, key, value, score_weight = inputs
+    heads, rows_q = problem.heads, problem.all_rows_q
+    tiles = configurations.forward_tiles(value.dtype)
+    segment = configurations.segment(problem.max_k)
+    single = problem.max_k <= segment
+    grid_tiles = problem.tiles("q", tiles.queries)
+    parts = 1
+    if not single:
+        wanted = PROGRAMS_A_PROCESSOR * processors(query) // max(1, grid_tiles * heads)
+        parts = min(MOST_PARTS, max(1, wanted), triton.cdiv(problem.max_k, segment))
+    columns = triton.cdiv(problem.max_k, segment) * segment if keep_scores else segment
+    copies = 1 if keep_scores else parts
+    scores = query.new_empty((copies * rows_q * heads * columns,), dtype=torch.float32)
+    partial, part_stats = None, stats
+    if not single:
+        partial = query.new_empty((parts, rows_q, heads, problem.value_dim), dtype=torch.float32)
+        part_stats = query.new_empty((parts, rows_q, heads, 2), dtype=torch.float32)
+    additive_attention_fwd_kernel[(grid_tiles, heads, parts)](
+        query,
+        key,
+        value,
+        score_weight,
+        context,
+        part_stats,
+        partial,
+        scores,
+        problem.cu_q,
+        *problem.key_side(),
+        problem.seed,
+        problem.batch,
+        problem.rows_q,
+        problem.rows_k,
+        problem.max_k,
+        parts,
+        *problem.dropout(),
+        *strides_of(query),
+        *strides_of(key),
+        *strides_of(value),
+        score_weight.stride(0),
+        columns,
+        H=heads,
+        D=problem.dim,
+        DV=problem.value_dim,
+        HALF=half_of(problem.dim, tiles.features),
+        BLOCK_Q=tiles.queries,
+        BLOCK_K=tiles.keys,
+        BLOCK_D=tiles.features,
+        BLOCK_DV=tiles.value_features,
+        SEGMENT=segment,
+        SINGLE=single,
+        KEEP_SCORES=keep_scores,
+        REFINE=query.dtype == torch.float32,
+        num_warps=tiles.warps,
+        USE_PTX=uses_ptx(query),
+    )
+    if not single:
+        _merge(partial, part_stats, context, stats, None, 0, parts, 1, rows_q, 1)
+    return scores, (heads * columns, 0, heads * columns, 1, columns)
+
+
+def _merge(
+    partial: Tensor,
+    part_stats: Tensor,
+    context: Tensor,
+    stats: Tensor,
+    cu_k: Tensor | None,
+    rows_k: int,
+    parts: int,
+    rows_apart: int,
+    parts_apart: int,
+    tile: int,
+) -> None:
+    heads, value_dim = context.shape[2:]
+    rows = stats.numel() // (2 * heads)
+    merge_parts_kernel[(rows, heads)](
+        partial,
+        part_stats,
+        context,
+        stats,
+        cu_k,
+        rows_k,
+        parts,
+        rows_apart,
+        parts_apart,
+        H=heads,
+        DV=value_dim,
+        BLOCK_DV=configurations.MERGE.value_features,
+        TILE=tile,
+        num_warps=configurations.MERGE.warps,
+    )
+
+
+def _step_forward(
+    problem: Problem, inputs: list[Tensor], context: Tensor, stats: Tensor, keep_scores: bool
+) -> tuple[Tensor | None, tuple[int, ...]]:
+    """As :func:`_forward` for one query a sequence."""
+    query, key, value, score_weight = inputs
+    heads, value_dim = problem.heads, problem.value_dim
+    config = configurations.STEP
+    segment, single = configurations.step_segment(problem.max_k)
+    tiles = problem.tiles("k", segment)
+    scores = None
+    if keep_scores:
+        scores = query.new_empty((problem.all_rows_k, heads), dtype=torch.float32)
+    partial, part_stats = context, stats
+    if not single:
+        partial = query.new_empty((tiles, heads, value_dim), dtype=torch.float32)
+        part_stats = query.new_empty((tiles, heads, 2), dtype=torch.float32)
+    additive_attention_step_fwd_kernel[(tiles, heads)](
+        query,
+        key,
+        value,
+        score_weight,
+        partial,
+        part_stats,
+        scores,
+        *problem.key_side(),
+        problem.seed,
+        problem.batch,
+        problem.rows_k,
+        problem.max_k,
+        *problem.dropout(),
+        query.stride(0),
+        query.stride(2),
+        *strides_of(key),
+        *strides_of(value),
+        score_weight.stride(0),
+        H=heads,
+        D=problem.dim,
+        DV=value_dim,
+        SEGMENT=segment,
+        BLOCK_D=config.features,
+        BLOCK_DV=config.value_features,
+        SINGLE=single,
+        num_warps=config.warps,
+        USE_PTX=uses_ptx(query),
+    )
+    if not single:
+        parts = triton.cdiv(problem.rows_k, segment)
+        _merge(
+            partial,
+            part_stats,
+            context,
+            stats,
+            problem.cu_k,
+            problem.rows_k,
+            parts,
+            parts,
+            1,
+            segment,
+        )
+    return scores, (0, heads, 0, heads, 1)

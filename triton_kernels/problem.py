@@ -1,0 +1,139 @@
+"""What a call is made of, as the launchers hand it to kernels."""
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+GRAD_QUERY, GRAD_KEY, GRAD_VALUE, GRAD_SCORE_WEIGHT = 1, 2, 4, 8
+DENSE_WEIGHTS, JAGGED_WEIGHTS = 1, 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes and layout of a call, and what all kernels take from it."""
+
+    batch: int
+    heads: int
+    dim: int
+    value_dim: int
+    rows_q: int
+    rows_k: int
+    max_q: int
+    max_k: int
+    cu_q: Tensor | None
+    cu_k: Tensor | None
+    lengths: Tensor | None
+    mask: Tensor | None
+    seed: Tensor | None
+    threshold: int
+    dropout_scale: float
+
+    @property
+    def is_one_step(self) -> bool:
+        return self.cu_q is None and self.rows_q == 1
+
+    @property
+    def all_rows_q(self) -> int:
+        return self.rows_q * (self.batch if self.cu_q is None else 1)
+
+    @property
+    def all_rows_k(self) -> int:
+        return self.rows_k * (self.batch if self.cu_k is None else 1)
+
+    def key_side(self) -> tuple:
+        return self.cu_k, self.lengths, self.mask
+
+    def dropout(self) -> tuple:
+        return self.threshold, self.dropout_scale
+
+    def tiles(self, side: str, rows: int) -> int:
+        """How many tiles of so many rows a side has at most; see ``rows.find_tile``."""
+        cu, count = (self.cu_q, self.rows_q) if side == "q" else (self.cu_k, self.rows_k)
+        if cu is None:
+            return self.batch * triton.cdiv(count, rows)
+        return count // rows + self.batch + 1
+
+
+def describe(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Problem:
+    batch = cu_k.size(0) - 1 if cu_k is not None else key.size(0)
+    return Problem(
+        batch,
+        key.size(2),
+        key.size(3),
+        value.size(3),
+        query.size(1),
+        key.size(1),
+        query.size(1) if cu_q is None else _bound(max_q, cu_q, query.size(1)),
+        key.size(1) if cu_k is None else _bound(max_k, cu_k, key.size(1)),
+        cu_q,
+        cu_k,
+        lengths,
+        None if mask is None else mask.contiguous().view(torch.uint8),
+        seed if dropout_p > 0 else None,
+        math.ceil(dropout_p * 2**24),
+        1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
+    )
+
+
+def _bound(given: int, cu: Tensor, rows: int) -> int:
+    """``max_seqlen``; where none was given (it is all rows then), the longest sequence, read."""
+    if given < rows or cu.size(0) <= 2 or _is_capturing(cu):
+        return min(given, rows)
+    return min(max(cu.diff().max().item(), 0), rows)
+
+
+def _is_capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, whatever its arguments are on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def uses_ptx(tensor: Tensor) -> bool:
+    """Inline assembly is for NVIDIA; AMD and the interpreter take plain Triton."""
+    return tensor.is_cuda and torch.version.hip is None
+
+
+def processors(tensor: Tensor) -> int:
+    if not tensor.is_cuda:
+        return 1
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """With features next to each other, as every kernel takes them."""
+    return tensor if tensor.stride(-1) == 1 or tensor.size(-1) <= 1 else tensor.contiguous()
+
+
+def strides_of(tensor: Tensor) -> tuple[int, int, int]:
+    return tensor.stride()[:3]
+
+
+def half_of(dim: int, multiple: int = 1) -> int:
+    """How many pairs of features there are, d with d + half."""
+    return triton.cdiv(triton.cdiv(dim, 2), multiple) * multiple
+
+
+def weight_strides(weights: Tensor, layout: int) -> tuple[int, int, int, int, int]:
+    """Of a weight at (sequence, first key row, query, key, head)."""
+    if layout == JAGGED_WEIGHTS:
+        return 0, weights.stride(0), 0, weights.stride(0), weights.stride(1)
+    return weights.stride(0), 0, weights.stride(2), weights.stride(3), weights.stride(1)

@@ -1,0 +1,196 @@
+"""Scores ``e_ij = sum_d w_d tanh(q_id + k_jd)`` of a tile of queries and keys."""
+
+import triton
+import triton.language as tl
+
+from .arithmetic import exp_twice, factors, tanh_and_derivative, weighted_pair
+
+
+@triton.jit
+def load_features(rows_ptr, feature, D: tl.constexpr, PADDED: tl.constexpr):
+    """``[rows, features]`` as float32; 0 beyond feature D."""
+    if PADDED:
+        values = tl.load(rows_ptr[:, None] + feature[None, :], mask=feature[None, :] < D, other=0)
+    else:
+        values = tl.load(rows_ptr[:, None] + feature[None, :])
+    return values.to(tl.float32)
+
+
+@triton.jit
+def load_weights(score_weight_ptr, feature, D: tl.constexpr):
+    """``[features]`` as float32; 0 beyond feature D."""
+    return tl.load(score_weight_ptr + feature, mask=feature < D, other=0).to(tl.float32)
+
+
+@triton.jit
+def factored_scores(
+    query_rows,
+    key_rows,
+    score_weight_ptr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    REFINE: tl.constexpr,
+    USE_PTX: tl.constexpr,
+):
+    """Scores by ``sum_d w_d (1 - 2 r_d)``, and the largest magnitude of each row.
+
+    Args:
+        query_rows: pointers to rows, [BLOCK_Q].
+        key_rows: pointers to rows, [BLOCK_K].
+        score_weight_ptr: the head's [D].
+
+    Returns:
+        scores [BLOCK_Q, BLOCK_K], bounds [BLOCK_Q] and [BLOCK_K].
+    """
+    PADDED: tl.constexpr = 2 * HALF != D
+    lane = tl.arange(0, BLOCK_D)
+    sums = tl.zeros((BLOCK_Q, BLOCK_K, BLOCK_D), tl.float32)
+    # Added lane by lane before lanes are summed, so that no partial sum is as large as sum |w|.
+    constant = tl.zeros((BLOCK_D,), tl.float32)
+    query_bound = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    key_bound = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    for begin in range(0, HALF, BLOCK_D):
+        d0 = begin + lane
+        d1 = d0 + HALF
+        q0 = load_features(query_rows, d0, D, PADDED)
+        q1 = load_features(query_rows, d1, D, PADDED)
+        k0 = load_features(key_rows, d0, D, PADDED)
+        k1 = load_features(key_rows, d1, D, PADDED)
+        query_bound = tl.maximum(query_bound, tl.maximum(tl.abs(q0), tl.abs(q1)))
+        key_bound = tl.maximum(key_bound, tl.maximum(tl.abs(k0), tl.abs(k1)))
+        w0 = load_weights(score_weight_ptr, d0, D)
+        w1 = load_weights(score_weight_ptr, d1, D)
+        constant += w0 + w1
+        sums += weighted_pair(
+            exp_twice(q0, REFINE)[:, None, :],
+            exp_twice(q1, REFINE)[:, None, :],
+            exp_twice(k0, REFINE)[None, :, :],
+            exp_twice(k1, REFINE)[None, :, :],
+            w0[None, None, :],
+            w1[None, None, :],
+            USE_PTX,
+        )
+    scores = tl.sum(constant[None, None, :] - 2.0 * sums, 2)
+    return scores, tl.max(query_bound, 1), tl.max(key_bound, 1)
+
+
+@triton.jit
+def direct_scores(
+    query_rows,
+    key_rows,
+    score_weight_ptr,
+    D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    USE_PTX: tl.constexpr,
+):
+    """The same scores ``[BLOCK_Q, BLOCK_K]`` for any magnitudes."""
+    lane = tl.arange(0, BLOCK_D)
+    sums = tl.zeros((BLOCK_Q, BLOCK_K, BLOCK_D), tl.float32)
+    for begin in range(0, D, BLOCK_D):
+        d = begin + lane
+        q = load_features(query_rows, d, D, D % BLOCK_D != 0)
+        k = load_features(key_rows, d, D, D % BLOCK_D != 0)
+        w = load_weights(score_weight_ptr, d, D)
+        tanh, _ = tanh_and_derivative(q[:, None, :] + k[None, :, :], True, USE_PTX)
+        sums += w[None, None, :] * tanh
+    return tl.sum(sums, 2)
+
+
+@triton.jit
+def score_tile(
+    query_rows,
+    key_rows,
+    score_weight_ptr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    REFINE: tl.constexpr,
+    USE_PTX: tl.constexpr,
+):
+    """Scores by the route that the tile's magnitudes allow, and the bounds of its rows."""
+    scores, query_bound, key_bound = factored_scores(
+        query_rows,
+        key_rows,
+        score_weight_ptr,
+        D,
+        HALF,
+        BLOCK_Q,
+        BLOCK_K,
+        BLOCK_D,
+        REFINE,
+        USE_PTX,
+    )
+    if not factors(tl.max(query_bound, 0), tl.max(key_bound, 0)):
+        scores = direct_scores(
+            query_rows, key_rows, score_weight_ptr, D, BLOCK_Q, BLOCK_K, BLOCK_D, USE_PTX
+        )
+    return scores, query_bound, key_bound
+
+
+@triton.jit
+def segment_scores(
+    query_rows,
+    key_ptr,
+    stride_kt,
+    first,
+    length,
+    score_weight_ptr,
+    scores_rows,
+    query_valid,
+    query_bound_rows,
+    key_bound_ptr,
+    stride_key_bound,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    REFINE: tl.constexpr,
+    USE_PTX: tl.constexpr,
+):
+    """Write scores of keys [first, first + SEGMENT) to memory, whence they come back in one tile.
+
+    Args:
+        query_rows: pointers to query rows, [BLOCK_Q]; all valid addresses.
+        key_ptr: row 0 of the sequence's keys.
+        first, length: the segment's first key; the sequence's keys. first < length.
+        scores_rows: where each query's score of key ``first`` goes, [BLOCK_Q] pointers.
+        query_valid: which queries there are, [BLOCK_Q].
+        query_bound_rows: where each query's bound goes, [BLOCK_Q] pointers, or None.
+        key_bound_ptr: where key 0's bound goes, or None.
+    """
+    column = tl.arange(0, BLOCK_K)
+    # A tile past the last key is repeated there: a row of it is always a row of the sequence.
+    for begin in range(0, tl.minimum(SEGMENT, length - first), BLOCK_K):
+        position = first + begin + column
+        inside = position < length
+        key_rows = key_ptr + tl.minimum(position, length - 1) * stride_kt
+        scores, query_bound, key_bound = score_tile(
+            query_rows,
+            key_rows,
+            score_weight_ptr,
+            D,
+            HALF,
+            BLOCK_Q,
+            BLOCK_K,
+            BLOCK_D,
+            REFINE,
+            USE_PTX,
+        )
+        tl.store(
+            scores_rows[:, None] + begin + column[None, :],
+            scores,
+            mask=query_valid[:, None] & inside[None, :],
+        )
+        if key_bound_ptr is not None:
+            tl.store(query_bound_rows, query_bound, mask=query_valid)
+            tl.store(key_bound_ptr + position * stride_key_bound, key_bound, mask=inside)
+    tl.debug_barrier()  # other threads of the program read what these have written
