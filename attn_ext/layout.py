@@ -206,46 +206,46 @@ def row_text(has_heads: bool, features: str = "D") -> str:
 
 
 def _check_key_shapes(key: Tensor, value: Tensor, score_weight: Tensor, is_jagged: bool) -> None:
-    if score_weight.dim() not in (1, 2):
-        raise mismatch("score_weight", "shape (D,) or (H, D)", shape_of(score_weight))
     has_heads = score_weight.dim() == 2
+    if not has_heads and score_weight.dim() != 1:
+        raise mismatch("score_weight", "shape (D,) or (H, D)", shape_of(score_weight))
     rank = _axes(has_heads) + (1 if is_jagged else 2)
-    for name, tensor, features in (("key", key, "D"), ("value", value, "Dv")):
-        if tensor.dim() != rank:
-            rows = "total_k" if is_jagged else "B, Tk"
-            reason = "with cu_seqlens_k" if is_jagged else "without cu_seqlens_k"
-            expected = f"shape ({rows}, {row_text(has_heads, features)}) {reason}"
-            raise mismatch(name, expected, shape_of(tensor))
-    if value.shape[:-1] != key.shape[:-1]:
+    if not key.dim() == value.dim() == rank:
+        is_key = key.dim() != rank
+        name, tensor, features = ("key", key, "D") if is_key else ("value", value, "Dv")
+        rows = "total_k" if is_jagged else "B, Tk"
+        reason = "with cu_seqlens_k" if is_jagged else "without cu_seqlens_k"
+        expected = f"shape ({rows}, {row_text(has_heads, features)}) {reason}"
+        raise mismatch(name, expected, shape_of(tensor))
+    shape = key.shape
+    if value.shape[:-1] != shape[:-1]:
         expected = f"shape {shape_of(key)} as key in all but the last axis"
         raise mismatch("value", expected, shape_of(value))
-    row = key.shape[-_axes(has_heads) :]
+    row = shape[-2:] if has_heads else shape[-1:]
     if score_weight.shape != row:
         expected = f"shape {tuple(row)} to match key {shape_of(key)}"
         raise mismatch("score_weight", expected, shape_of(score_weight))
 
 
 def _check_query_shape(query: Tensor, keys: KeySide, is_jagged: bool, is_nested: bool) -> None:
-    keys_jagged, row = keys.cu_seqlens is not None, row_text(keys.has_heads)
+    keys_jagged = keys.cu_seqlens is not None
     if is_jagged and not keys_jagged:
         name, got = ("query", "a nested one") if is_nested else ("cu_seqlens_q", "offsets")
         expected = "padded queries with padded keys (jagged and padded layouts do not mix)"
         raise mismatch(name, expected, got)
     axes = _axes(keys.has_heads)
-    if is_jagged:
-        allowed = {axes + 1: f"(total_q, {row})"}
-    else:
-        allowed = {axes + 1: f"(B, {row})"}
-        if not keys_jagged or keys.is_nested:
-            allowed[axes + 2] = f"(B, Tq, {row})"
-    if query.dim() not in allowed:
+    allows_steps = not is_jagged and (not keys_jagged or keys.is_nested)  # (B, Tq, ...)
+    if query.dim() != axes + 1 and not (allows_steps and query.dim() == axes + 2):
+        row = row_text(keys.has_heads)
+        shapes = f"(total_q, {row})" if is_jagged else f"(B, {row})"
+        shapes += f" or (B, Tq, {row})" if allows_steps else ""
         offsets = "with cu_seqlens_q" if is_jagged else "without cu_seqlens_q"
         keys_are = "jagged" if keys_jagged else "padded"
-        expected = f"shape {' or '.join(allowed.values())} {offsets} and {keys_are} keys"
-        raise mismatch("query", expected, shape_of(query))
-    tail = tuple(keys.key.shape[4 - axes :])
-    if tuple(query.shape[-axes:]) != tail:
-        raise mismatch("query", f"last axes {tail} = ({row}), as key", f"shape {shape_of(query)}")
+        raise mismatch("query", f"shape {shapes} {offsets} and {keys_are} keys", shape_of(query))
+    tail = keys.key.shape[4 - axes :]
+    if query.shape[-axes:] != tail:
+        expected = f"last axes {tuple(tail)} = ({row_text(keys.has_heads)}), as key"
+        raise mismatch("query", expected, f"shape {shape_of(query)}")
 
 
 def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
