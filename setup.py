@@ -1,15 +1,22 @@
-"""Build of the C++ library; everything static stands in pyproject.toml.
+"""Build of the C++ and CUDA libraries; everything static stands in pyproject.toml.
 
 Environment variables:
-    ATTN_EXT_BUILD_CPU  unset: build the C++ CPU backend where a C++17 compiler works, else say so
-                        and install without it. 1: a missing compiler is an error. 0: never build
-                        it (then torch need not be installed while building). Sources that do not
-                        compile are an error in any case.
-    CXX                 the compiler, instead of the first of c++, g++, clang++ that works
-    MAX_JOBS            how many files are compiled at a time
+    ATTN_EXT_BUILD_CPU   unset: build the C++ CPU backend where a C++17 compiler works, else say so
+                         and install without it. 1: a missing compiler is an error. 0: never build
+                         it (then torch need not be installed while building). Sources that do not
+                         compile are an error in any case.
+    ATTN_EXT_BUILD_CUDA  the same for the CUDA backend, which needs a CUDA build of torch and the
+                         nvcc of its CUDA version. Unset, it is built only beside the CPU backend;
+                         with a torch without CUDA there is nothing to build or to say.
+    CXX                  the compiler, instead of the first of c++, g++, clang++ that works
+    CUDA_HOME            where the CUDA toolkit is, as for all of torch's extensions
+    TORCH_CUDA_ARCH_LIST GPUs to build for, such as "8.0;9.0+PTX"; unset: those in this machine, or
+                         without any a list from Ampere on that this nvcc knows
+    MAX_JOBS             how many files are compiled at a time
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -24,6 +31,7 @@ ROOT = Path(__file__).resolve().parent
 # Other commands (sdist, egg_info, dist_info) need no compiler and no torch.
 BUILDING = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
 STABLE_ABI = (2, 10)  # the libtorch whose stable ABI csrc/ is written against
+OLDEST_CUDA = (12, 0)  # whose nvcc has all of C++17
 OLDEST_SETUPTOOLS = 77  # as in pyproject.toml, which --no-build-isolation does not enforce
 # GCC 12 calls the operands that its own AVX-512 intrinsics leave undefined uninitialized.
 WARNINGS = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]
@@ -106,22 +114,106 @@ def cpu_extension(cpp_extension, sources: list[Path]):
     )
 
 
-def build_extensions() -> dict:
-    """The arguments of setup() that build what this machine can build."""
-    wish = os.environ.get("ATTN_EXT_BUILD_CPU", "")
+def nvcc_version(cuda_home: str) -> tuple[int, int] | None:
+    """The version of the nvcc there, or None if it does not run."""
+    try:
+        run = subprocess.run(
+            [os.path.join(cuda_home, "bin", "nvcc"), "--version"], text=True, capture_output=True
+        )
+    except OSError:
+        return None
+    match = re.search(r"release (\d+)\.(\d+)", run.stdout)
+    return (int(match[1]), int(match[2])) if match and run.returncode == 0 else None
+
+
+def cuda_obstacle(cpp_extension) -> str | None:
+    """Why the CUDA library cannot be built here, or None if it can."""
+    import torch
+
+    if sys.platform == "win32":
+        return "the CUDA backend is not built on Windows yet"
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} is a build without CUDA"
+    if not cpp_extension.CUDA_HOME:
+        return "no CUDA toolkit was found (CUDA_HOME names one)"
+    version = nvcc_version(cpp_extension.CUDA_HOME)
+    if version is None:
+        return f"{cpp_extension.CUDA_HOME}/bin/nvcc does not run"
+    found = ".".join(map(str, version))
+    if version < OLDEST_CUDA:
+        return f"nvcc {found} is older than {'.'.join(map(str, OLDEST_CUDA))}"
+    if version[0] != int(torch.version.cuda.split(".")[0]):
+        return f"nvcc {found} is of another CUDA than PyTorch's {torch.version.cuda}"
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
+        newest = "9.0;10.0;12.0+PTX" if version >= (12, 8) else "9.0+PTX"
+        os.environ["TORCH_CUDA_ARCH_LIST"] = f"8.0;{newest}"
+    return None
+
+
+def cuda_extension(cpp_extension):
+    """attn_ext/_C_cuda.abi3.so: the operators' CUDA kernels, loaded where torch has CUDA."""
+    major, minor = STABLE_ABI
+    folder = ROOT / "csrc" / "cuda"
+    headers = [ROOT / "csrc" / "arithmetic.h", *folder.glob("*.h"), *folder.glob("*.cuh")]
+    target = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}{0:012x}"
+    return cpp_extension.CUDAExtension(
+        "attn_ext._C_cuda",
+        sorted(
+            path.relative_to(ROOT).as_posix()
+            for path in (*folder.glob("*.cu"), *folder.glob("*.cpp"))
+        ),
+        depends=sorted(path.relative_to(ROOT).as_posix() for path in headers),
+        py_limited_api=True,
+        extra_compile_args={
+            "cxx": ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-DUSE_CUDA", target],
+            "nvcc": ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", target],
+        },
+    )
+
+
+def wish_for(name: str) -> str:
+    wish = os.environ.get(name, "")
     if wish not in ("", "0", "1"):
-        sys.exit(f"attn_ext: ATTN_EXT_BUILD_CPU is 0, 1 or unset, not {wish!r}")
-    if wish == "0" or not BUILDING & set(sys.argv[1:]):
-        return {}
-    sources = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/**/*.cpp")]
+        sys.exit(f"attn_ext: {name} is 0, 1 or unset, not {wish!r}")
+    return wish
+
+
+def find_cpu_compiler(sources: list[Path], wish: str) -> str:
+    """The compiler of the CPU library, or "" where it is not to be built."""
+    if wish == "0":
+        return ""
     compiler, reason = find_compiler() if sources else ("", "csrc/ holds no C++ sources")
     if not compiler:
         remedy = "a compiler (Debian: apt-get install g++) and another install give the fast one"
         if wish == "1":
             sys.exit(f"attn_ext: ATTN_EXT_BUILD_CPU=1, but {reason}")
         say(f'{reason}: installing with backend "reference" only; {remedy}.')
+    return compiler
+
+
+def wants_cuda(cpp_extension, wish: str) -> bool:
+    """Whether to build the CUDA library; says why not where that may be a surprise."""
+    obstacle = cuda_obstacle(cpp_extension)
+    if obstacle is None:
+        return True
+    if wish == "1":
+        sys.exit(f"attn_ext: ATTN_EXT_BUILD_CUDA=1, but {obstacle}")
+    if "without CUDA" not in obstacle:
+        say(f'{obstacle}: installing without backend "cuda" (ATTN_EXT_BUILD_CUDA=0 says nothing).')
+    return False
+
+
+def build_extensions() -> dict:
+    """The arguments of setup() that build what this machine can build."""
+    cpu_wish, cuda_wish = wish_for("ATTN_EXT_BUILD_CPU"), wish_for("ATTN_EXT_BUILD_CUDA")
+    if not BUILDING & set(sys.argv[1:]):
         return {}
-    os.environ["CXX"] = compiler
+    sources = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/**/*.cpp")]
+    compiler = find_cpu_compiler(sources, cpu_wish)
+    if not compiler and cuda_wish != "1":
+        return {}
+    if compiler:
+        os.environ["CXX"] = compiler
     # ninja from pip is a program of this Python, whether or not its environment is activated.
     os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
     cpp_extension = import_cpp_extension()
@@ -133,13 +225,14 @@ def build_extensions() -> dict:
             except Exception as error:
                 sys.exit(
                     "attn_ext: the C++ library was not built, the messages above say why "
-                    f"({error}); ATTN_EXT_BUILD_CPU=0 installs without it."
+                    f"({error}); ATTN_EXT_BUILD_CPU=0 installs without it, and "
+                    "ATTN_EXT_BUILD_CUDA=0 without the CUDA backend."
                 )
 
-    return {
-        "ext_modules": [cpu_extension(cpp_extension, sources)],
-        "cmdclass": {"build_ext": BuildExtension},
-    }
+    modules = [cpu_extension(cpp_extension, sources)] if compiler else []
+    if cuda_wish != "0" and wants_cuda(cpp_extension, cuda_wish):
+        modules.append(cuda_extension(cpp_extension))
+    return {"ext_modules": modules, "cmdclass": {"build_ext": BuildExtension}}
 
 
 if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:

@@ -15,7 +15,7 @@ OLDEST_TRITON = (3, 6)  # which torch 2.11 brings; with 3.9 the ends of the rang
 
 def _load_cpu() -> str | None:
     """Load the C++ library and return why that failed, or None."""
-    libraries = sorted(Path(__file__).parent.glob("_C*.so"))
+    libraries = sorted(Path(__file__).parent.glob("_C.*so"))
     if not libraries:
         return (
             "the C++ library was not built; with a C++17 compiler, run in attn_ext's source "
@@ -51,6 +51,25 @@ def _triton_problem() -> str | None:
     return None
 
 
+@functools.cache
+def _cuda_problem() -> str | None:
+    """Load the CUDA library, where torch has CUDA, and return why that failed, or None."""
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device here; use backend='cpu' or 'reference'"
+    remedy = (
+        "with nvcc and this PyTorch, run in attn_ext's source directory: "
+        "ATTN_EXT_BUILD_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps ."
+    )
+    libraries = sorted(Path(__file__).parent.glob("_C_cuda.*so"))
+    if not libraries:
+        return f"the CUDA library was not built; {remedy}"
+    try:
+        torch.ops.load_library(str(libraries[0]))
+    except (OSError, RuntimeError) as error:
+        return f"{libraries[0]} does not load ({error}); {remedy}"
+    return None
+
+
 @torch.compiler.assume_constant_result  # a fact of the installation: nothing to trace
 def problem(backend: str, device: torch.device) -> str | None:
     """Why ``backend`` cannot compute on ``device``, with the remedy, or None if it can."""
@@ -67,7 +86,9 @@ def problem(backend: str, device: torch.device) -> str | None:
                 "(TRITON_INTERPRET=1 runs it on CPU tensors, for tests)"
             )
         return _triton_problem()
-    return f"this version has no {backend} kernels; use backend='cpu' or 'reference'"
+    if device.type != "cuda":
+        return f"it computes on CUDA tensors; use .cuda() or backend=None for {device}"
+    return _cuda_problem()
 
 
 @functools.cache

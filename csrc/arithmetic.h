@@ -121,8 +121,8 @@ ATTN_EXT_HOST_DEVICE void factored_pair(float a0, float a1, float b0, float b1, 
   r1 = x0 * inverse;
 }
 
-// For any x, both with a small relative error. With z = exp(-2|x|), tanh|x| = 1 - 2z / (1 + z), from
-// where it exceeds 1/2; below, an odd polynomial, fitted for an error of 5e-9 of tanh.
+// For any x, both with a small relative error. With z = exp(-2|x|), tanh|x| = 1 - 2z / (1 + z),
+// from where it exceeds 1/2; below, an odd polynomial, fitted for an error of 5e-9 of tanh.
 ATTN_EXT_HOST_DEVICE TanhSlope exact_tanh(float x) {
   constexpr float kPolynomial = 0.55f;
   const float size = std::fabs(x);

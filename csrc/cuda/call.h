@@ -31,20 +31,20 @@ struct DropoutArguments {
   OptionalTensor seed;
 };
 
-inline int64_t power_of_two(int64_t at_least) {
-  int64_t power = 1;
-  while (power < at_least) {
-    power *= 2;
+// The smallest shift with 2^shift >= count.
+inline int shift_for(int64_t count) {
+  int shift = 0;
+  while ((int64_t{1} << shift) < count) {
+    ++shift;
   }
-  return power;
+  return shift;
 }
 
 class Call {
  public:
   // With `step_major`, query is [S, B, H, D]: its rows are the steps.
   Call(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& score_weight,
-       const SequenceArguments& sequences, const DropoutArguments& dropout,
-       bool step_major = false)
+       const SequenceArguments& sequences, const DropoutArguments& dropout, bool step_major = false)
       : device_(query), query_(query) {
     problem.heads = key.size(2);
     problem.dim = key.size(3);
@@ -64,6 +64,12 @@ class Call {
   bool leaves_rows() const { return leaves_rows_; }
   int64_t batch() const { return problem.sequences.count; }
   int64_t query_rows() const { return query_rows_; }
+  int64_t key_rows() const {
+    const Side& key = problem.sequences.key;
+    return key.offsets.data != nullptr ? key.rows : batch() * key.rows;
+  }
+  // Blocks of 2^shift keys that all sequences have at most.
+  int64_t key_tiles(int shift) const { return (key_rows() >> shift) + batch(); }
   int64_t longest_query() const { return problem.sequences.query.longest; }
   int64_t longest_key() const { return problem.sequences.key.longest; }
   // Bounds as the caller gave them, for the shape of weights.

@@ -19,14 +19,6 @@ __device__ __forceinline__ T larger(T a, T b) {
   return a > b ? a : b;
 }
 
-__host__ __device__ inline int log2_of(int64_t power) {
-  int result = 0;
-  while ((int64_t{1} << result) < power) {
-    ++result;
-  }
-  return result;
-}
-
 __device__ inline int64_t integer(const Integers& values, int64_t n) {
   return values.wide ? static_cast<const int64_t*>(values.data)[n * values.stride]
                      : static_cast<const int32_t*>(values.data)[n * values.stride];
@@ -41,8 +33,7 @@ __device__ inline int64_t row_offset(const Side& side, int64_t n) {
 }
 
 __device__ inline int row_count(const Side& side, int64_t n, int64_t begin) {
-  const int64_t count =
-      side.offsets.data == nullptr ? side.rows : row_offset(side, n + 1) - begin;
+  const int64_t count = side.offsets.data == nullptr ? side.rows : row_offset(side, n + 1) - begin;
   return static_cast<int>(larger<int64_t>(smaller(count, side.longest), 0));
 }
 

@@ -22,6 +22,12 @@ static_assert(kGradientFeatures == 2 * kWarp);
 static_assert(kKeys * kRowGranules == kThreads);
 static_assert(kGradientQueries * kRowGranules % kThreads == 0);
 
+// Smallest and largest exponentials of a lane's two features.
+struct __align__(16) Extremes {
+  float2 low;
+  float2 high;
+};
+
 struct Shared {
   float query[kGradientQueries][kGradientFeatures];   // exp(2 query)
   float dquery[kGradientQueries][kGradientFeatures];  // sums of s (1 - t^2) / 4
@@ -35,6 +41,12 @@ struct Shared {
   // out the 1, and notes the sum of s that it left out, and of how many keys.
   float left_out[kGradientQueries];
   int shifted_keys[kGradientQueries];
+  Extremes query_extremes[kWarp];
+  // Here because registers are scarce.
+  Span span;
+  int first_key;  // of the block
+  int end_key;
+  double2 dweight[kThreads];  // sums of s t, a thread's two features
   float room[kWarps];
 };
 
@@ -64,6 +76,7 @@ __device__ __forceinline__ void put_granule(float* target, const float (&values)
 // |query|.
 __device__ inline float fill_queries(const Unit& unit, Shared& shared) {
   float bound = 0;
+#pragma unroll 1
   for (int n = threadIdx.x; n < kGradientQueries * kRowGranules; n += kThreads) {
     const int row = n / kRowGranules;
     const int col = n % kRowGranules * kGranule;
@@ -112,6 +125,7 @@ __device__ inline float fill_keys(const Unit& unit, int key, int keys, bool expo
 // Puts s of the unit's queries and a tile's keys in place, 0 elsewhere; returns this thread's sum.
 __device__ inline float fill_dscores(const Unit& unit, int key, int keys, Shared& shared) {
   float sum = 0;
+#pragma unroll 2
   for (int n = threadIdx.x; n < kGradientQueries * kKeys; n += kThreads) {
     const int i = n / kKeys;
     const int j = n % kKeys;
@@ -126,16 +140,11 @@ __device__ inline float fill_dscores(const Unit& unit, int key, int keys, Shared
   return sum;
 }
 
-// Smallest and largest exponentials of this lane's two features.
-struct Extremes {
-  float2 low;
-  float2 high;
-};
-
 __device__ inline Extremes extremes(const float (*rows)[kGradientFeatures], int count) {
   const int lane = threadIdx.x % kWarp;
   Extremes result;
   result.low = result.high = *reinterpret_cast<const float2*>(&rows[0][2 * lane]);
+#pragma unroll 2
   for (int row = 1; row < count; ++row) {
     const float2 value = *reinterpret_cast<const float2*>(&rows[row][2 * lane]);
     result.low = {fminf(result.low.x, value.x), fminf(result.low.y, value.y)};
@@ -162,7 +171,7 @@ struct LaneTile {
 template <bool kQuery, bool kKey>
 __device__ __forceinline__ void add_factored(int queries, Shared& shared, LaneTile& tile) {
   const int lane = threadIdx.x % kWarp;
-#pragma unroll 2
+#pragma unroll 4
   for (int i = threadIdx.x / kWarp; i < queries; i += kWarps) {
     const float2 a = *reinterpret_cast<const float2*>(&shared.query[i][2 * lane]);
     float2* const target = reinterpret_cast<float2*>(&shared.dquery[i][2 * lane]);
@@ -204,6 +213,7 @@ __device__ inline void add_exact(const Unit& unit, bool small, Shared& shared, L
   const int lane = threadIdx.x % kWarp;
   const Rows& rows = unit.call.problem.query;
   const int64_t col = unit.col + 2 * lane;
+#pragma unroll 1
   for (int i = threadIdx.x / kWarp; i < unit.queries; i += kWarps) {
     const int64_t offset = query_offset(rows, unit.span, unit.head, unit.query + i);
     const int64_t dim = unit.call.problem.dim;
@@ -247,6 +257,7 @@ __device__ inline void write_keys(const Unit& unit, int key, int keys, const Lan
     *reinterpret_cast<float2*>(&shared.dkey[threadIdx.x / kWarp][j][2 * lane]) = tile.dkey[j];
   }
   __syncthreads();
+#pragma unroll 2
   for (int n = threadIdx.x; n < keys * kGradientFeatures; n += kThreads) {
     const int j = n / kGradientFeatures;
     const int f = n % kGradientFeatures;
@@ -277,6 +288,7 @@ __device__ inline void write_queries(const Unit& unit, int64_t split, const Shar
   const GradientCall& call = unit.call;
   const int64_t dim = call.problem.dim;
   const int64_t rows = call.problem.sequences.last_row - call.problem.sequences.first_row;
+#pragma unroll 2
   for (int n = threadIdx.x; n < unit.queries * kGradientFeatures; n += kThreads) {
     const int i = n / kGradientFeatures;
     const int64_t col = unit.col + n % kGradientFeatures;
@@ -285,8 +297,7 @@ __device__ inline void write_queries(const Unit& unit, int64_t split, const Shar
     }
     const float sum = 4 * shared.dquery[i][n % kGradientFeatures];
     if (call.partial_dquery == nullptr) {
-      const float shift =
-          shared.shifted_keys[i] == unit.span.key_count ? 0.0f : shared.left_out[i];
+      const float shift = shared.shifted_keys[i] == unit.span.key_count ? 0.0f : shared.left_out[i];
       store(call.dquery, query_offset(call.dquery, unit.span, unit.head, unit.query + i) + col,
             score_weight(unit, col) * (sum + shift));
       continue;
@@ -302,28 +313,24 @@ __device__ inline void write_queries(const Unit& unit, int64_t split, const Shar
   }
 }
 
-struct KeyRange {
-  int begin;
-  int end;
-};
-
 // Everything that the unit's queries give. Sums of the score weights are continued in double.
 template <bool kQuery, bool kKey>
-__device__ inline void run_unit(const Unit& unit, const KeyRange& range, Shared& shared,
-                                double (&dweight)[2]) {
+__device__ inline void run_unit(const Unit& unit, Shared& shared) {
   __syncthreads();
   const float query_bound = fill_queries(unit, shared);
-  const Extremes query = extremes(shared.query, unit.queries);
   const int lane = threadIdx.x % kWarp;
-  for (int key = range.begin; key < range.end; key += kKeys) {
-    const int keys = smaller(kKeys, range.end - key);
+  if (threadIdx.x < kWarp) {
+    shared.query_extremes[lane] = extremes(shared.query, unit.queries);
+  }
+  for (int key = shared.first_key; key < shared.end_key; key += kKeys) {
+    const int keys = smaller(kKeys, shared.end_key - key);
     __syncthreads();
     float key_bound = fill_keys(unit, key, keys, true, shared);
     float s_sum = fill_dscores(unit, key, keys, shared);
     key_bound = reduce<Maximum, kThreads>(key_bound, shared.room);
     s_sum = reduce<Sum, kThreads>(s_sum, shared.room);
     Route route = Route::kExact;
-    if (informative(query, extremes(shared.key, keys)) &&
+    if (informative(shared.query_extremes[lane], extremes(shared.key, keys)) &&
         in_factored_range(query_bound, key_bound)) {
       route = Route::kFactored;
     } else {
@@ -351,12 +358,14 @@ __device__ inline void run_unit(const Unit& unit, const KeyRange& range, Shared&
       add_factored<kQuery, kKey>(unit.queries, shared, tile);
       // sum s t = sum s - 2 sum s r, of which the first sum is the whole block's.
       const float constant = threadIdx.x < kWarp ? s_sum : 0.0f;
-      dweight[0] += static_cast<double>(fmaf(-2.0f, tile.dweight.x, constant));
-      dweight[1] += static_cast<double>(fmaf(-2.0f, tile.dweight.y, constant));
+      tile.dweight.x = fmaf(-2.0f, tile.dweight.x, constant);
+      tile.dweight.y = fmaf(-2.0f, tile.dweight.y, constant);
     } else {
       add_exact<kQuery, kKey>(unit, route == Route::kSmall, shared, tile);
-      dweight[0] += static_cast<double>(tile.dweight.x);
-      dweight[1] += static_cast<double>(tile.dweight.y);
+    }
+    if constexpr (kKey) {
+      shared.dweight[threadIdx.x].x += static_cast<double>(tile.dweight.x);
+      shared.dweight[threadIdx.x].y += static_cast<double>(tile.dweight.y);
     }
     if constexpr (kKey) {
       if (unit.call.dkey.data != nullptr) {
@@ -368,19 +377,13 @@ __device__ inline void run_unit(const Unit& unit, const KeyRange& range, Shared&
 
 // The block's partial sums of dscore_weight, the warps' in their order.
 __device__ inline void write_dweight(const GradientCall& call, int64_t head, int64_t col,
-                                     const double (&dweight)[2], Shared& shared) {
-  const int lane = threadIdx.x % kWarp;
-  double* const sums = reinterpret_cast<double*>(shared.dkey);  // [kWarps, features]
-  static_assert(sizeof(shared.dkey) >= sizeof(double) * kWarps * kGradientFeatures);
-  __syncthreads();
-  for (int n = 0; n < 2; ++n) {
-    sums[threadIdx.x / kWarp * kGradientFeatures + 2 * lane + n] = dweight[n];
-  }
+                                     const Shared& shared) {
   __syncthreads();
   if (threadIdx.x < kGradientFeatures && col + threadIdx.x < call.problem.dim) {
     double sum = 0;
     for (int warp = 0; warp < kWarps; ++warp) {
-      sum += sums[warp * kGradientFeatures + threadIdx.x];
+      const double2 pair = shared.dweight[warp * kWarp + threadIdx.x / 2];
+      sum += threadIdx.x % 2 == 0 ? pair.x : pair.y;
     }
     const int64_t row = int64_t{blockIdx.x} * call.problem.heads + head;
     call.partial_dweight[row * call.problem.dim + col + threadIdx.x] = static_cast<float>(sum);
@@ -388,20 +391,25 @@ __device__ inline void write_dweight(const GradientCall& call, int64_t head, int
 }
 
 template <bool kQuery, bool kKey>
-__global__ void __launch_bounds__(kThreads, 4) gradient_kernel(const GradientCall call) {
+__global__ void __launch_bounds__(kThreads, 3) gradient_kernel(const GradientCall call) {
   __shared__ __align__(16) Shared shared;
   const Sequences& sequences = call.problem.sequences;
-  const int shift = log2_of(call.keys_per_block);
-  const Tile found = find_key_tile(sequences, shift, blockIdx.x);
-  const Span span = span_of(sequences, found.sequence);
-  const KeyRange range{
-      static_cast<int>(smaller<int64_t>(found.first, span.key_count)),
-      static_cast<int>(smaller<int64_t>(found.first + call.keys_per_block, span.key_count))};
+  const Tile found = find_key_tile(sequences, call.key_shift, blockIdx.x);
+  if (threadIdx.x == 0) {
+    const Span span = span_of(sequences, found.sequence);
+    const int64_t end = found.first + (int64_t{1} << call.key_shift);
+    shared.span = span;
+    shared.first_key = static_cast<int>(smaller<int64_t>(found.first, span.key_count));
+    shared.end_key = static_cast<int>(smaller<int64_t>(end, span.key_count));
+  }
+  __syncthreads();
+  const Span& span = shared.span;
   for (int64_t head = blockIdx.z; head < call.problem.heads; head += gridDim.z) {
     for (int64_t col = int64_t{blockIdx.y} * kGradientFeatures; col < call.problem.dim;
          col += int64_t{gridDim.y} * kGradientFeatures) {
-      double dweight[2] = {0, 0};
-      for (int query = 0; query < span.query_count && range.begin < range.end;
+      __syncthreads();
+      shared.dweight[threadIdx.x] = double2{0, 0};
+      for (int query = 0; query < span.query_count && shared.first_key < shared.end_key;
            query += kGradientQueries) {
         const int queries = smaller(kGradientQueries, span.query_count - query);
         const Unit unit{call,
@@ -412,14 +420,14 @@ __global__ void __launch_bounds__(kThreads, 4) gradient_kernel(const GradientCal
                         queries,
                         span.first_query + query == 0,
                         span.has_last_query && query + queries == span.query_count};
-        run_unit<kQuery, kKey>(unit, range, shared, dweight);
+        run_unit<kQuery, kKey>(unit, shared);
         if constexpr (kQuery) {
           __syncthreads();
-          write_queries(unit, found.first >> shift, shared);
+          write_queries(unit, found.first >> call.key_shift, shared);
         }
       }
       if (kKey && call.partial_dweight != nullptr) {
-        write_dweight(call, head, col, dweight, shared);
+        write_dweight(call, head, col, shared);
       }
     }
   }
@@ -442,7 +450,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_dquery_kernel(const Gradi
       float sum = 0;
       float left_out = 0;
       float shifted_keys = 0;
-      for (int64_t split = 0; split * call.keys_per_block < span.key_count; ++split) {
+      for (int64_t split = 0; (split << call.key_shift) < span.key_count; ++split) {
         const int64_t row = (split * rows + span.flat_row + found.first) * problem.heads + head;
         const float2 left = call.left_out[row * chunks + col / kGradientFeatures];
         sum += call.partial_dquery[row * problem.dim + col];
@@ -450,8 +458,8 @@ __global__ void __launch_bounds__(kMergeThreads) merge_dquery_kernel(const Gradi
         shifted_keys += left.y;
       }
       const float shift = shifted_keys == static_cast<float>(span.key_count) ? 0.0f : left_out;
-      const float weight =
-          load(problem.score_weight, head * problem.score_weight.head + col * problem.score_weight.col);
+      const float weight = load(problem.score_weight,
+                                head * problem.score_weight.head + col * problem.score_weight.col);
       store(call.dquery, query_offset(call.dquery, span, head, found.first) + col,
             weight * (sum + shift));
     }
@@ -502,8 +510,7 @@ void launch_gradient(const GradientCall& call, cudaStream_t stream) {
                       : query ? gradient_kernel<true, true>
                               : gradient_kernel<false, true>;
   const Sequences& sequences = call.problem.sequences;
-  launch("gradients", kernel,
-         tile_bound(key_rows(sequences), sequences.count, log2_of(call.keys_per_block)),
+  launch("gradients", kernel, tile_bound(key_rows(sequences), sequences.count, call.key_shift),
          (call.problem.dim + kGradientFeatures - 1) / kGradientFeatures, call.problem.heads,
          kThreads, call, stream);
 }

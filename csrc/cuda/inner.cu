@@ -15,12 +15,12 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kTileShift = 5;
-constexpr int kTile = 1 << kTileShift;    // queries, and keys
-constexpr int kChunk = 64;                // features
-constexpr int kParts = 2;                 // of a chunk, for the two halves of the block
-constexpr int kLd = kChunk + 4;           // so that 8 rows' 16 bytes lie in different banks
-constexpr int kSide = 4;                  // rows and columns of a thread's tile
-constexpr int kStride = kTile / kSide;    // between them
+constexpr int kTile = 1 << kTileShift;  // queries, and keys
+constexpr int kChunk = 64;              // features
+constexpr int kParts = 2;               // of a chunk, for the two halves of the block
+constexpr int kLd = kChunk + 4;         // so that 8 rows' 16 bytes lie in different banks
+constexpr int kSide = 4;                // rows and columns of a thread's tile
+constexpr int kStride = kTile / kSide;  // between them
 constexpr int kGranules = kTile * kChunk / kGranule / kThreads;  // a thread's, of each panel
 static_assert(kThreads == kParts * kStride * kStride);
 static_assert(kTile * kChunk == kGranules * kGranule * kThreads);
@@ -28,6 +28,7 @@ static_assert(kTile * kChunk == kGranules * kGranule * kThreads);
 // How four features enter a sum. kExponential: panels hold exp(2x) of their rows, and the score
 // weights are -2w, as sum_d w_d tanh_d = sum_d w_d - 2 sum_d w_d r_d.
 struct FactoredScore {
+  static constexpr int kUnroll = 4;
   static constexpr bool kExponential = true;
   static constexpr bool kWeighted = true;
   static __device__ float add(float sum, const float4& w, const float4& a, const float4& b) {
@@ -37,6 +38,7 @@ struct FactoredScore {
 };
 
 struct ExactScore {
+  static constexpr int kUnroll = 1;
   static constexpr bool kExponential = false;
   static constexpr bool kWeighted = true;
   // The four are summed on their own, as rounding errors grow with the additions to a long sum.
@@ -48,6 +50,7 @@ struct ExactScore {
 };
 
 struct DotProduct {
+  static constexpr int kUnroll = 2;
   static constexpr bool kExponential = false;
   static constexpr bool kWeighted = false;
   static __device__ float add(float sum, const float4&, const float4& a, const float4& b) {
@@ -240,7 +243,7 @@ __device__ __forceinline__ void inner_products(const TileRows& tile, const Weigh
     const float* left = &shared.left[ty][part * kChunk / kParts];
     const float* right = &shared.right[tx][part * kChunk / kParts];
     const float* weight = &shared.weight[part * kChunk / kParts];
-#pragma unroll 2
+#pragma unroll Rule::kUnroll
     for (int d = 0; d < kChunk / kParts; d += 4) {
       const float4 w = Rule::kWeighted ? *reinterpret_cast<const float4*>(weight + d) : float4{};
       float4 a[kSide];
@@ -268,8 +271,8 @@ __device__ __forceinline__ void inner_products(const TileRows& tile, const Weigh
   if constexpr (Rule::kExponential) {
     const float query_bound = reduce<Maximum, kThreads>(bounds[0], shared.room);
     const float key_bound = reduce<Maximum, kThreads>(bounds[1], shared.room);
-    trusted = facts.fit && shared.informative > facts.least &&
-              in_factored_range(query_bound, key_bound);
+    trusted =
+        facts.fit && shared.informative > facts.least && in_factored_range(query_bound, key_bound);
   }
 }
 
@@ -302,7 +305,7 @@ __device__ inline void write_sums(const TileRows& tile, Shared& shared,
 }
 
 template <bool kScores>
-__global__ void __launch_bounds__(kThreads, 3) inner_kernel(const InnerCall call) {
+__global__ void __launch_bounds__(kThreads, kScores ? 4 : 3) inner_kernel(const InnerCall call) {
   __shared__ __align__(16) Shared shared;
   const Sequences& sequences = call.problem.sequences;
   const Tile found = find_query_tile(sequences, kTileShift, blockIdx.x);

@@ -65,13 +65,12 @@ struct GradientCall {
   Scores dscores;
   Rows dquery;
   Rows dkey;
-  Rows dkey_sums;  // float32, where dkey gathers over tiles of queries
-  int64_t keys_per_block = 0;
+  Rows dkey_sums;     // float32, where dkey gathers over tiles of queries
+  int key_shift = 0;  // a block has 2^key_shift keys
   // With more than one block of keys a sequence: [splits, rows of the wave, heads, dim], and
   // [splits, rows of the wave, heads, chunks] of what the sums leave out (see gradient.cu).
   float* partial_dquery = nullptr;
   float2* left_out = nullptr;
-  int64_t splits = 1;
   float* partial_dweight = nullptr;  // [tiles of keys, heads, dim]
 };
 void launch_gradient(const GradientCall& call, cudaStream_t stream);
@@ -80,19 +79,19 @@ void launch_merge_dquery(const GradientCall& call, cudaStream_t stream);
 void launch_merge_dweight(const float* partial, int64_t tiles, int64_t heads, int64_t dim,
                           const Rows& dscore_weight, cudaStream_t stream);
 
-// Context and statistics for one query a sequence, a block for each `keys_per_block` keys.
+// Context and statistics for one query a sequence.
 struct StepCall {
   Problem problem;
   Rows context;
   Rows stats;
-  Weights weights;     // data is null unless asked for
-  int64_t keys_per_block = 0;
-  bool merges = false;  // whether a sequence may have more than one block; then
-  Scores scores;        // with weights: where scores wait for their softmax
+  Weights weights;                       // data is null unless asked for
+  int key_shift = 0;                     // a block has 2^key_shift keys
+  bool merges = false;                   // whether a sequence may have more than one block; then
+  Scores scores;                         // with weights: where scores wait for their softmax
   float* partial_sums = nullptr;         // [tiles of keys, heads, value_dim]
   SoftmaxPart* partial_stats = nullptr;  // [tiles of keys, heads]
 };
-constexpr int64_t kMostStepKeys = 1024;  // a block's
+constexpr int kMostStepShift = 10;  // of key_shift
 void launch_step(const StepCall& call, cudaStream_t stream);
 void launch_step_merge(const StepCall& call, cudaStream_t stream);
 

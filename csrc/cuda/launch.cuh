@@ -9,7 +9,7 @@
 namespace attn_ext {
 namespace cuda {
 
-constexpr int64_t kMostGridRows = 65535;  // of a grid's y and z axes; kernels loop over the rest
+constexpr int64_t kMostGridRows = 65535;   // of a grid's y and z axes; kernels loop over the rest
 constexpr int64_t kMostParameters = 4096;  // bytes, on every architecture
 
 inline void check(cudaError_t error, const char* what) {

@@ -74,7 +74,8 @@ __device__ __forceinline__ void unpack(DType dtype, const Granule& raw, float (&
 __device__ __forceinline__ Granule load_raw(const Rows& rows, int64_t offset) {
   Granule raw{};
   if (rows.dtype == DType::kFloat32) {
-    const auto* source = reinterpret_cast<const uint4*>(static_cast<const float*>(rows.data) + offset);
+    const auto* source =
+        reinterpret_cast<const uint4*>(static_cast<const float*>(rows.data) + offset);
     raw.low = __ldg(source);
     raw.high = __ldg(source + 1);
   } else {
@@ -105,7 +106,9 @@ __device__ __forceinline__ void load_granule(const Rows& rows, int64_t offset, i
 __device__ __forceinline__ void copy_async(Granule* target, const Rows& rows, int64_t offset) {
   const bool wide = rows.dtype == DType::kFloat32;
   const char* source = static_cast<const char*>(rows.data) + offset * (wide ? 4 : 2);
-#if defined(__CUDA_ARCH__)
+#if defined(EMULATED_CUDA)
+  emulated_copy_async(target, source, wide ? 32 : 16);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(target));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(source) : "memory");
   if (wide) {
@@ -113,16 +116,19 @@ __device__ __forceinline__ void copy_async(Granule* target, const Rows& rows, in
                  : "memory");
   }
 #else
-  emulated_copy_async(target, source, wide ? 32 : 16);
+  target->low = *reinterpret_cast<const uint4*>(source);  // such copies came with sm_80
+  if (wide) {
+    target->high = *reinterpret_cast<const uint4*>(source + 16);
+  }
 #endif
 }
 
 // Waits for the copies that this thread started.
 __device__ __forceinline__ void wait_for_copies() {
-#if defined(__CUDA_ARCH__)
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#else
+#if defined(EMULATED_CUDA)
   emulated_wait_for_copies();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
 

@@ -44,7 +44,7 @@ struct Sequences {
   Integers key_lengths;
   const int32_t* key_index = nullptr;  // [count, key.rows]: the keys that a mask leaves
   const int32_t* key_count = nullptr;  // [count]: how many they are
-  int64_t first_row = 0;  // only queries first_row <= row < last_row are worked on
+  int64_t first_row = 0;               // only queries first_row <= row < last_row are worked on
   int64_t last_row = 0;
 };
 

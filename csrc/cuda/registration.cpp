@@ -36,40 +36,35 @@ InnerCall inner_call(const Call& call, bool scores, const Rows& left, const Rows
 // too few sequences for a block each.
 void forward_step(const Call& call, const Rows& context, const Rows& stats,
                   const Weights& weights) {
+  constexpr int kFewestShift = 6;
   const Problem& problem = call.problem;
-  const int64_t rows = problem.sequences.key.offsets.data != nullptr
-                           ? problem.sequences.key.rows
-                           : call.batch() * problem.sequences.key.rows;
   const int64_t processors = cuda::processors();
   StepCall step;
   step.problem = problem;
   step.context = context;
   step.stats = stats;
   step.weights = weights;
-  const int64_t whole = power_of_two(std::max<int64_t>(call.longest_key(), 1));
-  step.keys_per_block = std::min(whole, kMostStepKeys / 2);
+  const int whole = shift_for(call.longest_key());
+  int share = kMostStepShift - 1;
   if (call.batch() * problem.heads < 2 * processors) {
-    const int64_t share = power_of_two(rows * problem.heads / (4 * processors) + 1);
-    step.keys_per_block = std::min(whole, std::clamp<int64_t>(share, 64, kMostStepKeys));
+    const int64_t keys = call.key_rows() * problem.heads / (4 * processors) + 1;
+    share = std::clamp(shift_for(keys), kFewestShift, kMostStepShift);
   }
-  step.merges = step.keys_per_block < whole;
+  step.key_shift = std::min(whole, share);
+  step.merges = step.key_shift < whole;
   if (!step.merges) {
     launch_step(step, call.stream());
     return;
   }
-  int shift = 0;
-  while ((int64_t{1} << shift) < step.keys_per_block) {
-    ++shift;
-  }
-  const int64_t parts = ((rows >> shift) + call.batch()) * problem.heads;
+  const int64_t parts = call.key_tiles(step.key_shift) * problem.heads;
   const Tensor sums = call.floats({parts, problem.value_dim});
   const Tensor part_stats = call.floats({parts, 2});
   step.partial_sums = static_cast<float*>(sums.data_ptr());
   step.partial_stats = static_cast<SoftmaxPart*>(part_stats.data_ptr());
   OptionalTensor scores;
   if (weights.rows.data != nullptr) {
-    const int64_t batch = problem.sequences.key.offsets.data != nullptr ? 1 : call.batch();
-    scores = call.floats({batch, problem.sequences.key.rows, problem.heads});
+    const bool jagged = problem.sequences.key.offsets.data != nullptr;
+    scores = call.floats({jagged ? 1 : call.batch(), problem.sequences.key.rows, problem.heads});
     step.scores = key_scores(*scores);
   }
   launch_step(step, call.stream());
@@ -185,31 +180,30 @@ class Gradients {
   OptionalTensor dvalue_sums_;
 };
 
-// Keys of a block of the gradient kernel: so few that the blocks fill the device and none is much
-// longer than the others, as far as there is room for the partial gradients of the queries.
-int64_t gradient_keys(const Call& call, const Gradients& gradients) {
-  constexpr int64_t kMostKeys = 1024;
-  constexpr int64_t kFewestKeys = 64;
+// Keys of a block of the gradient kernel, as a shift: so few that the blocks fill the device and
+// none is much longer than the others, as far as there is room for the partial gradients of the
+// queries.
+int gradient_shift(const Call& call, bool wants_query) {
+  constexpr int kMostShift = 10;
+  constexpr int kFewestShift = 6;
   const int64_t heads = call.problem.heads;
-  const int64_t longest = std::max<int64_t>(call.longest_key(), 1);
   const int64_t chunks = (call.problem.dim + kGradientFeatures - 1) / kGradientFeatures;
   const int64_t blocks = std::max<int64_t>(call.batch() * heads * chunks, 1);
   const int64_t splits = 4 * processors() / blocks + 1;
-  int64_t keys =
-      power_of_two(std::clamp<int64_t>((longest + splits - 1) / splits, kFewestKeys, kMostKeys));
   const int64_t bytes = call.query_rows() * heads * call.problem.dim * 4;
-  while (gradients.wants_query && keys < longest &&
-         (longest + keys - 1) / keys * bytes > kPartialBytes) {
-    keys *= 2;
+  const int whole = shift_for(call.longest_key());
+  int shift = std::clamp(shift_for(call.longest_key() / splits), kFewestShift, kMostShift);
+  while (wants_query && shift < whole &&
+         ((call.longest_key() >> shift) + 1) * bytes > kPartialBytes) {
+    ++shift;
   }
-  return std::min(keys, power_of_two(longest));
+  return std::min(shift, whole);
 }
 
 // Runs the gradient kernel on one wave after the other.
 class GradientPhase {
  public:
-  GradientPhase(const Call& call, const Gradients& gradients, const Tensor& score_weight,
-                int64_t waves, int64_t rows)
+  GradientPhase(const Call& call, const Gradients& gradients, int64_t waves, int64_t rows)
       : call_(call), gradients_(gradients) {
     if (!gradients.wants_scores()) {
       return;
@@ -222,29 +216,21 @@ class GradientPhase {
       base_.dkey = rows_of(gradients.dkey);
       base_.dkey_sums = gradients.dkey_sums();
     }
-    base_.keys_per_block = gradient_keys(call, gradients);
-    base_.splits = (call.longest_key() + base_.keys_per_block - 1) / base_.keys_per_block;
-    if (gradients.wants_query && base_.splits > 1) {
+    base_.key_shift = gradient_shift(call, gradients.wants_query);
+    const int64_t splits = ((call.longest_key() - 1) >> base_.key_shift) + 1;
+    if (gradients.wants_query && splits > 1) {
       const int64_t chunks = (problem.dim + kGradientFeatures - 1) / kGradientFeatures;
-      partial_dquery_ = call.floats({base_.splits, rows, problem.heads, problem.dim});
-      left_out_ = call.floats({base_.splits, rows, problem.heads, chunks, 2});
+      partial_dquery_ = call.floats({splits, rows, problem.heads, problem.dim});
+      left_out_ = call.floats({splits, rows, problem.heads, chunks, 2});
       base_.partial_dquery = static_cast<float*>(partial_dquery_->data_ptr());
       base_.left_out = static_cast<float2*>(left_out_->data_ptr());
     }
     if (gradients.wants_weight) {
-      int shift = 0;
-      while ((int64_t{1} << shift) < base_.keys_per_block) {
-        ++shift;
-      }
-      const int64_t key_rows = problem.sequences.key.offsets.data != nullptr
-                                   ? problem.sequences.key.rows
-                                   : call.batch() * problem.sequences.key.rows;
-      tiles_ = (key_rows >> shift) + call.batch();
+      tiles_ = call.key_tiles(base_.key_shift);
       all_tiles_ = tiles_ * waves;
       partial_dweight_ = call.floats({all_tiles_, problem.heads, problem.dim});
       dscore_weight_ = score_weight_rows(gradients.dscore_weight);
     }
-    (void)score_weight;
   }
 
   void run(int64_t wave, const Scores& dscores) const {
@@ -341,8 +327,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
             {cu_seqlens_q, cu_seqlens_k, key_lengths, key_padding_mask, max_seqlen_q, max_seqlen_k},
             {dropout_p, dropout_seed});
   const Incoming incoming{dcontext, dweights, stats, weights_layout == 2};
-  const int64_t rows = call.one_step() ? std::max<int64_t>(call.query_rows(), 1)
-                                       : call.wave_rows(2);
+  const int64_t rows =
+      call.one_step() ? std::max<int64_t>(call.query_rows(), 1) : call.wave_rows(2);
   const int64_t waves = (call.query_rows() + rows - 1) / rows;
   const Gradients gradients(call, query, key, value, score_weight, grad_mask, dcontext.has_value(),
                             waves > 1);
@@ -356,7 +342,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
   };
   const Scores alpha = view(alpha_room);
   const Scores dscores = view(dscores_room);
-  const GradientPhase phase(call, gradients, score_weight, waves, rows);
+  const GradientPhase phase(call, gradients, waves, rows);
   for (int64_t wave = 0; wave < waves; ++wave) {
     call.begin_wave(wave * rows, rows);
     softmax_gradient(call, incoming, gradients.wants_scores(), alpha, dscores);
@@ -392,7 +378,7 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_step_backward(
   }
   const bool wants_scores = grad_mask & (kGradQuery | kGradKey | kGradScoreWeight);
   softmax_gradient(call, incoming, wants_scores, key_scores(weights), key_scores(dscores));
-  const GradientPhase phase(call, gradients, score_weight, 1, call.query_rows());
+  const GradientPhase phase(call, gradients, 1, call.query_rows());
   phase.run(0, key_scores(dscores));
   return {gradients.dquery, dscores, weights};
 }
@@ -409,7 +395,7 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_memory_backward(
                   {}, true);
   const Gradients gradients(call, query, key, value, score_weight, grad_mask & ~kGradQuery, true,
                             false);
-  const GradientPhase phase(call, gradients, score_weight, 1, call.query_rows());
+  const GradientPhase phase(call, gradients, 1, call.query_rows());
   phase.run(0, key_scores(dscores));
   phase.finish();
   value_gradient(call, gradients, step_rows_of(dcontext), key_scores(weights));
@@ -429,8 +415,8 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_memory_backward(
 #define ATTN_EXT_GRADS "Tensor? dcontext, Tensor? dweights, "
 
 STABLE_TORCH_LIBRARY_FRAGMENT(attn_ext_cuda, m) {
-  m.def("additive_attention_forward(" ATTN_EXT_INPUTS ATTN_EXT_PREPARED ATTN_EXT_LAYOUT
-            ATTN_EXT_DROPOUT
+  m.def("additive_attention_forward(" ATTN_EXT_INPUTS ATTN_EXT_PREPARED
+            ATTN_EXT_LAYOUT ATTN_EXT_DROPOUT
         "bool deterministic) -> (Tensor context, Tensor weights, Tensor stats)");
   m.def("additive_attention_backward(" ATTN_EXT_GRADS ATTN_EXT_INPUTS
         "Tensor stats, " ATTN_EXT_LAYOUT ATTN_EXT_DROPOUT
@@ -439,11 +425,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(attn_ext_cuda, m) {
   m.def("additive_attention_step_backward(" ATTN_EXT_GRADS ATTN_EXT_INPUTS ATTN_EXT_PREPARED
         "Tensor stats, " ATTN_EXT_KEY_LAYOUT "SymInt max_seqlen_k, " ATTN_EXT_DROPOUT
         "int grad_mask, bool deterministic) -> (Tensor dquery, Tensor dscores, Tensor weights)");
-  m.def("additive_attention_memory_backward(Tensor query, Tensor dscores, Tensor weights, "
-        "Tensor dcontext, Tensor key, Tensor value, Tensor score_weight, " ATTN_EXT_PREPARED
-            ATTN_EXT_KEY_LAYOUT
-        "SymInt max_seqlen_k, int grad_mask, bool deterministic) "
-        "-> (Tensor dkey, Tensor dvalue, Tensor dscore_weight)");
+  m.def(
+      "additive_attention_memory_backward(Tensor query, Tensor dscores, Tensor weights, "
+      "Tensor dcontext, Tensor key, Tensor value, Tensor "
+      "score_weight, " ATTN_EXT_PREPARED ATTN_EXT_KEY_LAYOUT
+      "SymInt max_seqlen_k, int grad_mask, bool deterministic) "
+      "-> (Tensor dkey, Tensor dvalue, Tensor dscore_weight)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attn_ext_cuda, ATTN_EXT_CUDA_KEY, m) {

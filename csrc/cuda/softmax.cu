@@ -1,6 +1,7 @@
 // Softmax of rows of scores, and its gradient. A row belongs to a warp, or to a block where there
 // are few of them. With e the scores and g = dcontext . value + dweights:
-//   alpha_j = exp(e_j - largest) / total,  delta = sum alpha g' / sum alpha,  s = alpha (g' - delta)
+//   alpha_j = exp(e_j - largest) / total,  delta = sum alpha g' / sum alpha,  s = alpha (g' -
+//   delta)
 // where g' is g after dropout. The division by what is 1 up to rounding makes sum s = 0 hold as
 // well as s allows, which gradients that nearly cancel need.
 #include "kernels.h"
@@ -12,6 +13,7 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kBlocks = 6;  // at a time on a multiprocessor
 
 // A query of a block: its sequence's span, narrowed to it. The span has no keys if there is none.
 struct Row {
@@ -34,7 +36,7 @@ __device__ inline Row find_row(const Sequences& sequences) {
 }
 
 template <int kGroup>
-__global__ void __launch_bounds__(kThreads) softmax_kernel(const SoftmaxCall call) {
+__global__ void __launch_bounds__(kThreads, kBlocks) softmax_kernel(const SoftmaxCall call) {
   __shared__ float room[kGroup / kWarp];
   const Problem& problem = call.problem;
   const Row row = find_row<kGroup>(problem.sequences);
@@ -48,20 +50,23 @@ __global__ void __launch_bounds__(kThreads) softmax_kernel(const SoftmaxCall cal
       return call.scores.data[score_offset(call.scores, span, head, row.i, j)];
     };
     float largest = -INFINITY;
+#pragma unroll 2
     for (int64_t j = lane; j < span.key_count; j += kGroup) {
       largest = Maximum::of(largest, at(j));
     }
     largest = reduce<Maximum, kGroup>(largest, room);
     const float shift = softmax_shift(largest);
     float total = 0;
+#pragma unroll 2
     for (int64_t j = lane; j < span.key_count; j += kGroup) {
       total += expf(at(j) - shift);
     }
     total = reduce<Sum, kGroup>(total, room);
     const float scale = 1 / total;
+#pragma unroll 2
     for (int64_t j = lane; j < span.key_count; j += kGroup) {
-      const float alpha = expf(at(j) - shift) * scale *
-                          dropout_factor(problem.dropout, span, head, row.i, j);
+      const float alpha =
+          expf(at(j) - shift) * scale * dropout_factor(problem.dropout, span, head, row.i, j);
       at(j) = alpha;
       if (call.weights.rows.data != nullptr) {
         store(call.weights.rows, weight_offset(call.weights, span, head, row.i, j), alpha);
@@ -102,12 +107,13 @@ __device__ inline float row_delta(const GradientRow& row, float (&room)[kGroup /
   const SoftmaxGradientCall& call = row.call;
   float weighted = 0;
   float total = 0;
+#pragma unroll 2
   for (int64_t j = threadIdx.x % kGroup; j < row.span.key_count; j += kGroup) {
     const float alpha = expf(row.alpha(j) - row.shift) * row.scale;
     float dalpha = call.has_dalpha ? row.dalpha(j) : 0.0f;
     if (call.dweights.rows.data != nullptr) {
-      dalpha += load(call.dweights.rows,
-                     weight_offset(call.dweights, row.span, row.head, row.i, j));
+      dalpha +=
+          load(call.dweights.rows, weight_offset(call.dweights, row.span, row.head, row.i, j));
     }
     const float factor = row.factor(j);
     dalpha = factor > 0 ? dalpha * factor : 0.0f;
@@ -128,6 +134,7 @@ __device__ inline float row_rest(const GradientRow& row, float delta,
                                  float (&room)[kGroup / kWarp]) {
   float weighted = 0;
   float total = 0;
+#pragma unroll 2
   for (int64_t j = threadIdx.x % kGroup; j < row.span.key_count; j += kGroup) {
     weighted += row.alpha(j) * (row.dalpha(j) - delta);
     total += row.alpha(j);
@@ -140,7 +147,7 @@ __device__ inline float row_rest(const GradientRow& row, float delta,
 }
 
 template <int kGroup>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     softmax_gradient_kernel(const SoftmaxGradientCall call) {
   __shared__ float room[kGroup / kWarp];
   const Row found = find_row<kGroup>(call.problem.sequences);
@@ -158,6 +165,7 @@ __global__ void __launch_bounds__(kThreads)
                           1 / load(call.stats, stats + 1)};
     const float delta = row_delta<kGroup>(row, room);
     const float rest = row_rest<kGroup>(row, delta, room);
+#pragma unroll 2
     for (int64_t j = threadIdx.x % kGroup; j < span.key_count; j += kGroup) {
       const float alpha = row.alpha(j);
       row.dalpha(j) = alpha * ((row.dalpha(j) - delta) - rest);
@@ -169,8 +177,8 @@ __global__ void __launch_bounds__(kThreads)
 template <int kGroup, class Call>
 void launch_rows(const char* name, void (*kernel)(Call), const Call& call, cudaStream_t stream) {
   const Sequences& sequences = call.problem.sequences;
-  const int64_t tiles = tile_bound(sequences.last_row - sequences.first_row, sequences.count,
-                                   kRowShift<kGroup>);
+  const int64_t tiles =
+      tile_bound(sequences.last_row - sequences.first_row, sequences.count, kRowShift<kGroup>);
   launch(name, kernel, tiles, call.problem.heads, 1, kThreads, call, stream);
 }
 

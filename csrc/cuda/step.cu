@@ -11,6 +11,32 @@ namespace {
 
 constexpr int kKeys = 4;  // a warp's at a time
 
+// The same granule of several rows, whose loads are all under way before the first is used.
+template <int kRows>
+__device__ __forceinline__ void load_granules(const Rows& rows, const int64_t (&offsets)[kRows],
+                                              int64_t col, int64_t dim,
+                                              float (&values)[kRows][kGranule]) {
+  if (is_whole(rows, col, dim)) {
+    Granule raw[kRows];
+#pragma unroll
+    for (int n = 0; n < kRows; ++n) {
+      raw[n] = load_raw(rows, offsets[n] + col);
+    }
+#pragma unroll
+    for (int n = 0; n < kRows; ++n) {
+      unpack(rows.dtype, raw[n], values[n]);
+    }
+    return;
+  }
+#pragma unroll
+  for (int n = 0; n < kRows; ++n) {
+#pragma unroll
+    for (int f = 0; f < kGranule; ++f) {
+      values[n][f] = col + f < dim ? load(rows, offsets[n] + (col + f) * rows.col) : 0.0f;
+    }
+  }
+}
+
 // What a warp multiplies: scores of queries and keys, or inner products of dcontext and values.
 template <bool kScores>
 struct StepRows {
@@ -23,8 +49,7 @@ struct StepRows {
 // The sums of the 4 keys from `first` on, in all lanes; those past `keys` are repeated.
 template <bool kScores>
 __device__ __forceinline__ void step_sums(const StepRows<kScores>& rows, const Span& span,
-                                          int64_t head, int first, int keys,
-                                          float (&sums)[kKeys]) {
+                                          int64_t head, int first, int keys, float (&sums)[kKeys]) {
   const int lane = threadIdx.x % kWarp;
   const int64_t query = query_offset(rows.left, span, head, 0);
   int64_t offsets[kKeys];
@@ -33,26 +58,12 @@ __device__ __forceinline__ void step_sums(const StepRows<kScores>& rows, const S
     offsets[n] = key_offset(rows.right, span, head, smaller(first + n, keys - 1));
     sums[n] = 0;
   }
+#pragma unroll 1
   for (int64_t col = lane * kGranule; col < rows.dim; col += kWarp * kGranule) {
     float a[kGranule];
     float w[kGranule];
     float b[kKeys][kGranule];
-    if (is_whole(rows.right, col, rows.dim)) {
-      Granule raw[kKeys];
-#pragma unroll
-      for (int n = 0; n < kKeys; ++n) {
-        raw[n] = load_raw(rows.right, offsets[n] + col);
-      }
-#pragma unroll
-      for (int n = 0; n < kKeys; ++n) {
-        unpack(rows.right.dtype, raw[n], b[n]);
-      }
-    } else {
-#pragma unroll
-      for (int n = 0; n < kKeys; ++n) {
-        load_granule(rows.right, offsets[n], col, rows.dim, b[n]);
-      }
-    }
+    load_granules(rows.right, offsets, col, rows.dim, b);
     load_granule(rows.left, query, col, rows.dim, a);
     if constexpr (kScores) {
       load_granule(rows.weight, head * rows.weight.head, col, rows.dim, w);
@@ -76,13 +87,13 @@ constexpr int kInnerThreads = 128;
 constexpr int kInnerShift = 6;
 
 template <bool kScores>
-__global__ void __launch_bounds__(kInnerThreads) step_inner_kernel(const InnerCall call) {
+__global__ void __launch_bounds__(kInnerThreads, 4) step_inner_kernel(const InnerCall call) {
   constexpr int kWarps = kInnerThreads / kWarp;
   const Sequences& sequences = call.problem.sequences;
   const Tile found = find_key_tile(sequences, kInnerShift, blockIdx.x);
   const Span span = span_of(sequences, found.sequence);
-  const int end = static_cast<int>(
-      smaller<int64_t>(span.key_count, found.first + (int64_t{1} << kInnerShift)));
+  const int end =
+      static_cast<int>(smaller<int64_t>(span.key_count, found.first + (int64_t{1} << kInnerShift)));
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   const StepRows<kScores> rows{call.left, call.right, call.problem.score_weight, call.dim};
@@ -106,7 +117,7 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kUnroll = 4;  // values that a thread loads at a time
 
 struct Shared {
-  float scores[kMostStepKeys];
+  float scores[1 << kMostStepShift];
   float sums[kThreads][kGranule];
   float room[kWarps];
 };
@@ -126,6 +137,7 @@ __device__ inline SoftmaxPart score_part(const Part& part, Shared& shared) {
   const Problem& problem = call.problem;
   const StepRows<true> rows{problem.query, problem.key, problem.score_weight, problem.dim};
   const int lane = threadIdx.x % kWarp;
+#pragma unroll 1
   for (int key = threadIdx.x / kWarp * kKeys; key < part.keys; key += kWarps * kKeys) {
     float sums[kKeys];
     step_sums(rows, part.span, part.head, part.first + key, part.first + part.keys, sums);
@@ -144,6 +156,7 @@ __device__ inline SoftmaxPart score_part(const Part& part, Shared& shared) {
   largest = reduce<Maximum, kThreads>(largest, shared.room);
   const float shift = softmax_shift(largest);
   float total = 0;
+#pragma unroll 1
   for (int j = threadIdx.x; j < part.keys; j += kThreads) {
     const float score = shared.scores[j];
     const float exponential = expf(score - shift);
@@ -169,14 +182,16 @@ __device__ inline void weigh_values(const Part& part, int64_t col, int share, in
     sums[f] = 0;
   }
   if (col < dim && share < shares) {
+#pragma unroll 1
     for (int first = share; first < part.keys; first += kUnroll * shares) {
-      float values[kUnroll][kGranule];
+      int64_t offsets[kUnroll];
 #pragma unroll
       for (int n = 0; n < kUnroll; ++n) {
         const int j = smaller(first + n * shares, part.keys - 1);
-        load_granule(value, key_offset(value, part.span, part.head, part.first + j), col, dim,
-                     values[n]);
+        offsets[n] = key_offset(value, part.span, part.head, part.first + j);
       }
+      float values[kUnroll][kGranule];
+      load_granules(value, offsets, col, dim, values);
 #pragma unroll
       for (int n = 0; n < kUnroll; ++n) {
         const int j = first + n * shares;
@@ -236,16 +251,16 @@ __device__ inline void write_stats(const Part& part, const SoftmaxPart& softmax)
   store(call.stats, stats + 1, softmax.total);
 }
 
-__global__ void __launch_bounds__(kThreads) step_kernel(const StepCall call) {
+__global__ void __launch_bounds__(kThreads, 2) step_kernel(const StepCall call) {
   __shared__ __align__(16) Shared shared;
   const Problem& problem = call.problem;
-  const Tile found = find_key_tile(problem.sequences, log2_of(call.keys_per_block), blockIdx.x);
+  const Tile found = find_key_tile(problem.sequences, call.key_shift, blockIdx.x);
   const Span span = span_of(problem.sequences, found.sequence);
   if (found.first >= span.key_count) {
     return;
   }
   const int first = static_cast<int>(found.first);
-  const int keys = static_cast<int>(smaller<int64_t>(call.keys_per_block, span.key_count - first));
+  const int keys = static_cast<int>(smaller<int64_t>(1 << call.key_shift, span.key_count - first));
   const int columns = larger(static_cast<int>((problem.value_dim + kGranule - 1) / kGranule), 1);
   const int shares = larger(kThreads / columns, 1);
   for (int64_t head = blockIdx.y; head < problem.heads; head += gridDim.y) {
@@ -284,9 +299,9 @@ __global__ void __launch_bounds__(kThreads) step_merge_kernel(const StepCall cal
     return;
   }
   const Sequences& sequences = problem.sequences;
-  const int shift = log2_of(call.keys_per_block);
-  const int64_t begin = first_tile(sequences.key, n, 0, key_rows(sequences), shift);
-  const int64_t end = begin + ((span.key_count + call.keys_per_block - 1) >> shift);
+  const int64_t begin = first_tile(sequences.key, n, 0, key_rows(sequences), call.key_shift);
+  const int64_t keys = int64_t{1} << call.key_shift;
+  const int64_t end = begin + ((span.key_count + keys - 1) >> call.key_shift);
   for (int64_t head = blockIdx.y; head < problem.heads; head += gridDim.y) {
     SoftmaxPart whole{-INFINITY, 0};
     for (int64_t tile = begin; tile < end; ++tile) {
@@ -366,8 +381,7 @@ void launch_step_inner(const InnerCall& call, cudaStream_t stream) {
 
 void launch_step(const StepCall& call, cudaStream_t stream) {
   const Sequences& sequences = call.problem.sequences;
-  launch("step", step_kernel,
-         tile_bound(key_rows(sequences), sequences.count, log2_of(call.keys_per_block)),
+  launch("step", step_kernel, tile_bound(key_rows(sequences), sequences.count, call.key_shift),
          call.problem.heads, 1, kThreads, call, stream);
 }
 

@@ -36,6 +36,7 @@ struct Part {
 template <bool kByKey>
 __device__ __forceinline__ void fill(const Part& part, int begin, int64_t col, Shared& shared) {
   const WeightedCall& call = part.call;
+#pragma unroll 2
   for (int n = threadIdx.x; n < kInner * kRows; n += kThreads) {
     // Neighbours read neighbouring keys.
     const int minor = n % kInner;
@@ -57,9 +58,8 @@ __device__ __forceinline__ void fill(const Part& part, int begin, int64_t col, S
     const int c = index % (kCols / kGranule) * kGranule;
     float values[kGranule] = {};
     if (begin + inner < part.inner) {
-      const int64_t offset =
-          kByKey ? query_offset(call.rows, part.span, part.head, begin + inner)
-                 : key_offset(call.rows, part.span, part.head, begin + inner);
+      const int64_t offset = kByKey ? query_offset(call.rows, part.span, part.head, begin + inner)
+                                    : key_offset(call.rows, part.span, part.head, begin + inner);
       load_granule(call.rows, offset, col + c, call.problem.value_dim, values);
     }
 #pragma unroll
@@ -70,8 +70,7 @@ __device__ __forceinline__ void fill(const Part& part, int begin, int64_t col, S
 }
 
 template <bool kByKey>
-__device__ inline void write(const Part& part, int64_t col,
-                             const float (&totals)[kSide][kSide]) {
+__device__ inline void write(const Part& part, int64_t col, const float (&totals)[kSide][kSide]) {
   const WeightedCall& call = part.call;
   const int row = threadIdx.x / (kCols / kSide) * kSide;
   const int64_t first_col = col + threadIdx.x % (kCols / kSide) * kSide;
@@ -100,7 +99,7 @@ __device__ inline void write(const Part& part, int64_t col,
 }
 
 template <bool kByKey>
-__global__ void __launch_bounds__(kThreads) weighted_kernel(const WeightedCall call) {
+__global__ void __launch_bounds__(kThreads, 3) weighted_kernel(const WeightedCall call) {
   __shared__ __align__(16) Shared shared;
   const Sequences& sequences = call.problem.sequences;
   const Tile found = kByKey ? find_key_tile(sequences, kRowShift, blockIdx.x)
@@ -114,7 +113,11 @@ __global__ void __launch_bounds__(kThreads) weighted_kernel(const WeightedCall c
   const int row = threadIdx.x / (kCols / kSide) * kSide;
   const int c = threadIdx.x % (kCols / kSide) * kSide;
   for (int64_t head = blockIdx.z; head < call.problem.heads; head += gridDim.z) {
-    const Part part{call, span, head, first, smaller(kRows, rows - first),
+    const Part part{call,
+                    span,
+                    head,
+                    first,
+                    smaller(kRows, rows - first),
                     kByKey ? span.query_count : span.key_count};
     for (int64_t col = int64_t{blockIdx.y} * kCols; col < call.problem.value_dim;
          col += int64_t{gridDim.y} * kCols) {
@@ -151,8 +154,7 @@ __global__ void __launch_bounds__(kThreads) weighted_kernel(const WeightedCall c
 
 void launch_weighted(const WeightedCall& call, cudaStream_t stream) {
   const Sequences& sequences = call.problem.sequences;
-  const int64_t rows =
-      call.by_key ? key_rows(sequences) : sequences.last_row - sequences.first_row;
+  const int64_t rows = call.by_key ? key_rows(sequences) : sequences.last_row - sequences.first_row;
   launch("weighted sums", call.by_key ? weighted_kernel<true> : weighted_kernel<false>,
          tile_bound(rows, sequences.count, kRowShift), (call.problem.value_dim + kCols - 1) / kCols,
          call.problem.heads, kThreads, call, stream);

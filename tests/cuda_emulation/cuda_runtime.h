@@ -1,13 +1,15 @@
 // What csrc/cuda uses of CUDA, on the host: a test compiles the very same sources against this
 // header. The threads of a block are fibers that run one after the other up to the next barrier or
-// warp operation; copies that are asynchronous happen when they are waited for, and shared memory
-// starts as NaN, so that what is read too early is seen.
+// warp operation; copies that are asynchronous happen when they are waited for, and what is read of
+// them before is NaN.
 #pragma once
 
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+
+#define EMULATED_CUDA
 
 #define __global__
 #define __device__
@@ -28,6 +30,9 @@ struct dim3 {
 };
 struct float2 {
   float x, y;
+};
+struct alignas(16) double2 {
+  double x, y;
 };
 struct alignas(16) float4 {
   float x, y, z, w;
