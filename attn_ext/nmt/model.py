@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence
 
 import attn_ext
+
+from .rnn import run_rnn
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,11 @@ class RNNSearchDecoder(Decoder):
             row, state, step_weights = self.step(row, state, attend, need_weights)
             features.append(row)
             weights.append(step_weights)
-        kept = (steps < lengths).T.reshape(-1).nonzero()[:, 0]  # by sentence, then step
-        features = torch.stack(features, 1).flatten(0, 1).index_select(0, kept)
+        total = embedded.values.size(0)
+        sentence = torch.arange(len(lengths), device=lengths.device)
+        sentence = sentence.repeat_interleave(lengths, output_size=total)  # of each target token
+        step = torch.arange(total, device=lengths.device) - starts[sentence]
+        features = torch.stack(features, 1)[sentence, step]
         if not need_weights:
             return features, None
         weights = torch.stack(weights).split(states.lengths.tolist(), dim=1)
@@ -301,21 +305,3 @@ class GNMTDecoder(Decoder):
 
 
 DECODERS = {"rnnsearch": RNNSearchDecoder, "gnmt": GNMTDecoder}
-
-
-def run_rnn(rnn, sequences):
-    """The outputs of an LSTM or GRU over jagged rows, without padding.
-
-    torch's packed form wants the rows ordered by step, longest sequence first; going there and back
-    are two gathers.
-    """
-    lengths, order = sequences.lengths.sort(descending=True, stable=True)
-    steps = torch.arange(sequences.max_seqlen)
-    alive = steps[:, None] < lengths  # (steps, B): a prefix of each row
-    starts = (sequences.lengths.cumsum(0) - sequences.lengths)[order]
-    rows = (steps[:, None] + starts)[alive]  # packed position -> jagged row
-    back = torch.empty_like(rows)
-    back[rows] = torch.arange(len(rows))
-    device = sequences.values.device
-    packed = PackedSequence(sequences.values.index_select(0, rows.to(device)), alive.sum(1))
-    return sequences.like(rnn(packed)[0].data.index_select(0, back.to(device)))

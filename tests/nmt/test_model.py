@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from attn_ext.nmt import data
-from attn_ext.nmt.model import run_rnn
+from attn_ext.nmt.rnn import run_rnn
 
 
 @pytest.mark.parametrize("cell", [torch.nn.LSTM, torch.nn.GRU])
