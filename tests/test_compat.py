@@ -24,7 +24,8 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 
 B, TQ, TK, D = 3, 5, 7, 24
 QUERY_DIM, KEY_DIM = 12, 18
-LENGTHS = torch.tensor([7, 3, 1])
+LENGTH_LIST = [7, 3, 1]
+LENGTHS = torch.tensor(LENGTH_LIST)
 IGNORED = torch.arange(TK) >= LENGTHS[:, None]
 
 
@@ -166,10 +167,10 @@ def joeynmt(module: nn.Module, queries: Tensor, states: Tensor):
 
 def espnet(module: nn.Module, queries: Tensor, states: Tensor):
     module.reset()
-    lengths, weights, steps = LENGTHS.tolist(), None, []
+    weights, steps = None, []
     for t in range(queries.size(1) + 1):
         query = queries[:, t - 1] if t else None
-        context, weights = module(states, lengths, query, weights)
+        context, weights = module(states, LENGTH_LIST, query, weights)
         steps.append((context, weights))
     return tuple(torch.stack(column, 1) for column in zip(*steps))
 
@@ -283,7 +284,7 @@ def test_espnet_options(backend: str):
     peer = StepwiseAdditive()
     ours = compat.ESPnetAttAdd.from_original(peer, backend=backend)
     states, query = torch.randn(B, TK, KEY_DIM), torch.randn(B, QUERY_DIM)
-    lengths = LENGTHS.tolist()
+    lengths = LENGTH_LIST
     for scaling in (2.0, 0.5):
         expected = peer(states, lengths, query, None, scaling)
         torch.testing.assert_close(ours(states, lengths, query, None, scaling), expected)
@@ -307,7 +308,7 @@ def test_steps_without_and_with_gradients(backend: str, name: str):
             arguments = queries[:, :1], ~IGNORED.unsqueeze(1).to(states.device), states
         else:
             module.reset()
-            arguments = states, LENGTHS.tolist(), queries[:, 0], None
+            arguments = states, LENGTH_LIST, queries[:, 0], None
         with torch.no_grad():
             module(*arguments)
         return module(*arguments)
@@ -318,6 +319,17 @@ def test_steps_without_and_with_gradients(backend: str, name: str):
         peer = copy.deepcopy(ours)
         peer.backend = "reference"
     assert_parity(mixed, ours, peer, queries, states)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_compiled(name: str):
+    attend, _, arguments, (query_dim, key_dim) = PEERS[name]
+    module = REPLACEMENTS[name](**arguments)
+    queries, states = torch.randn(B, TQ, query_dim), torch.randn(B, TK, key_dim)
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    actual, expected = (run(module, queries, states) for run in (compiled, attend))
+    torch.testing.assert_close(actual, expected)
 
 
 # ---- Taking over ----

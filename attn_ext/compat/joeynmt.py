@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..checks import mismatch, shape_of
@@ -66,7 +67,8 @@ class JoeyNMTBahdanauAttention(Stepwise):
         if query.dim() != 3 or query.size(1) != 1:
             raise mismatch("query", "shape (B, 1, query_size)", shape_of(query))
         projected = self.proj_query = self.query_layer(query)
-        memory = self._recall(values, mask, mask._version)
+        version = 0 if torch.compiler.is_compiling() else mask._version
+        memory = self._recall(values, mask, version)
         if memory is None:
             memory = self._memory = AttentionMemory(
                 self.proj_keys,
