@@ -6,63 +6,14 @@
 // 16 keys are held in registers with their gradients; the block's 4 warps share the queries, whose
 // gradients stay in shared memory. Each t is computed once for all three sums, which are added in a
 // fixed order.
-#include "kernels.h"
+#include "gradient_tile.cuh"
 #include "launch.cuh"
-#include "memory.cuh"
 
 namespace attn_ext {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kWarps = kThreads / kWarp;
-constexpr int kKeys = 16;  // a tile's
-constexpr int kRowGranules = kGradientFeatures / kGranule;
-static_assert(kGradientFeatures == 2 * kWarp);
-static_assert(kKeys * kRowGranules == kThreads);
-static_assert(kGradientQueries * kRowGranules % kThreads == 0);
-
-// Smallest and largest exponentials of a lane's two features.
-struct __align__(16) Extremes {
-  float2 low;
-  float2 high;
-};
-
-struct Shared {
-  float query[kGradientQueries][kGradientFeatures];   // exp(2 query)
-  float dquery[kGradientQueries][kGradientFeatures];  // sums of s (1 - t^2) / 4
-  float dscores[kGradientQueries][kKeys];
-  union {  // the panel of keys is in registers by the time that gradients are written
-    float key[kKeys][kGradientFeatures];
-    float dkey[kWarps][kKeys][kGradientFeatures];
-  };
-  // Where every tanh is small, 1 - t^2 is nearly 1, and as sum_j s_ij = 0 what remains of
-  // sum_j s_ij (1 - t_ijd^2) is little more than the rounding errors of that 0. There dquery leaves
-  // out the 1, and notes the sum of s that it left out, and of how many keys.
-  float left_out[kGradientQueries];
-  int shifted_keys[kGradientQueries];
-  Extremes query_extremes[kWarp];
-  // Here because registers are scarce.
-  Span span;
-  int first_key;  // of the block
-  int end_key;
-  double2 dweight[kThreads];  // sums of s t, a thread's two features
-  float room[kWarps];
-};
-
 enum class Route { kFactored, kExact, kSmall };
-
-// Some queries of a sequence, a feature chunk, and the keys of the block.
-struct Unit {
-  const GradientCall& call;
-  const Span& span;
-  int64_t head;
-  int64_t col;
-  int query;
-  int queries;
-  bool first;  // to add to dkey
-  bool last;
-};
 
 __device__ __forceinline__ void put_granule(float* target, const float (&values)[kGranule]) {
 #pragma unroll
@@ -157,88 +108,6 @@ __device__ inline Extremes extremes(const float (*rows)[kGradientFeatures], int 
 __device__ inline bool informative(const Extremes& query, const Extremes& key) {
   return __any_sync(kAllLanes, can_inform(query.low.x * key.low.x, query.high.x * key.high.x) ||
                                    can_inform(query.low.y * key.low.y, query.high.y * key.high.y));
-}
-
-// A lane's share of a tile of keys: the keys, their gradients, and the sum for the score weights.
-struct LaneTile {
-  float2 key[kKeys];
-  float2 dkey[kKeys];
-  float2 dweight;
-};
-
-// Adds what the queries i = warp, warp + kWarps, ... of the unit give, by the factored form:
-// dweight gathers s r, the others s (r - r^2).
-template <bool kQuery, bool kKey>
-__device__ __forceinline__ void add_factored(int queries, Shared& shared, LaneTile& tile) {
-  const int lane = threadIdx.x % kWarp;
-#pragma unroll 4
-  for (int i = threadIdx.x / kWarp; i < queries; i += kWarps) {
-    const float2 a = *reinterpret_cast<const float2*>(&shared.query[i][2 * lane]);
-    float2* const target = reinterpret_cast<float2*>(&shared.dquery[i][2 * lane]);
-    float2 dquery = kQuery ? *target : float2{};
-#pragma unroll
-    for (int first = 0; first < kKeys; first += 4) {
-      const float4 four = *reinterpret_cast<const float4*>(&shared.dscores[i][first]);
-      const float s[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const int j = first + n;
-        float r0;
-        float r1;
-        factored_pair(a.x, a.y, tile.key[j].x, tile.key[j].y, r0, r1);
-        const float slope0 = fmaf(-r0, r0, r0);
-        const float slope1 = fmaf(-r1, r1, r1);
-        if constexpr (kQuery) {
-          dquery.x = fmaf(s[n], slope0, dquery.x);
-          dquery.y = fmaf(s[n], slope1, dquery.y);
-        }
-        if constexpr (kKey) {
-          tile.dkey[j].x = fmaf(s[n], slope0, tile.dkey[j].x);
-          tile.dkey[j].y = fmaf(s[n], slope1, tile.dkey[j].y);
-          tile.dweight.x = fmaf(s[n], r0, tile.dweight.x);
-          tile.dweight.y = fmaf(s[n], r1, tile.dweight.y);
-        }
-      }
-    }
-    if constexpr (kQuery) {
-      *target = dquery;
-    }
-  }
-}
-
-// The same for any magnitudes, from rows as they are: dweight gathers s t. `small` leaves out the 1
-// of dquery's 1 - t^2.
-template <bool kQuery, bool kKey>
-__device__ inline void add_exact(const Unit& unit, bool small, Shared& shared, LaneTile& tile) {
-  const int lane = threadIdx.x % kWarp;
-  const Rows& rows = unit.call.problem.query;
-  const int64_t col = unit.col + 2 * lane;
-#pragma unroll 1
-  for (int i = threadIdx.x / kWarp; i < unit.queries; i += kWarps) {
-    const int64_t offset = query_offset(rows, unit.span, unit.head, unit.query + i);
-    const int64_t dim = unit.call.problem.dim;
-    const float a0 = col < dim ? load(rows, offset + col * rows.col) : 0.0f;
-    const float a1 = col + 1 < dim ? load(rows, offset + (col + 1) * rows.col) : 0.0f;
-    float2* const target = reinterpret_cast<float2*>(&shared.dquery[i][2 * lane]);
-    float2 dquery = *target;
-#pragma unroll
-    for (int j = 0; j < kKeys; ++j) {
-      const float s = shared.dscores[i][j];
-      const TanhSlope t0 = exact_tanh(a0 + tile.key[j].x);
-      const TanhSlope t1 = exact_tanh(a1 + tile.key[j].y);
-      if constexpr (kQuery) {
-        dquery.x = fmaf(s, small ? -0.25f * t0.tanh * t0.tanh : t0.slope, dquery.x);
-        dquery.y = fmaf(s, small ? -0.25f * t1.tanh * t1.tanh : t1.slope, dquery.y);
-      }
-      if constexpr (kKey) {
-        tile.dkey[j].x = fmaf(s, t0.slope, tile.dkey[j].x);
-        tile.dkey[j].y = fmaf(s, t1.slope, tile.dkey[j].y);
-        tile.dweight.x = fmaf(s, t0.tanh, tile.dweight.x);
-        tile.dweight.y = fmaf(s, t1.tanh, tile.dweight.y);
-      }
-    }
-    *target = dquery;
-  }
 }
 
 __device__ inline float score_weight(const Unit& unit, int64_t col) {
@@ -433,74 +302,6 @@ __global__ void __launch_bounds__(kThreads, 3) gradient_kernel(const GradientCal
   }
 }
 
-constexpr int kMergeThreads = 256;
-
-// dquery of one query from its partial sums, in the order of the keys.
-__global__ void __launch_bounds__(kMergeThreads) merge_dquery_kernel(const GradientCall call) {
-  const Problem& problem = call.problem;
-  const Tile found = find_query_tile(problem.sequences, 0, blockIdx.x);
-  const Span span = span_of(problem.sequences, found.sequence);
-  if (found.first >= span.query_count || span.key_count == 0) {
-    return;
-  }
-  const int64_t rows = problem.sequences.last_row - problem.sequences.first_row;
-  const int64_t chunks = (problem.dim + kGradientFeatures - 1) / kGradientFeatures;
-  for (int64_t head = blockIdx.y; head < problem.heads; head += gridDim.y) {
-    for (int64_t col = threadIdx.x; col < problem.dim; col += kMergeThreads) {
-      float sum = 0;
-      float left_out = 0;
-      float shifted_keys = 0;
-      for (int64_t split = 0; (split << call.key_shift) < span.key_count; ++split) {
-        const int64_t row = (split * rows + span.flat_row + found.first) * problem.heads + head;
-        const float2 left = call.left_out[row * chunks + col / kGradientFeatures];
-        sum += call.partial_dquery[row * problem.dim + col];
-        left_out += left.x;
-        shifted_keys += left.y;
-      }
-      const float shift = shifted_keys == static_cast<float>(span.key_count) ? 0.0f : left_out;
-      const float weight = load(problem.score_weight,
-                                head * problem.score_weight.head + col * problem.score_weight.col);
-      store(call.dquery, query_offset(call.dquery, span, head, found.first) + col,
-            weight * (sum + shift));
-    }
-  }
-}
-
-struct MergeWeightCall {
-  const float* partial;
-  int64_t tiles;
-  int64_t heads;
-  int64_t dim;
-  Rows dscore_weight;
-};
-
-// A warp sums 32 features' partial sums in double, 8 interleaved shares that are then added.
-__global__ void __launch_bounds__(kMergeThreads) merge_dweight_kernel(const MergeWeightCall call) {
-  constexpr int kShares = kMergeThreads / kWarp;
-  __shared__ double shares[kShares][kWarp];
-  const int lane = threadIdx.x % kWarp;
-  const int share = threadIdx.x / kWarp;
-  const int64_t column = int64_t{blockIdx.x} * kWarp + lane;
-  const int64_t columns = call.heads * call.dim;
-  double sum = 0;
-  if (column < columns) {
-    for (int64_t tile = share; tile < call.tiles; tile += kShares) {
-      sum += static_cast<double>(call.partial[tile * columns + column]);
-    }
-  }
-  shares[share][lane] = sum;
-  __syncthreads();
-  if (share == 0 && column < columns) {
-    for (int n = 1; n < kShares; ++n) {
-      sum += shares[n][lane];
-    }
-    const int64_t head = column / call.dim;
-    store(call.dscore_weight,
-          head * call.dscore_weight.head + column % call.dim * call.dscore_weight.col,
-          static_cast<float>(sum));
-  }
-}
-
 }  // namespace
 
 void launch_gradient(const GradientCall& call, cudaStream_t stream) {
@@ -513,19 +314,6 @@ void launch_gradient(const GradientCall& call, cudaStream_t stream) {
   launch("gradients", kernel, tile_bound(key_rows(sequences), sequences.count, call.key_shift),
          (call.problem.dim + kGradientFeatures - 1) / kGradientFeatures, call.problem.heads,
          kThreads, call, stream);
-}
-
-void launch_merge_dquery(const GradientCall& call, cudaStream_t stream) {
-  const Sequences& sequences = call.problem.sequences;
-  launch("gradient of queries", merge_dquery_kernel,
-         tile_bound(sequences.last_row - sequences.first_row, sequences.count, 0),
-         call.problem.heads, 1, kMergeThreads, call, stream);
-}
-
-void launch_merge_dweight(const float* partial, int64_t tiles, int64_t heads, int64_t dim,
-                          const Rows& dscore_weight, cudaStream_t stream) {
-  launch("gradient of score weights", merge_dweight_kernel, (heads * dim + kWarp - 1) / kWarp, 1, 1,
-         kMergeThreads, MergeWeightCall{partial, tiles, heads, dim, dscore_weight}, stream);
 }
 
 }  // namespace cuda

@@ -1,0 +1,173 @@
+"""What the suite's small shapes do not reach: several tiles, splits and waves of the CUDA kernels.
+
+Run by ``tests/test_cuda_emulation.py`` under the plugin ``emulated_cuda``.
+"""
+
+import os
+from contextlib import contextmanager
+
+import pytest
+import torch
+from helpers import (
+    INPUT_NAMES,
+    LENGTHS_K,
+    Inputs,
+    Results,
+    call,
+    check,
+    differentiate,
+    incoming_gradients,
+    make_inputs,
+)
+
+import attn_ext
+
+LONG_Q = (70, 0, 33, 1, 49)  # past one tile of 32, and of 48, queries
+LONG_K = (130, 5, 40, 0, 65)
+
+
+@contextmanager
+def environment(**variables: str):
+    """Environment variables that the emulation reads at every launch."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def large_inputs(layout: str, **options) -> Inputs:
+    sizes = {"lengths_q": LONG_Q, "lengths_k": LONG_K, "features": 200, "value_features": 136}
+    return make_inputs(layout, **{**sizes, **options})
+
+
+# 1: blocks go through many tiles. 64: as many blocks as there are tiles, partial gradients merged.
+@pytest.mark.parametrize("processors", ["1", "64"])
+@pytest.mark.parametrize("heads", [None, 2])
+@pytest.mark.parametrize("layout", ["padded_mask", "jagged", "nested_keys"])
+def test_several_tiles(layout: str, heads: int | None, processors: str):
+    with environment(ATTN_EXT_EMULATED_PROCESSORS=processors):
+        check(large_inputs(layout, heads=heads), "cuda", dropout_p=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("strides", ["contiguous", "sliced"])
+@pytest.mark.parametrize("layout", ["padded_lengths", "jagged", "jagged_one_step"])
+def test_several_tiles_of_low_precision(layout: str, strides: str, dtype: torch.dtype):
+    lengths_k = (130, 70, 0) if "one_step" in layout else LONG_K
+    check(large_inputs(layout, lengths_k=lengths_k, dtype=dtype, strides=strides), "cuda")
+
+
+@pytest.mark.parametrize("processors", ["1", "64"])
+@pytest.mark.parametrize("layout", ["one_step_mask", "jagged_one_step"])
+def test_long_steps(layout: str, processors: str):
+    """Past the keys of a block, which splits over blocks are merged from."""
+    inputs = make_inputs(
+        layout, lengths_k=(700, 3, 0, 300), features=24, value_features=72, heads=2
+    )
+    with environment(ATTN_EXT_EMULATED_PROCESSORS=processors):
+        check(inputs, "cuda", dropout_p=0.3)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 12.0], ids=["small", "large"])
+@pytest.mark.parametrize("layout", ["jagged", "jagged_one_step"])
+def test_several_tiles_of_the_exact_route(layout: str, scale: float):
+    lengths_k = (130, 70, 0) if "one_step" in layout else LONG_K
+    inputs = large_inputs(layout, lengths_k=lengths_k, scale=scale)
+    with environment(ATTN_EXT_EMULATED_PROCESSORS="64"):
+        check(inputs, "cuda")
+
+
+def test_mixed_routes():
+    """One sequence small, one out of range, one between, and rows of all three kinds in one."""
+    inputs = large_inputs("jagged")
+    for name, lengths in (("query", LONG_Q), ("key", LONG_K)):
+        rows = inputs.leaves[name].split([*lengths, 2])
+        rows[0][::3] *= 20
+        rows[0][1::3] *= 1e-3
+        rows[2].mul_(1e-3)
+        rows[4].mul_(20)
+    check(inputs, "cuda")
+
+
+@pytest.mark.parametrize("features, value_features", [(1, 1), (63, 65), (2, 300), (65, 2100)])
+def test_feature_counts(features: int, value_features: int):
+    sizes = {"features": features, "value_features": value_features}
+    check(make_inputs("jagged", **sizes), "cuda")
+    check(make_inputs("one_step_lengths", lengths_k=LENGTHS_K, **sizes), "cuda")
+
+
+def results_of(inputs: Inputs, function=call) -> Results:
+    torch.manual_seed(3)
+    keywords = {"backend": "cuda", "need_weights": True, "dropout_p": 0.1}
+    return differentiate(
+        lambda leaves: function(inputs, leaves, **keywords),
+        inputs.leaves,
+        incoming_gradients(inputs, True),
+    )
+
+
+@pytest.mark.parametrize("layout", ["padded_mask", "jagged", "jagged_one_step"])
+def test_order_of_threads_changes_no_bit(layout: str):
+    """What differs when a block's threads run in the opposite order is a race."""
+    lengths_k = (130, 70, 0) if "one_step" in layout else LONG_K
+    inputs = large_inputs(layout, lengths_k=lengths_k, heads=2)
+    with environment(ATTN_EXT_EMULATED_PROCESSORS="64"):
+        forwards = results_of(inputs)
+        with environment(ATTN_EXT_EMULATED_ORDER="reversed"):
+            backwards = results_of(inputs)
+    for name, result in forwards.items():
+        assert torch.equal(result, backwards[name]), name
+
+
+def memory_call(inputs: Inputs, leaves, steps: int):
+    query, key, value, score_weight = (leaves[name] for name in INPUT_NAMES)
+    memory = attn_ext.AttentionMemory(key, value, score_weight, **inputs.keywords, backend="cuda")
+    return torch.stack([memory.attend(query * (1 + step / steps)) for step in range(steps)])
+
+
+@pytest.mark.parametrize("layout", ["one_step_mask", "jagged_one_step"])
+def test_memory_of_many_steps(layout: str):
+    """More steps than the gradient kernel takes queries at a time, against separate calls."""
+    inputs = make_inputs(layout, lengths_k=(40, 0, 17), features=72, value_features=8, heads=2)
+    steps = 60
+
+    def separate(leaves):
+        scaled = ({**leaves, "query": leaves["query"] * (1 + n / steps)} for n in range(steps))
+        return torch.stack([call(inputs, each, backend="cpu")[0] for each in scaled]), None
+
+    incoming = {"context": torch.randn(steps, *inputs.leaves["query"].shape[:-1], 8)}
+    collected = differentiate(
+        lambda leaves: (memory_call(inputs, leaves, steps), None), inputs.leaves, incoming
+    )
+    expected = differentiate(separate, inputs.leaves, incoming)
+    for name, result in collected.items():
+        torch.testing.assert_close(result, expected[name], rtol=2e-5, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    [(0, 9, 4, 20), (0, -5, 10**9, 20), (3, 3, 100, 7)],
+    ids=["falling", "wild", "beyond"],
+)
+@pytest.mark.parametrize("side", ["cu_seqlens_q", "cu_seqlens_k"])
+def test_corrupt_offsets_stay_inside_the_tensors(side: str, offsets: tuple[int, ...]):
+    """Nobody reads them first on a GPU. What lies around the tensors is NaN, so seen if read."""
+    good = torch.tensor([0, 7, 9, 20])
+    layout = {"cu_seqlens_q": good, "cu_seqlens_k": good, side: torch.tensor(offsets)}
+    rows = (layout["cu_seqlens_q"], layout["cu_seqlens_k"], None, None, 20, 20, 0.0, None, 1)
+    guard = 1000
+    room = torch.full((20 + 2 * guard, 1, 24), torch.nan)
+    query = room[guard : guard + 20][None].normal_()
+    inputs = query, query, query, torch.ones(1, 24)
+    ops = torch.ops.attn_ext_cuda
+    context, weights, stats = ops.additive_attention_forward(*inputs, None, None, *rows, False)
+    assert context.isfinite().all() and weights.isfinite().all()
+    gradients = ops.additive_attention_backward(context, weights, *inputs, stats, *rows, 15, False)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert room[:guard].isnan().all() and room[guard + 20 :].isnan().all()

@@ -1,0 +1,152 @@
+"""The CUDA library as nvcc builds it: resources, machine code, and what it asks of PyTorch.
+
+Nothing here needs a GPU or a CUDA build of PyTorch, only nvcc.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import emulated_cuda
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHS = ("sm_80", "sm_90", "sm_100")
+FILES = [path.name for path in emulated_cuda.cuda_sources()]
+FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA")
+
+# By kernel: threads of a block, and the warps that an SM must be able to hold.
+RESOURCES = {
+    "inner_kernel": (128, 12),
+    "softmax_kernel": (128, 24),
+    "softmax_gradient_kernel": (128, 24),
+    "weighted_kernel": (128, 12),
+    "gradient_kernel": (128, 12),
+    "merge_dquery_kernel": (256, 40),
+    "merge_dweight_kernel": (256, 32),
+    "step_inner_kernel": (128, 16),
+    "step_kernel": (256, 16),
+    "step_merge_kernel": (256, 24),
+    "compact_mask_kernel": (256, 48),
+}
+STATIC_SHARED = 48 << 10  # bytes that a kernel may have without asking for more
+
+
+def nvcc() -> str:
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which("nvcc") or (home and shutil.which("nvcc", path=f"{home}/bin"))
+    if not found:
+        pytest.skip("nvcc is not installed")
+    return found
+
+
+def compiled(name: str, arch: str) -> Path:
+    source = ROOT / "csrc" / "cuda" / name
+    command = [nvcc(), *FLAGS, f"-arch={arch}", "-Xptxas=-v", "-c", str(source)]
+    return emulated_cuda.cached(f"{source.stem}.{arch}.o", command)
+
+
+def kernels_of(arch: str, name: str | None = None) -> Iterator:
+    """The kernels of one source, or of all, with their names without namespaces."""
+    pytest.importorskip("triton", reason="Triton's wheel brings the disassembler")
+    from benchmarks import sass
+
+    for file in FILES if name is None else [name]:
+        for mangled, kernel in sass.disassemble(compiled(file, arch)).items():
+            short = re.search(r"\d([a-z_]+_kernel)", mangled)[1]
+            yield short, mangled, kernel
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", FILES)
+def test_compiles_without_spills(name: str, arch: str):
+    log = compiled(name, arch).with_suffix(".log").read_text()
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert spills, log
+    assert set(spills) == {("0", "0")}, log
+    assert "warning" not in log, log
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_resources(arch: str):
+    """No local memory, no kernel missing from the table, and enough warps to hide waiting."""
+    seen = Counter()
+    for name, mangled, kernel in kernels_of(arch):
+        threads, warps = RESOURCES[name]
+        seen[name] += 1
+        assert kernel.spills == 0, mangled
+        assert kernel.shared <= STATIC_SHARED, mangled
+        assert kernel.occupancy(threads).warps >= warps, (mangled, kernel.occupancy(threads))
+    assert set(seen) == set(RESOURCES)
+
+
+def factored_loops(arch: str, name: str, mark: str) -> list:
+    """The main loops of a kernel: with the reciprocals of pairs, and no exponential."""
+    from benchmarks.sass import Counts
+
+    loops = []
+    for _, mangled, kernel in kernels_of(arch, name):
+        if mark in mangled:
+            counts = [Counts.of(loop.straight()) for loop in kernel.innermost_loops]
+            loops += [c for c in counts if c.names["MUFU.RCP"] and not c.names["MUFU.EX2"]]
+    assert loops, f"{name} for {arch}: no main loop was found"
+    return loops
+
+
+def slots(counts) -> float:
+    """Issue slots for one element (query, key, feature): a reciprocal serves two."""
+    return counts.slots / (2 * counts.names["MUFU.RCP"])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_issue_slots_of_the_main_loops(arch: str):
+    """Forward at most 4.2; backward, which computes the scores again, at most 11 in all."""
+    (scores,) = factored_loops(arch, "inner.cu", "inner_kernelILb1E")
+    # The remainder of the unrolled loop is one too; the one that runs is the longest.
+    gradients = max(
+        factored_loops(arch, "gradient.cu", "gradient_kernelILb1ELb1E"), key=lambda c: c.slots
+    )
+    assert scores.mufu == scores.names["MUFU.RCP"]
+    assert slots(scores) <= 4.2
+    assert slots(scores) + slots(gradients) <= 11
+    assert not scores.global_loads and not gradients.global_loads
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_sixteen_bytes_a_load(arch: str):
+    """Rows of aligned tensors: asynchronous copies of tiles, and the loads of a step."""
+    for name, mangled, kernel in kernels_of(arch, "inner.cu"):
+        copies = kernel.total.widths.get("LDGSTS", Counter())
+        assert set(copies) == {16}, (name, mangled, copies)
+    for name, mangled, kernel in kernels_of(arch, "step.cu"):
+        if name in ("step_kernel", "step_inner_kernel"):
+            assert kernel.total.widths["LDG"][16] >= 8, (name, mangled)
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    """The library for sm_90, linked against CUDA's runtime and nothing else."""
+    include = emulated_cuda.torch_include()
+    source = ROOT / "csrc" / "cuda" / "registration.cpp"
+    host = [f"-isystem{include}", emulated_cuda.TARGET]
+    command = [nvcc(), *FLAGS, *(f"-Xcompiler={flag}" for flag in host), "-c", str(source)]
+    objects = [compiled(name, "sm_90") for name in FILES]
+    objects.append(emulated_cuda.cached("registration.o", command))
+    link = [nvcc(), "-shared", "-cudart=static", *map(str, objects)]
+    return emulated_cuda.cached("_C_cuda.so", link)
+
+
+def test_only_the_stable_abi_is_asked_for(library: Path):
+    if not shutil.which("nm"):
+        pytest.skip("no nm")
+    nm = ["nm", "--dynamic", "--undefined-only", str(library)]
+    listing = subprocess.run(nm, check=True, text=True, capture_output=True).stdout
+    names = [line.split()[-1] for line in listing.splitlines()]
+    assert "aoti_torch_get_current_cuda_stream" in names
+    # Mangled at::, c10:: and torch:: names, and CPython's, change between releases.
+    unstable = ("_ZN2at", "_ZNK2at", "_ZN3c10", "_ZNK3c10", "_ZN5torch", "_ZNK5torch", "Py", "_Py")
+    assert not [name for name in names if name.startswith(unstable)]

@@ -1,0 +1,102 @@
+"""The CUDA kernels' logic without a GPU: their sources, run by the host (see emulated_cuda.py)."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import attn_ext  # noqa: F401 - defines the ops
+from attn_ext import ops
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+
+pytestmark = [
+    pytest.mark.skipif(not (ROOT / "csrc" / "cuda").exists(), reason="no sources of the kernels"),
+    pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler"),
+    pytest.mark.skipif(
+        sys.platform != "linux" or platform.machine() != "x86_64", reason="emulated on x86 Linux"
+    ),
+]
+
+
+def run_emulated(*arguments: str, small: bool = False) -> str:
+    """Run tests in a process whose only backend is the emulated one; returns what pytest says."""
+    sys.path.insert(0, str(TESTS))
+    import emulated_cuda
+
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    if small:
+        environment["ATTN_EXT_EMULATED_DEFINITIONS"] = emulated_cuda.SMALL
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "emulated_cuda",
+        "-p",
+        "no:cacheprovider",
+    ]
+    run = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, text=True, capture_output=True
+    )
+    assert run.returncode == 0, (run.stdout + run.stderr)[-6000:]
+    return run.stdout
+
+
+def passed(report: str) -> int:
+    return int(re.search(r"(\d+) passed", report)[1])
+
+
+def test_the_suite_of_additive_attention():
+    assert passed(run_emulated("tests/test_additive_attention.py")) > 1000
+
+
+def test_the_suite_of_the_memory():
+    assert passed(run_emulated("tests/test_attention_memory.py")) > 200
+
+
+def test_several_tiles_splits_and_orders():
+    assert passed(run_emulated("tests/cuda_emulation/cases.py")) > 40
+
+
+def test_several_waves_of_queries():
+    """Scores of few queries at a time: gradients of keys and values gather over waves."""
+    layouts = "test_layouts or test_dtypes or test_dropout"
+    assert passed(run_emulated("tests/test_additive_attention.py", "-k", layouts, small=True)) > 100
+
+
+def test_the_operations_take_what_ops_hands_on():
+    """Their schemas are those of attn_ext.ops without the backend."""
+    report = run_emulated_python(
+        "import torch, emulated_cuda, attn_ext; emulated_cuda.install();"
+        "print(*(getattr(torch.ops.attn_ext_cuda, 'additive_attention_' + op).default._schema"
+        " for op in emulated_cuda.OPS), sep='\\n')"
+    )
+    ours = [
+        getattr(ops, name) for name in ("forward", "backward", "step_backward", "memory_backward")
+    ]
+    expected = [str(op._schema).replace(", str backend)", ")") for op in ours]
+    assert [line.replace("attn_ext_cuda::", "attn_ext::") for line in report] == expected
+
+
+def run_emulated_python(code: str) -> list[str]:
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{ROOT}"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, text=True, capture_output=True
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()
+
+
+def test_other_tests_see_no_emulation():
+    """It lives in processes of its own."""
+    assert not torch._C._dispatch_has_kernel("attn_ext_cuda::additive_attention_forward")
