@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .arithmetic import dropout_scales, product, weighted_sum
 from .rows import are_attended, attended_keys, find_tile, sequence_rows
-from .scores import segment_scores
+from .scores import score_tile
 
 SIZES = ["batch", "rows_q", "rows_k", "max_seqlen_q", "max_seqlen_k", "threshold"]
 
@@ -70,14 +70,13 @@ def additive_attention_bwd_scores_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    SEGMENT: tl.constexpr,
     REFINE: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
     """Weights after dropout and ``s_ij = w_ij (g_ij - sum_j w_ij g_ij)`` of BLOCK_Q queries.
 
     ``g_ij = (dcontext_i . value_j + dweights_ij) (dropout's scale)``. Both go to float32
-    [rows, H, stride_scores], for all keys up to the end of the last segment, 0 where not attended.
+    [rows, H, stride_scores], for all keys of whole tiles of BLOCK_K, 0 where not attended.
     The largest magnitude of each row of queries and keys goes to the bounds [rows, H].
     """
     rows_q = rows_q.to(tl.int64)
@@ -98,43 +97,36 @@ def additive_attention_bwd_scores_kernel(
     key_row = key_place * rows_k + key_start
     key_rows_ptr = key_ptr + key_place * stride_kb + key_start * stride_kt + head * stride_kh
     value_rows_ptr = value_ptr + key_place * stride_vb + key_start * stride_vt + head * stride_vh
-    largest = tl.load(stats_ptr + row * 2, mask=query_valid, other=0.0)
-    total = tl.load(stats_ptr + row * 2 + 1, mask=query_valid, other=1.0)
-    total = tl.where(total == 0.0, 1.0, total)
 
-    column = tl.arange(0, SEGMENT).to(tl.int64)
+    column = tl.arange(0, BLOCK_K).to(tl.int64)
     delta = tl.zeros((BLOCK_Q,), tl.float32)
-    segments = tl.cdiv(length, SEGMENT)
-    for segment in range(segments):
-        first = segment * SEGMENT
-        segment_scores(
+    for first in range(0, length, BLOCK_K):
+        position = first + column
+        inside = position < length
+        # Past the last key its row is repeated, which there always is.
+        scores, query_bound, key_bound = score_tile(
             query_rows,
-            key_rows_ptr,
-            stride_kt,
-            first,
-            length,
+            key_rows_ptr + tl.minimum(position, length - 1) * stride_kt,
             score_weight_ptr + head * stride_wh,
-            weights_ptr + row * stride_scores + first,
-            query_valid,
-            query_bound_ptr + row,
-            key_bound_ptr + key_row * H + head,
-            H,
             D,
             HALF,
             BLOCK_Q,
             BLOCK_K,
             BLOCK_D,
-            SEGMENT,
             REFINE,
             USE_PTX,
         )
-        position = first + column
+        tl.store(query_bound_ptr + row, query_bound, mask=query_valid)
+        tl.store(key_bound_ptr + (key_row + position) * H + head, key_bound, mask=inside)
         attended = are_attended(padding_mask_ptr, key_place, rows_k, position, length)
         mask = query_valid[:, None] & attended[None, :]
-        places = row[:, None] * stride_scores + position[None, :]
-        scores = tl.load(weights_ptr + places, mask=mask, other=-float("inf"))
-        weights = tl.exp(scores - tl.where(mask, largest[:, None], 0.0)) / total[:, None]
-        gradient = tl.zeros((BLOCK_Q, SEGMENT), tl.float32)
+        # Loaded for each tile, so as not to hold registers while scores are summed.
+        largest = tl.load(stats_ptr + row * 2, mask=query_valid, other=0.0)
+        total = tl.load(stats_ptr + row * 2 + 1, mask=query_valid, other=1.0)
+        total = tl.where(total == 0.0, 1.0, total)
+        weights = tl.exp(tl.where(mask, scores - largest[:, None], -float("inf")))
+        weights = weights / total[:, None]
+        gradient = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
         if dcontext_ptr is not None:
             dcontext_rows = (
                 dcontext_ptr + place * stride_cb + safe_query * stride_ct + head * stride_ch
@@ -173,17 +165,17 @@ def additive_attention_bwd_scores_kernel(
             )
         weighted = weights * gradient
         delta += tl.sum(weighted, 1)
-        tl.debug_barrier()  # all scores are read before weights take their places
-        store_mask = query_valid[:, None] & (position < stride_scores)[None, :]
-        tl.store(weights_ptr + places, weights, mask=store_mask)
-        tl.store(dscores_ptr + places, weighted, mask=store_mask)
-    for segment in range(segments):
-        position = segment * SEGMENT + column
         places = row[:, None] * stride_scores + position[None, :]
-        mask = query_valid[:, None] & (position < stride_scores)[None, :]
-        weights = tl.load(weights_ptr + places, mask=mask, other=0.0)
-        weighted = tl.load(dscores_ptr + places, mask=mask, other=0.0)
-        tl.store(dscores_ptr + places, weighted - weights * delta[:, None], mask=mask)
+        tl.store(weights_ptr + places, weights, mask=query_valid[:, None])
+        tl.store(dscores_ptr + places, weighted, mask=query_valid[:, None])
+    tl.debug_barrier()  # other threads of the program may have written what comes back here
+    for first in range(0, length, BLOCK_K):
+        position = first + column
+        places = row[:, None] * stride_scores + position[None, :]
+        weights = tl.load(weights_ptr + places, mask=query_valid[:, None], other=0.0)
+        weighted = tl.load(dscores_ptr + places, mask=query_valid[:, None], other=0.0)
+        dscores = weighted - weights * delta[:, None]
+        tl.store(dscores_ptr + places, dscores, mask=query_valid[:, None])
         if seed_ptr is not None:
             weights *= dropout_scales(
                 seed_ptr,
@@ -194,7 +186,7 @@ def additive_attention_bwd_scores_kernel(
                 query[:, None],
                 position[None, :],
             )
-            tl.store(weights_ptr + places, weights, mask=mask)
+            tl.store(weights_ptr + places, weights, mask=query_valid[:, None])
 
 
 @triton.jit(do_not_specialize=["batch", "rows_q", "rows_k", "max_seqlen_k"])

@@ -22,13 +22,10 @@ class Tiles:
 
 # A score tile is [queries, keys, features] in registers, 32 sums a thread. Fewer features mean
 # fewer rounds of shuffles at the end, more queries and keys fewer exponentials: 32 x 32 x 8 has
-# both, at 128 registers, so that 16 warps share an SM.
-FORWARD = Tiles(warps=8, queries=32, keys=32, features=8, value_features=64)
+# both. With 4 warps the loop issues 3 % less, and spills around it.
+SCORES = Tiles(warps=8, queries=32, keys=32, features=8, value_features=64)
 # Float32 products of matrices go through multiply-adds and need the registers themselves.
-FORWARD_FLOAT32 = Tiles(warps=8, queries=32, keys=32, features=8, value_features=32)
-# The same work with 64 sums a thread: fewer loads of exponentials for each, at 8 warps an SM.
-BACKWARD_SCORES = Tiles(warps=4, queries=32, keys=32, features=8, value_features=64)
-BACKWARD_SCORES_FLOAT32 = Tiles(warps=8, queries=32, keys=32, features=8, value_features=32)
+SCORES_FLOAT32 = Tiles(warps=8, queries=32, keys=32, features=8, value_features=32)
 DVALUE = Tiles(warps=4, queries=32, keys=64, value_features=64)
 DVALUE_FLOAT32 = Tiles(warps=4, queries=32, keys=32, value_features=32)
 # Returned weights are written once; any tile will do.
@@ -38,6 +35,8 @@ WEIGHTS = Tiles(warps=4, queries=16, keys=64)
 GRADIENT_ROW_TILES = 8
 # A warp reads a row of bfloat16 keys in 16-byte loads, 8 threads a row.
 STEP = Tiles(warps=4, features=64, value_features=64)
+# Twice the keys take twice the threads, or the backward spills.
+STEP_128_KEYS = Tiles(warps=8, features=64, value_features=64)
 MERGE = Tiles(warps=4, value_features=256)
 
 SINGLE_SEGMENT = 128  # the most keys whose scores and weights are one tile
@@ -48,12 +47,8 @@ STEP_SEGMENT = 64  # keys a program, where sequences are longer
 WHOLE_SEQUENCE_PAIRS = 1 << 14
 
 
-def forward_tiles(dtype: torch.dtype) -> Tiles:
-    return FORWARD_FLOAT32 if dtype == torch.float32 else FORWARD
-
-
-def backward_scores_tiles(dtype: torch.dtype) -> Tiles:
-    return BACKWARD_SCORES_FLOAT32 if dtype == torch.float32 else BACKWARD_SCORES
+def scores_tiles(dtype: torch.dtype) -> Tiles:
+    return SCORES_FLOAT32 if dtype == torch.float32 else SCORES
 
 
 def dvalue_tiles(dtype: torch.dtype) -> Tiles:
@@ -74,3 +69,7 @@ def step_segment(max_seqlen_k: int) -> tuple[int, bool]:
     """Keys a program where sequences have one query, and whether that is all keys of any."""
     single = max_seqlen_k <= SINGLE_SEGMENT
     return segment(max_seqlen_k) if single else STEP_SEGMENT, single
+
+
+def step_tiles(segment: int) -> Tiles:
+    return STEP_128_KEYS if segment >= 128 else STEP

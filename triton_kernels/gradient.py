@@ -55,6 +55,7 @@ def tile_gradients(
     HALF: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROW_TILES: tl.constexpr,
+    CONTIGUOUS_SCORES: tl.constexpr,
     MASK_SCORES: tl.constexpr,
     WANT_COL: tl.constexpr,
     WANT_WEIGHT: tl.constexpr,
@@ -128,10 +129,12 @@ def tile_gradients(
         next1 = ()
         for tile in tl.static_range(ROW_TILES):
             row = first_row + tile * TILE_ROWS + line
-            if MASK_SCORES:
+            if CONTIGUOUS_SCORES:
+                s = tl.load(dscores_ptr + row)
+            elif MASK_SCORES:
                 s = tl.load(dscores_ptr + row * stride_score_row, mask=row < length, other=0.0)
             else:
-                s = tl.load(dscores_ptr + row)
+                s = tl.load(dscores_ptr + row * stride_score_row)
             s = tl.broadcast_to(s[:, None], shape)
             if DIRECT:
                 tanh0, slope0 = tanh_and_derivative(row0[tile] + y0, True, USE_PTX)
@@ -267,6 +270,7 @@ def additive_attention_grad_kernel(
     ROW_TILES: tl.constexpr,
     ROWS_ARE_KEYS: tl.constexpr,
     WHOLE_SEQUENCES: tl.constexpr,
+    CONTIGUOUS_SCORES: tl.constexpr,
     MASK_SCORES: tl.constexpr,
     REFINE: tl.constexpr,
     USE_PTX: tl.constexpr,
@@ -276,7 +280,8 @@ def additive_attention_grad_kernel(
     An item of work is a head, BLOCK_D pairs of features, and a tile of rows or all of a sequence.
     ``column_sums`` is [programs, max_columns, 2 BLOCK_D] float32; ``dweight`` [tiles or sequences,
     H, D] float32 are partial sums. The gradient of a score is at (first row and column of the
-    sequence, row, column, head), each with its stride.
+    sequence, row, column, head), each with its stride. Past the sequence's last row it is 0 with
+    CONTIGUOUS_SCORES, is not read with MASK_SCORES, and else may be anything.
     """
     rows_r = rows_r.to(tl.int64)
     rows_c = rows_c.to(tl.int64)
@@ -359,9 +364,42 @@ def additive_attention_grad_kernel(
             columns_here = columns.to(tl.int32)
             if first_row >= length:
                 columns_here = 0
-            is_direct = not factors(bound_of_rows, bound_of_columns)
-            for DIRECT in tl.static_range(2):
-                if is_direct == DIRECT:
+            if factors(bound_of_rows, bound_of_columns):
+                more0, more1 = tile_gradients(
+                    rows_ptr,
+                    stride_rt,
+                    cols_ptr,
+                    stride_ct,
+                    col_mask_ptr,
+                    features,
+                    dscores_item,
+                    stride_score_row,
+                    stride_score_col,
+                    drow_item,
+                    sums_ptr,
+                    row_mask_ptr,
+                    first_row,
+                    length,
+                    extent,
+                    columns_here,
+                    pair,
+                    H,
+                    D,
+                    HALF,
+                    BLOCK_D,
+                    ROW_TILES,
+                    CONTIGUOUS_SCORES,
+                    MASK_SCORES,
+                    dcol_ptr is not None,
+                    dweight_ptr is not None,
+                    False,
+                    REFINE,
+                    USE_PTX,
+                )
+                dweight0 += more0
+                dweight1 += more1
+            else:  # a few rows at a time: this route is rare, and needs more registers
+                for few in range(first_row, tl.minimum(first_row + BLOCK_ROWS, end_row), TILE_ROWS):
                     more0, more1 = tile_gradients(
                         rows_ptr,
                         stride_rt,
@@ -375,7 +413,7 @@ def additive_attention_grad_kernel(
                         drow_item,
                         sums_ptr,
                         row_mask_ptr,
-                        first_row,
+                        few,
                         length,
                         extent,
                         columns_here,
@@ -384,11 +422,12 @@ def additive_attention_grad_kernel(
                         D,
                         HALF,
                         BLOCK_D,
-                        ROW_TILES,
+                        1,
+                        CONTIGUOUS_SCORES,
                         MASK_SCORES,
                         dcol_ptr is not None,
                         dweight_ptr is not None,
-                        DIRECT == 1,
+                        True,
                         REFINE,
                         USE_PTX,
                     )

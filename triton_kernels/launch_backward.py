@@ -24,8 +24,6 @@ from .problem import (
 )
 from .step import additive_attention_step_bwd_kernel, sum_tiles_kernel
 
-BOUND_COLUMNS_ROWS = 32  # score gradients are padded to whole tiles of keys
-
 
 @dataclass(frozen=True)
 class ScoreGradients:
@@ -117,9 +115,11 @@ def _score_gradients(
     query, key, value, score_weight = inputs
     dcontext, dweights, weights_layout = incoming
     heads = problem.heads
-    tiles = configurations.backward_scores_tiles(value.dtype)
-    columns = triton.cdiv(problem.max_k, BOUND_COLUMNS_ROWS) * BOUND_COLUMNS_ROWS
-    by_pair = (problem.all_rows_q, heads, columns)
+    tiles = configurations.scores_tiles(value.dtype)
+    columns = triton.cdiv(problem.max_k, tiles.keys) * tiles.keys  # whole tiles of keys
+    # The gradient pass over queries reads a tile of rows past the last one.
+    more_rows = configurations.GRADIENT_ROW_TILES * TILE_ROWS.value
+    by_pair = (problem.all_rows_q + more_rows, heads, columns)
     dscores = query.new_empty(by_pair, dtype=torch.float32)
     weights = query.new_empty(by_pair, dtype=torch.float32)
     query_bound = query.new_empty((problem.all_rows_q, heads), dtype=torch.float32)
@@ -160,7 +160,6 @@ def _score_gradients(
         BLOCK_K=tiles.keys,
         BLOCK_D=tiles.features,
         BLOCK_DV=tiles.value_features,
-        SEGMENT=configurations.segment(problem.max_k),
         REFINE=query.dtype == torch.float32,
         USE_PTX=uses_ptx(query),
         num_warps=tiles.warps,
@@ -305,7 +304,8 @@ def _gradient_pass(
         ROW_TILES=row_tiles,
         ROWS_ARE_KEYS=rows_are_keys,
         WHOLE_SEQUENCES=whole_sequences,
-        MASK_SCORES=not (rows_are_keys and found.is_padded),
+        CONTIGUOUS_SCORES=rows_are_keys and found.is_padded,
+        MASK_SCORES=rows_are_keys and not found.is_padded,
         REFINE=query.dtype == torch.float32,
         USE_PTX=uses_ptx(query),
         num_warps=warps,
@@ -332,8 +332,8 @@ def _step_gradients(
     query, key, value, score_weight = inputs
     dcontext, dweights, weights_layout = incoming
     heads, dim = problem.heads, problem.dim
-    config = configurations.STEP
     segment, single = configurations.step_segment(problem.max_k)
+    config = configurations.step_tiles(segment)
     tiles = problem.tiles("k", segment)
     if dvalue is not None and dcontext is None:
         dvalue.zero_()

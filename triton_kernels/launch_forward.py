@@ -114,7 +114,7 @@ def _forward(
     """Fill context and stats; return raw scores and their strides, for weights."""
     query, key, value, score_weight = inputs
     heads, rows_q = problem.heads, problem.all_rows_q
-    tiles = configurations.forward_tiles(value.dtype)
+    tiles = configurations.scores_tiles(value.dtype)
     segment = configurations.segment(problem.max_k)
     single = problem.max_k <= segment
     grid_tiles = problem.tiles("q", tiles.queries)
@@ -210,8 +210,8 @@ def _step_forward(
     """As :func:`_forward` for one query a sequence."""
     query, key, value, score_weight = inputs
     heads, value_dim = problem.heads, problem.value_dim
-    config = configurations.STEP
     segment, single = configurations.step_segment(problem.max_k)
+    config = configurations.step_tiles(segment)
     tiles = problem.tiles("k", segment)
     scores = None
     if keep_scores:

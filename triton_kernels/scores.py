@@ -17,9 +17,13 @@ def load_features(rows_ptr, feature, D: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def load_weights(score_weight_ptr, feature, D: tl.constexpr):
+def load_weights(score_weight_ptr, feature, D: tl.constexpr, PADDED: tl.constexpr):
     """``[features]`` as float32; 0 beyond feature D."""
-    return tl.load(score_weight_ptr + feature, mask=feature < D, other=0).to(tl.float32)
+    if PADDED:
+        weights = tl.load(score_weight_ptr + feature, mask=feature < D, other=0)
+    else:
+        weights = tl.load(score_weight_ptr + feature)
+    return weights.to(tl.float32)
 
 
 @triton.jit
@@ -52,7 +56,7 @@ def factored_scores(
     constant = tl.zeros((BLOCK_D,), tl.float32)
     query_bound = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     key_bound = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-    for begin in range(0, HALF, BLOCK_D):
+    for begin in tl.range(0, HALF, BLOCK_D, loop_unroll_factor=2):
         d0 = begin + lane
         d1 = d0 + HALF
         q0 = load_features(query_rows, d0, D, PADDED)
@@ -61,8 +65,8 @@ def factored_scores(
         k1 = load_features(key_rows, d1, D, PADDED)
         query_bound = tl.maximum(query_bound, tl.maximum(tl.abs(q0), tl.abs(q1)))
         key_bound = tl.maximum(key_bound, tl.maximum(tl.abs(k0), tl.abs(k1)))
-        w0 = load_weights(score_weight_ptr, d0, D)
-        w1 = load_weights(score_weight_ptr, d1, D)
+        w0 = load_weights(score_weight_ptr, d0, D, PADDED)
+        w1 = load_weights(score_weight_ptr, d1, D, PADDED)
         constant += w0 + w1
         sums += weighted_pair(
             exp_twice(q0, REFINE)[:, None, :],
@@ -95,7 +99,7 @@ def direct_scores(
         d = begin + lane
         q = load_features(query_rows, d, D, D % BLOCK_D != 0)
         k = load_features(key_rows, d, D, D % BLOCK_D != 0)
-        w = load_weights(score_weight_ptr, d, D)
+        w = load_weights(score_weight_ptr, d, D, D % BLOCK_D != 0)
         tanh, _ = tanh_and_derivative(q[:, None, :] + k[None, :, :], True, USE_PTX)
         sums += w[None, None, :] * tanh
     return tl.sum(sums, 2)
@@ -128,6 +132,7 @@ def score_tile(
         USE_PTX,
     )
     if not factors(tl.max(query_bound, 0), tl.max(key_bound, 0)):
+        # This route is rare; with fewer features at a time it needs no more registers.
         scores = direct_scores(
             query_rows, key_rows, score_weight_ptr, D, BLOCK_Q, BLOCK_K, BLOCK_D, USE_PTX
         )
@@ -144,9 +149,6 @@ def segment_scores(
     score_weight_ptr,
     scores_rows,
     query_valid,
-    query_bound_rows,
-    key_bound_ptr,
-    stride_key_bound,
     D: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -164,8 +166,6 @@ def segment_scores(
         first, length: the segment's first key; the sequence's keys. first < length.
         scores_rows: where each query's score of key ``first`` goes, [BLOCK_Q] pointers.
         query_valid: which queries there are, [BLOCK_Q].
-        query_bound_rows: where each query's bound goes, [BLOCK_Q] pointers, or None.
-        key_bound_ptr: where key 0's bound goes, or None.
     """
     column = tl.arange(0, BLOCK_K)
     # A tile past the last key is repeated there: a row of it is always a row of the sequence.
@@ -173,7 +173,7 @@ def segment_scores(
         position = first + begin + column
         inside = position < length
         key_rows = key_ptr + tl.minimum(position, length - 1) * stride_kt
-        scores, query_bound, key_bound = score_tile(
+        scores, _, _ = score_tile(
             query_rows,
             key_rows,
             score_weight_ptr,
@@ -190,7 +190,4 @@ def segment_scores(
             scores,
             mask=query_valid[:, None] & inside[None, :],
         )
-        if key_bound_ptr is not None:
-            tl.store(query_bound_rows, query_bound, mask=query_valid)
-            tl.store(key_bound_ptr + position * stride_key_bound, key_bound, mask=inside)
     tl.debug_barrier()  # other threads of the program read what these have written

@@ -47,7 +47,7 @@ def sum_of_tanh(
         x = load_tile(key_rows, attended, d, D) + load_row(query_row, d, D)[None, :]
         largest = tl.maximum(largest, tl.abs(x))
         tanh, _ = tanh_and_derivative(x, EXACT, USE_PTX)
-        sums += load_weights(score_weight_ptr, d, D)[None, :] * tanh
+        sums += load_weights(score_weight_ptr, d, D, D % BLOCK_D != 0)[None, :] * tanh
     return tl.sum(sums, 1), tl.max(largest)
 
 
@@ -315,7 +315,9 @@ def additive_attention_step_bwd_kernel(
                 d = begin + tl.arange(0, BLOCK_D)
                 x = load_tile(key_rows, attended, d, D) + load_row(query_row, d, D)[None, :]
                 tanh, slope = tanh_and_derivative(x, True, USE_PTX)
-                dkey = load_weights(weight_row, d, D)[None, :] * (dscores[:, None] * slope)
+                dkey = load_weights(weight_row, d, D, D % BLOCK_D != 0)[None, :] * (
+                    dscores[:, None] * slope
+                )
                 if dkey_ptr is not None:
                     tl.store(
                         dkey_ptr + key_row[:, None] * D + d[None, :],

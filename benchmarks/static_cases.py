@@ -1,0 +1,189 @@
+"""Rows for ``benchmarks.static``: the kernels as ``attn_ext.triton_kernels`` would launch them.
+
+The launchers run on tensors of which nothing is computed, with kernels that only note how they are
+called, so that block sizes, types and alignment are those of real calls.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from unittest import mock
+
+import torch
+import triton
+
+from attn_ext.triton_kernels import configurations, launch_backward, launch_forward
+from attn_ext.triton_kernels.gradient import TILE_ROWS
+
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+DIMS = (128, 1000, 1024)
+BATCH, HEADS = 4, 1
+# Keys a sequence: all scores of a query in one tile, or in several.
+SHORT, LONG = 75, 300
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel with everything that its machine code depends on; see ``benchmarks.static``."""
+
+    name: str
+    kernel: triton.JITFunction
+    signature: dict[str, str]
+    constants: dict[str, object]
+    aligned: set[str]
+    num_warps: int
+    regime: str
+    pass_: str
+    dtype: str
+    dim: int
+    elements_per_iteration: int = 0
+    iterations: int = 0
+    num_stages: int = 3  # Triton's default
+    routes: tuple[str, ...] = field(default=())
+
+
+class Launches:
+    """Stands in for a kernel and notes its launches."""
+
+    def __init__(self, kernel: triton.JITFunction, seen: list):
+        self.kernel, self.seen = kernel, seen
+
+    def __getitem__(self, grid: tuple):
+        def launch(*arguments, num_warps: int, **constants):
+            names = self.kernel.arg_names
+            self.seen.append((self.kernel, dict(zip(names, arguments)) | constants, num_warps))
+
+        return launch
+
+
+@contextlib.contextmanager
+def noted_launches() -> Iterator[list]:
+    """The launches (kernel, arguments by name, warps) of what runs inside."""
+    seen: list = []
+    with contextlib.ExitStack() as stack:
+        for module in (launch_forward, launch_backward):
+            kernels = [name for name in vars(module) if name.endswith("_kernel")]
+            for name in kernels:
+                stand_in = Launches(getattr(module, name), seen)
+                stack.enter_context(mock.patch.object(module, name, stand_in))
+        yield seen
+
+
+def triton_type(value: object) -> str:
+    """As Triton types the argument of a launch."""
+    if isinstance(value, torch.Tensor):
+        names = DTYPES | {torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8"}
+        return "*" + names[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def make_case(launch: tuple, regime: str, pass_: str, dtype: str, dim: int, **rest) -> Case:
+    kernel, arguments, num_warps = launch
+    fixed = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    general = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    constants, signature, aligned = {}, {}, set()
+    for name in kernel.arg_names:
+        value = arguments[name]
+        is_one = isinstance(value, int) and value == 1 and name not in general
+        if name in fixed or value is None or is_one:
+            constants[name] = value
+            signature[name] = "constexpr"
+            continue
+        signature[name] = triton_type(value)
+        is_number = not isinstance(value, torch.Tensor)
+        if not is_number or (isinstance(value, int) and value % 16 == 0 and name not in general):
+            aligned.add(name)
+    elements, iterations = elements_of(kernel.__name__, constants)
+    return Case(
+        name=kernel.__name__.removesuffix("_kernel").removeprefix("additive_attention_"),
+        kernel=kernel,
+        signature=signature,
+        constants=constants,
+        aligned=aligned,
+        num_warps=num_warps,
+        regime=regime,
+        pass_=pass_,
+        dtype=dtype,
+        dim=dim,
+        elements_per_iteration=elements,
+        iterations=iterations,
+        **rest,
+    )
+
+
+def elements_of(name: str, constants: dict) -> tuple[int, int]:
+    """(i, j, d) elements of an iteration of the main loop, and its iterations for one tile."""
+    c = constants
+    if "grad" in name:  # one column against all rows; the columns are as many as a sequence has
+        return c["ROW_TILES"] * TILE_ROWS.value * 2 * c["BLOCK_D"], 0
+    if "fwd" in name or "bwd" in name:
+        if "step" in name:
+            return c["SEGMENT"] * c["BLOCK_D"], triton.cdiv(c["D"], c["BLOCK_D"])
+        # The loop over features is unrolled: two blocks an iteration.
+        features = 2 * 2 * c["BLOCK_D"]
+        return c["BLOCK_Q"] * c["BLOCK_K"] * features, 2 * c["HALF"] // features
+    return 0, 0
+
+
+def launches_of(
+    dtype: torch.dtype, dim: int, length_q: int, length_k: int
+) -> tuple[list, list, list]:
+    """Launches of forward, backward and, for one query a sequence, the memory's backward."""
+    query = torch.empty(1, BATCH * length_q, HEADS, dim, dtype=dtype)
+    cu_q = torch.arange(BATCH + 1) * length_q
+    if length_q == 1:
+        query, cu_q = query.view(BATCH, 1, HEADS, dim), None
+    key = torch.empty(1, BATCH * length_k, HEADS, dim, dtype=dtype)
+    cu_k = torch.arange(BATCH + 1) * length_k
+    score_weight = torch.empty(HEADS, dim)
+    inputs = (query, key, key, score_weight)
+    layout = (cu_q, cu_k, None, None, length_q, length_k)
+    stats = query.new_empty((*query.shape[:3], 2), dtype=torch.float32)
+    with noted_launches() as forward:
+        launch_forward.additive_attention_forward(*inputs, None, None, *layout, 0.0, None, 0, False)
+    with noted_launches() as backward:
+        launch_backward.additive_attention_backward(
+            query, None, *inputs, stats, *layout, 0.0, None, 0, 15, False
+        )
+    memory: list = []
+    if length_q == 1:
+        steps = torch.empty(length_k, BATCH, HEADS, dim, dtype=dtype)
+        by_key = torch.empty(length_k, 1, BATCH * length_k, HEADS)
+        keys = (key, key, score_weight, None, None, cu_k, None, None, length_k)
+        with noted_launches() as memory:
+            launch_backward.additive_attention_memory_backward(
+                steps, by_key, by_key, steps, *keys, 14, False
+            )
+    return forward, backward, memory
+
+
+def static_cases() -> Iterator[Case]:
+    """Every kernel, for each row of the table of configurations, dtype and some feature counts."""
+    for dtype, name in DTYPES.items():
+        for dim in DIMS:
+            for regime, length_q, length_k in (
+                ("all", SHORT, SHORT),
+                ("long", LONG, LONG),
+                ("step", 1, SHORT),
+                ("step", 1, LONG),
+            ):
+                yield from _cases_of(dtype, name, dim, regime, length_q, length_k)
+
+
+def _cases_of(
+    dtype: torch.dtype, name: str, dim: int, regime: str, length_q: int, length_k: int
+) -> Iterator[Case]:
+    forward, backward, memory = launches_of(dtype, dim, length_q, length_k)
+    for launch in forward:
+        pass_ = "forward" if "fwd" in launch[0].__name__ else "forward merge"
+        yield make_case(launch, regime, pass_, name, dim)
+    for number, launch in enumerate(backward):
+        yield make_case(launch, regime, f"backward {number + 1}", name, dim)
+    if length_k == SHORT:
+        for number, launch in enumerate(memory):
+            yield make_case(launch, "memory", f"backward {number + 1}", name, dim)
+
+
+assert configurations.segment(SHORT) >= SHORT and configurations.segment(LONG) < LONG
