@@ -34,7 +34,7 @@ def make_batch(source_lengths, target_lengths):
     return Batch(tokens(source_lengths), tokens(target_lengths), tokens(target_lengths))
 
 
-@pytest.mark.parametrize(("decoder", "cell"), zip(sorted(DECODERS), ("gru", "lstm"), strict=True))
+@pytest.mark.parametrize(("decoder", "cell"), list(zip(sorted(DECODERS), ("gru", "lstm"))))
 def test_training_as_one_graph(decoder, cell):
     model = make_model(decoder, cell)
     counter = CompileCounterWithBackend("aot_eager")
