@@ -10,9 +10,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import attn_ext
 import attn_ext.triton_kernels
+from attn_ext import backends
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = Path(attn_ext.__file__).parent / "_C.abi3.so"
@@ -36,7 +38,7 @@ def test_triton_is_required_on_linux_only():
 def test_library_serves_every_python_and_torch():
     if not LIBRARY.exists():
         pytest.skip("installed without the C++ backend")
-    assert [path.name for path in LIBRARY.parent.glob("_C*")] == ["_C.abi3.so"]
+    assert [path.name for path in LIBRARY.parent.glob("_C.*")] == ["_C.abi3.so"]
     if not shutil.which("nm"):
         pytest.skip("no nm")
     nm = ["nm", "--dynamic", "--undefined-only", str(LIBRARY)]
@@ -63,11 +65,14 @@ def tree(tmp_path):
     return tree
 
 
+CHOICES = ("CXX", "ATTN_EXT_BUILD_CPU", "ATTN_EXT_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST")
+
+
 def run_setup(tree, *arguments, **environment):
     """`python setup.py *arguments` with no compiler to be found unless `environment` has one."""
     empty = tree.parent / "empty"
     empty.mkdir(exist_ok=True)
-    inherited = {k: v for k, v in os.environ.items() if k not in ("CXX", "ATTN_EXT_BUILD_CPU")}
+    inherited = {k: v for k, v in os.environ.items() if k not in CHOICES}
     return subprocess.run(
         [sys.executable, "setup.py", *arguments],
         cwd=tree,
@@ -109,8 +114,9 @@ def test_without_a_compiler_the_install_goes_on_and_says_so_once(tree):
         ({"ATTN_EXT_BUILD_CPU": "1"}, "ATTN_EXT_BUILD_CPU=1"),
         ({"ATTN_EXT_BUILD_CPU": "1", "CXX": "no-such-compiler"}, "CXX=no-such-compiler"),
         ({"ATTN_EXT_BUILD_CPU": "yes"}, "'yes'"),
+        ({"ATTN_EXT_BUILD_CUDA": "yes"}, "'yes'"),
     ],
-    ids=["no-compiler", "bad-cxx", "bad-wish"],
+    ids=["no-compiler", "bad-cxx", "bad-wish", "bad-cuda-wish"],
 )
 def test_a_wish_that_cannot_be_met_is_one_line(tree, environment, reason):
     run = run_setup(tree, "build_ext", **environment)
@@ -142,6 +148,105 @@ def test_sources_that_do_not_compile_are_an_error(tree):
     assert "Traceback" not in run.stderr
 
 
+FAKE_TORCH = """
+class Version(str):
+    __lt__ = lambda self, other: False
+__version__ = Version("2.99")
+class version:
+    cuda = {cuda!r}
+class cuda:
+    is_available = staticmethod(lambda: False)
+"""
+FAKE_CPP_EXTENSION = """
+import os
+from setuptools import Extension
+from setuptools.command.build_ext import build_ext
+CUDA_HOME = {home!r}
+def include_paths():
+    return []
+def CppExtension(name, sources, extra_compile_args, **keywords):
+    return Extension(name, sources, **keywords)
+CUDAExtension = CppExtension
+class BuildExtension(build_ext):
+    def build_extensions(self):
+        names = sorted(extension.name for extension in self.extensions)
+        print("BUILT", *names, os.environ.get("TORCH_CUDA_ARCH_LIST"))
+"""
+
+
+@pytest.fixture
+def fake_torch(tree):
+    """Makes an import path with a torch of some CUDA, that finds some nvcc and builds nothing."""
+
+    def make(cuda, nvcc):
+        home = None
+        if nvcc is not None:
+            home = tree.parent / "cuda"
+            (home / "bin").mkdir(parents=True)
+            program = home / "bin" / "nvcc"
+            program.write_text(
+                f"#!/bin/sh\necho 'Cuda compilation tools, release {nvcc}, V{nvcc}.1'\n"
+            )
+            program.chmod(0o755)
+        utils = tree.parent / "path" / "torch" / "utils"
+        utils.mkdir(parents=True)
+        (utils.parent / "__init__.py").write_text(FAKE_TORCH.format(cuda=cuda))
+        (utils / "__init__.py").touch()
+        fake = FAKE_CPP_EXTENSION.format(home=home and str(home))
+        (utils / "cpp_extension.py").write_text(fake)
+        return str(utils.parents[1])
+
+    return make
+
+
+BOTH = "BUILT attn_ext._C attn_ext._C_cuda"
+
+
+@pytest.mark.parametrize(
+    "cuda, nvcc, environment, built, reason",
+    [
+        ("13.0", "13.0", {}, f"{BOTH} 8.0;9.0;10.0;12.0+PTX", None),
+        ("12.4", "12.4", {}, f"{BOTH} 8.0;9.0+PTX", None),
+        ("13.0", "13.0", {"TORCH_CUDA_ARCH_LIST": "9.0"}, f"{BOTH} 9.0", None),
+        ("13.0", "13.0", {"ATTN_EXT_BUILD_CUDA": "0"}, "BUILT attn_ext._C None", None),
+        (
+            "13.0",
+            "13.0",
+            {"ATTN_EXT_BUILD_CPU": "0", "ATTN_EXT_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.6"},
+            "BUILT attn_ext._C_cuda 8.6",
+            None,
+        ),
+        ("13.0", None, {}, "BUILT attn_ext._C None", "no CUDA toolkit"),
+        ("13.0", "11.8", {}, "BUILT attn_ext._C None", "nvcc 11.8 is older than 12.0"),
+        ("13.0", "12.8", {}, "BUILT attn_ext._C None", "nvcc 12.8 is of another CUDA"),
+        (None, None, {}, "BUILT attn_ext._C None", None),
+        (None, None, {"ATTN_EXT_BUILD_CUDA": "1"}, None, "without CUDA"),
+        (
+            "13.0",
+            "11.8",
+            {"ATTN_EXT_BUILD_CUDA": "1"},
+            None,
+            "ATTN_EXT_BUILD_CUDA=1, but nvcc 11.8",
+        ),
+    ],
+    ids=[
+        *("new-nvcc", "old-nvcc", "chosen-archs", "unwanted", "alone", "no-nvcc", "too-old"),
+        *("other-cuda", "torch-without", "wished-without", "wished-too-old"),
+    ],
+)
+def test_the_cuda_library_is_built_where_it_can_be(
+    tree, fake_torch, cuda, nvcc, environment, built, reason
+):
+    compiler = shutil.which("true")  # finds nothing wrong with the probe
+    path = fake_torch(cuda, nvcc)
+    run = run_setup(tree, "-q", "build_ext", CXX=compiler, PYTHONPATH=path, **environment)
+    assert "Traceback" not in run.stderr, run.stderr
+    assert (run.returncode == 0) == (built is not None), run.stderr
+    assert built is None or built in run.stdout.splitlines()
+    assert len(said(run)) == (reason is not None)
+    assert reason is None or reason in said(run)[0]
+
+
 def test_a_source_archive_carries_all_sources_and_needs_no_torch(tree):
     run = run_setup(tree, "-q", "sdist", PYTHONPATH=without_torch(tree))
     assert run.returncode == 0, run.stderr
@@ -151,3 +256,14 @@ def test_a_source_archive_carries_all_sources_and_needs_no_torch(tree):
     for folder in ("csrc", "requirements", "triton_kernels"):
         for path in (tree / folder).rglob("*"):
             assert path.relative_to(tree) in names
+
+
+def test_a_cuda_library_that_does_not_load_says_why(tmp_path, monkeypatch):
+    find_problem = backends._cuda_problem.__wrapped__  # without its cache
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device" in find_problem()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "__file__", str(tmp_path / "backends.py"))
+    assert "was not built" in find_problem() and "ATTN_EXT_BUILD_CUDA=1" in find_problem()
+    (tmp_path / "_C_cuda.abi3.so").write_bytes(b"not a library")
+    assert "does not load" in find_problem() and "ATTN_EXT_BUILD_CUDA=1" in find_problem()

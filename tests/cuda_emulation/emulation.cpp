@@ -36,7 +36,9 @@ struct Barrier {
 
 struct Warp {
   Barrier barrier;
-  uint32_t lanes[kWarp] = {};
+  // Two, in turn: when all lanes have come to an exchange, they have read what the last but one
+  // left.
+  uint32_t lanes[2][kWarp] = {};
 };
 
 struct Copy {
@@ -86,14 +88,19 @@ void leave(Barrier& barrier) {
   barrier.open_if_full();
 }
 
+// A fiber runs one thread after the other.
 void enter() {
-  now.body->call(now.body->kernel, now.body->parameters);
-  Fiber* fiber = now.current;
-  fiber->ended = true;
-  ++now.progress;
-  leave(now.barrier);
-  leave(warp_of(*fiber).barrier);
-  _longjmp(now.scheduler, 1);
+  for (;;) {
+    now.body->call(now.body->kernel, now.body->parameters);
+    Fiber* fiber = now.current;
+    fiber->ended = true;
+    ++now.progress;
+    leave(now.barrier);
+    leave(warp_of(*fiber).barrier);
+    if (_setjmp(fiber->state) == 0) {
+      _longjmp(now.scheduler, 1);
+    }
+  }
 }
 
 void start(Fiber& fiber) {
@@ -130,7 +137,7 @@ void run_block(unsigned threads) {
   for (unsigned n = 0; n < threads; ++n) {
     Fiber& fiber = *now.fibers[n];
     fiber.place = {n, 0, 0};
-    fiber.started = fiber.ended = false;
+    fiber.ended = false;
     fiber.copies.clear();
     ++now.warps[n / kWarp].barrier.live;
   }
@@ -175,10 +182,10 @@ unsigned lane() { return thread.x % kWarp; }
 
 void exchange(uint32_t bits, uint32_t (&lanes)[kWarp]) {
   Warp& warp = warp_of(*now.current);
-  warp.lanes[lane()] = bits;
+  uint32_t* const shared = warp.lanes[warp.barrier.generation % 2];
+  shared[lane()] = bits;
   wait_at(warp.barrier);
-  std::memcpy(lanes, warp.lanes, sizeof(lanes));
-  wait_at(warp.barrier);
+  std::memcpy(lanes, shared, sizeof(lanes));
 }
 
 void copy_later(void* target, const void* source, size_t bytes) {

@@ -1,0 +1,94 @@
+// Gradients from partial sums that blocks of the gradient kernel left, in a fixed order.
+#include "kernels.h"
+#include "launch.cuh"
+#include "memory.cuh"
+
+namespace attn_ext {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+// dquery of one query from its partial sums, in the order of the keys.
+__global__ void __launch_bounds__(kThreads) merge_dquery_kernel(const GradientCall call) {
+  const Problem& problem = call.problem;
+  const Tile found = find_query_tile(problem.sequences, 0, blockIdx.x);
+  const Span span = span_of(problem.sequences, found.sequence);
+  if (found.first >= span.query_count || span.key_count == 0) {
+    return;
+  }
+  const int64_t rows = problem.sequences.last_row - problem.sequences.first_row;
+  const int64_t chunks = (problem.dim + kGradientFeatures - 1) / kGradientFeatures;
+  for (int64_t head = blockIdx.y; head < problem.heads; head += gridDim.y) {
+    for (int64_t col = threadIdx.x; col < problem.dim; col += kThreads) {
+      float sum = 0;
+      float left_out = 0;
+      float shifted_keys = 0;
+      for (int64_t split = 0; (split << call.key_shift) < span.key_count; ++split) {
+        const int64_t row = (split * rows + span.flat_row + found.first) * problem.heads + head;
+        const float2 left = call.left_out[row * chunks + col / kGradientFeatures];
+        sum += call.partial_dquery[row * problem.dim + col];
+        left_out += left.x;
+        shifted_keys += left.y;
+      }
+      const float shift = shifted_keys == static_cast<float>(span.key_count) ? 0.0f : left_out;
+      const float weight = load(problem.score_weight,
+                                head * problem.score_weight.head + col * problem.score_weight.col);
+      store(call.dquery, query_offset(call.dquery, span, head, found.first) + col,
+            weight * (sum + shift));
+    }
+  }
+}
+
+struct MergeWeightCall {
+  const float* partial;
+  int64_t tiles;
+  int64_t heads;
+  int64_t dim;
+  Rows dscore_weight;
+};
+
+// A warp sums 32 features' partial sums in double, 8 interleaved shares that are then added.
+__global__ void __launch_bounds__(kThreads) merge_dweight_kernel(const MergeWeightCall call) {
+  constexpr int kShares = kThreads / kWarp;
+  __shared__ double shares[kShares][kWarp];
+  const int lane = threadIdx.x % kWarp;
+  const int share = threadIdx.x / kWarp;
+  const int64_t column = int64_t{blockIdx.x} * kWarp + lane;
+  const int64_t columns = call.heads * call.dim;
+  double sum = 0;
+  if (column < columns) {
+    for (int64_t tile = share; tile < call.tiles; tile += kShares) {
+      sum += static_cast<double>(call.partial[tile * columns + column]);
+    }
+  }
+  shares[share][lane] = sum;
+  __syncthreads();
+  if (share == 0 && column < columns) {
+    for (int n = 1; n < kShares; ++n) {
+      sum += shares[n][lane];
+    }
+    const int64_t head = column / call.dim;
+    store(call.dscore_weight,
+          head * call.dscore_weight.head + column % call.dim * call.dscore_weight.col,
+          static_cast<float>(sum));
+  }
+}
+
+}  // namespace
+
+void launch_merge_dquery(const GradientCall& call, cudaStream_t stream) {
+  const Sequences& sequences = call.problem.sequences;
+  launch("gradient of queries", merge_dquery_kernel,
+         tile_bound(sequences.last_row - sequences.first_row, sequences.count, 0),
+         call.problem.heads, 1, kThreads, call, stream);
+}
+
+void launch_merge_dweight(const float* partial, int64_t tiles, int64_t heads, int64_t dim,
+                          const Rows& dscore_weight, cudaStream_t stream) {
+  launch("gradient of score weights", merge_dweight_kernel, (heads * dim + kWarp - 1) / kWarp, 1, 1,
+         kThreads, MergeWeightCall{partial, tiles, heads, dim, dscore_weight}, stream);
+}
+
+}  // namespace cuda
+}  // namespace attn_ext
