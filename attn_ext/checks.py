@@ -91,7 +91,7 @@ def can_read_values(tensor: Tensor) -> bool:
         return False
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
-    return tensor.device.type == "cpu" or os.environ.get("ATTN_EXT_CHECK") == "1"
+    return tensor.is_cpu or os.environ.get("ATTN_EXT_CHECK") == "1"
 
 
 def check_offsets(name: str, cu: Tensor, rows_name: str, rows: Tensor) -> int | None:

@@ -54,12 +54,13 @@ class QuerySide(NamedTuple):
 
     def restore_context(self, context: Tensor) -> Tensor:
         """Shape an internal context ``[Bq, Nq, H, Dv]`` as the caller's layout has it."""
-        if not self.has_heads:
-            context = context.squeeze(2)
+        axes = () if self.has_heads else (2,)
         if self.cu_seqlens is not None:
-            context = context.squeeze(0)
+            axes = (0, *axes)
         elif self.is_one_step:
-            context = context.squeeze(1)
+            axes = (1, *axes)
+        if axes:
+            context = context.squeeze(axes)  # at once: every view costs a microsecond
         return context if self.nested is None else _nested_like(context, self.nested)
 
     def restore_weights(self, weights: Tensor, layout: int) -> Tensor:
