@@ -43,11 +43,19 @@ def _fold(tensor: Tensor | None, mapped: int | None, calls: int, axis: int) -> T
     return tensor.flatten(axis, axis + 1)
 
 
-def _unfold(result: Tensor, calls: int, axis: int) -> tuple[Tensor, int | None]:
+def _heads(arguments: tuple, in_dims: tuple, axes: tuple[int, ...]) -> int:
+    """The heads of one call."""
+    for tensor, mapped, axis in zip(arguments, in_dims, axes):
+        if tensor is not None:
+            return tensor.size(axis if mapped is None or mapped > axis else axis + 1)
+    raise AssertionError("every op has a tensor with heads")
+
+
+def _unfold(result: Tensor, calls: int, heads: int, axis: int) -> tuple[Tensor, int | None]:
     """A result of all calls and where they are; what was not asked for is the same for all."""
     if result.dim() == 1:  # empty
         return result, None
-    return result.unflatten(axis, (calls, result.size(axis) // calls)), axis
+    return result.unflatten(axis, (calls, heads)), axis
 
 
 def batched(op: torch._ops.OpOverload, info, in_dims: tuple, *arguments):
@@ -63,7 +71,8 @@ def batched(op: torch._ops.OpOverload, info, in_dims: tuple, *arguments):
         for tensor, mapped, axis in zip(arguments, in_dims, argument_axes)
     )
     results = op(*folded, *arguments[with_heads:])
-    unfolded = (_unfold(result, calls, axis) for result, axis in zip(results, result_axes))
+    heads = _heads(arguments, in_dims, argument_axes)
+    unfolded = (_unfold(result, calls, heads, axis) for result, axis in zip(results, result_axes))
     return tuple(zip(*unfolded))
 
 

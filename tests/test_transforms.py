@@ -123,6 +123,24 @@ def test_gradient_of_vmap(kernel_backend: str):
     assert_same(run(kernel_backend), run("reference"))
 
 
+def test_nested_and_empty_vmaps(kernel_backend: str):
+    """Maps within maps, over axes other than the first, and over nothing."""
+    queries, score_weight = torch.randn(CALLS, 2, 3, 4, 8).double(), torch.randn(8).double()
+    query, key = torch.randn(2, 3, 4, 8).double(), torch.randn(2, 5, 8, 4).double()
+
+    def run(backend: str):
+        def attend(query: Tensor, key: Tensor) -> Tensor:
+            return attn_ext.additive_attention(query, key, key, score_weight, backend=backend)
+
+        return (
+            vmap(vmap(attend))(queries, -queries),
+            vmap(attend, in_dims=(2, 3), out_dims=1)(query, key),
+            vmap(grad(lambda q: attend(q, q).sum()))(queries[:0, 0]),
+        )
+
+    assert_same(run(kernel_backend), run("reference"))
+
+
 def test_vmap_over_what_ends_sequences(kernel_backend: str):
     """Lengths, masks and offsets may differ between the calls, too."""
     query, key, value, score_weight = double_inputs("padded").leaves.values()
