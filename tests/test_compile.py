@@ -149,6 +149,29 @@ def test_decoder_loop_over_a_memory():
     assert counter.frame_count <= 2
 
 
+def test_compiled_step_over_a_memory_made_outside():
+    module = make_module()
+
+    def step(memory: attn_ext.AttentionMemory, query: Tensor) -> Tensor:
+        return torch.tanh(query + memory.attend(query)[:, :QUERY_DIM])
+
+    def decode_with(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def decode(query: Tensor, key: Tensor, cu_seqlens: Tensor) -> Tensor:
+            memory = module.memory(key, cu_seqlens_k=cu_seqlens, max_seqlen_k=13)
+            for _ in range(3):
+                query = step(memory, query)
+            return query
+
+        return decode
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for lengths in LENGTHS_K:
+        inputs = torch.randn(4, QUERY_DIM), torch.randn(sum(lengths), KEY_DIM), offsets_of(lengths)
+        assert_equal_training(decode_with(compiled), decode_with(step), inputs, module)
+    assert counter.frame_count <= 2
+
+
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_autocast(inside: bool, dtype: torch.dtype):
