@@ -261,7 +261,7 @@ def test_peer(
     if source == "rewritten":
         peer = rewritten()
     else:
-        peer = original(monkeypatch, kind.original[0])(**arguments)
+        peer = original(monkeypatch, kind.original)(**arguments)
     ours = kind(**arguments, backend=backend)
     ours.load_state_dict(peer.state_dict())
     queries, states = torch.randn(B, TQ, query_dim), torch.randn(B, TK, key_dim)
@@ -348,7 +348,7 @@ def test_from_original_takes_the_parameters_themselves(name: str):
 def test_replace_attention():
     def stand_in(name: str) -> nn.Module:
         """A rewrite whose class goes by the name of the original."""
-        module, _, class_name = REPLACEMENTS[name].original[0].rpartition(".")
+        module, _, class_name = REPLACEMENTS[name].original.rpartition(".")
         return type(class_name, (PEERS[name][1],), {"__module__": module})()
 
     other = stand_in("opennmt")

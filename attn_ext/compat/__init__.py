@@ -27,16 +27,8 @@ __all__ = [
     "replace_attention",
 ]
 
-_REPLACEMENTS: dict[str, type[Replacement]] = {
-    name: kind
-    for kind in (
-        OpenNMTGlobalAttention,
-        GNMTBahdanauAttention,
-        JoeyNMTBahdanauAttention,
-        ESPnetAttAdd,
-    )
-    for name in kind.original
-}
+_KINDS = (OpenNMTGlobalAttention, GNMTBahdanauAttention, JoeyNMTBahdanauAttention, ESPnetAttAdd)
+_REPLACEMENTS: dict[str, type[Replacement]] = {kind.original: kind for kind in _KINDS}
 
 
 def replace_attention(model: nn.Module, *, backend: str | None = None) -> list[str]:

@@ -17,10 +17,7 @@ class ESPnetAttAdd(Stepwise):
     no weight; its gradient is exactly 0.
     """
 
-    original = (
-        "espnet.nets.pytorch_backend.rnn.attentions.AttAdd",
-        "espnet2.asr.decoder.rnn_decoder.AttAdd",
-    )
+    original = "espnet.nets.pytorch_backend.rnn.attentions.AttAdd"
     sizes = ("eprojs", "dunits", "att_dim", "han_mode")
 
     def __init__(

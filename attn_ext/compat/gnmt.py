@@ -16,7 +16,7 @@ class GNMTBahdanauAttention(Replacement):
     ``normalize_bias``.
     """
 
-    original = ("seq2seq.models.attention.BahdanauAttention",)
+    original = "seq2seq.models.attention.BahdanauAttention"
     sizes = ("num_units", "normalize", "batch_first")
     normalize_scalar: nn.Parameter | None
     normalize_bias: nn.Parameter | None

@@ -17,7 +17,7 @@ class JoeyNMTBahdanauAttention(Stepwise):
     called before the steps; the values and the mask are prepared at the first step that has them.
     """
 
-    original = ("joeynmt.attention.BahdanauAttention",)
+    original = "joeynmt.attention.BahdanauAttention"
 
     def __init__(
         self,

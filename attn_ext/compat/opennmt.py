@@ -16,7 +16,7 @@ class OpenNMTGlobalAttention(Replacement):
     Parameters: ``linear_context``, ``linear_query``, ``v``, ``linear_out``.
     """
 
-    original = ("onmt.modules.global_attention.GlobalAttention",)
+    original = "onmt.modules.global_attention.GlobalAttention"
     sizes = ("dim", "attn_type", "attn_func")
 
     def __init__(

@@ -13,7 +13,7 @@ T = TypeVar("T", bound="Replacement")
 class Replacement(nn.Module):
     """What the replacements share: how to take over a module of the original class."""
 
-    original: ClassVar[tuple[str, ...]]  # full names of the classes replaced
+    original: ClassVar[str]  # full name of the class replaced
     sizes: ClassVar[tuple[str, ...]] = ()  # constructor arguments that the original keeps
 
     @classmethod
