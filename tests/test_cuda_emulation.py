@@ -57,7 +57,8 @@ def passed(report: str) -> int:
 
 
 def test_the_suite_of_additive_attention():
-    assert passed(run_emulated("tests/test_additive_attention.py")) > 1000
+    but_for = "not default_backend"  # it is not emulated ones that a call gets unasked
+    assert passed(run_emulated("tests/test_additive_attention.py", "-k", but_for)) > 1000
 
 
 def test_the_suite_of_the_memory():

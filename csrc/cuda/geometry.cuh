@@ -83,6 +83,8 @@ __device__ inline Span span_of(const Sequences& sequences, int64_t n) {
   return span;
 }
 
+constexpr int64_t kNowhere = int64_t{1} << 40;  // past the rows of any sequence
+
 // A tile of size = 2^shift consecutive rows of one sequence, by a number that grows with the rows:
 // sequence n has the numbers from floor(rows before it / size) + n on, of which it needs at most as
 // many as lie before those of n + 1. So a grid follows the rows without anyone having read the
@@ -115,7 +117,8 @@ __device__ inline Tile find_tile(const Side& side, int64_t sequences, int64_t be
       high = middle;
     }
   }
-  return {low, (number - first_tile(side, low, begin, end, shift)) << shift};
+  const int64_t tile = number - first_tile(side, low, begin, end, shift);
+  return {low, tile >= 0 ? tile << shift : kNowhere};  // offsets may not start at 0
 }
 
 __device__ inline Tile find_query_tile(const Sequences& sequences, int shift, int64_t number) {

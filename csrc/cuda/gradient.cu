@@ -235,8 +235,6 @@ __device__ inline void run_unit(const Unit& unit, Shared& shared) {
     if constexpr (kKey) {
       shared.dweight[threadIdx.x].x += static_cast<double>(tile.dweight.x);
       shared.dweight[threadIdx.x].y += static_cast<double>(tile.dweight.y);
-    }
-    if constexpr (kKey) {
       if (unit.call.dkey.data != nullptr) {
         write_keys(unit, key, keys, tile, shared);
       }

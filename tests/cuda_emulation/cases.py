@@ -152,8 +152,8 @@ def test_memory_of_many_steps(layout: str):
 
 @pytest.mark.parametrize(
     "offsets",
-    [(0, 9, 4, 20), (0, -5, 10**9, 20), (3, 3, 100, 7)],
-    ids=["falling", "wild", "beyond"],
+    [(0, 9, 4, 20), (0, -5, 10**9, 20), (3, 3, 100, 7), (12, 13, 15, 20), (10**9, 0, 5, 20)],
+    ids=["falling", "wild", "beyond", "late", "later"],
 )
 @pytest.mark.parametrize("side", ["cu_seqlens_q", "cu_seqlens_k"])
 def test_corrupt_offsets_stay_inside_the_tensors(side: str, offsets: tuple[int, ...]):

@@ -1,11 +1,11 @@
 // Runs blocks of threads as fibers, and stands in for what a CUDA build of PyTorch has.
+#include <ucontext.h>
+
 #include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
 #include <vector>
-
-#include <ucontext.h>
 
 #include "cuda_runtime.h"
 
