@@ -69,6 +69,8 @@ ATTN_EXT_HOST_DEVICE float fast_exp2(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
+#elif defined(EMULATED_CUDA)
+  return emulated_exp2(x);
 #else
   return std::exp2(x);
 #endif
@@ -79,6 +81,8 @@ ATTN_EXT_HOST_DEVICE float fast_reciprocal(float x) {
   float result;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
+#elif defined(EMULATED_CUDA)
+  return emulated_reciprocal(x);
 #else
   return 1 / x;
 #endif
@@ -127,7 +131,8 @@ ATTN_EXT_HOST_DEVICE TanhSlope exact_tanh(float x) {
   constexpr float kPolynomial = 0.55f;
   const float size = std::fabs(x);
   const float z = fast_exp2(-kTwoLog2E * size);
-  const float inverse = fast_reciprocal(1 + z);
+  const float guess = fast_reciprocal(1 + z);
+  const float inverse = std::fma(guess, std::fma(-guess, 1 + z, 1.0f), guess);
   const float part = z * inverse;
   const float square = x * x;
   float series = std::fma(square, -0.0062794993f, 0.021075668f);

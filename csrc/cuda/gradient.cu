@@ -153,7 +153,7 @@ __device__ inline void write_keys(const Unit& unit, int key, int keys, const Lan
 
 // dquery of the unit: to its place, or as sums over the block's keys that wait for those of other
 // blocks.
-__device__ inline void write_queries(const Unit& unit, int64_t split, const Shared& shared) {
+__device__ inline void write_queries(const Unit& unit, const Shared& shared) {
   const GradientCall& call = unit.call;
   const int64_t dim = call.problem.dim;
   const int64_t rows = call.problem.sequences.last_row - call.problem.sequences.first_row;
@@ -172,7 +172,8 @@ __device__ inline void write_queries(const Unit& unit, int64_t split, const Shar
       continue;
     }
     const int64_t row =
-        ((split * rows + unit.span.flat_row + unit.query + i) * call.problem.heads + unit.head);
+        ((shared.split * rows + unit.span.flat_row + unit.query + i) * call.problem.heads +
+         unit.head);
     call.partial_dquery[row * dim + col] = sum;
     if (col == unit.col) {
       const int64_t chunks = (dim + kGradientFeatures - 1) / kGradientFeatures;
@@ -189,7 +190,9 @@ __device__ inline void run_unit(const Unit& unit, Shared& shared) {
   const float query_bound = fill_queries(unit, shared);
   const int lane = threadIdx.x % kWarp;
   if (threadIdx.x < kWarp) {
-    shared.query_extremes[lane] = extremes(shared.query, unit.queries);
+    // A lone query waits for memory, not for arithmetic: nothing informs, which is the exact route.
+    shared.query_extremes[lane] =
+        unit.call.one_step ? Extremes{} : extremes(shared.query, unit.queries);
   }
   for (int key = shared.first_key; key < shared.end_key; key += kKeys) {
     const int keys = smaller(kKeys, shared.end_key - key);
@@ -266,6 +269,7 @@ __global__ void __launch_bounds__(kThreads, 3) gradient_kernel(const GradientCal
     const Span span = span_of(sequences, found.sequence);
     const int64_t end = found.first + (int64_t{1} << call.key_shift);
     shared.span = span;
+    shared.split = static_cast<int>(found.first >> call.key_shift);
     shared.first_key = static_cast<int>(smaller<int64_t>(found.first, span.key_count));
     shared.end_key = static_cast<int>(smaller<int64_t>(end, span.key_count));
   }
@@ -290,7 +294,7 @@ __global__ void __launch_bounds__(kThreads, 3) gradient_kernel(const GradientCal
         run_unit<kQuery, kKey>(unit, shared);
         if constexpr (kQuery) {
           __syncthreads();
-          write_queries(unit, found.first >> call.key_shift, shared);
+          write_queries(unit, shared);
         }
       }
       if (kKey && call.partial_dweight != nullptr) {

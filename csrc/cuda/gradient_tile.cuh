@@ -40,6 +40,7 @@ struct Shared {
   Span span;
   int first_key;  // of the block
   int end_key;
+  int split;                  // number of the block among those of its sequence
   double2 dweight[kThreads];  // sums of s t, a thread's two features
   float room[kWarps];
 };

@@ -102,6 +102,7 @@ class GradientPhase {
       base_.dkey = rows_of(gradients.dkey);
       base_.dkey_sums = gradients.dkey_sums();
     }
+    base_.one_step = call.one_step();
     base_.key_shift = gradient_shift(call, gradients.wants_query);
     const int64_t splits = ((call.longest_key() - 1) >> base_.key_shift) + 1;
     if (gradients.wants_query && splits > 1) {

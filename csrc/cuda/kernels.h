@@ -65,8 +65,9 @@ struct GradientCall {
   Scores dscores;
   Rows dquery;
   Rows dkey;
-  Rows dkey_sums;     // float32, where dkey gathers over tiles of queries
-  int key_shift = 0;  // a block has 2^key_shift keys
+  Rows dkey_sums;         // float32, where dkey gathers over tiles of queries
+  bool one_step = false;  // one query a sequence: bound by memory, so exact throughout
+  int key_shift = 0;      // a block has 2^key_shift keys
   // With more than one block of keys a sequence: [splits, rows of the wave, heads, dim], and
   // [splits, rows of the wave, heads, chunks] of what the sums leave out (see gradient.cu).
   float* partial_dquery = nullptr;

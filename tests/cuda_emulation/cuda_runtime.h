@@ -81,6 +81,25 @@ inline float __uint_as_float(unsigned bits) {
   return value;
 }
 
+// What ex2.approx.ftz and rcp.approx.ftz may return: some units in the last place off, at most 2
+// and
+// 1. How many is drawn from the bits. Subnormal results are flushed to 0.
+inline float emulated_approximation(float exact, uint32_t units) {
+  if (std::fabs(exact) < 0x1p-126f) {
+    return std::copysign(0.0f, exact);
+  }
+  if (!isfinite(exact) || std::fabs(exact) < 0x1p-125f) {
+    return exact;
+  }
+  uint32_t bits;
+  std::memcpy(&bits, &exact, sizeof(bits));
+  const uint32_t draw = (bits * 0x9E3779B1u) >> 16;
+  return __uint_as_float(bits + draw % (2 * units + 1) - units);
+}
+
+inline float emulated_exp2(float x) { return emulated_approximation(std::exp2(x), 2); }
+inline float emulated_reciprocal(float x) { return emulated_approximation(1 / x, 1); }
+
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
