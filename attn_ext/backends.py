@@ -10,6 +10,7 @@ import torch
 from .checks import mismatch, wrong_type
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
+IN_DOUBLE = ("cpu", "reference")  # those that compute in float64
 OLDEST_TRITON = (3, 6)  # which torch 2.11 brings; with 3.9 the ends of the range that is tested
 
 
@@ -97,17 +98,20 @@ def _warn_of_reference() -> None:
     warnings.warn(f"attn_ext is slow here: {_cpu_problem}", RuntimeWarning, stacklevel=4)
 
 
-_best: dict[str, str] = {}  # by type of device: asking every backend takes microseconds
+# By type of device, and whether in float64: asking every backend takes microseconds.
+_best: dict[tuple[str, bool], str] = {}
 
 
-def choose(backend: str | None, device: torch.device) -> str:
+def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """Resolve the ``backend`` argument; an explicit choice never falls back to another."""
+    in_double = dtype == torch.float64
     if backend is None:
-        chosen = _best.get(device.type)
+        chosen = _best.get((device.type, in_double))
         if chosen is None:
-            usable = (name for name in BACKENDS if problem(name, device) is None)
+            fitting = (name for name in BACKENDS if not in_double or name in IN_DOUBLE)
+            usable = (name for name in fitting if problem(name, device) is None)
             chosen = next(name for name in usable if name != "triton" or device.type == "cuda")
-            _best[device.type] = chosen
+            _best[device.type, in_double] = chosen
         if chosen == "reference" and device.type == "cpu" and not torch.compiler.is_compiling():
             _warn_of_reference()
         return chosen
@@ -118,4 +122,7 @@ def choose(backend: str | None, device: torch.device) -> str:
     reason = problem(backend, device)
     if reason is not None:
         raise ValueError(f"backend: {backend!r} is not available: {reason}")
+    if in_double and backend not in IN_DOUBLE:
+        expected = f"one of {', '.join(IN_DOUBLE)}, or None, for float64 tensors"
+        raise mismatch("backend", expected, repr(backend))
     return backend

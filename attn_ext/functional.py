@@ -159,7 +159,7 @@ def additive_attention(
     queries = layout.check_query_side(query, keys, cu_seqlens_q, max_seqlen_q, need_weights)
     dropout_p = check_probability("dropout_p", dropout_p)
     deterministic = resolve_deterministic(deterministic)
-    backend = backends.choose(backend, queries.query.device)
+    backend = backends.choose(backend, queries.query.device, queries.query.dtype)
     return attend(queries, keys, dropout_p, need_weights, deterministic, backend)
 
 

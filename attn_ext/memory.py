@@ -58,7 +58,7 @@ class AttentionMemory:
         self._keys = keys
         self._dropout_p = check_probability("dropout_p", dropout_p)
         deterministic = resolve_deterministic(deterministic)
-        backend = backends.choose(backend, keys.key.device)
+        backend = backends.choose(backend, keys.key.device, keys.key.dtype)
         self._choice = deterministic, backend
         self._steps: _Steps | None = None
         if backend != "reference" and _can_collect():

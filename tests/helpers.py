@@ -4,6 +4,7 @@ The yardstick is written from the formulas of the paper, one sequence at a time 
 of ``attn_ext``. Every comparison goes through :func:`assert_within_budget`.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,8 +16,14 @@ import attn_ext
 from attn_ext import backends
 from attn_ext.reference import draw_seed, dropout_keep_mask
 
-# Backends and the device their tensors are on. Accelerator backends join here.
-BACKEND_DEVICES = {"cpu": "cpu", "reference": "cpu"}
+# Backends and the device their tensors are on. Under Triton's interpreter, which has to be chosen
+# before a kernel is imported, its backend is tested alone, on CPU tensors.
+if os.environ.get("TRITON_INTERPRET") == "1":
+    BACKEND_DEVICES = {"triton": "cpu"}
+elif torch.cuda.is_available():
+    BACKEND_DEVICES = {"cpu": "cpu", "reference": "cpu", "triton": "cuda", "cuda": "cuda"}
+else:
+    BACKEND_DEVICES = {"cpu": "cpu", "reference": "cpu"}
 
 INPUT_NAMES = ("query", "key", "value", "score_weight")
 
@@ -51,6 +58,12 @@ def require_backend(name: str) -> str:
     if problem is not None:
         pytest.skip(f"backend {name}: {problem}")
     return name
+
+
+def require_dtype(backend: str, dtype: torch.dtype) -> None:
+    """A visible skip where the backend does not compute in ``dtype``."""
+    if dtype == torch.float64 and backend not in backends.IN_DOUBLE:
+        pytest.skip(f"backend {backend} does not compute in float64")
 
 
 # ---- The error budget: section 3 of the contract, and the only tolerances of the suite. ----
@@ -538,6 +551,7 @@ def check(
         seed: for dropout.
         function: called as :func:`call`.
     """
+    require_dtype(backend, inputs.leaves["query"].dtype)
     if incoming is None:
         incoming = incoming_gradients(inputs, need_weights)
     keywords = {"backend": backend, "need_weights": need_weights}

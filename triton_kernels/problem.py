@@ -92,10 +92,15 @@ def describe(
 
 
 def _bound(given: int, cu: Tensor, rows: int) -> int:
-    """``max_seqlen``; where none was given (it is all rows then), the longest sequence, read."""
+    """``max_seqlen``; where none was given (it is all rows then), the longest sequence."""
     if given < rows or cu.size(0) <= 2 or _is_capturing(cu):
         return min(given, rows)
-    return min(max(cu.diff().max().item(), 0), rows)
+    return min(max(read_longest(cu), 0), rows)
+
+
+def read_longest(cu: Tensor) -> int:
+    """The longest sequence's length; waits for the device."""
+    return cu.diff().max().item()
 
 
 def _is_capturing(tensor: Tensor) -> bool:

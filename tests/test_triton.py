@@ -1,0 +1,138 @@
+"""What only the Triton kernels have: their routes by size, and the table of configurations.
+
+Run by ``make test`` in Triton's interpreter (TRITON_INTERPRET=1), and on a GPU by ``make gpu``.
+"""
+
+import pytest
+import torch
+from helpers import BACKEND_DEVICES, Inputs, check, make_inputs, require_backend
+from torch import Tensor
+
+import attn_ext
+
+if "triton" not in BACKEND_DEVICES:
+    pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
+configurations = pytest.importorskip("attn_ext.triton_kernels.configurations")
+
+DEVICE = BACKEND_DEVICES["triton"]
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+
+# More keys than a tile of 32 or a segment holds, beside sequences without keys or queries.
+LENGTHS_Q = (3, 0, 2, 0, 35, 1)
+LENGTHS_K = (70, 4, 0, 0, 33, 100)
+
+
+@pytest.fixture(autouse=True)
+def on_device():
+    require_backend("triton")
+    with torch.device(DEVICE):
+        yield
+
+
+def check_lengths(layout: str, **options) -> None:
+    checks = {name: options.pop(name) for name in ("dropout_p", "wanted") if name in options}
+    inputs = make_inputs(layout, lengths_q=LENGTHS_Q, lengths_k=LENGTHS_K, **options)
+    check(inputs, "triton", **checks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("layout", ["jagged", "padded_mask", "one_step", "jagged_one_step"])
+def test_tiles_of_the_table(table_tiles, layout: str, dtype: torch.dtype):
+    lengths = {"lengths_q": (3, 0, 34), "lengths_k": (40, 2, 33)}
+    check(make_inputs(layout, features=21, dtype=dtype, **lengths), "triton")
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["no_dropout", "dropout"])
+@pytest.mark.parametrize("heads", [None, 2], ids=lambda heads: f"heads={heads}")
+@pytest.mark.parametrize(
+    "layout", ["jagged", "padded_lengths", "one_step_mask", "jagged_one_step", "nested_keys"]
+)
+def test_keys_in_several_segments(
+    monkeypatch: pytest.MonkeyPatch, layout: str, heads: int | None, dropout_p: float
+):
+    monkeypatch.setattr(configurations, "SINGLE_SEGMENT", 32)
+    monkeypatch.setattr(configurations, "STEP_SEGMENT", 32)
+    check_lengths(layout, heads=heads, dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize("processors", [1, 100], ids=["one_part", "parts"])
+def test_segments_of_few_queries_are_shared_out(monkeypatch: pytest.MonkeyPatch, processors: int):
+    """Few queries over many keys: several programs a tile of queries, merged."""
+    from attn_ext.triton_kernels import launch_forward
+
+    monkeypatch.setattr(configurations, "SINGLE_SEGMENT", 32)
+    monkeypatch.setattr(launch_forward, "processors", lambda tensor: processors)
+    check_lengths("jagged")
+
+
+@pytest.mark.parametrize("wanted", [("query",), ("key",), ("score_weight",), ("query", "value")])
+@pytest.mark.parametrize("whole", [True, False], ids=["whole_sequences", "tiles"])
+def test_gradients_of_a_side(monkeypatch: pytest.MonkeyPatch, whole: bool, wanted: tuple[str, ...]):
+    monkeypatch.setattr(configurations, "WHOLE_SEQUENCE_PAIRS", 1 << 20 if whole else 0)
+    check_lengths("padded_mask", wanted=wanted)
+
+
+@pytest.mark.parametrize("layout", ["jagged", "padded_mask", "padded_lengths"])
+def test_gradients_of_sides_apart(monkeypatch: pytest.MonkeyPatch, layout: str):
+    monkeypatch.setattr(configurations, "WHOLE_SEQUENCE_PAIRS", 0)
+    check_lengths(layout, heads=2, dropout_p=0.3)
+
+
+def results_of(inputs: Inputs, **options) -> list[Tensor]:
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in inputs.leaves.items()}
+    context = attn_ext.additive_attention(
+        *inputs.arguments(leaves), **inputs.keywords, backend="triton", **options
+    )
+    context.backward(torch.ones_like(context))
+    return [context.detach(), *(leaf.grad for leaf in leaves.values())]
+
+
+@pytest.mark.parametrize("layout", ["jagged", "jagged_one_step"])
+def test_every_call_gives_the_same_bits(layout: str):
+    """Nothing is added by atomics: results repeat whatever ``deterministic`` says."""
+    inputs = make_inputs(layout, poison=False, tail_rows=0)
+    first = results_of(inputs)
+    for deterministic in (False, True):
+        again = results_of(inputs, deterministic=deterministic)
+        assert all(torch.equal(one, other) for one, other in zip(first, again))
+
+
+def test_no_length_is_read_where_bounds_are_given(monkeypatch: pytest.MonkeyPatch):
+    def read(*_):
+        raise AssertionError("a value was read on the host")
+
+    inputs = make_inputs("jagged", poison=False)
+    bounds = {"max_seqlen_q": max(inputs.max_seqlen_q, 1), "max_seqlen_k": inputs.max_seqlen_k}
+    from attn_ext.triton_kernels import problem
+
+    monkeypatch.setattr(problem, "read_longest", read)
+    results_of(inputs, **bounds)
+
+
+def test_corrupt_offsets_stay_inside(monkeypatch: pytest.MonkeyPatch):
+    """With unchecked values, as on a GPU: rows around the tensors keep what they held."""
+    from attn_ext import checks
+
+    monkeypatch.setattr(checks, "can_read_values", lambda tensor: False)
+    monkeypatch.setattr(attn_ext.layout, "can_read_values", lambda tensor: False)
+    rows, features = 12, 6
+    guarded = {name: torch.full((rows + 64, features), 7.0) for name in ("query", "key", "value")}
+    views = {name: whole[32 : 32 + rows] for name, whole in guarded.items()}
+    for view in views.values():
+        view.copy_(torch.randn(view.shape))
+        view.requires_grad_()
+    for offsets in ([0, 5, 3, 12], [-4, 2, 30, 12], [0, 2**40, 1, -(2**40)], [9, 9, 9, 9]):
+        cu = torch.tensor(offsets)
+        for bounds in ({"max_seqlen_q": 3, "max_seqlen_k": 3}, {}):
+            context = attn_ext.additive_attention(
+                *views.values(),
+                torch.randn(features, requires_grad=True),
+                cu_seqlens_q=cu,
+                cu_seqlens_k=cu,
+                backend="triton",
+                **bounds,
+            )
+            context.sum().backward()
+            assert context.shape == (rows, features)
+    for whole in guarded.values():
+        assert (whole.detach()[:32] == 7).all() and (whole.detach()[32 + rows :] == 7).all()
