@@ -6,6 +6,11 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CORPUS ?= homeassistant
 OUT ?= runs/$(CORPUS)
+# Tests that have the triton backend as a parameter, or are about it.
+INTERPRETED := tests/test_additive_attention.py tests/test_attention_memory.py tests/test_triton.py
+# `make gpu` works beside the checkout's own build, whose libraries may be for another torch.
+GPU_ENV := PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR) PYTHONSAFEPATH=1
+GPU := $(GPU_ENV) $(PYTHON)
 # Two threads a worker would only contend: the tests that are about threads set their number.
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); [ $$n -lt 8 ] && echo $$n || echo 8)
 
@@ -34,6 +39,21 @@ train: $(VENV)/.built ## train a translation model (CORPUS=homeassistant|libreof
 
 test: $(VENV)/.built ## run the tests (ARGS="-k name")
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
+	@# The Triton kernels, run by its interpreter: on machines without a GPU they are Python too.
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal \
+	    $(ARGS) $(INTERPRETED) || [ $$? -eq 5 ]
+
+# With the python that is there and what it has: nothing is downloaded, nothing but build/ written.
+gpu: ## build, test and time on the GPU at hand, with $(PYTHON) as it is (ARGS="-k name")
+	@$(PYTHON) -c 'import torch; torch.cuda.is_available() or exit("make gpu: PyTorch finds no GPU")'
+	$(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation --force-reinstall \
+	    --target build/gpu .
+	$(GPU) -m pytest -q -m gpu $(ARGS)
+	@if command -v compute-sanitizer >/dev/null; then set -x; \
+	    $(GPU_ENV) compute-sanitizer --error-exitcode 1 --target-processes all $(PYTHON) -m pytest -q \
+	        -m gpu tests/test_additive_attention.py -k "test_layouts and jagged and heads=2"; \
+	else echo "make gpu: compute-sanitizer is not installed, skipped"; fi
+	$(GPU) -m benchmarks.bench_additive_attention --device cuda
 
 bench: $(VENV)/.built ## time the op beside what one would pick instead (ARGS="--help")
 	$(PY) -m benchmarks.bench_additive_attention $(or $(ARGS),--more)
@@ -94,6 +114,6 @@ $(VENV)/.built: $(VENV)/.editable $(SOURCES)
 	@$(PY) setup.py -q build_ext --inplace
 	@if [ -e attn_ext/_C.abi3.so ]; then touch $@; fi
 
-.PHONY: help venv train test bench lint format clean distclean FORCE
+.PHONY: help venv train test gpu bench lint format clean distclean FORCE
 FORCE:
 .DELETE_ON_ERROR:

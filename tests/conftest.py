@@ -83,13 +83,13 @@ if BACKEND_DEVICES.get("triton") == "cpu":
     interpreter._patch_lang = _patch_once
     interpreter.GridExecutor.__call__ = _launch
 
-CASES_INTERPRETED = 12
+CASES_INTERPRETED = 8
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """In Triton's interpreter, CASES_INTERPRETED evenly spread cases of each test, or all.
 
-    All take half an hour: ATTN_EXT_TEST_ALL=1.
+    All take an hour: ATTN_EXT_TEST_ALL=1.
     """
     if BACKEND_DEVICES.get("triton") != "cpu" or os.environ.get("ATTN_EXT_TEST_ALL") == "1":
         return

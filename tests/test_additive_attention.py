@@ -22,6 +22,7 @@ from helpers import (
     incoming_gradients,
     make_inputs,
     offsets_of,
+    require_dtype,
     with_strides,
     yardsticks,
 )
@@ -57,6 +58,7 @@ def test_layouts(backend: str, layout: str, heads: int | None, need_weights: boo
 @pytest.mark.parametrize("heads", [None, 2], ids=named("heads"))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradcheck(backend: str, layout: str, heads: int | None):
+    require_dtype(backend, torch.float64)
     inputs = make_inputs(
         layout,
         heads=heads,
@@ -676,6 +678,7 @@ def test_product_of_large_factors_stays_finite(backend: str, distance: int):
 
 
 def test_weights_sum_to_one_or_zero(backend: str):
+    require_dtype(backend, torch.float64)
     inputs = make_inputs("jagged", heads=2, dtype=torch.float64)
     _, weights = call(inputs, inputs.leaves, backend=backend, need_weights=True)
     sums = weights.sum(-1)  # [B, H, max Tq]
@@ -895,6 +898,7 @@ def test_bound_of_masked_keys(backend: str):
 
 
 def test_autocast_leaves_float64_alone(backend: str):
+    require_dtype(backend, torch.float64)
     inputs = make_inputs("jagged", dtype=torch.float64)
     with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         context, _ = call(inputs, inputs.leaves, backend=backend)

@@ -16,6 +16,7 @@ from helpers import (
     exact_tanh,
     formula,
     make_inputs,
+    require_dtype,
     worst,
 )
 from torch import Tensor
@@ -199,6 +200,7 @@ def test_low_precision(backend: str, layout: str, dtype: torch.dtype):
 
 @pytest.mark.parametrize("layout", STEP_LAYOUTS)
 def test_gradcheck(backend: str, layout: str):
+    require_dtype(backend, torch.float64)
     options = {"features": 3, "value_features": 2, "dtype": torch.float64, "poison": False}
     inputs, queries = make_steps(layout, steps=2, lengths_k=(3, 0, 2), **options)
     leaves = fresh_leaves(inputs, queries)

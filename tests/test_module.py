@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import Results, assert_within_budget, offsets_of
+from helpers import Results, assert_within_budget, offsets_of, require_dtype
 from torch import Tensor
 
 import attn_ext
@@ -246,6 +246,7 @@ def test_reset_parameters_draws_anew():
 
 
 def test_dtypes_and_copies(backend: str):
+    require_dtype(backend, torch.float64)
     module = make_module("everything").double()
     query, key, value = make_tensors(torch.float64)
     context = module(query, key, value, backend=backend)
