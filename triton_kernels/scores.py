@@ -3,17 +3,17 @@
 import triton
 import triton.language as tl
 
-from .arithmetic import exp_twice, factors, tanh_and_derivative, weighted_pair
+from .arithmetic import as_float32, exp_twice, factors, tanh_and_derivative, weighted_pair
 
 
 @triton.jit
-def load_features(rows_ptr, feature, D: tl.constexpr, PADDED: tl.constexpr):
+def load_features(rows_ptr, feature, D: tl.constexpr, PADDED: tl.constexpr, USE_PTX: tl.constexpr):
     """``[rows, features]`` as float32; 0 beyond feature D."""
     if PADDED:
         values = tl.load(rows_ptr[:, None] + feature[None, :], mask=feature[None, :] < D, other=0)
     else:
         values = tl.load(rows_ptr[:, None] + feature[None, :])
-    return values.to(tl.float32)
+    return as_float32(values, USE_PTX)
 
 
 @triton.jit
@@ -59,10 +59,10 @@ def factored_scores(
     for begin in tl.range(0, HALF, BLOCK_D, loop_unroll_factor=2):
         d0 = begin + lane
         d1 = d0 + HALF
-        q0 = load_features(query_rows, d0, D, PADDED)
-        q1 = load_features(query_rows, d1, D, PADDED)
-        k0 = load_features(key_rows, d0, D, PADDED)
-        k1 = load_features(key_rows, d1, D, PADDED)
+        q0 = load_features(query_rows, d0, D, PADDED, USE_PTX)
+        q1 = load_features(query_rows, d1, D, PADDED, USE_PTX)
+        k0 = load_features(key_rows, d0, D, PADDED, USE_PTX)
+        k1 = load_features(key_rows, d1, D, PADDED, USE_PTX)
         query_bound = tl.maximum(query_bound, tl.maximum(tl.abs(q0), tl.abs(q1)))
         key_bound = tl.maximum(key_bound, tl.maximum(tl.abs(k0), tl.abs(k1)))
         w0 = load_weights(score_weight_ptr, d0, D, PADDED)
@@ -97,8 +97,8 @@ def direct_scores(
     sums = tl.zeros((BLOCK_Q, BLOCK_K, BLOCK_D), tl.float32)
     for begin in range(0, D, BLOCK_D):
         d = begin + lane
-        q = load_features(query_rows, d, D, D % BLOCK_D != 0)
-        k = load_features(key_rows, d, D, D % BLOCK_D != 0)
+        q = load_features(query_rows, d, D, D % BLOCK_D != 0, USE_PTX)
+        k = load_features(key_rows, d, D, D % BLOCK_D != 0, USE_PTX)
         w = load_weights(score_weight_ptr, d, D, D % BLOCK_D != 0)
         tanh, _ = tanh_and_derivative(q[:, None, :] + k[None, :, :], True, USE_PTX)
         sums += w[None, None, :] * tanh
