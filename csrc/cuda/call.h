@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "geometry.cuh"
 #include "tensors.h"
 
 namespace attn_ext {
@@ -64,12 +65,9 @@ class Call {
   bool leaves_rows() const { return leaves_rows_; }
   int64_t batch() const { return problem.sequences.count; }
   int64_t query_rows() const { return query_rows_; }
-  int64_t key_rows() const {
-    const Side& key = problem.sequences.key;
-    return key.offsets.data != nullptr ? key.rows : batch() * key.rows;
-  }
+  int64_t key_rows() const { return cuda::key_rows(problem.sequences); }
   // Blocks of 2^shift keys that all sequences have at most.
-  int64_t key_tiles(int shift) const { return (key_rows() >> shift) + batch(); }
+  int64_t key_tiles(int shift) const { return tile_bound(key_rows(), batch(), shift); }
   int64_t longest_query() const { return problem.sequences.query.longest; }
   int64_t longest_key() const { return problem.sequences.key.longest; }
   // Bounds as the caller gave them, for the shape of weights.

@@ -88,14 +88,14 @@ constexpr int64_t kNowhere = int64_t{1} << 40;  // past the rows of any sequence
 // A tile of size = 2^shift consecutive rows of one sequence, by a number that grows with the rows:
 // sequence n has the numbers from floor(rows before it / size) + n on, of which it needs at most as
 // many as lie before those of n + 1. So a grid follows the rows without anyone having read the
-// offsets.
+// offsets. Without sequences there is no tile, whatever rows belong to nobody.
 struct Tile {
   int64_t sequence;
   int64_t first;  // row of the sequence
 };
 
 __host__ __device__ inline int64_t tile_bound(int64_t rows, int64_t sequences, int shift) {
-  return (rows >> shift) + sequences;
+  return sequences > 0 ? (rows >> shift) + sequences : 0;
 }
 
 __device__ inline int64_t first_tile(const Side& side, int64_t n, int64_t begin, int64_t end,

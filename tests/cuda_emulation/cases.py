@@ -171,3 +171,23 @@ def test_corrupt_offsets_stay_inside_the_tensors(side: str, offsets: tuple[int, 
     gradients = ops.additive_attention_backward(context, weights, *inputs, stats, *rows, 15, False)
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert room[:guard].isnan().all() and room[guard + 20 :].isnan().all()
+
+
+@pytest.mark.parametrize("one_step", [False, True], ids=["rows", "one_step"])
+def test_rows_without_any_sequence_belong_to_nobody(one_step: bool):
+    """Offsets of a batch of none; results and gradients of the rows beside it are 0."""
+    offsets = torch.tensor([0, 64])[:1]  # what lies behind must not be read as offsets
+    query = torch.randn(0 if one_step else 1, 1 if one_step else 64, 1, 8)
+    key = torch.randn(1, 64, 1, 8)
+    inputs = query, key, torch.randn_like(key), torch.ones(1, 8)
+    rows = (None if one_step else offsets, offsets, None, None, 1 if one_step else 64, 64)
+    dropout = 0.0, None, 2 if one_step else 1
+    ops = torch.ops.attn_ext_cuda
+    forward = ops.additive_attention_forward(*inputs, None, None, *rows, *dropout, False)
+    context, weights, stats = forward
+    gradients = ops.additive_attention_backward(
+        torch.randn_like(context), weights, *inputs, stats, *rows, *dropout, 15, False
+    )
+    for result, like in zip(gradients, inputs, strict=True):
+        assert result.shape == like.shape
+    assert not any(result.any() for result in (*forward, *gradients))
