@@ -136,18 +136,18 @@ class _Steps:
     def __init__(self, keys: KeySide, choice: tuple[bool, str]):
         self.keys = keys
         self.choice = choice
-        key_side = (keys.key, keys.value, keys.score_weight)
-        self.grad_mask = sum(t.requires_grad << bit for bit, t in enumerate(key_side, start=1))
-        self.inputs = tuple(t.detach() for t in (keys.key, keys.value, keys.score_weight))
+        # Not detached, so that under create_graph the backward ops refuse a second derivative.
+        self.inputs = (keys.key, keys.value, keys.score_weight)
+        self.grad_mask = sum(t.requires_grad << bit for bit, t in enumerate(self.inputs, start=1))
         # Accelerators exponentiate keys faster than they would read prepared exponentials.
-        self.prepared = ops.prepare(self.inputs[0]) if choice[1] == "cpu" else (None, None)
+        self.prepared = ops.prepare(keys.key.detach()) if choice[1] == "cpu" else (None, None)
         self.key_layout = (keys.cu_seqlens, keys.lengths, keys.padding_mask)
         self._versions = self._current_versions()
         # By backward pass: passes may nest (reentrant checkpointing) or run in several threads.
         self._records: dict[int, list[tuple[Tensor, ...]]] = {}
 
     def _current_versions(self) -> list[int]:
-        tensors = (self.keys.key, self.keys.value, self.keys.score_weight, *self.key_layout)
+        tensors = (*self.inputs, *self.key_layout)
         tracked = (t for t in tensors if t is not None and not t.is_inference())
         return [tensor._version for tensor in tracked]
 
@@ -191,10 +191,7 @@ class _Collect(torch.autograd.Function):
             dscores,
             weights,
             dcontext.squeeze(2),
-            # Not detached, so that under create_graph the op refuses a second derivative.
-            steps.keys.key,
-            steps.keys.value,
-            steps.keys.score_weight,
+            *steps.inputs,
             *steps.prepared,
             *steps.key_layout,
             steps.keys.max_seqlen,

@@ -612,6 +612,24 @@ def test_second_derivative_raises(kernel_backend: str, name: str):
         gradient.square().sum().backward()
 
 
+@pytest.mark.parametrize("wanted", [*[(name,) for name in KEY_SIDE], KEY_SIDE], ids="+".join)
+def test_second_derivative_to_the_key_side_alone_raises(
+    kernel_backend: str, wanted: tuple[str, ...]
+):
+    """As of a gradient penalty on queries: part of a loss that depends on the keys otherwise too.
+
+    The query itself is a constant of that loss.
+    """
+    inputs, queries = make_steps("one_step_lengths")
+    leaves = fresh_leaves(inputs, queries)
+    memory = make_memory(inputs, leaves, backend=kernel_backend)
+    context = memory.attend(leaves["query0"])
+    (dquery,) = torch.autograd.grad(context.sum(), leaves["query0"], create_graph=True)
+    penalized = context.sum() + 10 * dquery.square().sum()
+    with pytest.raises(RuntimeError, match="backend='reference' where you need a second"):
+        torch.autograd.grad(penalized, [leaves[name] for name in wanted])
+
+
 @pytest.mark.parametrize("name", KEY_SIDE)
 def test_second_derivative_raises_without_a_query_gradient(kernel_backend: str, name: str):
     inputs, queries = make_steps("one_step_lengths")
