@@ -245,7 +245,8 @@ __device__ inline void run_unit(const Unit& unit, Shared& shared) {
   }
 }
 
-// The block's partial sums of dscore_weight, the warps' in their order.
+// The block's partial sums of dscore_weight, the warps' in their order. Waves after the first add
+// to what the ones before left, which the same block of each does in the order of the stream.
 __device__ inline void write_dweight(const GradientCall& call, int64_t head, int64_t col,
                                      const Shared& shared) {
   __syncthreads();
@@ -256,7 +257,11 @@ __device__ inline void write_dweight(const GradientCall& call, int64_t head, int
       sum += threadIdx.x % 2 == 0 ? pair.x : pair.y;
     }
     const int64_t row = int64_t{blockIdx.x} * call.problem.heads + head;
-    call.partial_dweight[row * call.problem.dim + col + threadIdx.x] = static_cast<float>(sum);
+    float& partial = call.partial_dweight[row * call.problem.dim + col + threadIdx.x];
+    if (call.problem.sequences.first_row > 0) {
+      sum += static_cast<double>(partial);
+    }
+    partial = static_cast<float>(sum);
   }
 }
 

@@ -68,15 +68,15 @@ class Gradients {
 
 // Keys of a block of the gradient kernel, as a shift: so few that the blocks fill the device and
 // none is much longer than the others, as far as there is room for the partial gradients of the
-// queries.
-inline int gradient_shift(const Call& call, bool wants_query) {
+// `rows` queries of a wave.
+inline int gradient_shift(const Call& call, bool wants_query, int64_t rows) {
   constexpr int kMostShift = 10;
   constexpr int kFewestShift = 6;
   const int64_t heads = call.problem.heads;
   const int64_t chunks = (call.problem.dim + kGradientFeatures - 1) / kGradientFeatures;
   const int64_t blocks = std::max<int64_t>(call.batch() * heads * chunks, 1);
   const int64_t splits = 4 * processors() / blocks + 1;
-  const int64_t bytes = call.query_rows() * heads * call.problem.dim * 4;
+  const int64_t bytes = rows * heads * call.problem.dim * 4;
   const int whole = shift_for(call.longest_key());
   int shift = std::clamp(shift_for(call.longest_key() / splits), kFewestShift, kMostShift);
   while (wants_query && shift < whole &&
@@ -103,7 +103,7 @@ class GradientPhase {
       base_.dkey_sums = gradients.dkey_sums();
     }
     base_.one_step = call.one_step();
-    base_.key_shift = gradient_shift(call, gradients.wants_query);
+    base_.key_shift = gradient_shift(call, gradients.wants_query, rows);
     const int64_t splits = ((call.longest_key() - 1) >> base_.key_shift) + 1;
     if (gradients.wants_query && splits > 1) {
       const int64_t chunks = (problem.dim + kGradientFeatures - 1) / kGradientFeatures;
@@ -113,24 +113,20 @@ class GradientPhase {
       base_.left_out = static_cast<float2*>(left_out_->data_ptr());
     }
     if (gradients.wants_weight) {
-      tiles_ = call.key_tiles(base_.key_shift);
-      all_tiles_ = tiles_ * waves;
-      partial_dweight_ = call.floats({all_tiles_, problem.heads, problem.dim});
+      tiles_ = waves > 0 ? call.key_tiles(base_.key_shift) : 0;  // else nobody fills them
+      partial_dweight_ = call.floats({tiles_, problem.heads, problem.dim});
+      base_.partial_dweight = static_cast<float*>(partial_dweight_->data_ptr());
       dscore_weight_ = score_weight_rows(gradients.dscore_weight);
     }
   }
 
-  void run(int64_t wave, const Scores& dscores) const {
+  void run(const Scores& dscores) const {
     if (!gradients_.wants_scores()) {
       return;
     }
     GradientCall gradient = base_;
     gradient.problem = call_.problem;
     gradient.dscores = dscores;
-    if (partial_dweight_.has_value()) {
-      gradient.partial_dweight = static_cast<float*>(partial_dweight_->data_ptr()) +
-                                 wave * tiles_ * call_.problem.heads * call_.problem.dim;
-    }
     launch_gradient(gradient, call_.stream());
     if (gradient.partial_dquery != nullptr) {
       launch_merge_dquery(gradient, call_.stream());
@@ -139,8 +135,8 @@ class GradientPhase {
 
   void finish() const {
     if (partial_dweight_.has_value()) {
-      launch_merge_dweight(static_cast<const float*>(partial_dweight_->data_ptr()), all_tiles_,
-                           call_.problem.heads, call_.problem.dim, dscore_weight_, call_.stream());
+      launch_merge_dweight(base_.partial_dweight, tiles_, call_.problem.heads, call_.problem.dim,
+                           dscore_weight_, call_.stream());
     }
   }
 
@@ -153,7 +149,6 @@ class GradientPhase {
   OptionalTensor partial_dweight_;
   Rows dscore_weight_;
   int64_t tiles_ = 0;
-  int64_t all_tiles_ = 0;
 };
 
 }  // namespace cuda

@@ -345,9 +345,11 @@ void launch_inner(const InnerCall& call, cudaStream_t stream) {
   const Sequences& sequences = call.problem.sequences;
   const int64_t tiles =
       tile_bound(sequences.last_row - sequences.first_row, sequences.count, kTileShift);
-  // Tiles of keys go to blocks of their own only as far as that fills the device.
-  const int64_t blocks = tiles * call.problem.heads;
-  const int64_t wanted = 16 * processors() / (blocks > 0 ? blocks : 1) + 1;
+  // Tiles of keys go to blocks of their own only as far as that fills the device. Short sequences
+  // leave most of their tiles empty, so what counts is how many the rows fill.
+  const int64_t full = (sequences.last_row - sequences.first_row) >> kTileShift;
+  const int64_t blocks = larger<int64_t>(full, 1) * larger<int64_t>(call.problem.heads, 1);
+  const int64_t wanted = 16 * processors() / blocks + 1;
   const int64_t key_tiles = (sequences.key.longest + kTile - 1) / kTile;
   launch(call.scores ? "scores" : "inner products",
          call.scores ? inner_kernel<true> : inner_kernel<false>, tiles,

@@ -72,7 +72,7 @@ struct GradientCall {
   // [splits, rows of the wave, heads, chunks] of what the sums leave out (see gradient.cu).
   float* partial_dquery = nullptr;
   float2* left_out = nullptr;
-  float* partial_dweight = nullptr;  // [tiles of keys, heads, dim]
+  float* partial_dweight = nullptr;  // [tiles of keys, heads, dim], gathers over waves
 };
 void launch_gradient(const GradientCall& call, cudaStream_t stream);
 void launch_merge_dquery(const GradientCall& call, cudaStream_t stream);

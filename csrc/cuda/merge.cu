@@ -48,7 +48,8 @@ struct MergeWeightCall {
   Rows dscore_weight;
 };
 
-// A warp sums 32 features' partial sums in double, 8 interleaved shares that are then added.
+// A block sums 32 features' partial sums in double: a feature a lane, and each warp an interleaved
+// share of the tiles. The shares are then added in the warps' order.
 __global__ void __launch_bounds__(kThreads) merge_dweight_kernel(const MergeWeightCall call) {
   constexpr int kShares = kThreads / kWarp;
   __shared__ double shares[kShares][kWarp];

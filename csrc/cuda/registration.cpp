@@ -201,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
   for (int64_t wave = 0; wave < waves; ++wave) {
     call.begin_wave(wave * rows, rows);
     softmax_gradient(call, incoming, gradients.wants_scores(), alpha, dscores);
-    phase.run(wave, dscores);
+    phase.run(dscores);
     if (dcontext.has_value()) {
       value_gradient(call, gradients, rows_of(*dcontext), alpha);
     }
@@ -234,7 +234,7 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_step_backward(
   const bool wants_scores = grad_mask & (kGradQuery | kGradKey | kGradScoreWeight);
   softmax_gradient(call, incoming, wants_scores, key_scores(weights), key_scores(dscores));
   const GradientPhase phase(call, gradients, 1, call.query_rows());
-  phase.run(0, key_scores(dscores));
+  phase.run(key_scores(dscores));
   return {gradients.dquery, dscores, weights};
 }
 
@@ -251,7 +251,7 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_memory_backward(
   const Gradients gradients(call, query, key, value, score_weight, grad_mask & ~kGradQuery, true,
                             false);
   const GradientPhase phase(call, gradients, 1, call.query_rows());
-  phase.run(0, key_scores(dscores));
+  phase.run(key_scores(dscores));
   phase.finish();
   value_gradient(call, gradients, step_rows_of(dcontext), key_scores(weights));
   return {gradients.dkey, gradients.dvalue, gradients.dscore_weight};

@@ -1,7 +1,8 @@
 // Softmax of rows of scores, and its gradient. A row belongs to a warp, or to a block where there
 // are few of them. With e the scores and g = dcontext . value + dweights:
-//   alpha_j = exp(e_j - largest) / total,  delta = sum alpha g' / sum alpha,  s = alpha (g' -
-//   delta)
+//   alpha_j = exp(e_j - largest) / total
+//   delta = sum alpha g' / sum alpha
+//   s = alpha (g' - delta)
 // where g' is g after dropout. The division by what is 1 up to rounding makes sum s = 0 hold as
 // well as s allows, which gradients that nearly cancel need.
 #include "kernels.h"

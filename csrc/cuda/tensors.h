@@ -27,10 +27,11 @@ class Device {
  public:
   explicit Device(const Tensor& tensor) {
     const int32_t index = tensor.get_device_index();
-    TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(index, &guard_));
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
+    // Last, as nothing gives it back if what comes after it throws.
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(index, &guard_));
   }
   ~Device() { aoti_torch_delete_cuda_guard(guard_); }
   Device(const Device&) = delete;
