@@ -99,19 +99,27 @@ def _warn_of_reference() -> None:
 
 
 # By type of device, and whether in float64: asking every backend takes microseconds.
-_best: dict[tuple[str, bool], str] = {}
+_best_of: dict[tuple[str, bool], str] = {}
+
+
+# Constant, or writing the dictionary would be an effect of the graph that its next call undoes.
+@torch.compiler.assume_constant_result
+def _best(device: torch.device, in_double: bool) -> str:
+    """The first backend in the order of BACKENDS that computes this."""
+    chosen = _best_of.get((device.type, in_double))
+    if chosen is None:
+        fitting = (name for name in BACKENDS if not in_double or name in IN_DOUBLE)
+        usable = (name for name in fitting if problem(name, device) is None)
+        chosen = next(name for name in usable if name != "triton" or device.type == "cuda")
+        _best_of[device.type, in_double] = chosen
+    return chosen
 
 
 def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """Resolve the ``backend`` argument; an explicit choice never falls back to another."""
     in_double = dtype == torch.float64
     if backend is None:
-        chosen = _best.get((device.type, in_double))
-        if chosen is None:
-            fitting = (name for name in BACKENDS if not in_double or name in IN_DOUBLE)
-            usable = (name for name in fitting if problem(name, device) is None)
-            chosen = next(name for name in usable if name != "triton" or device.type == "cuda")
-            _best[device.type, in_double] = chosen
+        chosen = _best(device, in_double)
         if chosen == "reference" and device.type == "cpu" and not torch.compiler.is_compiling():
             _warn_of_reference()
         return chosen

@@ -3,6 +3,8 @@
 A graph break is an error under ``fullgraph=True``; how often something was compiled is counted.
 """
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -94,6 +96,28 @@ def test_inductor(layout: str, dropout_p: float):
     inputs = bounded(make_inputs(layout, heads=2))
     with torch._inductor.config.patch(fallback_random=True):  # eager's random numbers
         check_compiled(compiled, inputs, dropout_p=dropout_p)
+
+
+FIRST_CALLS = """
+import attn_ext, torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+counter = CompileCounterWithBackend("aot_eager")
+compiled = torch.compile(attn_ext.additive_attention, fullgraph=True, backend=counter)
+query, key, score_weight = torch.randn(2, 3, 8), torch.randn(2, 4, 8), torch.randn(8)
+compiled(query, key, key, score_weight)
+compiled(query, key, key, score_weight)
+attn_ext.additive_attention(query, key, key, score_weight)
+compiled(query, key, key, score_weight)
+print("compiled", counter.frame_count)
+"""
+
+
+def test_first_call_of_a_process_compiles_once():
+    """Choosing a backend, which is remembered, changes nothing that the graph depends on."""
+    command = [sys.executable, "-c", FIRST_CALLS]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.stdout == "compiled 1\n", found.stderr
 
 
 def make_module(**options: object) -> AdditiveAttention:
