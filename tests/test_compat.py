@@ -322,6 +322,18 @@ def test_steps_without_and_with_gradients(backend: str, name: str):
 
 
 @pytest.mark.parametrize("name", PEERS)
+def test_inference_mode(backend: str, name: str):
+    """Inputs and masks made there, too."""
+    attend, _, arguments, (query_dim, key_dim) = PEERS[name]
+    module = REPLACEMENTS[name](**arguments, backend=backend)
+    queries, states = torch.randn(B, TQ, query_dim), torch.randn(B, TK, key_dim)
+    expected = [result.detach() for result in attend(module, queries, states)]
+    with torch.inference_mode():
+        actual = attend(module, queries.clone(), states.clone())
+    torch.testing.assert_close(list(actual), expected)
+
+
+@pytest.mark.parametrize("name", PEERS)
 def test_compiled(name: str):
     attend, _, arguments, (query_dim, key_dim) = PEERS[name]
     module = REPLACEMENTS[name](**arguments)
@@ -345,12 +357,13 @@ def test_from_original_takes_the_parameters_themselves(name: str):
     assert ours.state_dict().keys() == peer.state_dict().keys()
 
 
-def test_replace_attention():
-    def stand_in(name: str) -> nn.Module:
-        """A rewrite whose class goes by the name of the original."""
-        module, _, class_name = REPLACEMENTS[name].original.rpartition(".")
-        return type(class_name, (PEERS[name][1],), {"__module__": module})()
+def stand_in(name: str) -> nn.Module:
+    """A rewrite whose class goes by the name of the original."""
+    module, _, class_name = REPLACEMENTS[name].original.rpartition(".")
+    return type(class_name, (PEERS[name][1],), {"__module__": module})()
 
+
+def test_replace_attention():
     other = stand_in("opennmt")
     other.attn_type = "dot"
     decoder = nn.ModuleDict({name: stand_in(name) for name in PEERS})
@@ -361,6 +374,22 @@ def test_replace_attention():
         assert isinstance(model[1][name], kind) and model[1][name].backend == "reference"
     assert model[2] is other
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
+
+
+def test_replace_attention_under_all_its_names():
+    """A module, and a layer around one, that a model refers to twice."""
+    shared, layer = stand_in("gnmt"), nn.Sequential(stand_in("espnet"))
+    model = nn.ModuleDict({"a": shared, "b": layer, "c": nn.ModuleList([shared]), "d": layer})
+    assert compat.replace_attention(model) == ["a", "b.0", "c.0", "d.0"]
+    assert isinstance(model["a"], compat.GNMTBahdanauAttention) and model["a"] is model["c"][0]
+    assert isinstance(layer[0], compat.ESPnetAttAdd) and model["b"] is layer is model["d"]
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_replace_attention_of_the_attention_itself_is_refused(name: str):
+    expected = rf"^model: expected .*use {REPLACEMENTS[name].__name__}\.from_original"
+    with pytest.raises(ValueError, match=expected):
+        compat.replace_attention(stand_in(name))
 
 
 @pytest.mark.parametrize(

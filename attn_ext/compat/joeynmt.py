@@ -67,7 +67,8 @@ class JoeyNMTBahdanauAttention(Stepwise):
         if query.dim() != 3 or query.size(1) != 1:
             raise mismatch("query", "shape (B, 1, query_size)", shape_of(query))
         projected = self.proj_query = self.query_layer(query)
-        version = 0 if torch.compiler.is_compiling() else mask._version
+        # Inference tensors do not count their modifications, nor are they counted while compiling.
+        version = 0 if torch.compiler.is_compiling() or mask.is_inference() else mask._version
         memory = self._recall(values, mask, version)
         if memory is None:
             memory = self._memory = AttentionMemory(
