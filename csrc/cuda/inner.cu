@@ -348,7 +348,7 @@ void launch_inner(const InnerCall& call, cudaStream_t stream) {
   // Tiles of keys go to blocks of their own only as far as that fills the device. Short sequences
   // leave most of their tiles empty, so what counts is how many the rows fill.
   const int64_t full = (sequences.last_row - sequences.first_row) >> kTileShift;
-  const int64_t blocks = larger<int64_t>(full, 1) * larger<int64_t>(call.problem.heads, 1);
+  const int64_t blocks = (full > 0 ? full : 1) * (call.problem.heads > 0 ? call.problem.heads : 1);
   const int64_t wanted = 16 * processors() / blocks + 1;
   const int64_t key_tiles = (sequences.key.longest + kTile - 1) / kTile;
   launch(call.scores ? "scores" : "inner products",
