@@ -58,7 +58,7 @@ def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         return
     from attn_ext.triton_kernels import configurations
 
-    scores = configurations.Tiles(warps=1, queries=4, keys=8, features=4, value_features=8)
+    scores = configurations.Tiles(warps=1, queries=8, keys=8, features=4, value_features=8)
     for name in ("SCORES", "SCORES_FLOAT32", "DVALUE", "DVALUE_FLOAT32"):
         monkeypatch.setattr(configurations, name, scores)
     monkeypatch.setattr(configurations, "GRADIENT_ROW_TILES", 2)

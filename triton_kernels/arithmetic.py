@@ -143,10 +143,11 @@ def dropout_scales(seed_ptr, threshold, scale, sequence, head, query, key):
         seed_ptr: one int64.
         threshold: the least 24-bit number that is kept, ``ceil(dropout_p * 2^24)``.
         scale: ``1 / (1 - dropout_p)``.
-        sequence, head: int32 numbers.
+        sequence, head: their numbers.
         query, key: positions in the sequence, broadcast against each other.
     """
     query, key = tl.broadcast(query.to(tl.int32), key.to(tl.int32))
-    zero = query * 0
-    word, _, _, _ = tl.philox(tl.load(seed_ptr), key, query, zero + head, zero + sequence)
+    head = query * 0 + head.to(tl.int32)
+    sequence = query * 0 + sequence
+    word, _, _, _ = tl.philox(tl.load(seed_ptr), key, query, head, sequence)
     return tl.where((word >> 8).to(tl.int32) >= threshold, scale, 0.0)

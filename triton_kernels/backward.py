@@ -77,11 +77,11 @@ def additive_attention_bwd_scores_kernel(
 
     ``g_ij = (dcontext_i . value_j + dweights_ij) (dropout's scale)``. Both go to float32
     [rows, H, stride_scores], for all keys of whole tiles of BLOCK_K, 0 where not attended.
-    The largest magnitude of each row of queries and keys goes to the bounds [rows, H].
+    The bounds of rows by which the gradient pass chooses its route go to [rows, H].
     """
     rows_q = rows_q.to(tl.int64)
     rows_k = rows_k.to(tl.int64)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     sequence, first_query = find_tile(cu_q_ptr, tl.program_id(0), batch, rows_q, BLOCK_Q)
     place, start, length_q = sequence_rows(cu_q_ptr, sequence, batch, rows_q)
     key_place, key_start, length = attended_keys(
@@ -100,6 +100,7 @@ def additive_attention_bwd_scores_kernel(
 
     column = tl.arange(0, BLOCK_K).to(tl.int64)
     delta = tl.zeros((BLOCK_Q,), tl.float32)
+    largest_bound = tl.zeros((BLOCK_Q,), tl.float32)
     for first in range(0, length, BLOCK_K):
         position = first + column
         inside = position < length
@@ -116,7 +117,7 @@ def additive_attention_bwd_scores_kernel(
             REFINE,
             USE_PTX,
         )
-        tl.store(query_bound_ptr + row, query_bound, mask=query_valid)
+        largest_bound = tl.maximum(largest_bound, query_bound)
         tl.store(key_bound_ptr + (key_row + position) * H + head, key_bound, mask=inside)
         attended = are_attended(padding_mask_ptr, key_place, rows_k, position, length)
         mask = query_valid[:, None] & attended[None, :]
@@ -163,18 +164,19 @@ def additive_attention_bwd_scores_kernel(
                 query[:, None],
                 position[None, :],
             )
-        weighted = weights * gradient
-        delta += tl.sum(weighted, 1)
+        delta += tl.sum(weights * gradient, 1)
         places = row[:, None] * stride_scores + position[None, :]
         tl.store(weights_ptr + places, weights, mask=query_valid[:, None])
-        tl.store(dscores_ptr + places, weighted, mask=query_valid[:, None])
+        tl.store(dscores_ptr + places, gradient, mask=query_valid[:, None])
+    tl.store(query_bound_ptr + row, largest_bound, mask=query_valid)
     tl.debug_barrier()  # other threads of the program may have written what comes back here
     for first in range(0, length, BLOCK_K):
         position = first + column
         places = row[:, None] * stride_scores + position[None, :]
         weights = tl.load(weights_ptr + places, mask=query_valid[:, None], other=0.0)
-        weighted = tl.load(dscores_ptr + places, mask=query_valid[:, None], other=0.0)
-        dscores = weighted - weights * delta[:, None]
+        gradient = tl.load(dscores_ptr + places, mask=query_valid[:, None], other=0.0)
+        dscores = weights * (gradient - delta[:, None])
+        tl.debug_barrier()  # all has been read before it is replaced
         tl.store(dscores_ptr + places, dscores, mask=query_valid[:, None])
         if seed_ptr is not None:
             weights *= dropout_scales(
@@ -222,7 +224,7 @@ def additive_attention_dvalue_kernel(
     """
     rows_q = rows_q.to(tl.int64)
     rows_k = rows_k.to(tl.int64)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     sequence, first_key = find_tile(cu_k_ptr, tl.program_id(0), batch, rows_k, BLOCK_K)
     key_place, key_start, extent = sequence_rows(cu_k_ptr, sequence, batch, rows_k)
     _, _, length = attended_keys(cu_k_ptr, key_lengths_ptr, sequence, batch, rows_k, max_seqlen_k)

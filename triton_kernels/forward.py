@@ -67,7 +67,7 @@ def additive_attention_fwd_kernel(
     """
     rows_q = rows_q.to(tl.int64)
     rows_k = rows_k.to(tl.int64)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
     sequence, first_query = find_tile(cu_q_ptr, tl.program_id(0), batch, rows_q, BLOCK_Q)
     place, start, length_q = sequence_rows(cu_q_ptr, sequence, batch, rows_q)
@@ -190,7 +190,7 @@ def merge_parts_kernel(
     stats [.., H, 2]; or, with offsets, row r is sequence r and its parts are its tiles of keys.
     """
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     if cu_k_ptr is None:
         first = row * rows_apart
         count = parts
@@ -265,7 +265,7 @@ def additive_attention_weights_kernel(
     """
     rows_q = rows_q.to(tl.int64)
     rows_k = rows_k.to(tl.int64)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     sequence, first_key = find_tile(cu_k_ptr, tl.program_id(0), batch, rows_k, BLOCK_K)
     if sequence >= batch:
         return

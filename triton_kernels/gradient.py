@@ -13,7 +13,15 @@ ROW_TILES tensors of TILE_ROWS rows, so that a sum over rows is a chain of multi
 import triton
 import triton.language as tl
 
-from .arithmetic import exp_twice, factors, pair_of_fractions, tanh_and_derivative
+from .arithmetic import (
+    LARGEST_MAGNITUDE,
+    SMALLEST_MAGNITUDE,
+    as_float32,
+    exp_twice,
+    factors,
+    pair_of_fractions,
+    tanh_and_derivative,
+)
 from .rows import attended_keys, find_tile, sequence_rows
 
 SIZES = ["batch", "rows_r", "rows_c", "max_seqlen_k", "max_columns", "items", "zero"]
@@ -50,6 +58,7 @@ def tile_gradients(
     extent,
     columns,
     pair,
+    fraction_of_zero,
     H: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
@@ -70,6 +79,8 @@ def tile_gradients(
         column_sums_ptr: [columns, 2 BLOCK_D] float32, begun by the first tile of rows.
         length, extent: rows that count, and rows to write (0 for the others).
         pair: the first features of this program's pairs, [BLOCK_D].
+        fraction_of_zero: what r is counted from in the direct route, 1/2; or, if all tiles of the
+            sequence take it, 0: as the s of a query sum to 0, that changes nothing but errors.
 
     Returns:
         sums of s r for the two features of each pair, [TILE_ROWS, BLOCK_D].
@@ -109,15 +120,15 @@ def tile_gradients(
         sums += lane
     for _ in range(columns):
         if col_mask_ptr is not None:
-            attended = pair < tl.where(tl.load(col_mask_ptr) == 0, HALF, 0)
-            y0 = tl.load(features, mask=attended, other=0.0).to(tl.float32)
-            y1 = tl.load(features + HALF, mask=attended & exists1, other=0.0).to(tl.float32)
+            here = pair < tl.where(tl.load(col_mask_ptr) == 0, HALF, 0)
+            y0 = as_float32(tl.load(features, mask=here, other=0.0), USE_PTX)
+            y1 = as_float32(tl.load(features + HALF, mask=here & exists1, other=0.0), USE_PTX)
         elif PADDED:
-            y0 = tl.load(features, mask=exists0, other=0.0).to(tl.float32)
-            y1 = tl.load(features + HALF, mask=exists1, other=0.0).to(tl.float32)
+            y0 = as_float32(tl.load(features, mask=exists0, other=0.0), USE_PTX)
+            y1 = as_float32(tl.load(features + HALF, mask=exists1, other=0.0), USE_PTX)
         else:
-            y0 = tl.load(features).to(tl.float32)
-            y1 = tl.load(features + HALF).to(tl.float32)
+            y0 = as_float32(tl.load(features), USE_PTX)
+            y1 = as_float32(tl.load(features + HALF), USE_PTX)
         if not DIRECT:
             y0 = exp_twice(y0, REFINE)
             y1 = exp_twice(y1, REFINE)
@@ -139,8 +150,8 @@ def tile_gradients(
             if DIRECT:
                 tanh0, slope0 = tanh_and_derivative(row0[tile] + y0, True, USE_PTX)
                 tanh1, slope1 = tanh_and_derivative(row1[tile] + y1, True, USE_PTX)
-                r0 = -0.5 * tanh0
-                r1 = -0.5 * tanh1
+                r0 = fraction_of_zero - 0.5 * tanh0
+                r1 = fraction_of_zero - 0.5 * tanh1
                 slope0 = 0.25 * slope0
                 slope1 = 0.25 * slope1
             else:
@@ -199,27 +210,26 @@ def store_columns(
     dcol_ptr,
     score_weight_ptr,
     columns,
-    length,
+    begun_columns,
     pair,
     H: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``dcol = 4 w sums``, or 0 where the sequence has no rows and nothing was summed."""
+    """``dcol = 4 w sums``, 0 for the columns after the first ``begun_columns``."""
     exists0 = pair < HALF
     exists1 = exists0 & (pair + HALF < D)
-    begun0 = pair < tl.where(length > 0, HALF, 0)
-    begun1 = begun0 & exists1
     lane = tl.arange(0, BLOCK_D)
     weight0 = 4.0 * tl.load(score_weight_ptr + pair, mask=exists0, other=0.0).to(tl.float32)
     weight1 = 4.0 * tl.load(score_weight_ptr + pair + HALF, mask=exists1, other=0.0).to(tl.float32)
     element = dcol_ptr.dtype.element_ty
     source = column_sums_ptr + lane
     target = dcol_ptr + pair
-    for _ in range(columns):
-        sum0 = tl.load(source, mask=begun0, other=0.0) * weight0
-        sum1 = tl.load(source + BLOCK_D, mask=begun1, other=0.0) * weight1
+    for column in range(columns):
+        begun = pair < tl.where(column < begun_columns, HALF, 0)
+        sum0 = tl.load(source, mask=begun, other=0.0) * weight0
+        sum1 = tl.load(source + BLOCK_D, mask=begun & exists1, other=0.0) * weight1
         tl.store(target, sum0.to(element), mask=exists0)
         tl.store(target + HALF, sum1.to(element), mask=exists1)
         source += 2 * BLOCK_D
@@ -291,9 +301,9 @@ def additive_attention_grad_kernel(
     programs = tl.num_programs(0)
     for turn in range(tl.cdiv(items - tl.program_id(0), programs)):
         item = tl.program_id(0) + turn * programs
-        # Unknown to be consecutive, features are not vectorised: each thread keeps to its own.
-        pair = (item % CHUNKS) * BLOCK_D + (lane ^ zero)
-        head = item // CHUNKS % H
+        # Of unknown alignment, features are not vectorised: each thread keeps to its own.
+        pair = (item % CHUNKS) * BLOCK_D + (lane + zero)
+        head = (item // CHUNKS % H).to(tl.int64)
         unit = item // (CHUNKS * H)
         if WHOLE_SEQUENCES:
             sequence = unit
@@ -352,6 +362,12 @@ def additive_attention_grad_kernel(
             columns,
             128,
         )
+        bound_of_all_rows = column_bound(
+            row_bound_ptr + first_row_number * H + head, H, length, 128
+        )
+        all_bounds = bound_of_all_rows + bound_of_columns
+        none_factors = (all_bounds < SMALLEST_MAGNITUDE) | (bound_of_columns > LARGEST_MAGNITUDE)
+        fraction_of_zero = tl.where(none_factors, 0.0, 0.5)
         dweight0 = tl.zeros((TILE_ROWS, BLOCK_D), tl.float32)
         dweight1 = tl.zeros((TILE_ROWS, BLOCK_D), tl.float32)
         for first_row in range(begin_row, end_row, BLOCK_ROWS):
@@ -383,6 +399,7 @@ def additive_attention_grad_kernel(
                     extent,
                     columns_here,
                     pair,
+                    fraction_of_zero,
                     H,
                     D,
                     HALF,
@@ -418,6 +435,7 @@ def additive_attention_grad_kernel(
                         extent,
                         columns_here,
                         pair,
+                        fraction_of_zero,
                         H,
                         D,
                         HALF,
@@ -433,14 +451,15 @@ def additive_attention_grad_kernel(
                     )
                     dweight0 += more0
                     dweight1 += more1
+            tl.debug_barrier()  # column sums may be another thread's in the next tile
         if dcol_ptr is not None:
             dcol_item = dcol_ptr + ((col_place * rows_c + col_start) * H + head) * D
             store_columns(
                 sums_ptr,
                 dcol_item,
                 features,
-                tl.where(length > 0, columns, all_columns).to(tl.int32),
-                length,
+                all_columns.to(tl.int32),
+                tl.where(length > 0, columns, 0).to(tl.int32),
                 pair,
                 H,
                 D,

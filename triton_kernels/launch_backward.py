@@ -81,13 +81,14 @@ def additive_attention_backward(
         tensor.new_empty(tensor.shape) if grad_mask & 1 << bit else None
         for bit, tensor in enumerate(inputs)
     ]
-    if problem.all_rows_k == 0 or problem.all_rows_q == 0 or problem.batch == 0:
+    if _is_constant(problem, dweights) or problem.all_rows_q == 0:
         for gradient in gradients:
             _ = gradient is None or gradient.zero_()
         return _or_empty(gradients, inputs)
     dquery, dkey, dvalue, dscore_weight = gradients
     rows = tuple(rows_of(tensor) for tensor in inputs)
     incoming = None if dcontext is None else rows_of(dcontext), dweights, weights_layout
+    stats = stats.contiguous()
     with on_device(query):
         if problem.is_one_step:
             _step_gradients(problem, rows, incoming, stats, None, *gradients)
@@ -98,6 +99,12 @@ def additive_attention_backward(
         if any(gradient is not None for gradient in (dquery, dkey, dscore_weight)):
             _feature_gradients(problem, found, rows, dquery, dkey, dscore_weight)
     return _or_empty(gradients, inputs)
+
+
+def _is_constant(problem: Problem, dweights: Tensor | None) -> bool:
+    """Whether no result whose gradient came in depends on any input."""
+    no_context = problem.value_dim == 0 and dweights is None
+    return problem.all_rows_k == 0 or problem.batch == 0 or no_context
 
 
 def _or_empty(gradients: list[Tensor | None], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -452,13 +459,14 @@ def additive_attention_step_backward(
     )
     dquery = query.new_empty(query.shape if grad_mask & GRAD_QUERY else (0,))
     dscores, weights = (key.new_empty(key.shape[:3], dtype=torch.float32) for _ in range(2))
-    if problem.all_rows_k == 0 or problem.batch == 0:
+    if _is_constant(problem, dweights):
         return dquery.zero_(), dscores.zero_(), weights.zero_()
     inputs = tuple(rows_of(tensor) for tensor in (query, key, value, score_weight))
     incoming = None if dcontext is None else rows_of(dcontext), dweights, weights_layout
     wanted = dquery if grad_mask & GRAD_QUERY else None
     with on_device(query):
         records = dscores, weights
+        stats = stats.contiguous()
         _step_gradients(problem, inputs, incoming, stats, records, wanted, None, None, None)
     return dquery, dscores, weights
 
@@ -507,13 +515,13 @@ def additive_attention_memory_backward(
     rows = tuple(rows_of(tensor) for tensor in (by_sequence, *inputs))
     all_keys = problem.all_rows_k * heads
     found = ScoreGradients(
-        dscores,
-        weights,
+        dscores.contiguous(),
+        weights.contiguous(),
         (0, heads, all_keys, heads, 1),
         False,
-        torch.linalg.vector_norm(query, torch.inf, -1, dtype=torch.float32),  # [steps, B, H]
+        _largest_magnitudes(query),  # [steps, B, H]
         (heads, batch * heads),
-        torch.linalg.vector_norm(key, torch.inf, -1, dtype=torch.float32),
+        _largest_magnitudes(key),
     )
     with on_device(query):
         if dvalue is not None:
@@ -521,3 +529,10 @@ def additive_attention_memory_backward(
         if dkey is not None or dscore_weight is not None:
             _gradient_pass(problem, found, rows, True, False, dkey, None, dscore_weight)
     return _or_empty(gradients, inputs)
+
+
+def _largest_magnitudes(rows: Tensor) -> Tensor:
+    """Of each row, in float32."""
+    if rows.size(-1) == 0:
+        return rows.new_zeros(rows.shape[:-1], dtype=torch.float32)
+    return torch.linalg.vector_norm(rows, torch.inf, -1, dtype=torch.float32)

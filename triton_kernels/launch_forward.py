@@ -70,7 +70,7 @@ def additive_attention_forward(
     }[weights_layout]
     weights = value.new_zeros(weights_shape)
     if context.numel() == 0 and weights.numel() == 0:
-        return context, weights, stats
+        return context, weights, stats.zero_()
     if problem.all_rows_k == 0 or problem.batch == 0:
         return context.zero_(), weights, stats.zero_()
     inputs = [rows_of(tensor) for tensor in (query, key, value, score_weight)]

@@ -81,9 +81,9 @@ def describe(
         key.size(1),
         query.size(1) if cu_q is None else _bound(max_q, cu_q, query.size(1)),
         key.size(1) if cu_k is None else _bound(max_k, cu_k, key.size(1)),
-        cu_q,
-        cu_k,
-        lengths,
+        None if cu_q is None else cu_q.contiguous(),
+        None if cu_k is None else cu_k.contiguous(),
+        None if lengths is None else lengths.contiguous(),
         None if mask is None else mask.contiguous().view(torch.uint8),
         seed if dropout_p > 0 else None,
         math.ceil(dropout_p * 2**24),
@@ -114,7 +114,7 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 def uses_ptx(tensor: Tensor) -> bool:
     """Inline assembly is for NVIDIA; AMD and the interpreter take plain Triton."""
-    return tensor.is_cuda and torch.version.hip is None
+    return tensor.is_cuda and torch.version.hip is None and not triton.knobs.runtime.interpret
 
 
 def processors(tensor: Tensor) -> int:

@@ -3,7 +3,19 @@
 import triton
 import triton.language as tl
 
-from .arithmetic import as_float32, exp_twice, factors, tanh_and_derivative, weighted_pair
+from .arithmetic import (
+    SMALLEST_MAGNITUDE,
+    as_float32,
+    exp_twice,
+    factors,
+    tanh_and_derivative,
+    weighted_pair,
+)
+
+# From this |q + k| on tanh counts as nearly 1.
+SATURATED_MAGNITUDE = tl.constexpr(1.0)
+INFORMATIVE_SHARE = tl.constexpr(1 / 32)
+SAMPLED_BLOCKS = tl.constexpr(4)
 
 
 @triton.jit
@@ -106,6 +118,40 @@ def direct_scores(
 
 
 @triton.jit
+def are_informative(
+    query_rows,
+    key_rows,
+    score_weight_ptr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    USE_PTX: tl.constexpr,
+):
+    """Whether enough of the score weights meet a tanh that is neither nearly 0 nor nearly 1.
+
+    If few do, as where every key is minus every query up to noise, scores differ so little that the
+    error of the factored form, a part of sum |w|, would show. Looked at are the pairs on the
+    diagonal of the tile, in a sample of the features.
+    """
+    PADDED: tl.constexpr = 2 * HALF != D
+    STRIDE: tl.constexpr = BLOCK_D * max(1, HALF // (SAMPLED_BLOCKS * BLOCK_D))
+    informative = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for begin in range(0, HALF, STRIDE):
+        for half in tl.static_range(2):
+            d = begin + half * HALF + tl.arange(0, BLOCK_D)
+            q = load_features(query_rows, d, D, PADDED, USE_PTX)
+            k = load_features(key_rows, d, D, PADDED, USE_PTX)
+            weight = tl.abs(load_weights(score_weight_ptr, d, D, PADDED))
+            magnitude = tl.abs(q + k)
+            informs = (magnitude > SMALLEST_MAGNITUDE) & (magnitude < SATURATED_MAGNITUDE)
+            informative += tl.where(informs, weight[None, :], 0.0)
+            total += weight
+    return tl.sum(informative) > INFORMATIVE_SHARE * BLOCK * tl.sum(total)
+
+
+@triton.jit
 def score_tile(
     query_rows,
     key_rows,
@@ -118,7 +164,16 @@ def score_tile(
     REFINE: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
-    """Scores by the route that the tile's magnitudes allow, and the bounds of its rows."""
+    """Scores by the route that the tile allows.
+
+    Returns:
+        scores [BLOCK_Q, BLOCK_K], bounds of the rows' magnitudes [BLOCK_Q] and [BLOCK_K]; those of
+        the queries are infinite where magnitudes do not tell that the tile needs the direct route.
+    """
+    tl.static_assert(BLOCK_Q == BLOCK_K, "the diagonal takes a query and a key each")
+    informative = are_informative(
+        query_rows, key_rows, score_weight_ptr, D, HALF, BLOCK_Q, BLOCK_D, USE_PTX
+    )
     scores, query_bound, key_bound = factored_scores(
         query_rows,
         key_rows,
@@ -131,8 +186,8 @@ def score_tile(
         REFINE,
         USE_PTX,
     )
+    query_bound = tl.where(informative, query_bound, float("inf"))
     if not factors(tl.max(query_bound, 0), tl.max(key_bound, 0)):
-        # This route is rare; with fewer features at a time it needs no more registers.
         scores = direct_scores(
             query_rows, key_rows, score_weight_ptr, D, BLOCK_Q, BLOCK_K, BLOCK_D, USE_PTX
         )

@@ -116,7 +116,7 @@ def additive_attention_step_fwd_kernel(
     """
     rows_k = rows_k.to(tl.int64)
     tile = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     sequence, first = find_tile(cu_k_ptr, tile, batch, rows_k, SEGMENT)
     if (sequence >= batch) | (SINGLE & (first > 0)):
         return
@@ -223,16 +223,17 @@ def additive_attention_step_bwd_kernel(
     ``dquery_d = sum_j dkey_jd``, ``dscore_weight_d = sum_j s_j tanh_jd``.
 
     A sequence of one tile is FIRST and LAST at once. Others take two launches: the first leaves
-    ``w_j``, ``w_j g_j`` (in ``dscores``) and each tile's part of delta, the second does the rest.
+    ``w_j``, ``g_j`` (in ``dscores``) and each tile's part of delta, the second does the rest.
     ``dquery`` is that of a sequence with SINGLE, else float32 of a tile, as always ``dweight``.
     """
     rows_k = rows_k.to(tl.int64)
     tile = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     sequence, first = find_tile(cu_k_ptr, tile, batch, rows_k, SEGMENT)
-    if SINGLE & (first > 0) & (sequence < batch):
-        return
     place, start, extent = sequence_rows(cu_k_ptr, sequence, batch, rows_k)
+    if first >= extent:
+        if (first > 0) | (sequence >= batch):  # else there still is a query whose gradient is 0
+            return
     _, _, length = attended_keys(cu_k_ptr, key_lengths_ptr, sequence, batch, rows_k, max_seqlen_k)
     position = first + tl.arange(0, SEGMENT)
     inside = position < extent
@@ -247,6 +248,10 @@ def additive_attention_step_bwd_kernel(
     dcontext_row = dcontext_ptr
     if dcontext_ptr is not None:
         dcontext_row += query * stride_cb + head * stride_ch
+    # With SINGLE later tiles hold keys past an understated bound, which nothing attends to.
+    has_query = sequence < batch
+    if SINGLE:
+        has_query = has_query & (first == 0)
     keep = tl.full((SEGMENT,), 1.0, tl.float32)
     if seed_ptr is not None:
         keep = dropout_scales(
@@ -278,15 +283,15 @@ def additive_attention_step_bwd_kernel(
                 + head * stride_dweight_head
             )
             gradient += tl.load(dweights_rows, mask=attended, other=0.0).to(tl.float32)
-        weighted = weights * (gradient * keep)
-        delta = tl.sum(weighted, 0)
+        gradient *= keep
+        delta = tl.sum(weights * gradient, 0)
         if not LAST:
             tl.store(weights_ptr + key_row, weights, mask=inside)
-            tl.store(dscores_ptr + key_row, weighted, mask=inside)
+            tl.store(dscores_ptr + key_row, gradient, mask=inside)
             tl.store(delta_ptr + tile * H + head, delta)
     else:
         weights = tl.load(weights_ptr + key_row, mask=inside, other=0.0)
-        weighted = tl.load(dscores_ptr + key_row, mask=inside, other=0.0)
+        gradient = tl.load(dscores_ptr + key_row, mask=inside, other=0.0)
         first_tile, count = tile_range(cu_k_ptr, query, rows_k, tiles, SEGMENT)
         parts = tl.zeros((128,), tl.float32)
         for begin in range(0, count, 128):
@@ -294,9 +299,10 @@ def additive_attention_step_bwd_kernel(
             deltas = delta_ptr + (first_tile + part) * H + head
             parts += tl.load(deltas, mask=part < count, other=0.0)
         delta = tl.sum(parts, 0)
+        tl.debug_barrier()  # all has been read before it is replaced
 
     if LAST:
-        dscores = weighted - weights * delta
+        dscores = weights * (gradient - delta)
         weights *= keep
         if dscores_ptr is not None:
             tl.store(dscores_ptr + key_row, dscores, mask=inside)
@@ -329,7 +335,7 @@ def additive_attention_step_bwd_kernel(
                     tl.store(
                         dquery_ptr + target * D + d,
                         tl.sum(dkey, 0).to(dquery_ptr.dtype.element_ty),
-                        mask=d < tl.where(sequence < batch, D, 0),
+                        mask=d < tl.where(has_query, D, 0),
                     )
                 if dweight_ptr is not None:
                     tl.store(
@@ -353,7 +359,7 @@ def sum_tiles_kernel(
 ):
     """``dquery`` of a sequence and head: the sum of its tiles' parts [tiles, H, D]."""
     sequence = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     first, count = tile_range(cu_k_ptr, sequence, rows_k.to(tl.int64), tiles, SEGMENT)
     for begin in range(0, D, BLOCK_D):
         d = begin + tl.arange(0, BLOCK_D)
