@@ -5,10 +5,13 @@ Environment variables:
                          and install without it. 1: a missing compiler is an error. 0: never build
                          it (then torch need not be installed while building). Sources that do not
                          compile are an error in any case.
-    ATTN_EXT_BUILD_CUDA  the same for the CUDA backend, which needs a CUDA build of torch and the
-                         nvcc of its CUDA version. Unset, it is built only beside the CPU backend;
-                         with a torch without CUDA there is nothing to build or to say.
-    CXX                  the compiler, instead of the first of c++, g++, clang++ that works
+    ATTN_EXT_BUILD_CUDA  the same for the CUDA backend, which needs a CUDA build of torch and an
+                         nvcc of its CUDA version that works with the C++ compiler. Unset, it is
+                         built only beside the CPU backend; with a torch without CUDA there is
+                         nothing to build or to say.
+    CXX                  the compiler, instead of the first of c++, g++, clang++ that works; nvcc
+                         takes it too
+    CC                   nvcc's own C++ compiler, as for all of torch's extensions
     CUDA_HOME            where the CUDA toolkit is, as for all of torch's extensions
     TORCH_CUDA_ARCH_LIST GPUs to build for, such as "8.0;9.0+PTX"; unset: those in this machine, or
                          without any a list from Ampere on that this nvcc knows
@@ -33,6 +36,12 @@ BUILDING = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "i
 STABLE_ABI = (2, 10)  # the libtorch whose stable ABI csrc/ is written against
 OLDEST_CUDA = (12, 0)  # whose nvcc has all of C++17
 OLDEST_SETUPTOOLS = 77  # as in pyproject.toml, which --no-build-isolation does not enforce
+CUDA_PROBE = """#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+__global__ void probe(float* x, __half y, __nv_bfloat16 z) {
+  *x = __half2float(y) + __bfloat162float(z);
+}
+"""
 # GCC 12 calls the operands that its own AVX-512 intrinsics leave undefined uninitialized.
 WARNINGS = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]
 
@@ -126,8 +135,42 @@ def nvcc_version(cuda_home: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match and run.returncode == 0 else None
 
 
-def cuda_obstacle(cpp_extension) -> str | None:
-    """Why the CUDA library cannot be built here, or None if it can."""
+def host_compiler(compiler: str) -> list[str]:
+    """The options that make nvcc use `compiler`, none where torch hands it $CC."""
+    words = shlex.split(compiler)
+    return [f"-ccbin={words[0]}"] if len(words) == 1 and not os.environ.get("CC") else []
+
+
+def nvcc_obstacle(cpp_extension, compiler: str) -> str | None:
+    """Why nvcc and `compiler` do not make a library together, or None if they do."""
+    check = getattr(cpp_extension, "_check_cuda_version", None)  # the build itself calls it
+    try:
+        name = shlex.split(compiler)[0]
+        _, version = cpp_extension.get_compiler_abi_compatibility_and_version(name)
+        if check is not None:
+            check(name, version)
+    except Exception as error:
+        return f"PyTorch does not take this compiler for CUDA: {error}"
+    chosen = os.environ.get("CC")
+    options = [f"-ccbin={chosen}"] if chosen else host_compiler(compiler)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cu"
+        source.write_text(CUDA_PROBE)
+        command = [
+            *(os.path.join(cpp_extension.CUDA_HOME, "bin", "nvcc"), *options),
+            *("-std=c++17", "-shared", "-cudart=static", "-Xcompiler=-fPIC"),
+            *(str(source), "-o", str(source.with_suffix(".so"))),
+        ]
+        run = subprocess.run(command, text=True, capture_output=True)
+    if run.returncode == 0:
+        return None
+    lines = (run.stderr + run.stdout).strip().splitlines() or [f"exit status {run.returncode}"]
+    reason = next((line for line in lines if "error" in line.lower()), lines[0])
+    return f"{' '.join(command[:2])} does not compile a small program ({reason.strip()})"
+
+
+def cuda_obstacle(cpp_extension, compiler: str) -> str | None:
+    """Why the CUDA library cannot be built here with `compiler`, or None if it can."""
     import torch
 
     if sys.platform == "win32":
@@ -144,19 +187,22 @@ def cuda_obstacle(cpp_extension) -> str | None:
         return f"nvcc {found} is older than {'.'.join(map(str, OLDEST_CUDA))}"
     if version[0] != int(torch.version.cuda.split(".")[0]):
         return f"nvcc {found} is of another CUDA than PyTorch's {torch.version.cuda}"
+    obstacle = nvcc_obstacle(cpp_extension, compiler)
+    if obstacle is not None:
+        return obstacle
     if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
         newest = "9.0;10.0;12.0+PTX" if version >= (12, 8) else "9.0+PTX"
         os.environ["TORCH_CUDA_ARCH_LIST"] = f"8.0;{newest}"
     return None
 
 
-def cuda_extension(cpp_extension):
+def cuda_extension(cpp_extension, compiler: str):
     """attn_ext/_C_cuda.abi3.so: the operators' CUDA kernels, loaded where torch has CUDA."""
     major, minor = STABLE_ABI
     folder = ROOT / "csrc" / "cuda"
     headers = [ROOT / "csrc" / "arithmetic.h", *folder.glob("*.h"), *folder.glob("*.cuh")]
     target = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}{0:012x}"
-    return cpp_extension.CUDAExtension(
+    extension = cpp_extension.CUDAExtension(
         "attn_ext._C_cuda",
         sorted(
             path.relative_to(ROOT).as_posix()
@@ -166,9 +212,16 @@ def cuda_extension(cpp_extension):
         py_limited_api=True,
         extra_compile_args={
             "cxx": ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-DUSE_CUDA", target],
-            "nvcc": ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", target],
+            "nvcc": [
+                *("-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", target),
+                *host_compiler(compiler),
+            ],
         },
     )
+    # CUDA's runtime joins the library, as nvcc has it by default and the probe did.
+    others = [name for name in extension.libraries if name != "cudart"]
+    extension.libraries = [*others, "cudart_static", "rt", "dl", "pthread"]
+    return extension
 
 
 def wish_for(name: str) -> str:
@@ -191,14 +244,16 @@ def find_cpu_compiler(sources: list[Path], wish: str) -> str:
     return compiler
 
 
-def wants_cuda(cpp_extension, wish: str) -> bool:
+def wants_cuda(cpp_extension, compiler: str, wish: str) -> bool:
     """Whether to build the CUDA library; says why not where that may be a surprise."""
-    obstacle = cuda_obstacle(cpp_extension)
+    import torch
+
+    obstacle = cuda_obstacle(cpp_extension, compiler)
     if obstacle is None:
         return True
     if wish == "1":
         sys.exit(f"attn_ext: ATTN_EXT_BUILD_CUDA=1, but {obstacle}")
-    if "without CUDA" not in obstacle:
+    if torch.version.cuda is not None:
         say(f'{obstacle}: installing without backend "cuda" (ATTN_EXT_BUILD_CUDA=0 says nothing).')
     return False
 
@@ -230,8 +285,9 @@ def build_extensions() -> dict:
                 )
 
     modules = [cpu_extension(cpp_extension, sources)] if compiler else []
-    if cuda_wish != "0" and wants_cuda(cpp_extension, cuda_wish):
-        modules.append(cuda_extension(cpp_extension))
+    compiler = compiler or os.environ.get("CXX") or "c++"  # as torch has it
+    if cuda_wish != "0" and wants_cuda(cpp_extension, compiler, cuda_wish):
+        modules.append(cuda_extension(cpp_extension, compiler))
     return {"ext_modules": modules, "cmdclass": {"build_ext": BuildExtension}}
 
 

@@ -65,7 +65,7 @@ def tree(tmp_path):
     return tree
 
 
-CHOICES = ("CXX", "ATTN_EXT_BUILD_CPU", "ATTN_EXT_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST")
+CHOICES = ("CC", "CXX", "ATTN_EXT_BUILD_CPU", "ATTN_EXT_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST")
 
 
 def run_setup(tree, *arguments, **environment):
@@ -164,6 +164,11 @@ from setuptools.command.build_ext import build_ext
 CUDA_HOME = {home!r}
 def include_paths():
     return []
+def get_compiler_abi_compatibility_and_version(compiler):
+    return True, "12.2"
+def _check_cuda_version(name, version):
+    if os.environ.get("TOO_NEW"):
+        raise RuntimeError(f"{{name}} {{version}} is greater than CUDA's maximum")
 def CppExtension(name, sources, extra_compile_args, **keywords):
     return Extension(name, sources, **keywords)
 CUDAExtension = CppExtension
@@ -185,7 +190,10 @@ def fake_torch(tree):
             (home / "bin").mkdir(parents=True)
             program = home / "bin" / "nvcc"
             program.write_text(
-                f"#!/bin/sh\necho 'Cuda compilation tools, release {nvcc}, V{nvcc}.1'\n"
+                "#!/bin/sh\n"
+                f"if [ $1 = --version ]; then echo 'tools, release {nvcc}, V{nvcc}.1'; exit; fi\n"
+                "[ -z $NO_HEADERS ] && exit\n"
+                "echo 'In probe.cu:'; echo 'fatal error: no file'; exit 1\n"
             )
             program.chmod(0o755)
         utils = tree.parent / "path" / "torch" / "utils"
@@ -216,6 +224,15 @@ BOTH = "BUILT attn_ext._C attn_ext._C_cuda"
             "BUILT attn_ext._C_cuda 8.6",
             None,
         ),
+        ("13.0", "13.0", {"NO_HEADERS": "1"}, "BUILT attn_ext._C None", "(fatal error: no file)"),
+        ("13.0", "13.0", {"TOO_NEW": "1"}, "BUILT attn_ext._C None", "12.2 is greater than"),
+        (
+            "13.0",
+            "13.0",
+            {"NO_HEADERS": "1", "ATTN_EXT_BUILD_CUDA": "1"},
+            None,
+            "ATTN_EXT_BUILD_CUDA=1, but",
+        ),
         ("13.0", None, {}, "BUILT attn_ext._C None", "no CUDA toolkit"),
         ("13.0", "11.8", {}, "BUILT attn_ext._C None", "nvcc 11.8 is older than 12.0"),
         ("13.0", "12.8", {}, "BUILT attn_ext._C None", "nvcc 12.8 is of another CUDA"),
@@ -230,7 +247,8 @@ BOTH = "BUILT attn_ext._C attn_ext._C_cuda"
         ),
     ],
     ids=[
-        *("new-nvcc", "old-nvcc", "chosen-archs", "unwanted", "alone", "no-nvcc", "too-old"),
+        *("new-nvcc", "old-nvcc", "chosen-archs", "unwanted", "alone"),
+        *("no-headers", "too-new-compiler", "wished-no-headers", "no-nvcc", "too-old"),
         *("other-cuda", "torch-without", "wished-without", "wished-too-old"),
     ],
 )
