@@ -93,9 +93,12 @@ def problem(backend: str, device: torch.device) -> str | None:
 
 
 @functools.cache
-def _warn_of_reference() -> None:
-    """Say once in a process that calls run on the slow backend."""
-    warnings.warn(f"attn_ext is slow here: {_cpu_problem}", RuntimeWarning, stacklevel=4)
+def _warn_of_reference(device_type: str) -> None:
+    """Say once in a process that calls for "cpu" or "cuda" run on the slow backend."""
+    fast = ("cpu",) if device_type == "cpu" else ("triton", "cuda")
+    reasons = (problem(name, torch.device(device_type)) for name in fast)
+    message = f"attn_ext is slow here: {'; '.join(filter(None, reasons))}"
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 # By type of device, and whether in float64: asking every backend takes microseconds.
@@ -120,8 +123,10 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str
     in_double = dtype == torch.float64
     if backend is None:
         chosen = _best(device, in_double)
-        if chosen == "reference" and device.type == "cpu" and not torch.compiler.is_compiling():
-            _warn_of_reference()
+        # In float64 nothing else computes on a GPU.
+        expected_better = device.type == "cpu" or (device.type == "cuda" and not in_double)
+        if chosen == "reference" and expected_better and not torch.compiler.is_compiling():
+            _warn_of_reference(device.type)
         return chosen
     if not isinstance(backend, str):
         raise wrong_type("backend", "a str or None", backend)

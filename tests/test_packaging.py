@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -285,3 +286,20 @@ def test_a_cuda_library_that_does_not_load_says_why(tmp_path, monkeypatch):
     assert "was not built" in find_problem() and "ATTN_EXT_BUILD_CUDA=1" in find_problem()
     (tmp_path / "_C_cuda.abi3.so").write_bytes(b"not a library")
     assert "does not load" in find_problem() and "ATTN_EXT_BUILD_CUDA=1" in find_problem()
+
+
+def test_a_gpu_without_its_backends_is_warned_of_once(monkeypatch):
+    monkeypatch.setattr(backends, "_triton_problem", lambda: "triton cannot be imported")
+    monkeypatch.setattr(backends, "_cuda_problem", lambda: "_C_cuda.abi3.so does not load")
+    monkeypatch.setattr(backends, "_best_of", {})
+    backends._warn_of_reference.cache_clear()
+    gpu = torch.device("cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # in float64 it is no surprise
+        assert backends.choose(None, gpu, torch.float64) == "reference"
+    with pytest.warns(RuntimeWarning, match=r"slow here: triton cannot .*; .* does not load$"):
+        assert backends.choose(None, gpu, torch.float32) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose(None, gpu, torch.float32) == "reference"
+    backends._warn_of_reference.cache_clear()
