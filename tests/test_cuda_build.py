@@ -13,11 +13,17 @@ from pathlib import Path
 
 import emulated_cuda
 import pytest
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHS = ("sm_80", "sm_90", "sm_100")
 FILES = [path.name for path in emulated_cuda.cuda_sources()]
-FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA")
+# setup.py's, with those that torch adds to them.
+FLAGS = (
+    *COMMON_NVCC_FLAGS,
+    *("-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA"),
+    emulated_cuda.TARGET,
+)
 
 # By kernel: threads of a block, and the warps that an SM must be able to hold.
 RESOURCES = {
@@ -130,10 +136,9 @@ def test_sixteen_bytes_a_load(arch: str):
 @pytest.fixture(scope="module")
 def library() -> Path:
     """The library for sm_90, linked against CUDA's runtime and nothing else."""
-    include = emulated_cuda.torch_include()
+    include = f"-Xcompiler=-isystem{emulated_cuda.torch_include()}"
     source = ROOT / "csrc" / "cuda" / "registration.cpp"
-    host = [f"-isystem{include}", emulated_cuda.TARGET]
-    command = [nvcc(), *FLAGS, *(f"-Xcompiler={flag}" for flag in host), "-c", str(source)]
+    command = [nvcc(), *FLAGS, include, "-c", str(source)]
     objects = [compiled(name, "sm_90") for name in FILES]
     objects.append(emulated_cuda.cached("registration.o", command))
     link = [nvcc(), "-shared", "-cudart=static", *map(str, objects)]
