@@ -4,9 +4,11 @@ As a plugin of pytest (``pytest -p emulated_cuda``) it puts backend "cuda" in pl
 so that the suite's tests of kernels run the sources of ``csrc/cuda`` without a GPU.
 """
 
+import ctypes
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import warnings
@@ -73,6 +75,26 @@ def build(*definitions: str) -> Path:
     return cached("emulated.so", [*link, "-ltorch_cpu", "-lc10"], EMULATION)
 
 
+def _find_shared_memory(library: Path) -> None:
+    """Tell the emulation where each kernel's shared memory is: its static variables."""
+    nm = ["nm", "--print-size", str(library)]
+    listing = subprocess.run(nm, check=True, text=True, capture_output=True).stdout
+    symbols = [line.split() for line in listing.splitlines()]
+    places = {words[3]: (int(words[0], 16), int(words[1], 16)) for words in symbols if words[3:]}
+    tell = ctypes.CDLL(str(library)).emulated_shared
+    tell.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    loaded = ctypes.cast(tell, ctypes.c_void_p).value - places["emulated_shared"][0]
+    found = 0
+    for name, (address, size) in places.items():
+        # The variable of a function _ZX is _ZZXE and its own name.
+        variable = re.fullmatch(r"_ZZ(.*_kernel.*)E\d+[a-z]+", name)
+        if variable and f"_Z{variable[1]}" in places:
+            tell(loaded + places[f"_Z{variable[1]}"][0], loaded + address, size)
+            found += 1
+    declared = sum(path.read_text().count("__shared__ ") for path in cuda_sources())
+    assert found >= declared > 0, f"{found} of {declared} variables in shared memory were found"
+
+
 def _dispatching(name: str) -> Callable:
     """The op's kernel for CPU tensors: the emulated one where its last argument asks for it."""
     by_cpu = torch.library.get_kernel(f"attn_ext::{name}", "CPU")
@@ -91,7 +113,9 @@ def install(*definitions: str) -> torch.library.Library:
     """Make backend "cuda" compute on CPU tensors in this process."""
     from attn_ext import backends
 
-    torch.ops.load_library(str(build(*definitions)))
+    path = build(*definitions)
+    torch.ops.load_library(str(path))
+    _find_shared_memory(path)
     library = torch.library.Library("attn_ext", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's, that these kernels override others

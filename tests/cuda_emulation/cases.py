@@ -3,9 +3,11 @@
 Run by ``tests/test_cuda_emulation.py`` under the plugin ``emulated_cuda``.
 """
 
+import ctypes
 import os
 from contextlib import contextmanager
 
+import emulated_cuda
 import pytest
 import torch
 from helpers import (
@@ -191,3 +193,13 @@ def test_rows_without_any_sequence_belong_to_nobody(one_step: bool):
     for result, like in zip(gradients, inputs, strict=True):
         assert result.shape == like.shape
     assert not any(result.any() for result in (*forward, *gradients))
+
+
+def test_a_failed_launch_is_reported_once():
+    """CUDA remembers an error until it is asked: the next call must not take it for its own."""
+    inputs = make_inputs("jagged")
+    with environment(ATTN_EXT_EMULATED_FAILURE="1"):
+        with pytest.raises(RuntimeError, match="scores: invalid configuration"):
+            call(inputs, inputs.leaves, backend="cuda")
+    assert ctypes.CDLL(str(emulated_cuda.build())).emulated_last_error() == 0
+    call(inputs, inputs.leaves, backend="cuda")

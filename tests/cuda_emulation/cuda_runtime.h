@@ -1,7 +1,7 @@
 // What csrc/cuda uses of CUDA, on the host: a test compiles the very same sources against this
 // header. The threads of a block are fibers that run one after the other up to the next barrier or
-// warp operation; copies that are asynchronous happen when they are waited for, and what is read of
-// them before is NaN.
+// warp operation; copies that are asynchronous happen when they are waited for. What is read of them
+// before is NaN, and so is shared memory that the block has not written.
 #pragma once
 
 #include <cmath>
@@ -66,6 +66,10 @@ void exchange(uint32_t bits, uint32_t (&lanes)[32]);
 unsigned lane();
 void copy_later(void* target, const void* source, size_t bytes);
 void copy_now();
+// Whether the environment asks for launches that fail.
+bool fails();
+// What cudaGetLastError has to tell.
+extern cudaError_t last_error;
 
 }  // namespace emulation
 
@@ -81,9 +85,8 @@ inline float __uint_as_float(unsigned bits) {
   return value;
 }
 
-// What ex2.approx.ftz and rcp.approx.ftz may return: some units in the last place off, at most 2
-// and
-// 1. How many is drawn from the bits. Subnormal results are flushed to 0.
+// What ex2.approx.ftz and rcp.approx.ftz may return: at most 2 and 1 units in the last place off.
+// How many is drawn from the bits. Subnormal results are flushed to 0.
 inline float emulated_approximation(float exact, uint32_t units) {
   if (std::fabs(exact) < 0x1p-126f) {
     return std::copysign(0.0f, exact);
@@ -132,8 +135,8 @@ inline void emulated_wait_for_copies() { emulation::copy_now(); }
 template <class P>
 cudaError_t cudaLaunchKernel(void (*kernel)(P), dim3 grid, dim3 threads, void** parameters, size_t,
                              cudaStream_t) {
-  if (grid.y > 65535 || grid.z > 65535 || threads.x > 1024) {
-    return cudaErrorInvalidConfiguration;
+  if (emulation::fails() || grid.y > 65535 || grid.z > 65535 || threads.x > 1024) {
+    return emulation::last_error = cudaErrorInvalidConfiguration;
   }
   const auto call = [](void* function, void* parameter) {
     reinterpret_cast<void (*)(P)>(function)(*static_cast<P*>(parameter));
@@ -142,7 +145,11 @@ cudaError_t cudaLaunchKernel(void (*kernel)(P), dim3 grid, dim3 threads, void** 
   return cudaSuccess;
 }
 
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetLastError() {
+  const cudaError_t error = emulation::last_error;
+  emulation::last_error = cudaSuccess;
+  return error;
+}
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration"; }
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
   std::memset(data, value, bytes);

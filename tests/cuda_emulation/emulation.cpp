@@ -14,6 +14,7 @@ namespace emulation {
 uint3 thread;
 uint3 block;
 uint3 grid;
+cudaError_t last_error = cudaSuccess;
 
 namespace {
 
@@ -66,7 +67,15 @@ struct Block {
   unsigned long progress = 0;  // barriers opened and threads ended
 };
 
+// A variable that the blocks of a kernel share.
+struct SharedVariable {
+  void* kernel;
+  void* data;
+  size_t bytes;
+};
+
 Block now;
+std::vector<SharedVariable> shared_variables;
 
 void wait_at(Barrier& barrier) {
   const unsigned generation = barrier.generation;
@@ -128,6 +137,11 @@ void resume(Fiber& fiber) {
 void run_block(unsigned threads) {
   const char* order = std::getenv("ATTN_EXT_EMULATED_ORDER");
   const bool reversed = order != nullptr && order[0] == 'r';
+  for (const SharedVariable& variable : shared_variables) {
+    if (variable.kernel == now.body->kernel) {
+      std::memset(variable.data, 0xff, variable.bytes);
+    }
+  }
   now.barrier = Barrier{threads, 0, 0};
   now.warps.assign((threads + kWarp - 1) / kWarp, Warp{});
   while (now.fibers.size() < threads) {
@@ -189,6 +203,11 @@ void exchange(uint32_t bits, uint32_t (&lanes)[kWarp]) {
 }
 
 void copy_later(void* target, const void* source, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(target) % 16 != 0 ||
+      reinterpret_cast<uintptr_t>(source) % 16 != 0) {
+    std::fprintf(stderr, "emulated copy: its addresses are no multiples of 16\n");
+    std::abort();
+  }
   // What is read before the wait is NaN.
   std::memset(target, 0xff, bytes);
   now.current->copies.push_back({target, source, bytes});
@@ -201,6 +220,8 @@ void copy_now() {
   now.current->copies.clear();
 }
 
+bool fails() { return std::getenv("ATTN_EXT_EMULATED_FAILURE") != nullptr; }
+
 }  // namespace emulation
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
@@ -210,6 +231,14 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
 }
 
 extern "C" {
+// Tells of a variable in shared memory, which C++ has no way to find.
+__attribute__((visibility("default"))) void emulated_shared(void* kernel, void* data,
+                                                            size_t bytes) {
+  emulation::shared_variables.push_back({kernel, data, bytes});
+}
+
+__attribute__((visibility("default"))) int emulated_last_error() { return emulation::last_error; }
+
 struct CUDAGuardOpaque;
 int32_t aoti_torch_create_cuda_guard(int32_t, CUDAGuardOpaque** guard) {
   *guard = nullptr;
