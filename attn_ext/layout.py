@@ -41,6 +41,11 @@ class KeySide(NamedTuple):
     is_nested: bool
     autocast: bool  # whether key and value were cast
 
+    def detached(self) -> "KeySide":
+        """The same as constants, to which no gradient flows."""
+        key, value, score_weight = (tensor.detach() for tensor in self[:3])
+        return self._replace(key=key, value=value, score_weight=score_weight)
+
 
 class QuerySide(NamedTuple):
     """Checked queries of a batch, in the internal form, and how to shape the results."""

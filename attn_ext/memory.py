@@ -34,8 +34,9 @@ class AttentionMemory:
     Raises:
         TypeError, ValueError: as :func:`attn_ext.additive_attention`.
 
-    Differentiable once in query, key, value and score_weight. Key, value and score_weight must not
-    change in place between the first step and the backward pass.
+    Differentiable once in query, key, value and score_weight; made under ``torch.no_grad``, in
+    query alone. Key, value and score_weight must not change in place between the first step and the
+    backward pass.
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class AttentionMemory:
         keys = layout.check_key_side(
             key, value, score_weight, cu_seqlens_k, max_seqlen_k, key_padding_mask, key_lengths
         )
+        if not torch.is_grad_enabled():
+            keys = keys.detached()
         self._keys = keys
         self._dropout_p = check_probability("dropout_p", dropout_p)
         deterministic = resolve_deterministic(deterministic)

@@ -581,14 +581,22 @@ def test_step_without_autograd_among_others(backend: str):
     check_program(inputs, queries, backend, program)
 
 
-def test_memory_made_without_autograd_gives_gradients_to_queries_only(kernel_backend: str):
-    inputs, queries = make_steps("one_step")
+@pytest.mark.parametrize("heads", [None, 2], ids=named("heads"))
+@pytest.mark.parametrize("layout", STEP_LAYOUTS)
+def test_memory_made_without_autograd_gives_gradients_to_queries_only(
+    backend: str, layout: str, heads: int | None
+):
+    """On every backend, and also where the tensors are in the internal form as they come."""
+    inputs, queries = make_steps(layout, heads=heads)
     leaves = fresh_leaves(inputs, queries)
     with torch.no_grad():
-        memory = make_memory(inputs, leaves, backend=kernel_backend)
+        memory = make_memory(inputs, leaves, backend=backend)
     loss_of(0, *memory.attend(leaves["query0"], need_weights=True)).backward()
-    assert leaves["query0"].grad is not None
     assert all(leaves[name].grad is None for name in KEY_SIDE)
+    others = fresh_leaves(inputs, queries, ("query",))
+    memory = make_memory(inputs, others, backend=backend)
+    loss_of(0, *memory.attend(others["query0"], need_weights=True)).backward()
+    torch.testing.assert_close(leaves["query0"].grad, others["query0"].grad)
 
 
 def test_second_backward_without_retain_graph_raises(backend: str):
