@@ -179,9 +179,10 @@ class AdditiveAttention(nn.Module):
         if self.num_heads == 1:
             return features
         check_tensor("value", features)
-        if features.size(-1) % self.num_heads:
+        if features.dim() == 0 or features.size(-1) % self.num_heads:
             expected = f"features that num_heads = {self.num_heads} divides"
-            raise mismatch("value", expected, str(features.size(-1)))
+            got = str(features.size(-1)) if features.dim() else "shape ()"
+            raise mismatch("value", expected, got)
         return features.unflatten(-1, (self.num_heads, -1))
 
     def _join_context(self, result: Tensor | tuple[Tensor, Tensor]):

@@ -299,6 +299,18 @@ def test_repr_names_the_options():
     assert "num_heads=4, normalize=True, dropout=0.25" in text
 
 
+@pytest.mark.parametrize("name", ["key", "value"])
+@pytest.mark.parametrize("num_heads", [1, 2], ids=lambda heads: f"heads={heads}")
+def test_tensor_without_axes_is_refused_by_name(num_heads: int, name: str):
+    module = AdditiveAttention(QUERY_DIM, KEY_DIM, ATTN_DIM, num_heads=num_heads)
+    query, key, value = make_tensors()
+    tensors = {"key": key, "value": value, name: torch.tensor(1.0)}
+    with pytest.raises(ValueError, match=rf"^{name}: expected .*got .*\(\)"):
+        module(query, **tensors)
+    with pytest.raises(ValueError, match=rf"^{name}: expected .*got .*\(\)"):
+        module.memory(**tensors)
+
+
 def test_functions_agree(backend: str):
     """The module is its projections and the public function."""
     module, (query, key, value) = make_module("plain"), make_tensors()
