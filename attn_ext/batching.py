@@ -78,13 +78,17 @@ def batched(op: torch._ops.OpOverload, info, in_dims: tuple, *arguments):
 
 def _one_by_one(op: torch._ops.OpOverload, calls: int, in_dims: tuple, arguments: tuple):
     each = (
-        op(
-            *(
-                argument if mapped is None else argument.select(mapped, call)
-                for argument, mapped in zip(arguments, in_dims)
-            )
-        )
-        for call in range(calls)
+        op(*(_of_call(argument, mapped, call) for argument, mapped in zip(arguments, in_dims)))
+        for call in range(max(calls, 1))  # where there are none, one tells the shapes of results
     )
-    results = tuple(torch.stack(column) for column in zip(*each))
+    results = tuple(torch.stack(column)[:calls] for column in zip(*each))
     return results, (0,) * len(results)
+
+
+def _of_call(argument, mapped: int | None, call: int):
+    """The argument of one call; zeros, which offsets and lengths may be too, if there are none."""
+    if mapped is None:
+        return argument
+    if argument.size(mapped) == 0:
+        return argument.new_zeros([*argument.shape[:mapped], *argument.shape[mapped + 1 :]])
+    return argument.select(mapped, call)

@@ -4,7 +4,10 @@ Every transform of ours is compared with the same transform of the reference, wh
 """
 
 import functools
+import operator
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -163,6 +166,37 @@ def test_vmap_over_what_ends_sequences(kernel_backend: str):
     assert_same(run(kernel_backend), run("reference"))
 
 
+@pytest.mark.parametrize("name", ["key_lengths", "key_padding_mask", "cu_seqlens_k", "dropout_p"])
+def test_vmap_over_no_calls_that_are_made_one_by_one(kernel_backend: str, name: str):
+    query, key, value, score_weight = double_inputs("padded").leaves.values()
+    index = {
+        "key_lengths": torch.zeros(0, key.size(0), dtype=torch.int64),
+        "key_padding_mask": torch.zeros(0, *key.shape[:2], dtype=torch.bool),
+        "cu_seqlens_k": torch.zeros(0, 4, dtype=torch.int64),
+    }
+    options = {"need_weights": True}
+    if name == "cu_seqlens_k":
+        query, key, value = query[:3, 0], key[0], value[0]
+        options["max_seqlen_k"] = len(key) - 1  # a bound that the reference can do without offsets
+
+    def run(backend: str):
+        def loss(query: Tensor, *index: Tensor) -> Tensor:
+            keywords = options | dict(zip([name], index))
+            if name == "dropout_p" and backend != "reference":  # torch cannot index an empty map
+                keywords["dropout_p"] = 0.5
+            context, weights = attn_ext.additive_attention(
+                query, key, value, score_weight, backend=backend, **keywords
+            )
+            return context.sum() + weights.square().sum()
+
+        each = torch.func.grad_and_value(loss)
+        queries = query.new_zeros(0, *query.shape)
+        mapped = (queries, index[name]) if name in index else (queries,)
+        return vmap(each, randomness="different")(*mapped)
+
+    assert_same(run(kernel_backend), run("reference"))
+
+
 @pytest.mark.parametrize("randomness", ["same", "different"])
 def test_vmap_with_dropout(kernel_backend: str, randomness: str):
     inputs = double_inputs("padded")
@@ -230,6 +264,32 @@ def test_gradients_per_sample_of_a_module(kernel_backend: str):
         return vmap(grad(loss), (None, 0, 0))(parameters, query, key)
 
     assert_same(run(kernel_backend), run("reference"))
+
+
+PRIVATE_NAMES = """
+    _functorch.utils.enable_single_level_autograd_function
+    _C._AutoDispatchBelowAutograd _C._any_requires_grad _C._are_functorch_transforms_active
+    _C._current_graph_task_id _C._will_engine_execute_node _C._is_any_autocast_enabled
+    _C._dispatch_has_kernel_for_dispatch_key _C._functorch.is_functorch_wrapped_tensor
+    _C._ForceDispatchKeyGuard _C._after_autograd_keyset
+    _C._dispatch_tls_local_include_set _C._dispatch_tls_local_exclude_set
+    _ops.OpOverload _foreach_lerp_
+    autograd.forward_ad._current_level autograd.forward_ad._set_fwd_grad_enabled
+"""
+
+
+@pytest.mark.parametrize("name", PRIVATE_NAMES.split())
+def test_private_names_of_torch_are_there(name: str):
+    """What the package uses without a promise: a torch that renames it fails here, by that name."""
+    owner, _, leaf = name.rpartition(".")
+    assert hasattr(operator.attrgetter(owner)(torch) if owner else torch, leaf)
+
+
+def test_private_names_are_all_listed():
+    sources = "".join(path.read_text() for path in Path(attn_ext.__file__).parent.rglob("*.py"))
+    used = set(re.findall(r"\btorch\.((?:\w+\.)*?_\w[\w.]*)", sources))
+    listed = PRIVATE_NAMES.split()
+    assert not {name for name in used if not any(each.startswith(name) for each in listed)}
 
 
 # ---- What is refused ----
