@@ -1,7 +1,7 @@
 // What csrc/cuda uses of CUDA, on the host: a test compiles the very same sources against this
 // header. The threads of a block are fibers that run one after the other up to the next barrier or
-// warp operation; copies that are asynchronous happen when they are waited for. What is read of them
-// before is NaN, and so is shared memory that the block has not written.
+// warp operation; copies that are asynchronous happen when they are waited for. What is read of
+// them before is NaN, and so is shared memory that the block has not written.
 #pragma once
 
 #include <cmath>
