@@ -17,9 +17,10 @@ configurations = pytest.importorskip("attn_ext.triton_kernels.configurations")
 DEVICE = BACKEND_DEVICES["triton"]
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
-# More keys than a tile of 32 or a segment holds, beside sequences without keys or queries.
-LENGTHS_Q = (3, 0, 2, 0, 35, 1)
-LENGTHS_K = (70, 4, 0, 0, 33, 100)
+# More keys than a segment holds, beside sequences without keys or queries; and a few tiles of the
+# interpreter's size.
+LONG = {"lengths_q": (3, 0, 2, 9), "lengths_k": (70, 4, 0, 33)}
+TILES = {"lengths_q": (3, 0, 2, 9), "lengths_k": (20, 4, 0, 13)}
 
 
 @pytest.fixture(autouse=True)
@@ -29,10 +30,8 @@ def on_device():
         yield
 
 
-def check_lengths(layout: str, **options) -> None:
-    checks = {name: options.pop(name) for name in ("dropout_p", "wanted") if name in options}
-    inputs = make_inputs(layout, lengths_q=LENGTHS_Q, lengths_k=LENGTHS_K, **options)
-    check(inputs, "triton", **checks)
+def check_lengths(layout: str, lengths: dict, heads: int | None = None, **options) -> None:
+    check(make_inputs(layout, heads=heads, **lengths), "triton", **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -52,7 +51,7 @@ def test_keys_in_several_segments(
 ):
     monkeypatch.setattr(configurations, "SINGLE_SEGMENT", 32)
     monkeypatch.setattr(configurations, "STEP_SEGMENT", 32)
-    check_lengths(layout, heads=heads, dropout_p=dropout_p)
+    check_lengths(layout, LONG, heads, dropout_p=dropout_p)
 
 
 @pytest.mark.parametrize("processors", [1, 100], ids=["one_part", "parts"])
@@ -62,20 +61,29 @@ def test_segments_of_few_queries_are_shared_out(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(configurations, "SINGLE_SEGMENT", 32)
     monkeypatch.setattr(launch_forward, "processors", lambda tensor: processors)
-    check_lengths("jagged")
+    check_lengths("jagged", LONG)
 
 
 @pytest.mark.parametrize("wanted", [("query",), ("key",), ("score_weight",), ("query", "value")])
 @pytest.mark.parametrize("whole", [True, False], ids=["whole_sequences", "tiles"])
 def test_gradients_of_a_side(monkeypatch: pytest.MonkeyPatch, whole: bool, wanted: tuple[str, ...]):
     monkeypatch.setattr(configurations, "WHOLE_SEQUENCE_PAIRS", 1 << 20 if whole else 0)
-    check_lengths("padded_mask", wanted=wanted)
+    check_lengths("padded_mask", TILES, wanted=wanted)
 
 
 @pytest.mark.parametrize("layout", ["jagged", "padded_mask", "padded_lengths"])
 def test_gradients_of_sides_apart(monkeypatch: pytest.MonkeyPatch, layout: str):
     monkeypatch.setattr(configurations, "WHOLE_SEQUENCE_PAIRS", 0)
-    check_lengths(layout, heads=2, dropout_p=0.3)
+    check_lengths(layout, TILES, heads=2, dropout_p=0.3)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole_sequences", "tiles"])
+def test_tiles_of_one_sequence_take_different_routes(monkeypatch: pytest.MonkeyPatch, whole: bool):
+    """One key is out of the factored range: its tile goes direct, the others do not."""
+    monkeypatch.setattr(configurations, "WHOLE_SEQUENCE_PAIRS", 1 << 20 if whole else 0)
+    inputs = make_inputs("jagged", features=8, lengths_q=(2, 5), lengths_k=(70, 40))
+    inputs.leaves["key"][3, 1] = 12
+    check(inputs, "triton")
 
 
 def results_of(inputs: Inputs, **options) -> list[Tensor]:
@@ -110,13 +118,14 @@ def test_no_length_is_read_where_bounds_are_given(monkeypatch: pytest.MonkeyPatc
 
 
 def test_corrupt_offsets_stay_inside(monkeypatch: pytest.MonkeyPatch):
-    """With unchecked values, as on a GPU: rows around the tensors keep what they held."""
+    """With unchecked values, as on a GPU: a wrong address would end the interpreter's process."""
     from attn_ext import checks
 
     monkeypatch.setattr(checks, "can_read_values", lambda tensor: False)
     monkeypatch.setattr(attn_ext.layout, "can_read_values", lambda tensor: False)
     rows, features = 12, 6
-    guarded = {name: torch.full((rows + 64, features), 7.0) for name in ("query", "key", "value")}
+    names = ("query", "key", "value")
+    guarded = {name: torch.full((rows + 64, features), torch.nan) for name in names}
     views = {name: whole[32 : 32 + rows] for name, whole in guarded.items()}
     for view in views.values():
         view.copy_(torch.randn(view.shape))
@@ -135,4 +144,5 @@ def test_corrupt_offsets_stay_inside(monkeypatch: pytest.MonkeyPatch):
             context.sum().backward()
             assert context.shape == (rows, features)
     for whole in guarded.values():
-        assert (whole.detach()[:32] == 7).all() and (whole.detach()[32 + rows :] == 7).all()
+        around = torch.cat([whole.detach()[:32], whole.detach()[32 + rows :]])
+        assert around.isnan().all()

@@ -8,6 +8,8 @@ from .rows import are_attended, attended_keys, find_tile, offset_of, sequence_ro
 from .scores import segment_scores
 
 SIZES = ["batch", "rows_q", "rows_k", "max_seqlen_q", "max_seqlen_k", "parts", "threshold"]
+# Those of returned weights follow the longest sequences.
+WEIGHT_STRIDES = ["stride_weight_b", "stride_weight_query", "stride_weight_head"]
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -227,7 +229,7 @@ def merge_parts_kernel(
         tl.store(target, context.to(context_ptr.dtype.element_ty), mask=d < DV)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES + WEIGHT_STRIDES)
 def additive_attention_weights_kernel(
     scores_ptr,
     stats_ptr,

@@ -24,7 +24,16 @@ from .arithmetic import (
 )
 from .rows import attended_keys, find_tile, sequence_rows
 
-SIZES = ["batch", "rows_r", "rows_c", "max_seqlen_k", "max_columns", "items", "zero"]
+SIZES = [
+    "batch",
+    "rows_r",
+    "rows_c",
+    "max_seqlen_k",
+    "max_columns",
+    "items",
+    "zero",
+    "stride_bound_place",
+]
 TILE_ROWS = tl.constexpr(4)  # what one 16-byte load of score gradients serves
 
 

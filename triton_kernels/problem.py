@@ -128,8 +128,12 @@ def rows_of(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.size(-1) <= 1 else tensor.contiguous()
 
 
-def strides_of(tensor: Tensor) -> tuple[int, int, int]:
-    return tensor.stride()[:3]
+def strides_of(tensor: Tensor, cu: Tensor | None) -> tuple[int, int, int]:
+    """Of a place, a row and a head. Jagged rows are all at place 0: their stride, which would vary
+    with the number of tokens, and so call for other machine code, does not matter.
+    """
+    by_place, by_row, by_head, _ = tensor.stride()
+    return by_place if cu is None else 0, by_row, by_head
 
 
 def half_of(dim: int, multiple: int = 1) -> int:
