@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import attn_ext
+from attn_ext import backends
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # One layout for each way of stating lengths, and each shape of the returned weights.
@@ -956,6 +957,11 @@ def test_deterministic_argument(backend: str, layout: str, deterministic: bool |
 
 
 def test_default_backend_is_the_best_available(kernel_backend: str):
+    """Not the interpreted or emulated one that may be tested, on tensors of the CPU."""
+    best = "triton" if torch.get_default_device().type == "cuda" else "cpu"
+    problem = backends.problem(best, torch.get_default_device())
+    if problem is not None:
+        pytest.skip(problem)
     inputs = make_inputs("jagged")
     default, _ = call(inputs, inputs.leaves)
-    assert torch.equal(default, call(inputs, inputs.leaves, backend=kernel_backend)[0])
+    assert torch.equal(default, call(inputs, inputs.leaves, backend=best)[0])
