@@ -27,6 +27,8 @@ from torch.export import Dim
 
 import attn_ext
 from attn_ext import AdditiveAttention
+from attn_ext.nmt.data import Jagged
+from attn_ext.nmt.rnn import run_rnn
 
 QUERY_DIM, KEY_DIM, ATTN_DIM = 6, 10, 12
 # The same longest sequences and number of sequences, but other offsets and total tokens.
@@ -171,6 +173,29 @@ def test_decoder_loop_over_a_memory():
         inputs = torch.randn(4, QUERY_DIM), torch.randn(sum(lengths), KEY_DIM), offsets_of(lengths)
         assert_equal_training(compiled, decode, inputs, module)
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5], ids=["no_dropout", "dropout"])
+def test_rnn_draws_one_seed_and_only_for_dropout(dropout: float, monkeypatch: pytest.MonkeyPatch):
+    """The op that stands for a packed RNN leaves the generators of other devices alone."""
+    rnn = nn.LSTM(3, 4, num_layers=2, dropout=dropout)
+    sequences = Jagged.of(torch.randn(6, 3, requires_grad=True), [4, 2])
+
+    def run(values: Tensor) -> Tensor:
+        return run_rnn(rnn, sequences.like(values)).values
+
+    with torch._dynamo.config.patch(allow_rnn=True):
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        compiled(sequences.values)
+        torch.manual_seed(3)
+        if dropout:
+            torch.randint(2**62, (1,))
+        expected = torch.get_rng_state()
+        torch.manual_seed(3)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "manual_seed", None)  # which seeds every device
+            compiled(sequences.values).sum().backward()
+    assert torch.equal(torch.get_rng_state(), expected)
 
 
 def test_compiled_step_over_a_memory_made_outside():

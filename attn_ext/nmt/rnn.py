@@ -16,7 +16,7 @@ def run_rnn(rnn, sequences):
         return sequences.like(outputs(rnn, sequences.values, sequences.lengths))
     options = [rnn.mode, rnn.hidden_size, rnn.num_layers, rnn.bidirectional]
     dropout = rnn.dropout if rnn.training else 0.0
-    seed = torch.randint(2**62, (1,), device="cpu")
+    seed = torch.randint(2**62, (1,), device="cpu") if dropout else None
     weights = list(rnn.parameters())
     return sequences.like(
         opaque_rnn(sequences.values, sequences.lengths, weights, seed, dropout, *options)
@@ -60,14 +60,21 @@ def _from_weights(values, lengths, weights, seed, dropout, mode, hidden, layers,
         rnn = kind(values.size(-1), hidden, layers, dropout=dropout, bidirectional=bidirectional)
     rnn = _Outputs(rnn)
     named = dict(zip((name for name, _ in rnn.named_parameters()), weights, strict=True))
-    with torch.random.fork_rng(devices=[values.device] if values.is_cuda else []):
-        torch.manual_seed(seed.item())
+    if seed is None:
         return torch.func.functional_call(rnn, named, (values, lengths))
+    generators = torch.cuda.default_generators if values.is_cuda else [torch.default_generator]
+    generator = generators[values.device.index or 0]
+    state = generator.get_state()
+    try:
+        generator.manual_seed(seed.item())
+        return torch.func.functional_call(rnn, named, (values, lengths))
+    finally:
+        generator.set_state(state)
 
 
 _LIBRARY = torch.library.Library("attn_ext_nmt", "DEF")
 _ARGUMENTS = (
-    "Tensor values, Tensor lengths, Tensor[] weights, Tensor seed, float dropout, str mode, "
+    "Tensor values, Tensor lengths, Tensor[] weights, Tensor? seed, float dropout, str mode, "
     "int hidden, int layers, bool bidirectional"
 )
 _LIBRARY.define(f"rnn({_ARGUMENTS}) -> Tensor")
