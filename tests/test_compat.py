@@ -18,7 +18,8 @@ import torch
 from helpers import Results, assert_within_budget
 from torch import Tensor, nn
 
-from attn_ext import compat
+from attn_ext import additive_attention, compat
+from attn_ext.compat import keras as keras_attention
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
@@ -474,6 +475,37 @@ def test_keras(backend: str, masks: str, use_scale: bool):
     eager = run(False, torch.float32)
     for name, result in actual.items():
         assert_within_budget(name, result, exact[name], eager[name])
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["query", "value"])
+def test_keras_masks_are_checked(place: int):
+    layer, shape = compat.KerasAdditiveAttention(D), (B, (TQ, TK)[place])
+    tensors = [torch.randn(B, TQ, D), torch.randn(B, TK, D)]
+    for wrong, kind, expected in (
+        (torch.ones(shape, dtype=torch.int64), TypeError, "dtype bool, True = real, got torch.int"),
+        ([[True]], TypeError, "a torch.Tensor, got list"),
+        (torch.ones(B, 2, dtype=torch.bool), ValueError, rf"shape \({B}, .*got \({B}, 2\)"),
+    ):
+        mask = [None, None]
+        mask[place] = wrong
+        with pytest.raises(kind, match=f"^mask: expected {expected}"):
+            layer(tensors, mask=mask)
+    with pytest.raises(ValueError, match="^mask: expected .*got 1 masks"):
+        layer(tensors, mask=[None])
+
+
+def test_keras_asks_for_weights_only_if_told(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def attend(*tensors: Tensor, need_weights: bool, **keywords: object):
+        asked.append(need_weights)
+        return additive_attention(*tensors, need_weights=need_weights, **keywords)
+
+    monkeypatch.setattr(keras_attention, "additive_attention", attend)
+    layer, tensors = compat.KerasAdditiveAttention(D), [torch.randn(B, TQ, D)] * 2
+    context, weights = layer(tensors, return_attention_scores=True)
+    assert torch.equal(layer(tensors), context) and weights.shape == (B, TQ, TQ)
+    assert asked == [True, False]
 
 
 def test_from_keras():

@@ -6,7 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_count, check_probability, mismatch
+from ..checks import (
+    check_count,
+    check_probability,
+    check_tensor,
+    mismatch,
+    shape_of,
+    wrong_type,
+)
 from ..functional import additive_attention
 
 
@@ -62,7 +69,8 @@ class KerasAdditiveAttention(nn.Module):
         Args:
             inputs: query ``(B, Tq, dim)``, value ``(B, Tv, Dv)`` and, unless it is value, key
                 ``(B, Tv, dim)``.
-            mask: of queries ``(B, Tq)`` and of values ``(B, Tv)``, bool, True = real; or None.
+            mask: of queries ``(B, Tq)`` and of values ``(B, Tv)``, bool, True = real, each or
+                both None.
             return_attention_scores: also return the weights ``(B, Tq, Tv)``.
             use_causal_mask: must be False.
 
@@ -75,18 +83,40 @@ class KerasAdditiveAttention(nn.Module):
             raise mismatch("inputs", "[query, value] or [query, value, key]", str(len(inputs)))
         query, value = inputs[:2]
         key = inputs[2] if len(inputs) == 3 else value
-        query_mask, value_mask = (None, None) if mask is None else mask[:2]
+        query_mask, value_mask = _masks(mask, query, value)
         score_weight = query.new_ones(self.dim) if self.scale is None else self.scale
-        context, weights = additive_attention(
+        result = additive_attention(
             query,
             key,
             value,
             score_weight,
             key_padding_mask=None if value_mask is None else ~value_mask,
             dropout_p=self.dropout if self.training else 0.0,
-            need_weights=True,
+            need_weights=bool(return_attention_scores),
             backend=self.backend,
         )
-        if query_mask is not None:
-            context = context.where(query_mask.unsqueeze(-1), 0)
-        return (context, weights) if return_attention_scores else context
+        if query_mask is None:
+            return result
+        kept = query_mask.unsqueeze(-1)
+        if isinstance(result, tuple):
+            return result[0].where(kept, 0), result[1]
+        return result.where(kept, 0)
+
+
+def _masks(
+    mask: Sequence[Tensor | None] | None, query: Tensor, value: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """The masks of queries and of values."""
+    if mask is None:
+        return None, None
+    if len(mask) not in (2, 3):  # Keras ignores a mask of keys
+        raise mismatch("mask", "[of queries, of values]", f"{len(mask)} masks")
+    for one, rows in zip(mask, (query, value)):
+        if one is None:
+            continue
+        check_tensor("mask", one)
+        if one.dtype != torch.bool:
+            raise wrong_type("mask", "dtype bool, True = real", one.dtype)
+        if one.shape != rows.shape[:2]:
+            raise mismatch("mask", f"shape {tuple(rows.shape[:2])}", shape_of(one))
+    return mask[0], mask[1]
