@@ -58,10 +58,17 @@ TABLE = {
 
 
 def verdicts(row: dict, device: str, dtype: str) -> list[str]:
-    """For each bound on the row: its text, and "met", or "SHORT" with the figure found."""
+    """For each bound on the row: its text, and "met", or "SHORT" with the figure found.
+
+    A figure that is not there, as where a rival did not run, is "not measured".
+    """
     found = []
     for reach in TABLE.get((device, dtype), {}).get((row["workload"], row["mode"]), ()):
-        if reach.figure in row and (row["captured"] or not reach.captured):
+        if reach.captured and not row["captured"]:
+            continue
+        if reach.figure not in row:
+            verdict = "not measured"
+        else:
             verdict = "met" if reach.is_met(row) else f"SHORT, {row[reach.figure]:.3g}"
-            found.append(f"{reach}: {verdict}")
+        found.append(f"{reach}: {verdict}")
     return found

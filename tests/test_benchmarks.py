@@ -114,6 +114,8 @@ def test_reach_names_workloads_that_exist_and_judges_rows():
     row["median"] = 0.5e-3
     found = verdicts(row, "cuda", "bfloat16")
     assert found == ["vs_compile >= 5: met", "median <= 0.00045: SHORT, 0.0005"]
+    row.pop("vs_compile")
+    assert verdicts(row, "cuda", "bfloat16")[0] == "vs_compile >= 5: not measured"
 
 
 def test_command_prints_and_writes_its_table(monkeypatch, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,9 +24,12 @@ DOCUMENTED = [
 
 @pytest.mark.parametrize("function", DOCUMENTED, ids=lambda function: function.__qualname__)
 def test_help_names_every_argument(function: Callable):
-    text = inspect.getdoc(function)
-    for name in inspect.signature(function).parameters:
-        assert name == "self" or name in text.partition("Args:")[2], name
+    arguments = re.search(r"^Args:\n((?: .*\n|\n)+)", inspect.getdoc(function) + "\n", re.M)[1]
+    # Entries are indented by four: "name: text", or "name, name,\n        name: text".
+    entries = re.findall(r"^ {4}(\w+(?:,\s+\w+)*):", arguments, re.M)
+    named = [name for entry in entries for name in re.split(r",\s+", entry)]
+    taken = [name for name in inspect.signature(function).parameters if name != "self"]
+    assert sorted(named) == sorted(taken)
 
 
 def test_example_of_help_runs():
