@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -184,8 +185,7 @@ class BuildExtension(build_ext):
 def fake_torch(tree):
     """Makes an import path with a torch of some CUDA, that finds some nvcc and builds nothing."""
 
-    def make(cuda, nvcc):
-        home = None
+    def make(cuda, nvcc, home=None):
         if nvcc is not None:
             home = tree.parent / "cuda"
             (home / "bin").mkdir(parents=True)
@@ -264,6 +264,19 @@ def test_the_cuda_library_is_built_where_it_can_be(
     assert built is None or built in run.stdout.splitlines()
     assert len(said(run)) == (reason is not None)
     assert reason is None or reason in said(run)[0]
+
+
+def test_nvcc_s_probe_is_one_that_a_real_nvcc_passes(tree, fake_torch):
+    nvcc, compiler = shutil.which("nvcc"), shutil.which("c++")
+    if not nvcc or not compiler:
+        pytest.skip("nvcc or a C++ compiler is not installed")
+    said_by_nvcc = subprocess.run([nvcc, "--version"], check=True, text=True, capture_output=True)
+    cuda = re.search(r"release ([\d.]+)", said_by_nvcc.stdout)[1]
+    path = fake_torch(cuda, None, home=Path(nvcc).parents[1])
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": path, "ATTN_EXT_BUILD_CUDA": "1"}
+    run = run_setup(tree, "-q", "build_ext", CXX=compiler, **environment)
+    assert run.returncode == 0, run.stderr
+    assert BOTH in run.stdout and not said(run)
 
 
 def test_a_source_archive_carries_all_sources_and_needs_no_torch(tree):
