@@ -21,6 +21,8 @@ from .workloads import Inputs, Workload, make_inputs
 MODES = ("forward", "backward", "both")
 # Peers sum in other orders than the plain formula does; they are only checked to be sane.
 PEER_ALLOWANCE = 20
+# Of a result's scale, in its dtype.
+ROUNDING = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 ROUND_SECONDS, MOST_CALLS = 0.02, 32
 CAPTURED = "+graph"  # ends the name of a provider whose calls are replayed as one CUDA graph
 COLD_FACTOR = 3  # the copies of a cold workload's inputs are so many times as large as the cache
@@ -46,7 +48,7 @@ class Case:
     """
 
     def __init__(self, name: str, workload: Workload, copies: list[Inputs], doutput: Tensor):
-        provider = name.removesuffix(CAPTURED)
+        self.name, provider = name, name.removesuffix(CAPTURED)
         self.is_captured = name != provider
         self.is_peer = provider in providers.PEERS
         self.is_padded = provider in providers.PADDED
@@ -115,21 +117,46 @@ class Case:
         return self._elapsed(self._replay[1], calls) / len(self._runs)
 
     def _capture(self, mode: str) -> tuple[Callable[[], object], object]:
-        """Runs ``mode`` on every copy, on a CUDA device as one graph, and what that refers to."""
-        if not self.doutput.is_cuda:
-            outputs = self._outputs(mode)
-            return lambda: self._all_copies(mode, outputs), outputs
+        """Runs ``mode`` on every copy, on a CUDA device as one graph, and what that refers to.
+
+        Raises:
+            AssertionError: run so, it does not give what it gave outside the graph.
+        """
+        record = self._graph if self.doutput.is_cuda else self._in_turn
+        replay, results, expected, outputs = record(mode)
+        replay()
+        for copy, pair in enumerate(zip(results, expected, strict=True)):
+            for found, wanted in zip(*map(_tensors, pair), strict=True):
+                error = (found.double() - wanted).abs().max().item()
+                # Sums may be in another order, no more.
+                allowed = PEER_ALLOWANCE * ROUNDING[wanted.dtype] * wanted.abs().max().item()
+                if not error <= allowed:
+                    text = f"replayed, copy {copy} is off by {error:.2e}, not {allowed:.2e}"
+                    raise AssertionError(f"{self.name}, {mode}: {text}")
+        return replay, (outputs, results)
+
+    def _in_turn(self, mode: str) -> tuple[Callable[[], None], list, list, list | None]:
+        """What runs ``mode`` on every copy, where it leaves results; results and outputs now."""
+        outputs, results = self._outputs(mode), []
+
+        def run() -> None:
+            results[:] = self._all_copies(mode, outputs)
+
+        return run, results, self._all_copies(mode, outputs), outputs
+
+    def _graph(self, mode: str) -> tuple[Callable[[], None], list, list, list | None]:
+        """The same as one CUDA graph."""
         stream = _capture_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             outputs = self._outputs(mode)
             for _ in range(3):
-                self._all_copies(mode, outputs)
+                expected = self._all_copies(mode, outputs)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             results = self._all_copies(mode, outputs)
-        return graph.replay, (outputs, results)
+        return graph.replay, results, expected, outputs
 
     def _outputs(self, mode: str) -> list[Tensor] | None:
         """One output a copy for a backward that is timed alone."""
@@ -139,6 +166,10 @@ class Case:
         if outputs is None:
             return [self.call(mode, copy) for copy in range(len(self._runs))]
         return [self.gradients(output, copy, again=True) for copy, output in enumerate(outputs)]
+
+
+def _tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
 
 
 @functools.cache
@@ -180,7 +211,7 @@ def check(cases: dict[str, Case], inputs: Inputs, is_loop: bool) -> dict[str, Ca
     doutput = next(iter(cases.values())).doutput
     exact = _by_sequence(inputs, doutput, is_loop, torch.float64)
     plain = _by_sequence(inputs, doutput, is_loop, doutput.dtype)
-    rounding = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}[doutput.dtype]
+    rounding = ROUNDING[doutput.dtype]
     names = ["output", "dquery", "dkey", "dvalue", "dscore_weight"]
     if len(exact) < len(names):
         names.remove("dvalue")

@@ -98,6 +98,27 @@ def test_wrong_results_stop_the_benchmark(monkeypatch):
         harness.make_cases(RAGGED, ["eager"], torch.float32, "cpu")
 
 
+@pytest.mark.parametrize("mode", harness.MODES)
+def test_replays_that_give_other_results_stop_the_benchmark(mode, monkeypatch):
+    name = "reference" + harness.CAPTURED
+    cases = harness.make_cases(RAGGED, [name], torch.float32, "cpu")
+    in_turn = harness.Case._in_turn
+
+    def stale(case, mode):
+        replay, results, expected, outputs = in_turn(case, mode)
+        replay()
+        for result in results:
+            for tensor in harness._tensors(result):
+                tensor.detach().view(-1)[-1] += 1e-2 * tensor.abs().max()
+        return lambda: None, results, expected, outputs
+
+    monkeypatch.setattr(harness.Case, "_in_turn", stale)
+    with pytest.raises(
+        AssertionError, match=rf"^reference\+graph, {mode}: replayed, copy 0 is off"
+    ):
+        harness.time_cases(cases, mode, budget=0, rounds=3)
+
+
 def test_bytes_moved_count_each_number_once():
     # 3 queries, 8 keys, D 8, Dv 6: query, key, value read; context written.
     forward = 4 * (3 * 8 + 8 * (8 + 6) + 3 * 6)
