@@ -105,7 +105,7 @@ def _warn_of_reference(device_type: str) -> None:
 _best_of: dict[tuple[str, bool], str] = {}
 
 
-# Constant, or writing the dictionary would be an effect of the graph that its next call undoes.
+# A constant to the compiler: were it traced, what it writes would make the next call compile again.
 @torch.compiler.assume_constant_result
 def _best(device: torch.device, in_double: bool) -> str:
     """The first backend in the order of BACKENDS that computes this."""
