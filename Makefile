@@ -29,7 +29,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 
 help: ## list the targets
 	@awk -F ': .*## |: ## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
-	@echo "TORCH=2.12.0 (or what pip takes), PYTHON=python3.12, MAX_JOBS=2, ATTN_EXT_BUILD_CPU=0|1"
+	@echo "TORCH=2.12.0 (or what pip takes), PYTHON=python3.12, MAX_JOBS=2, ATTN_EXT_BUILD_{CPU,CUDA}=0|1"
 
 venv: $(VENV)/.built ## make .venv: pinned packages, and this package built and installed in place
 

@@ -100,6 +100,7 @@ def additive_attention_bwd_scores_kernel(
 
     column = tl.arange(0, BLOCK_K).to(tl.int64)
     delta = tl.zeros((BLOCK_Q,), tl.float32)
+    sum_of_weights = tl.zeros((BLOCK_Q,), tl.float32)
     largest_bound = tl.zeros((BLOCK_Q,), tl.float32)
     for first in range(0, length, BLOCK_K):
         position = first + column
@@ -165,10 +166,13 @@ def additive_attention_bwd_scores_kernel(
                 position[None, :],
             )
         delta += tl.sum(weights * gradient, 1)
+        sum_of_weights += tl.sum(weights, 1)
         places = row[:, None] * stride_scores + position[None, :]
         tl.store(weights_ptr + places, weights, mask=query_valid[:, None])
         tl.store(dscores_ptr + places, gradient, mask=query_valid[:, None])
     tl.store(query_bound_ptr + row, largest_bound, mask=query_valid)
+    # Rounded weights need not sum to 1, but score gradients to 0.
+    delta = delta / tl.where(sum_of_weights == 0.0, 1.0, sum_of_weights)
     tl.debug_barrier()  # other threads of the program may have written what comes back here
     for first in range(0, length, BLOCK_K):
         position = first + column

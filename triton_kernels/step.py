@@ -285,6 +285,9 @@ def additive_attention_step_bwd_kernel(
             gradient += tl.load(dweights_rows, mask=attended, other=0.0).to(tl.float32)
         gradient *= keep
         delta = tl.sum(weights * gradient, 0)
+        if LAST:  # rounded weights need not sum to 1, but score gradients to 0
+            sum_of_weights = tl.sum(weights, 0)
+            delta = delta / tl.where(sum_of_weights == 0.0, 1.0, sum_of_weights)
         if not LAST:
             tl.store(weights_ptr + key_row, weights, mask=inside)
             tl.store(dscores_ptr + key_row, gradient, mask=inside)
@@ -321,9 +324,8 @@ def additive_attention_step_bwd_kernel(
                 d = begin + tl.arange(0, BLOCK_D)
                 x = load_tile(key_rows, attended, d, D) + load_row(query_row, d, D)[None, :]
                 tanh, slope = tanh_and_derivative(x, True, USE_PTX)
-                dkey = load_weights(weight_row, d, D, D % BLOCK_D != 0)[None, :] * (
-                    dscores[:, None] * slope
-                )
+                weight = load_weights(weight_row, d, D, D % BLOCK_D != 0)
+                dkey = weight[None, :] * (dscores[:, None] * slope)
                 if dkey_ptr is not None:
                     tl.store(
                         dkey_ptr + key_row[:, None] * D + d[None, :],
@@ -331,6 +333,11 @@ def additive_attention_step_bwd_kernel(
                         mask=inside[:, None] & (d < D)[None, :],
                     )
                 if dquery_ptr is not None:
+                    if SINGLE:
+                        # As the dscores of all keys sum to 0, a slope that all have in common does
+                        # not matter; without it their rounding errors do not either.
+                        common = tl.min(tl.where(attended[:, None], slope, 1.0), 0)
+                        dkey = weight[None, :] * (dscores[:, None] * (slope - common[None, :]))
                     target = (sequence if SINGLE else tile).to(tl.int64) * H + head
                     tl.store(
                         dquery_ptr + target * D + d,
