@@ -41,9 +41,9 @@ MERGE = Tiles(warps=4, value_features=256)
 
 SINGLE_SEGMENT = 128  # the most keys whose scores and weights are one tile
 STEP_SEGMENT = 64  # keys a program, where sequences are longer
-# Up to so many (query, key) pairs a program computes all gradients of a sequence (7.6 issue slots an
-# element); of longer ones the queries' and the keys' are computed apart (13.1), tile by tile, for
-# no program to be busy long after the others.
+# Up to so many (query, key) pairs a program computes all gradients of a sequence (7.6 issue slots
+# an element). Of longer ones those of queries and of keys are computed apart (13.1), tile by tile,
+# for no program to be busy long after the others.
 WHOLE_SEQUENCE_PAIRS = 1 << 14
 
 
