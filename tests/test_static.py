@@ -366,3 +366,52 @@ def test_step_kernels_load_keys_and_values_16_bytes_at_a_time(kernels):
     ]
     assert {pointer for _, pointer, _ in loads} == {"key_ptr", "value_ptr"}
     assert [load for load in loads if load[2] != {"16"}] == []
+
+
+# ---- What no row of the table has: masks, lengths, dropout, heads, returned weights ----
+
+
+@pytest.mark.parametrize(
+    ("length_q", "length_k", "masked"),
+    [(5, 7, True), (200, 300, True), (1, 7, False), (1, 300, True)],
+    ids=["short", "long", "step", "long_step"],
+)
+def test_every_option_compiles(length_q: int, length_k: int, masked: bool):
+    """The interpreter runs what the compiler may refuse."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("kernels are interpreted, not compiled, in this process")
+    import torch
+
+    from attn_ext.triton_kernels import launch_backward, launch_forward
+    from benchmarks import static_cases
+
+    batch, heads, dim, value_dim = 3, 2, 20, 24
+    query = torch.empty(batch, length_q, heads, dim, dtype=torch.bfloat16)
+    key = torch.empty(batch, length_k, heads, dim, dtype=torch.bfloat16)
+    value = torch.empty(batch, length_k, heads, value_dim)
+    inputs = (query, key, value, torch.empty(heads, dim))
+    mask = torch.zeros(batch, length_k, dtype=torch.bool) if masked else None
+    lengths = None if masked else torch.ones(batch, dtype=torch.int64)
+    layout = (None, None, lengths, mask, length_q, length_k)
+    dropout = (0.3, torch.zeros(1, dtype=torch.int64), 1)
+    stats = torch.empty(*query.shape[:3], 2)
+    dcontext = torch.empty(*query.shape[:3], value_dim)
+    dweights = torch.empty(batch, heads, length_q, length_k)
+    with static_cases.noted_launches() as launches:
+        launch_forward.additive_attention_forward(*inputs, None, None, *layout, *dropout, False)
+        for incoming, grad_mask in ((dcontext, 15), (None, 1)):
+            launch_backward.additive_attention_backward(
+                incoming, dweights, *inputs, stats, *layout, *dropout, grad_mask, False
+            )
+        if length_q == 1:
+            steps = torch.empty(4, batch, heads, dim, dtype=torch.bfloat16)
+            by_key = torch.empty(4, batch, length_k, heads)
+            contexts = torch.empty(4, batch, heads, value_dim)
+            keys = (*inputs[1:], None, None, None, lengths, mask, length_k)
+            launch_backward.additive_attention_memory_backward(
+                steps, by_key, by_key, contexts, *keys, 14, False
+            )
+    assert len(launches) >= 4
+    for launch in launches:
+        case = static_cases.make_case(launch, "all", "", "bf16", dim)
+        assert static.compile_case(case, "sm_90").asm["cubin"]
