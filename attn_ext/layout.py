@@ -265,10 +265,13 @@ def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 
 
 def _bound_of_unread(cu: Tensor, rows: int, need_exact: bool) -> int:
-    """A length bound when values were not read and no ``max_seqlen`` was given."""
+    """A length bound when values were not read and no ``max_seqlen`` was given.
+
+    One more than there are rows tells kernels, which may read it, that nobody named a bound.
+    """
     if need_exact and cu.size(0) > 1:
         return int(cu.diff().max().item())  # the one host synchronisation, for the shape of weights
-    return rows
+    return rows + 1
 
 
 class _Nest(NamedTuple):

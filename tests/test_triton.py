@@ -115,6 +115,8 @@ def test_no_length_is_read_where_bounds_are_given(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(problem, "read_longest", read)
     results_of(inputs, **bounds)
+    rows = {"max_seqlen_q": inputs.leaves["query"].size(0), "max_seqlen_k": 1000}
+    results_of(inputs, **rows)  # as loose as they come, but given
 
 
 def test_corrupt_offsets_stay_inside(monkeypatch: pytest.MonkeyPatch):

@@ -92,8 +92,8 @@ def describe(
 
 
 def _bound(given: int, cu: Tensor, rows: int) -> int:
-    """``max_seqlen``; where none was given (it is all rows then), the longest sequence."""
-    if given < rows or cu.size(0) <= 2 or _is_capturing(cu):
+    """``max_seqlen``; where none was given (see ``layout``), the longest sequence."""
+    if given != rows + 1 or cu.size(0) <= 2 or _is_capturing(cu):
         return min(given, rows)
     return min(max(read_longest(cu), 0), rows)
 
