@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 import triton
 
-from attn_ext.triton_kernels import configurations, launch_backward, launch_forward
+from attn_ext.triton_kernels import configurations, launch_backward, launch_forward, launch_step
 from attn_ext.triton_kernels.gradient import TILE_ROWS
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -61,7 +61,7 @@ def noted_launches() -> Iterator[list]:
     """The launches (kernel, arguments by name, warps) of what runs inside."""
     seen: list = []
     with contextlib.ExitStack() as stack:
-        for module in (launch_forward, launch_backward):
+        for module in (launch_forward, launch_backward, launch_step):
             kernels = [name for name in vars(module) if name.endswith("_kernel")]
             for name in kernels:
                 stand_in = Launches(getattr(module, name), seen)

@@ -7,9 +7,9 @@ No value of a tensor is read on the host, except for a bound on lengths that was
 from .launch_backward import (
     additive_attention_backward,
     additive_attention_memory_backward,
-    additive_attention_step_backward,
 )
 from .launch_forward import additive_attention_forward
+from .launch_step import additive_attention_step_backward
 
 __all__ = [
     "additive_attention_backward",

@@ -146,3 +146,9 @@ def weight_strides(weights: Tensor, layout: int) -> tuple[int, int, int, int, in
     if layout == JAGGED_WEIGHTS:
         return 0, weights.stride(0), 0, weights.stride(0), weights.stride(1)
     return weights.stride(0), 0, weights.stride(2), weights.stride(3), weights.stride(1)
+
+
+def is_constant(problem: Problem, dweights: Tensor | None) -> bool:
+    """Whether no result whose gradient came in depends on any input."""
+    no_context = problem.value_dim == 0 and dweights is None
+    return problem.all_rows_k == 0 or problem.batch == 0 or no_context
