@@ -172,9 +172,10 @@ class Inputs:
 
 def nest(values: Tensor, offsets: Tensor) -> Tensor:
     """A jagged nested tensor over ``values``."""
-    lengths = offsets.diff()
+    lengths = offsets.diff().tolist()
+    shortest, longest = min(lengths, default=0), max(lengths, default=0)
     return torch.nested.nested_tensor_from_jagged(
-        values, offsets, min_seqlen=int(lengths.min()), max_seqlen=int(lengths.max())
+        values, offsets, min_seqlen=shortest, max_seqlen=longest
     )
 
 
@@ -424,6 +425,39 @@ def formula(
     return context if inputs.has_heads else context.squeeze(-2), weights
 
 
+def shuffled_formula(
+    inputs: Inputs,
+    leaves: dict[str, Tensor],
+    *arguments: object,
+    shuffle: torch.Generator,
+    **how: object,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`formula`, with the sums over keys and features in an order that is drawn."""
+
+    def order(size: int) -> Tensor:
+        return torch.randperm(size, generator=shuffle, device="cpu")
+
+    orders = [order(len(columns)) for columns in inputs.columns]
+    shuffled = replace(
+        inputs,
+        key_rows=[_taken(rows, order) for rows, order in zip(inputs.key_rows, orders)],
+        columns=[columns[order] for columns, order in zip(inputs.columns, orders)],
+    )
+    features, value_features = (order(leaves[name].size(-1)) for name in ("key", "value"))
+    of = {"value": value_features}
+    leaves = {name: leaf[..., of.get(name, features)] for name, leaf in leaves.items()}
+    context, weights = formula(shuffled, leaves, *arguments, **how)
+    return context[..., value_features.argsort()], weights
+
+
+def _taken(rows: tuple, order: Tensor) -> tuple:
+    """Of the index of a sequence's rows, the index of those rows in another order."""
+    *before, last = rows
+    if isinstance(last, slice):
+        last = torch.arange(last.start, last.stop)
+    return (*before, last[order])
+
+
 def draw_keep(inputs: Inputs, dropout_p: float, seed: int) -> Tensor:
     """Which weights a call right after ``torch.manual_seed(seed)`` keeps; leaves it seeded so."""
     device = inputs.leaves["query"].device
@@ -490,17 +524,25 @@ def yardsticks(
     wanted: Sequence[str] = INPUT_NAMES,
     keep: Tensor | None = None,
     dropout_p: float = 0.0,
+    shuffles: int = 0,
 ) -> tuple[Results, Results]:
     """Results in float64, and as wrong as hand-written PyTorch makes them in the inputs' dtypes.
 
-    Rounding errors are random, and one element's may happen to be small. So eager code is run in
-    two orders of summation, and the second results returned have at every element the larger error.
+    Rounding errors are random, and one element's may happen to be small: of a sum of few numbers
+    every third or so is rounded by less than a third of what is usual, and then three times the
+    error is less than what is usual. The error that eager code makes in a call is therefore the
+    largest of several that differ in nothing but the order of their sums, in which no user of eager
+    code has a say: the second results returned are, at every element, off by that. The orders are
+    the given one, its reverse, and ``shuffles`` random ones. Two are enough for many elements of
+    about the same error. Random calls, with one or two elements and results that nearly cancel,
+    need more of them.
     """
 
     def by_formula(leaves: dict[str, Tensor], dtype: torch.dtype | None = None, **how) -> Results:
         leaves = {name: leaf.to(dtype or leaf.dtype) for name, leaf in leaves.items()}
+        form = shuffled_formula if "shuffle" in how else formula
         results = differentiate(
-            lambda leaves: formula(inputs, leaves, keep, dropout_p, **how),
+            lambda leaves: form(inputs, leaves, keep, dropout_p, **how),
             leaves,
             incoming,
             wanted,
@@ -513,15 +555,20 @@ def yardsticks(
     def exactly(leaves: dict[str, Tensor]) -> Results:
         return by_formula(leaves, torch.float64, tanh=exact_tanh)
 
+    def eagerly(leaves: dict[str, Tensor]) -> list[Results]:
+        shuffle = torch.Generator("cpu").manual_seed(0)
+        orders = [{}, {"reverse": True}]
+        orders += [{"shuffle": shuffle, "reverse": n % 2 == 0} for n in range(shuffles)]
+        return [by_formula(leaves, **order) for order in orders]
+
     exact = exactly(inputs.leaves)
-    eager = worst(exact, by_formula(inputs.leaves), by_formula(inputs.leaves, reverse=True))
+    eager = worst(exact, *eagerly(inputs.leaves))
     if inputs.leaves["query"].dtype != torch.float64:
         return exact, eager
     # Most of eager's error is the yardstick's own, and not seen. In float32 it is: scale it down.
     rounded = {name: leaf.float() for name, leaf in inputs.leaves.items()}
-    single = by_formula(rounded), by_formula(rounded, reverse=True)
     ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    seen = worst(exactly(rounded), *single, ratio=ratio)
+    seen = worst(exactly(rounded), *eagerly(rounded), ratio=ratio)
     unseen = {
         name: exact[name] + seen[name] - exact_of for name, exact_of in exactly(rounded).items()
     }
