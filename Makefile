@@ -21,11 +21,13 @@ ifneq ($(TORCH),$(CHOSEN))
 $(VENV)/.installed: FORCE
 endif
 PLAIN_VERSION := $(shell echo '$(TORCH)' | grep -Ex '[0-9]+(\.[0-9]+)*(\+[a-z0-9.]+)?')
-TORCH_REQUIREMENT := $(foreach word,\
-    $(or $(PLAIN_VERSION:%=torch==%),$(TORCH),-r requirements/torch.txt),'$(word)')
+CHOSEN_TORCH := $(foreach word,$(or $(PLAIN_VERSION:%=torch==%),$(TORCH)),'$(word)')
 
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 PIP := $(PY) -m pip --disable-pip-version-check
+# Only files whose hashes are written down, and no sources, whose build would fetch others.
+LOCKED := install -qq --require-hashes --only-binary=:all: --no-deps
+UV ?= uv
 
 help: ## list the targets
 	@awk -F ': .*## |: ## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -73,6 +75,11 @@ format: $(VENV)/.installed ## rewrite Python and C++ in that style
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
 	    | xargs -r $(VENV)/bin/clang-format -i
 
+lock: ## pin newer packages: writes requirements/locked*.txt, needs uv (ARGS="--upgrade")
+	@command -v $(UV) >/dev/null || { \
+	    echo "make: $(UV) was not found; UV=... names another (pip install uv)" >&2; exit 1; }
+	UV=$(UV) $(PYTHON) requirements/lock.py $(ARGS)
+
 clean: ## remove what was built; .venv and runs/ stay
 	rm -rf build dist attn_ext.egg-info attn_ext/*.so $(VENV)/.built .pytest_cache .ruff_cache
 	find attn_ext triton_kernels tests -name __pycache__ -prune -exec rm -rf {} +
@@ -94,19 +101,27 @@ $(VENV)/.installed: $(wildcard requirements/*.txt)
 	@if [ -e $(VENV)/.incomplete ]; then rm -rf $(VENV); fi
 	@mkdir -p $(VENV) && touch $(VENV)/.incomplete
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -qq -r requirements/tools.txt
-	$(PIP) install -q -c requirements/constraints.txt $(TORCH_REQUIREMENT)
-	@# Nothing installed later may exchange this torch, or the triton that came with it.
-	@$(PIP) list --format=freeze | grep -E '^(torch|triton)==' >$(VENV)/torch.txt
-	@grep -q '^triton==' $(VENV)/torch.txt || cat requirements/triton.txt >>$(VENV)/torch.txt
+	$(PIP) $(LOCKED) -r requirements/locked.txt
+ifeq ($(TORCH),)
+	@# The build for CPUs, where pip is told of its file, saves several GB.
+	$(PIP) $(LOCKED) -r requirements/torch-cpu.txt || { \
+	    echo "make: no PyTorch for CPUs that is locked; taking the registry's, for CUDA" >&2; \
+	    $(PIP) $(LOCKED) -r requirements/locked-torch.txt -r requirements/locked-cuda.txt; }
+else
+	@# One's own choice cannot be locked, but it exchanges nothing that is.
+	@sed -n 's/^\([a-z].*\) \\$$/\1/p' requirements/locked.txt >$(VENV)/kept.txt
+	$(PIP) install -q -c $(VENV)/kept.txt $(CHOSEN_TORCH)
+endif
+	$(PIP) show -q triton 2>/dev/null || $(PIP) $(LOCKED) -r requirements/locked-triton.txt
+	$(PIP) check
 	@echo '$(TORCH)' >$(VENV)/.torch
 	@rm $(VENV)/.incomplete
 	@touch $@
 
-# The dependencies and extras that pyproject.toml names; the next step builds.
+# What pyproject.toml names is locked and there already; the next step builds.
 $(VENV)/.editable: $(VENV)/.installed pyproject.toml setup.py
-	ATTN_EXT_BUILD_CPU=0 $(PIP) install -qq --no-build-isolation \
-	    -c requirements/constraints.txt -c $(VENV)/torch.txt -e '.[bench,nmt,test]'
+	ATTN_EXT_BUILD_CPU=0 $(PIP) install -qq --no-build-isolation --no-deps -e .
+	$(PIP) check
 	@touch $@
 
 # Without a compiler nothing is built and no stamp written: once there is one, make finds it.
@@ -114,6 +129,6 @@ $(VENV)/.built: $(VENV)/.editable $(SOURCES)
 	@$(PY) setup.py -q build_ext --inplace
 	@if [ -e attn_ext/_C.abi3.so ]; then touch $@; fi
 
-.PHONY: help venv train test gpu bench lint format clean distclean FORCE
+.PHONY: help venv train test gpu bench lint format lock clean distclean FORCE
 FORCE:
 .DELETE_ON_ERROR:

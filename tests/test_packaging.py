@@ -290,6 +290,79 @@ def test_a_source_archive_carries_all_sources_and_needs_no_torch(tree):
             assert path.relative_to(tree) in names
 
 
+def locked(*names):
+    """(requirement, hashes) of each line of locks in requirements/."""
+    packaging = pytest.importorskip("packaging.requirements")
+    for name in names:
+        text = (ROOT / "requirements" / name).read_text().replace("\\\n", "")
+        for line in re.findall(r"^[^#\n]+", text, re.MULTILINE):
+            requirement, *hashes = re.split(r"\s+--hash=", line.strip())
+            yield packaging.Requirement(requirement), hashes
+
+
+LOCKS = ("locked.txt", "locked-torch.txt", "locked-cuda.txt", "locked-triton.txt", "torch-cpu.txt")
+with_requirements = pytest.mark.skipif(
+    not (ROOT / "requirements").exists(), reason="the tests of an installed package have no locks"
+)
+
+
+@with_requirements
+@pytest.mark.parametrize("name", LOCKS)
+def test_locks_hold_one_version_and_its_hashes(name):
+    pins = list(locked(name))
+    assert pins
+    for requirement, hashes in pins:
+        assert re.fullmatch(r"==[^*,]+", str(requirement.specifier)), requirement
+        assert hashes and all(re.fullmatch("sha256:[0-9a-f]{64}", h) for h in hashes), requirement
+        assert requirement.url is None
+
+
+@with_requirements
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_locks_hold_what_is_asked_for(python, machine):
+    here = {
+        "python_version": python,
+        "python_full_version": f"{python}.0",
+        "platform_machine": machine,
+        "platform_system": "Linux",
+        "sys_platform": "linux",
+        "platform_python_implementation": "CPython",
+    }
+
+    def applies(requirement, extras=("",)):
+        marker = requirement.marker
+        return marker is None or any(marker.evaluate({**here, "extra": extra}) for extra in extras)
+
+    def pins(*names):
+        chosen = [requirement for requirement, _ in locked(*names) if applies(requirement)]
+        versions = {pin.name.lower().replace("_", "-"): pin.specifier for pin in chosen}
+        assert len(versions) == len(chosen)  # no two of one package
+        return {name: str(specifier).removeprefix("==") for name, specifier in versions.items()}
+
+    for_cuda, for_cpu = pins(*LOCKS[:3]), pins(LOCKS[0], *LOCKS[3:])
+    asked = [requirement for requirement, _ in locked("tools.txt", "torch.txt")]
+    needs = importlib.metadata.requires("attn_ext")
+    Requirement = type(asked[0])
+    asked += [r for r in map(Requirement, needs) if applies(r, ("nmt", "test", "bench"))]
+    for requirement in asked:
+        if requirement.name != "attn_ext":
+            assert for_cuda[requirement.name] in requirement.specifier
+            assert for_cpu[requirement.name] in requirement.specifier
+    for requirement in [r for r, _ in locked("triton.txt") if applies(r)]:
+        assert for_cpu["triton"] in requirement.specifier
+
+
+@with_requirements
+def test_make_installs_nothing_that_is_not_locked():
+    makefile = (ROOT / "Makefile").read_text()
+    assert "LOCKED := install -qq --require-hashes --only-binary=:all: --no-deps\n" in makefile
+    calls = re.findall(r"(?:PIP\)|-m pip) (.*)", makefile)
+    installs = [call for call in calls if "install" in call and "CHOSEN_TORCH" not in call]
+    assert len(calls) > 8 and installs
+    assert all("--no-deps" in call for call in installs)
+
+
 def test_a_cuda_library_that_does_not_load_says_why(tmp_path, monkeypatch):
     find_problem = backends._cuda_problem.__wrapped__  # without its cache
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
