@@ -1,5 +1,6 @@
 """Attention for decoders that attend once a step, with the key side prepared once."""
 
+import weakref
 from typing import Literal, overload
 
 import torch
@@ -133,6 +134,10 @@ def _can_collect() -> bool:
     )
 
 
+class _Records(list):
+    """What the steps of one backward pass leave: (query, dscores, weights, dcontext) of each."""
+
+
 class _Steps:
     """The prepared key side, and what the steps of a backward pass leave for the batched pass."""
 
@@ -147,7 +152,7 @@ class _Steps:
         self.key_layout = (keys.cu_seqlens, keys.lengths, keys.padding_mask)
         self._versions = self._current_versions()
         # By backward pass: passes may nest (reentrant checkpointing) or run in several threads.
-        self._records: dict[int, list[tuple[Tensor, ...]]] = {}
+        self._records: weakref.WeakValueDictionary[int, _Records] = weakref.WeakValueDictionary()
 
     def _current_versions(self) -> list[int]:
         tensors = (*self.inputs, *self.key_layout)
@@ -163,7 +168,13 @@ class _Steps:
 
     def leave(self, *record: Tensor) -> None:
         """Keep a step's (query, dscores, weights, dcontext) for this backward pass."""
-        self._records.setdefault(torch._C._current_graph_task_id(), []).append(record)
+        task = torch._C._current_graph_task_id()
+        records = self._records.get(task)
+        if records is None:
+            records = self._records[task] = _Records()
+            # The pass owns them: it lets go of its callbacks when it ends, by an error too.
+            torch.autograd.Variable._execution_engine.queue_callback(records.clear)
+        records.append(record)
 
     def take(self) -> list[Tensor] | None:
         """All records of this backward pass, stacked over steps, or None if there are none."""

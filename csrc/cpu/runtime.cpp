@@ -1,11 +1,14 @@
 #include "runtime.h"
 
+#include <pthread.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <atomic>
 #include <exception>
+#include <functional>
 #include <new>
+#include <thread>
 #include <vector>
 
 namespace attn_ext {
@@ -68,6 +71,33 @@ Arena& thread_arena() {
   return arena;
 }
 
+// Whether torch's threads are no use here.
+#if defined(__SANITIZE_THREAD__)
+std::atomic<bool> own_threads{true};  // it does not see how OpenMP's threads wait for each other
+#else
+std::atomic<bool> own_threads{false};
+#endif
+
+// A forked process has none of its parent's threads, yet OpenMP would wait for them for ever.
+[[maybe_unused]] const int watched = pthread_atfork(nullptr, nullptr, [] { own_threads = true; });
+
+// Calls work() at once on up to `threads` threads, this one among them.
+template <class Work>
+void run_on_own_threads(int64_t threads, const Work& work) {
+  std::vector<std::thread> others;
+  others.reserve(threads);
+  try {
+    while (static_cast<int64_t>(others.size()) < threads - 1) {
+      others.emplace_back(std::cref(work));
+    }
+  } catch (const std::exception&) {  // no more are to be had: those there are do it all
+  }
+  work();
+  for (std::thread& other : others) {
+    other.join();
+  }
+}
+
 }  // namespace
 
 void* allocate_aligned(size_t bytes) {
@@ -95,17 +125,25 @@ void run_items(int64_t items, double cost, ItemFunction function, const void* co
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};
   std::exception_ptr error;
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  // Relaxed: items need nothing of each other, and the threads' end makes all they wrote visible.
+  const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
+  const auto work = [&] {
     try {
-      for (int64_t item = next++; item < items && !failed; item = next++) {
+      for (int64_t item = take(); item < items && !failed.load(std::memory_order_relaxed);
+           item = take()) {
         function(context, item);
       }
     } catch (...) {
-      if (!failed.exchange(true)) {
+      if (!failed.exchange(true, std::memory_order_relaxed)) {
         error = std::current_exception();
       }
     }
-  });
+  };
+  if (own_threads) {
+    run_on_own_threads(threads, work);
+  } else {
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work(); });
+  }
   if (error) {
     std::rethrow_exception(error);
   }
