@@ -7,7 +7,8 @@ PY := $(VENV)/bin/python
 CORPUS ?= homeassistant
 OUT ?= runs/$(CORPUS)
 # Tests that have the triton backend as a parameter, or are about it.
-INTERPRETED := tests/test_additive_attention.py tests/test_attention_memory.py tests/test_triton.py
+INTERPRETED := $(patsubst %,tests/test_%.py,additive_attention attention_memory corrupt_values \
+    dropout fake_tensors hard_cases magnitudes masks strides triton)
 # `make gpu` works beside the checkout's own build, whose libraries may be for another torch.
 GPU_ENV := PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR) PYTHONSAFEPATH=1
 GPU := $(GPU_ENV) $(PYTHON)
@@ -56,6 +57,9 @@ gpu: ## build, test and time on the GPU at hand, with $(PYTHON) as it is (ARGS="
 	        -m gpu tests/test_additive_attention.py -k "test_layouts and jagged and heads=2"; \
 	else echo "make gpu: compute-sanitizer is not installed, skipped"; fi
 	$(GPU) -m benchmarks.bench_additive_attention --device cuda
+
+fuzz: $(VENV)/.built ## check properties of 20,000 random calls, resumed if interrupted (ARGS="--help")
+	OMP_NUM_THREADS=1 $(PY) tests/fuzz.py $(ARGS)
 
 bench: $(VENV)/.built ## time the op beside what one would pick instead (ARGS="--help")
 	$(PY) -m benchmarks.bench_additive_attention $(or $(ARGS),--more)
@@ -129,6 +133,6 @@ $(VENV)/.built: $(VENV)/.editable $(SOURCES)
 	@$(PY) setup.py -q build_ext --inplace
 	@if [ -e attn_ext/_C.abi3.so ]; then touch $@; fi
 
-.PHONY: help venv train test gpu bench lint format lock clean distclean FORCE
+.PHONY: help venv train test gpu fuzz bench lint format lock clean distclean FORCE
 FORCE:
 .DELETE_ON_ERROR:

@@ -51,17 +51,21 @@ def default_device(device: str) -> AbstractContextManager:
     return nullcontext() if device == "cpu" else torch.device(device)
 
 
-@pytest.fixture(autouse=True)
-def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+def shrink_tiles(set_attribute: Callable[[object, str, object], None]) -> None:
     """Smaller tiles in Triton's interpreter, whose time goes by the operations of a program."""
-    if BACKEND_DEVICES.get("triton") != "cpu" or "table_tiles" in request.fixturenames:
-        return
     from attn_ext.triton_kernels import configurations
 
     scores = configurations.Tiles(warps=1, queries=8, keys=8, features=4, value_features=8)
     for name in ("SCORES", "SCORES_FLOAT32", "DVALUE", "DVALUE_FLOAT32"):
-        monkeypatch.setattr(configurations, name, scores)
-    monkeypatch.setattr(configurations, "GRADIENT_ROW_TILES", 2)
+        set_attribute(configurations, name, scores)
+    set_attribute(configurations, "GRADIENT_ROW_TILES", 2)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Where nothing asks for those of the table."""
+    if BACKEND_DEVICES.get("triton") == "cpu" and "table_tiles" not in request.fixturenames:
+        shrink_tiles(monkeypatch.setattr)
 
 
 if BACKEND_DEVICES.get("triton") == "cpu":

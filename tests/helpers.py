@@ -425,39 +425,6 @@ def formula(
     return context if inputs.has_heads else context.squeeze(-2), weights
 
 
-def shuffled_formula(
-    inputs: Inputs,
-    leaves: dict[str, Tensor],
-    *arguments: object,
-    shuffle: torch.Generator,
-    **how: object,
-) -> tuple[Tensor, Tensor]:
-    """As :func:`formula`, with the sums over keys and features in an order that is drawn."""
-
-    def order(size: int) -> Tensor:
-        return torch.randperm(size, generator=shuffle, device="cpu")
-
-    orders = [order(len(columns)) for columns in inputs.columns]
-    shuffled = replace(
-        inputs,
-        key_rows=[_taken(rows, order) for rows, order in zip(inputs.key_rows, orders)],
-        columns=[columns[order] for columns, order in zip(inputs.columns, orders)],
-    )
-    features, value_features = (order(leaves[name].size(-1)) for name in ("key", "value"))
-    of = {"value": value_features}
-    leaves = {name: leaf[..., of.get(name, features)] for name, leaf in leaves.items()}
-    context, weights = formula(shuffled, leaves, *arguments, **how)
-    return context[..., value_features.argsort()], weights
-
-
-def _taken(rows: tuple, order: Tensor) -> tuple:
-    """Of the index of a sequence's rows, the index of those rows in another order."""
-    *before, last = rows
-    if isinstance(last, slice):
-        last = torch.arange(last.start, last.stop)
-    return (*before, last[order])
-
-
 def draw_keep(inputs: Inputs, dropout_p: float, seed: int) -> Tensor:
     """Which weights a call right after ``torch.manual_seed(seed)`` keeps; leaves it seeded so."""
     device = inputs.leaves["query"].device
@@ -510,12 +477,10 @@ def call(inputs: Inputs, leaves: dict[str, Tensor], **keywords: object):
     return context.values() if context.is_nested else context, weights
 
 
-def worst(exact: Results, *others: Results, ratio: float = 1.0) -> Results:
+def worst(exact: Results, *others: Results) -> Results:
     """The exact results off by the largest error, at every element, that ``others`` have."""
     errors = ([(other[name].double() - exact[name]).abs() for other in others] for name in exact)
-    return {
-        name: exact[name] + ratio * torch.stack(error).amax(0) for name, error in zip(exact, errors)
-    }
+    return {name: exact[name] + torch.stack(error).amax(0) for name, error in zip(exact, errors)}
 
 
 def yardsticks(
@@ -524,25 +489,30 @@ def yardsticks(
     wanted: Sequence[str] = INPUT_NAMES,
     keep: Tensor | None = None,
     dropout_p: float = 0.0,
-    shuffles: int = 0,
+    neighbours: int = 0,
 ) -> tuple[Results, Results]:
     """Results in float64, and as wrong as hand-written PyTorch makes them in the inputs' dtypes.
 
-    Rounding errors are random, and one element's may happen to be small: of a sum of few numbers
-    every third or so is rounded by less than a third of what is usual, and then three times the
-    error is less than what is usual. The error that eager code makes in a call is therefore the
-    largest of several that differ in nothing but the order of their sums, in which no user of eager
-    code has a say: the second results returned are, at every element, off by that. The orders are
-    the given one, its reverse, and ``shuffles`` random ones. Two are enough for many elements of
-    about the same error. Random calls, with one or two elements and results that nearly cancel,
-    need more of them.
+    Rounding errors are random, and one element's may happen to be small. So eager code is run in
+    two orders of summation, and the second results returned have at every element the larger error.
+
+    That is enough where many elements share about the same error, not in a call of one or two
+    elements, or whose results nearly cancel: a sum's error is less than a third of the largest one
+    possible every third time, and sums of a few short numbers are exact. ``neighbours`` then adds
+    the errors that eager code makes in so many calls that differ from this one by random parts of a
+    hundredth of each number, and so in nothing but luck: in the inputs' dtypes and, as nobody
+    expects more of low precision, in float32.
     """
 
-    def by_formula(leaves: dict[str, Tensor], dtype: torch.dtype | None = None, **how) -> Results:
+    def by_formula(
+        leaves: dict[str, Tensor],
+        incoming: dict[str, Tensor],
+        dtype: torch.dtype | None = None,
+        **how,
+    ) -> Results:
         leaves = {name: leaf.to(dtype or leaf.dtype) for name, leaf in leaves.items()}
-        form = shuffled_formula if "shuffle" in how else formula
         results = differentiate(
-            lambda leaves: form(inputs, leaves, keep, dropout_p, **how),
+            lambda leaves: formula(inputs, leaves, keep, dropout_p, **how),
             leaves,
             incoming,
             wanted,
@@ -552,27 +522,38 @@ def yardsticks(
                 results[f"d{name}"] = torch.zeros_like(leaves[name])
         return {name: result.double() for name, result in results.items()}
 
-    def exactly(leaves: dict[str, Tensor]) -> Results:
-        return by_formula(leaves, torch.float64, tanh=exact_tanh)
+    def errors(leaves: dict[str, Tensor], incoming: dict[str, Tensor]) -> tuple[Results, Results]:
+        exact = by_formula(leaves, incoming, torch.float64, tanh=exact_tanh)
+        eager = by_formula(leaves, incoming), by_formula(leaves, incoming, reverse=True)
+        largest = {name: result - exact[name] for name, result in worst(exact, *eager).items()}
+        if leaves["query"].dtype == torch.float64:
+            # Most of eager's error is the yardstick's own, and not seen. In float32 it is.
+            seen = errors({name: leaf.float() for name, leaf in leaves.items()}, incoming)[1]
+            ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+            largest = {name: error.maximum(ratio * seen[name]) for name, error in largest.items()}
+        return exact, largest
 
-    def eagerly(leaves: dict[str, Tensor]) -> list[Results]:
-        shuffle = torch.Generator("cpu").manual_seed(0)
-        orders = [{}, {"reverse": True}]
-        orders += [{"shuffle": shuffle, "reverse": n % 2 == 0} for n in range(shuffles)]
-        return [by_formula(leaves, **order) for order in orders]
+    def neighbours_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """In float64."""
+        random = {name: torch.rand(t.shape, generator=generator) for name, t in tensors.items()}
+        return {
+            name: t * (0.99 + 0.02 * random[name].to(t).double()) for name, t in tensors.items()
+        }
 
-    exact = exactly(inputs.leaves)
-    eager = worst(exact, *eagerly(inputs.leaves))
-    if inputs.leaves["query"].dtype != torch.float64:
-        return exact, eager
-    # Most of eager's error is the yardstick's own, and not seen. In float32 it is: scale it down.
-    rounded = {name: leaf.float() for name, leaf in inputs.leaves.items()}
-    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    seen = worst(exactly(rounded), *eagerly(rounded), ratio=ratio)
-    unseen = {
-        name: exact[name] + seen[name] - exact_of for name, exact_of in exactly(rounded).items()
-    }
-    return exact, worst(exact, eager, unseen)
+    exact, largest = errors(inputs.leaves, incoming)
+    generator = torch.Generator("cpu").manual_seed(0)
+    in_double = inputs.leaves["query"].dtype == torch.float64
+    for _ in range(neighbours):
+        leaves, gradients = neighbours_of(inputs.leaves), neighbours_of(incoming)
+        rounded = {name: leaf.to(inputs.leaves[name].dtype) for name, leaf in leaves.items()}
+        found = [errors(rounded, gradients)[1]]
+        if not in_double:
+            found.append(
+                errors({name: leaf.float() for name, leaf in leaves.items()}, gradients)[1]
+            )
+        for other in found:
+            largest = {name: error.maximum(other[name]) for name, error in largest.items()}
+    return exact, {name: result + largest[name] for name, result in exact.items()}
 
 
 def check(
