@@ -1,13 +1,14 @@
 """Files of a run: `model.pt` to translate with, `checkpoint.pt` to go on training from.
 
 Both are written whole or not at all, hold only tensors and plain values, and are read with
-`weights_only=True`, so that a file from elsewhere can run no code.
+`weights_only=True`, so that a file from elsewhere can run no code. They end with a digest of what
+stands before it: torch.load looks at no checksum, and would go on with bits that have flipped.
 """
 
 import dataclasses
+import hashlib
 import io
 import math
-import pickle
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ from attn_ext.nmt.vocab import Vocabulary
 
 MODEL_FILE = "model.pt"
 CHECKPOINT_FILE = "checkpoint.pt"
-FORMAT = 2
+FORMAT = 3
+_DIGEST = hashlib.sha256
 _MODEL_FIELDS = {"config", "model", "vocabulary"}
 FIELDS = {
     "model": _MODEL_FIELDS,
@@ -31,6 +33,7 @@ def save(path, kind, content):
     # Into memory first: torch.save makes a RuntimeError of its own of a full disk.
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "kind": kind, **content}, buffer)
+    buffer.write(_DIGEST(buffer.getbuffer()).digest())
     atomic_write(path, buffer.getbuffer())
 
 
@@ -41,21 +44,21 @@ def load(path, kind):
         UsageError: missing, cut off, something else, or of another version.
     """
     try:
-        file = open(path, "rb")
+        with open(path, "rb") as file:
+            content = file.read()
     except FileNotFoundError:
         raise UsageError(f"there is no {path}") from None
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    size = max(0, len(content) - _DIGEST().digest_size)
+    archive, digest = memoryview(content)[:size], content[size:]
+    if _DIGEST(archive).digest() != digest:
+        if content[:2] in (b"", b"PK"):  # what torch.save writes is a zip archive
+            raise damaged(path)
+        raise UsageError(f"{path} is not a file of attn_ext.nmt")
     try:
-        with file:
-            begin = file.read(2)
-            file.seek(0)
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UsageError(f"{path} is not a file of attn_ext.nmt") from None
+        content = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
     except Exception:  # torch.load raises whatever its parsers do
-        if begin in (b"", b"PK"):  # what torch.save writes is a zip archive
-            raise damaged(path) from None
         raise UsageError(f"{path} is not a file of attn_ext.nmt") from None
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise UsageError(f"{path} is not a {kind} file of attn_ext.nmt")
@@ -89,7 +92,7 @@ def rebuild_vocabulary(content, path):
     """The Vocabulary in a file's content."""
     try:
         return Vocabulary(content["vocabulary"].numpy().tobytes())
-    except (UsageError, AttributeError, TypeError):
+    except (UsageError, AttributeError, RuntimeError, TypeError):
         raise damaged(path) from None
 
 
@@ -137,9 +140,9 @@ def load_model(folder, backend=None, device="cpu"):
 def load_parameters(model, parameters, path):
     """Take over parameters, or say in one line where their shapes differ from the model's."""
     own = model.state_dict()
-    if not isinstance(parameters, dict):
+    if not isinstance(parameters, dict) or not all(map(torch.is_tensor, parameters.values())):
         raise damaged(path)
-    for name in sorted(own.keys() | parameters.keys()):
+    for name in sorted(own.keys() | parameters.keys(), key=str):
         expected = tuple(own[name].shape) if name in own else "nothing"
         got = tuple(parameters[name].shape) if name in parameters else "nothing"
         if expected != got:

@@ -84,7 +84,7 @@ def wait_without_spinning():
 
 
 def run(main):
-    """Call `main()`; a UsageError becomes `error: ...` and exit status 2, Ctrl-C status 130."""
+    """Call `main()`; what is not our bug becomes `error: ...` and status 2, Ctrl-C status 130."""
     try:
         status = main()
         sys.stdout.flush()  # a closed pipe must show here, not in the interpreter's exit
@@ -95,8 +95,14 @@ def run(main):
         print("interrupted", file=sys.stderr)
         status = 130
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
+    except OSError as error:  # a full disk under our output; of our files `writing` has told
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    try:
+        sys.stdout.flush()
+    except OSError:  # what is left in the buffer must not fail again when the interpreter ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
 
@@ -136,11 +142,12 @@ def atomic_file(path):
         if isinstance(error, OSError):
             raise UsageError(f"cannot write {path}: {error.strerror}") from None
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the rename itself survives a power cut
-    finally:
-        os.close(directory)
+    with writing(path):
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # the rename itself survives a power cut
+        finally:
+            os.close(directory)
 
 
 def _umask():

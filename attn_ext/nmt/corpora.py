@@ -4,6 +4,8 @@ Each reader yields `Pair(source, target, group)`; the group (a component, a page
 keeps together, because strings within one are templated and would leak.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import html.parser
 import json
@@ -17,7 +19,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-from attn_ext.nmt.cli import UsageError, atomic_file
+from attn_ext.nmt.cli import UsageError
 
 HOMEASSISTANT = "homeassistant==2026.2.3"
 HOMEASSISTANT_WHEEL = "homeassistant-2026.2.3-py3-none-any.whl"
@@ -85,17 +87,20 @@ def _leaves(tree, path=()):
 
 def _fetch_homeassistant():
     wheel = cache_dir() / HOMEASSISTANT_WHEEL
-    if wheel.exists() and _sha256(wheel) == HOMEASSISTANT_SHA256:
+    if _is_whole(wheel):
         return wheel
-    print(f"fetching {HOMEASSISTANT} (51 MB) into {wheel.parent}", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as folder:
+    with _fetching("homeassistant") as folder:
+        if _is_whole(wheel):  # another process has fetched it meanwhile
+            return wheel
+        print(f"fetching {HOMEASSISTANT} (51 MB) into {wheel.parent}", file=sys.stderr)
         # Only data is read from the wheel, so its own Python requirement does not matter.
         _call(
             [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
-             "--only-binary=:all:", "--python-version", "3.14", "--dest", folder, HOMEASSISTANT],
+             "--only-binary=:all:", "--python-version", "3.14", "--dest", str(folder),
+             HOMEASSISTANT],
             f"cannot fetch {HOMEASSISTANT} with pip",
         )  # fmt: skip
-        fetched = Path(folder) / HOMEASSISTANT_WHEEL
+        fetched = folder / HOMEASSISTANT_WHEEL
         if not fetched.exists():
             raise UsageError(f"pip download did not bring {HOMEASSISTANT_WHEEL}")
         digest = _sha256(fetched)
@@ -103,9 +108,12 @@ def _fetch_homeassistant():
             raise UsageError(
                 f"{HOMEASSISTANT_WHEEL} has sha256 {digest}, expected {HOMEASSISTANT_SHA256}"
             )
-        with open(fetched, "rb") as source, atomic_file(wheel) as target:
-            shutil.copyfileobj(source, target)
+        os.replace(fetched, wheel)
     return wheel
+
+
+def _is_whole(wheel):
+    return wheel.exists() and _sha256(wheel) == HOMEASSISTANT_SHA256
 
 
 # -- LibreOffice: help pages, paragraphs with stable ids ---------------------------------------
@@ -196,33 +204,23 @@ def _fetch_libreoffice():
                 f"--corpus libreoffice comes from Debian packages and needs {tool}, which is not "
                 "on this machine; use --corpus homeassistant or --data FILE.tsv"
             )
-    print(f"fetching {' and '.join(LIBREOFFICE_PACKAGES)} into {root}", file=sys.stderr)
-    try:
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".libreoffice.")
-    except OSError as error:
-        raise UsageError(f"cannot write into {cache_dir()}: {error.strerror}") from None
-    with folder:
+    with _fetching("libreoffice") as folder:
+        if root.exists():  # another process has fetched it meanwhile
+            return root
+        print(f"fetching {' and '.join(LIBREOFFICE_PACKAGES)} into {root}", file=sys.stderr)
+        # apt checks the packages by the signed index that it has.
         _call(
             ["apt-get", "download", *LIBREOFFICE_PACKAGES],
             f"cannot fetch {' '.join(LIBREOFFICE_PACKAGES)} with apt-get (run `apt-get update` "
             "first? use --corpus homeassistant where apt is not at hand)",
-            cwd=folder.name,
+            cwd=folder,
         )
-        for package in Path(folder.name).glob("*.deb"):
-            _call(
-                ["dpkg", "-x", package.name, "tree"],
-                f"cannot unpack {package.name}",
-                cwd=folder.name,
-            )
-        unpacked = Path(folder.name) / "tree/usr/share/libreoffice/help"
+        for package in folder.glob("*.deb"):
+            _call(["dpkg", "-x", package.name, "tree"], f"cannot unpack {package.name}", cwd=folder)
+        unpacked = folder / "tree/usr/share/libreoffice/help"
         if not (unpacked / "en-US").is_dir() or not (unpacked / "de").is_dir():
             raise UsageError("the LibreOffice help packages hold no en-US and de pages")
-        try:
-            unpacked.rename(root)
-        except OSError:
-            if not root.exists():  # else another process has fetched it meanwhile
-                raise
+        unpacked.rename(root)
     return root
 
 
@@ -259,6 +257,28 @@ def read_tsv(path):
     if not pairs:
         raise UsageError(f"{path} holds no pairs")
     return pairs
+
+
+@contextlib.contextmanager
+def _fetching(name):
+    """Yield a new folder of the cache to fetch into, to one process at a time; it goes afterwards.
+
+    So do the folders that killed processes left. The lock is the kernel's and goes with its owner.
+    """
+    cache = cache_dir()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        lock = os.open(cache, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for left in cache.glob(f".{name}.*"):
+                shutil.rmtree(left)
+            with tempfile.TemporaryDirectory(dir=cache, prefix=f".{name}.") as folder:
+                yield Path(folder)
+        finally:
+            os.close(lock)
+    except OSError as error:
+        raise UsageError(f"cannot write into {cache}: {error.strerror or error}") from None
 
 
 def _sha256(path):

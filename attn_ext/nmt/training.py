@@ -9,6 +9,7 @@ had not; instead of a decay towards the end, the model that is kept is a moving 
 import contextlib
 import json
 import math
+import os
 import random
 import signal
 import sys
@@ -109,6 +110,7 @@ class Trainer:
         self.averaged = AveragedModel(model, multi_avg_fn=average_parameters(options.averaging))
         self.progress = Progress()
         self._stop_signal = None
+        self._metrics = None  # the open file, on the main rank
         self._kept_dev_loss = math.inf  # of the model file, which may be ahead of the checkpoint
         self._evaluated_at = None  # step
 
@@ -116,6 +118,9 @@ class Trainer:
 
     def save_checkpoint(self):
         if self.world.is_main:
+            if self._metrics:  # no power cut may take a step that the checkpoint has done
+                with writing(self.folder / METRICS_FILE):
+                    os.fsync(self._metrics.fileno())
             checkpoint.save(
                 self.folder / checkpoint.CHECKPOINT_FILE,
                 "checkpoint",
@@ -176,10 +181,9 @@ class Trainer:
             self._remove_results()
             atomic_write(path, "")
             self.save_checkpoint()
-        metrics = None
         if self.world.is_main:
             with writing(path):
-                metrics = open(path, "a")
+                self._metrics = open(path, "a")
         bar = tqdm(
             total=self.options.max_steps if self.options.max_steps < NO_LIMIT else None,
             initial=self.progress.step,
@@ -201,12 +205,12 @@ class Trainer:
                 record, stop, late = self._step(batches[self.progress.position], late)
                 self.progress.position += 1
                 self.progress.step += 1
-                self._write(metrics, record)
+                self._write(record)
                 text = f"loss {record['loss']:.2f}, {record['tokens_per_s']:.0f} tokens/s"
                 bar.set_postfix_str(text, refresh=False)
                 bar.update()
                 if self.progress.step % self.options.eval_every == 0:
-                    self._evaluate(metrics, bar)
+                    self._evaluate(bar)
                 if self.progress.step % self.options.checkpoint_every == 0:
                     self.save_checkpoint()
                 if stop or late:
@@ -217,9 +221,10 @@ class Trainer:
             # Not counted in the checkpoint: the run may go on from there.
             dev_loss = self._keep_if_best()
             record = {"step": self.progress.step, "final": True, **_dev_record(dev_loss)}
-            self._write(metrics, record)
-        if metrics:
-            metrics.close()
+            self._write(record)
+        if self._metrics:
+            self._metrics.close()
+            self._metrics = None
         self.world.barrier()
         return reason
 
@@ -286,7 +291,7 @@ class Trainer:
         }
         return record, bool(stop), bool(late)
 
-    def _evaluate(self, metrics, bar):
+    def _evaluate(self, bar):
         """Measure dev, keep the model if it is the best, count evaluations without gain."""
         dev_loss = self._keep_if_best()
         progress = self.progress
@@ -302,7 +307,7 @@ class Trainer:
             if self.dev_bleu is not None:
                 record["dev_bleu"] = self.dev_bleu(self.averaged.module)
                 text += f", dev BLEU {record['dev_bleu']:.1f} (greedy, evenly spread sentences)"
-            self._write(metrics, record)
+            self._write(record)
             bar.write(text + ("" if gained else " (no gain)"), file=sys.stderr)
 
     def _keep_if_best(self):
@@ -329,11 +334,11 @@ class Trainer:
             f"smaller --lr than {self.options.learning_rate:g}"
         )
 
-    def _write(self, metrics, record):
-        if metrics:
+    def _write(self, record):
+        if self._metrics:
             with writing(self.folder / METRICS_FILE):
-                metrics.write(json.dumps(record) + "\n")
-                metrics.flush()
+                self._metrics.write(json.dumps(record) + "\n")
+                self._metrics.flush()
 
     @contextlib.contextmanager
     def _signals(self):

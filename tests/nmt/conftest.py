@@ -1,7 +1,10 @@
 """Tiny synthetic data and models: everything here trains in seconds."""
 
+import contextlib
+
 import pytest
 import torch
+from nursery import Nursery
 from toy_data import synthetic_pairs
 
 from attn_ext.nmt import data
@@ -42,3 +45,9 @@ def model(request, vocabulary):
 @pytest.fixture
 def batch(examples, vocabulary):
     return data.make_batch(examples[:7], vocabulary)
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory):
+    with contextlib.closing(Nursery(tmp_path_factory.mktemp("nursery"))) as nursery:
+        yield nursery

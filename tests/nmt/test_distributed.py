@@ -32,7 +32,7 @@ def losses(run: Path):
 @pytest.mark.parametrize("decoder", sorted(DECODERS))
 def test_two_processes_agree_with_each_other_and_with_one(two_processes, tmp_path, decoder):
     run = two_processes / f"{decoder}-2"
-    first, second = (torch.load(run / f"rank{rank}.pt") for rank in (0, 1))
+    first, second = (torch.load(run / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     alone = ddp_worker.train(tmp_path, decoder, World())
     assert first.keys() == second.keys() == alone.keys()
     for name in first:

@@ -1,0 +1,156 @@
+"""Runs of the command lines in processes of their own, to be killed, starved and interrupted.
+
+Importing torch takes seconds and forking a process that has it none, so one process that has done
+nothing but import forks a child for each run: `Nursery.run`.
+"""
+
+import ctypes
+import functools
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Done(NamedTuple):
+    status: int  # of the exit; of a signal, its number below 0
+    output: str  # standard output
+    error: str  # standard error
+
+
+class Nursery:
+    """A process to fork from, on a folder that takes what the children say."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, str(folder)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},  # as the tests: sums have the same order
+        )  # fmt: skip
+
+    def run(self, tool, *arguments, **faults):
+        """`python -m attn_ext.nmt.TOOL ARGUMENTS`, or "write" PATH TEXT for `atomic_write`.
+
+        Args:
+            faults: functions below and their keywords.
+        """
+        call = {"tool": tool, "arguments": list(map(str, arguments)), "faults": faults}
+        self._process.stdin.write(json.dumps(call) + "\n")
+        self._process.stdin.flush()
+        status = int(self._process.stdout.readline())
+        output, error = ((self.folder / name).read_text() for name in ("output", "error"))
+        return Done(status, output, error)
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+
+# -- faults: what a child does to itself before it runs ---------------------------------------
+
+
+def at_call(number, after="start", with_signal=signal.SIGKILL):
+    """A signal to this process at a call: the number-th from or to Python code.
+
+    Args:
+        number: from 1; before the call and after it are two.
+        after: "start"; "training", counted from the first step on; or "writing", of which only
+            those calls count that make a file whole.
+        with_signal: SIGKILL or SIGINT.
+    """
+    from attn_ext.nmt import cli, training
+
+    writers = {cli.atomic_write.__code__, cli.atomic_file.__wrapped__.__code__}
+    loop = training.Trainer.run.__code__
+    left, counting = number, after != "training"
+
+    def count(frame, event, _):
+        nonlocal left, counting
+        counting = counting or frame.f_code is loop
+        if counting and (after != "writing" or frame.f_code in writers):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), with_signal)
+
+    sys.setprofile(count)
+
+
+def file_limit(size, deadly=False):
+    """No file may grow over `size` bytes: a write ends in the middle, and this process may too."""
+    if deadly:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def no_privileges():
+    """Root may write everywhere; without its capabilities it is a user as any."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
+    if ctypes.CDLL(None).capset(header, (ctypes.c_uint32 * 6)()):
+        raise OSError("capset")
+
+
+def standard_output(path):
+    os.dup2(os.open(path, os.O_WRONLY), 1)
+
+
+def die_while_fetching():
+    """pip brings half a file, and this process is killed."""
+    from attn_ext.nmt import corpora
+
+    def download(command, **_):
+        folder = Path(command[command.index("--dest") + 1])
+        (folder / corpora.HOMEASSISTANT_WHEEL).write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    corpora.subprocess.run = download
+
+
+# -- the process ------------------------------------------------------------------------------
+
+
+def serve(folder):
+    import matplotlib.figure  # noqa: F401
+    import sacrebleu  # noqa: F401
+    import sentencepiece  # noqa: F401
+    import tqdm  # noqa: F401
+
+    from attn_ext.nmt import cli, plot, train, translate
+
+    mains = {"train": train.main, "translate": translate.main, "plot": plot.main}
+    mains["write"] = lambda arguments: cli.atomic_write(*arguments)
+    for line in sys.stdin:
+        call = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            for number, name in ((1, "output"), (2, "error")):
+                os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            main = functools.partial(mains[call["tool"]], call["arguments"])
+            os._exit(status_of(functools.partial(cli.run, main), call["faults"]))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def status_of(run, faults):
+    """What the interpreter would exit with, but for its taking everything down first."""
+    try:
+        for name, keywords in faults.items():
+            globals()[name](**keywords)
+        run()
+    except SystemExit as error:
+        status = error.code or 0
+    except BaseException:
+        status = 1
+        traceback.print_exc()
+    sys.setprofile(None)
+    sys.stdout.flush()
+    return status
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]))
