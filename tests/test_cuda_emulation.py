@@ -56,13 +56,23 @@ def passed(report: str) -> int:
     return int(re.search(r"(\d+) passed", report)[1])
 
 
-def test_the_suite_of_additive_attention():
+SUITE = {  # how many tests of it run at least
+    "additive_attention": 200,
+    "attention_memory": 200,
+    "corrupt_values": 400,
+    "dropout": 60,
+    "fake_tensors": 100,
+    "hard_cases": 400,
+    "magnitudes": 70,
+    "masks": 40,
+    "strides": 200,
+}
+
+
+@pytest.mark.parametrize("name", SUITE)
+def test_the_suite(name: str):
     but_for = "not default_backend"  # it is not emulated ones that a call gets unasked
-    assert passed(run_emulated("tests/test_additive_attention.py", "-k", but_for)) > 1000
-
-
-def test_the_suite_of_the_memory():
-    assert passed(run_emulated("tests/test_attention_memory.py")) > 200
+    assert passed(run_emulated(f"tests/test_{name}.py", "-k", but_for)) >= SUITE[name]
 
 
 def test_several_tiles_splits_and_orders():
@@ -71,8 +81,9 @@ def test_several_tiles_splits_and_orders():
 
 def test_several_waves_of_queries():
     """Scores of few queries at a time: gradients of keys and values gather over waves."""
+    files = [f"tests/test_{name}.py" for name in ("additive_attention", "dropout")]
     layouts = "test_layouts or test_dtypes or test_dropout"
-    assert passed(run_emulated("tests/test_additive_attention.py", "-k", layouts, small=True)) > 100
+    assert passed(run_emulated(*files, "-k", layouts, small=True)) > 100
 
 
 def test_the_operations_take_what_ops_hands_on():

@@ -1,4 +1,4 @@
-"""The torch.library ops: opcheck, fake tensors, corrupt offsets, instruction sets, peak memory."""
+"""The torch.library ops: opcheck, fake kernels, corrupt offsets, instruction sets, peak memory."""
 
 import os
 import subprocess
@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
-    INPUT_NAMES,
     LAYOUTS,
     ONE_STEP_LAYOUTS,
     Inputs,
@@ -19,8 +18,7 @@ from helpers import (
     require_backend,
 )
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attn_ext
 from attn_ext import AttentionMemory, backends, ops
@@ -151,94 +149,6 @@ def test_opcheck_of_memory_ops(layout: str, dropout_p: float):
     assert seen == {ops.forward, ops.prepare, ops.step_backward, ops.memory_backward}
 
 
-# ---- Fake tensors ----
-
-
-def metadata(tensor: Tensor) -> tuple:
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
-
-
-def results_and_gradients(inputs: Inputs, leaves: dict[str, Tensor], **keywords) -> list[Tensor]:
-    context, weights = call(inputs, leaves, **keywords)
-    results = [context] if weights is None else [context, weights]
-    loss = sum(result.float().sum() for result in results)
-    return [*results, *torch.autograd.grad(loss, list(leaves.values()))]
-
-
-def with_bounds(inputs: Inputs) -> Inputs:
-    """With the bounds of offsets, which the host would have to read otherwise."""
-    names = [n.replace("cu_seqlens", "max_seqlen") for n in inputs.keywords if "cu_seqlens" in n]
-    return inputs.with_keywords(**{name: getattr(inputs, name) for name in names})
-
-
-def as_fake(mode: FakeTensorMode, inputs: Inputs) -> Inputs:
-    fake = {
-        name: mode.from_tensor(value) if isinstance(value, Tensor) else value
-        for name, value in vars(inputs).items()
-    }
-    for group in ("leaves", "keywords"):
-        fake[group] = {
-            name: mode.from_tensor(value) if isinstance(value, Tensor) else value
-            for name, value in getattr(inputs, group).items()
-        }
-    return Inputs(**fake)
-
-
-@pytest.mark.parametrize("strides", ["contiguous", "transposed", "sliced"])
-@pytest.mark.parametrize("need_weights", [False, True], ids=["context", "weights"])
-@pytest.mark.parametrize("heads", [None, 2], ids=lambda heads: f"heads={heads}")
-@pytest.mark.parametrize("layout", OP_LAYOUTS)
-def test_fake_tensors_are_like_the_real(
-    layout: str, heads: int | None, need_weights: bool, strides: str
-):
-    inputs = with_bounds(make_inputs(layout, heads=heads, strides=strides))
-    keywords = {"backend": "cpu", "need_weights": need_weights}
-    leaves = {name: leaf.detach().requires_grad_() for name, leaf in inputs.leaves.items()}
-    real = results_and_gradients(inputs, leaves, **keywords)
-    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-        fake_inputs = as_fake(mode, inputs)
-        leaves = {name: leaf.detach().requires_grad_() for name, leaf in fake_inputs.leaves.items()}
-        fake = results_and_gradients(fake_inputs, leaves, **keywords)
-    names = ["context", *(["weights"] if need_weights else []), *(f"d{n}" for n in INPUT_NAMES)]
-    for name, ours, theirs in zip(names, fake, real, strict=True):
-        assert isinstance(ours, FakeTensor)
-        assert metadata(ours) == metadata(theirs), name
-
-
-@pytest.mark.parametrize("heads", [None, 2], ids=lambda heads: f"heads={heads}")
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "nested" in name])
-def test_fake_nested_tensors(layout: str, heads: int | None):
-    inputs = with_bounds(make_inputs(layout, heads=heads))
-    real = inputs.arguments({name: leaf.detach() for name, leaf in inputs.leaves.items()})
-    sizes = ShapeEnv()  # nested tensors have symbols for sizes
-    with FakeTensorMode(allow_non_fake_inputs=False, shape_env=sizes, static_shapes=True) as mode:
-        tensors = [mode.from_tensor(tensor).requires_grad_() for tensor in real]
-        keywords = as_fake(mode, inputs).keywords
-        context, weights = attn_ext.additive_attention(
-            *tensors, **keywords, need_weights=True, backend="cpu"
-        )
-        loss = (context.values() if context.is_nested else context).sum() + weights.sum()
-        gradients = torch.autograd.grad(loss, tensors)
-    assert context.is_nested == (inputs.offsets_q is not None)
-    for tensor, gradient in zip(tensors, gradients, strict=True):
-        assert gradient.is_nested == tensor.is_nested and gradient.shape == tensor.shape
-
-
-@pytest.mark.parametrize("layout", STEP_LAYOUTS)
-def test_memory_of_fake_tensors(layout: str):
-    inputs = with_bounds(make_inputs(layout, heads=2))
-    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-        fake = as_fake(mode, inputs)
-        leaves = [leaf.detach().requires_grad_() for leaf in fake.leaves.values()]
-        query, *key_side = leaves
-        memory = AttentionMemory(*key_side, **fake.keywords, backend="cpu")
-        steps = [memory.attend(query, need_weights=True) for _ in range(2)]
-        loss = sum(context.sum() + weights.sum() for context, weights in steps)
-        gradients = torch.autograd.grad(loss, leaves)
-    for leaf, gradient in zip(leaves, gradients, strict=True):
-        assert isinstance(gradient, FakeTensor) and gradient.shape == leaf.shape
-
-
 @pytest.mark.parametrize("layout", STEP_LAYOUTS)
 def test_fakes_of_memory_ops(layout: str):
     for op, recorded in recorded_memory_calls(make_inputs(layout, heads=2), 0.3):
@@ -247,7 +157,8 @@ def test_fakes_of_memory_ops(layout: str):
         with FakeTensorMode() as mode:
             fake = op(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments))
         for ours, theirs in zip(fake, real, strict=True):
-            assert metadata(ours) == metadata(theirs), op
+            assert ours.dtype == theirs.dtype, op
+            assert (ours.shape, ours.stride()) == (theirs.shape, theirs.stride()), op
 
 
 # ---- Values that nobody checked ----
@@ -317,7 +228,16 @@ def test_corrupt_lengths_stay_inside_the_tensors(index_dtype: torch.dtype):
 KERNEL_TESTS = (
     "cpu and (test_layouts or test_dtypes or test_features or test_value_features or "
     "test_sizes or test_one_step_sizes or test_magnitudes or that_cancel or test_strides or "
-    "test_dropout_in_every_layout or test_thread_count)"
+    "test_dropout_in_every_layout or test_thread_count or test_corrupt_values)"
+)
+KERNEL_FILES = (
+    "additive_attention",
+    "attention_memory",
+    "corrupt_values",
+    "dropout",
+    "hard_cases",
+    "magnitudes",
+    "strides",
 )
 
 
@@ -343,7 +263,7 @@ def test_instruction_sets(isa: str):
     if "names no instruction set of this machine" in probe.stderr:
         pytest.skip(f"this machine has no {isa}")
     assert probe.stdout.strip() == isa, probe.stderr
-    files = [str(TESTS / f"test_{name}.py") for name in ("additive_attention", "attention_memory")]
+    files = [str(TESTS / f"test_{name}.py") for name in KERNEL_FILES]
     options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-k", KERNEL_TESTS]
     run = run_python("-m", "pytest", *options, *files, ATTN_EXT_CPU_ISA=isa)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]

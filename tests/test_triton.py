@@ -86,6 +86,35 @@ def test_tiles_of_one_sequence_take_different_routes(monkeypatch: pytest.MonkeyP
     check(inputs, "triton")
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs more tiles than an axis holds")
+@pytest.mark.parametrize("layout", ["jagged", "padded_mask", "one_step_mask", "jagged_one_step"])
+def test_only_the_first_grid_axis_grows(monkeypatch: pytest.MonkeyPatch, layout: str):
+    """With sequences or tokens: the others end at 65,535. Nothing is run."""
+    from triton.runtime import interpreter
+
+    launched: dict[str, tuple[int, ...]] = {}
+
+    def record(self, *args, grid, **kwargs):
+        launched[self.__name__] = (*grid, 1, 1)[:3]
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", record)
+    grids = []
+    for lengths in ((100, 9, 1, 700), (200, 90, 10, 1, 0, 2, 1400)):
+        launched.clear()
+        inputs = make_inputs(layout, heads=2, lengths_q=lengths, lengths_k=lengths, poison=False)
+        results_of(inputs)
+        if "one_step" in layout:
+            query, *key_side = (leaf.requires_grad_() for leaf in inputs.leaves.values())
+            memory = attn_ext.AttentionMemory(*key_side, **inputs.keywords, backend="triton")
+            memory.attend(query).sum().backward()
+        grids.append(dict(launched))
+    few, many = grids
+    assert few.keys() == many.keys() and len(few) > 2
+    for name, grid in few.items():
+        assert grid[1:] == many[name][1:], name
+        assert grid[0] < many[name][0], name
+
+
 def results_of(inputs: Inputs, **options) -> list[Tensor]:
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in inputs.leaves.items()}
     context = attn_ext.additive_attention(

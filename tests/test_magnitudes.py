@@ -1,0 +1,114 @@
+"""Queries, keys and score weights of every magnitude, and features that cancel or saturate."""
+
+import pytest
+import torch
+from helpers import check, make_inputs
+from parameters import MAIN_LAYOUTS, dtype_id, named
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=dtype_id)
+@pytest.mark.parametrize(
+    "scale", [1e-6, 1e-3, 1.0, 5.0, 10.0, 30.0, 100.0, 1e4], ids=named("scale")
+)
+@pytest.mark.parametrize("layout", MAIN_LAYOUTS)
+def test_magnitudes(backend: str, layout: str, scale: float, dtype: torch.dtype):
+    inputs = make_inputs(
+        layout,
+        heads=2,
+        lengths_q=(9, 0, 16, 5),
+        lengths_k=(17, 3, 0, 31),
+        features=40,
+        scale=scale,
+        dtype=dtype,
+    )
+    check(inputs, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("scale", [1e-6, 30.0, 1e4], ids=named("scale"))
+@pytest.mark.parametrize("layout", ["padded_lengths", "jagged_one_step"])
+def test_magnitudes_in_low_precision(backend: str, layout: str, scale: float, dtype: torch.dtype):
+    inputs = make_inputs(layout, features=40, scale=scale, dtype=dtype)
+    check(inputs, backend)
+
+
+@pytest.mark.parametrize("layout", MAIN_LAYOUTS)
+def test_few_large_features_among_small_ones(backend: str, layout: str):
+    """Magnitudes on both sides of the guard within one row, one tile and one batch."""
+    inputs = make_inputs(layout, features=70)
+    query, key = inputs.leaves["query"], inputs.leaves["key"]
+    query[::2, ..., 3] *= 1e3
+    query[..., 64] *= 20
+    key[1::3, ..., 3] *= 1e4
+    key[..., 65] *= 25
+    check(inputs, backend)
+
+
+@pytest.mark.parametrize(
+    ("query_number", "key_number"),
+    [
+        (14, -11),
+        (-11, 14),
+        (14, -14.5),
+        (44, -43),
+        (88, -88.5),
+        (1e4, -1e4),
+        (9999, -9998),
+        (50, 50),
+    ],
+)
+@pytest.mark.parametrize("step", [False, True], ids=["all_steps", "one_step"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=dtype_id)
+def test_large_queries_and_keys_that_cancel(
+    backend: str,
+    dtype: torch.dtype,
+    step: bool,
+    query_number: float,
+    key_number: float,
+):
+    """q = 14 with k = -11 is tanh 3: neither exponential may be clipped on the way."""
+    inputs = make_inputs(
+        "one_step" if step else "padded",
+        lengths_q=(3, 2),
+        lengths_k=(6, 6),
+        scale=0.1,
+        dtype=dtype,
+        poison=False,
+    )
+    inputs.leaves["query"] += query_number
+    inputs.leaves["key"] += key_number
+    check(inputs, backend)
+
+
+@pytest.mark.parametrize("saturation", [3, 5, 8])
+def test_saturated_features_beside_an_informative_one(backend: str, saturation: float):
+    """One feature decides, and the slopes of the others are a small part of 1."""
+    inputs = make_inputs("padded", lengths_q=(8,), lengths_k=(50,), features=64, scale=0.1)
+    for name, informative in (("query", 0.0), ("key", 0.5)):
+        leaf = inputs.leaves[name]
+        leaf += saturation if name == "query" else 0
+        leaf[..., 0] = informative
+    inputs.leaves["score_weight"] *= 20
+    check(inputs, backend)
+
+
+@pytest.mark.parametrize("weight", [10, 500])
+def test_cancelling_features_beside_an_informative_one(backend: str, weight: float):
+    """All that tells the keys apart are tanh values near 0; one feature adds a constant."""
+    inputs = make_inputs("padded", lengths_q=(8,), lengths_k=(50,), features=64, scale=0.01)
+    inputs.leaves["query"] += 1
+    inputs.leaves["key"] -= 1
+    for name in ("query", "key"):
+        inputs.leaves[name][..., 0] = 0.5
+    inputs.leaves["score_weight"] *= weight
+    check(inputs, backend)
+
+
+@pytest.mark.parametrize("distance", [1, 4, 8, 16])
+def test_product_of_large_factors_stays_finite(backend: str, distance: int):
+    """Two features that share a reciprocal, at the end of the range."""
+    inputs = make_inputs("padded", lengths_q=(3,), lengths_k=(6,), features=32)
+    for name in ("query", "key"):
+        inputs.leaves[name][..., 0] = inputs.leaves[name][..., distance] = 9.3
+    inputs.leaves["score_weight"][..., [0, distance]] = 16
+    check(inputs, backend)
