@@ -97,15 +97,16 @@ def test_killed_at_each_call_of_a_write(nursery, tmp_path):
     assert contents == {"before", "after"}
 
 
+@pytest.fixture(scope="module")
+def begun(nursery, tsv, tmp_path_factory):
+    out = tmp_path_factory.mktemp("begun") / "out"
+    arguments = ["--data", tsv, "--out", out, *OPTIONS, "--max-steps", 7]
+    assert nursery.run("train", *arguments).status == 0
+    return out
+
+
 class TestNoSpace:
     """The limit of a process on the size of a file stops a write where a full disk would."""
-
-    @pytest.fixture(scope="class")
-    def begun(self, nursery, tsv, tmp_path_factory):
-        out = tmp_path_factory.mktemp("begun") / "out"
-        arguments = ["--data", tsv, "--out", out, *OPTIONS, "--max-steps", 7]
-        assert nursery.run("train", *arguments).status == 0
-        return out
 
     @pytest.fixture
     def run(self, nursery, begun, tsv, tmp_path):
@@ -122,7 +123,7 @@ class TestNoSpace:
     def fails(self, done, message):
         assert done.status == 2 and "Traceback" not in done.error
         last = done.error.splitlines()[-1]
-        assert last.startswith("error: ") and message in last and done.error.count("error") == 1
+        assert last.startswith("error: ") and message in last and done.error.count("error: ") == 1
 
     def goes_on(self, run, folder, uninterrupted):
         done = run()
