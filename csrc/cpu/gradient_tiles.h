@@ -20,9 +20,9 @@ struct GradientTerms {
   Vec<T> query;
 };
 
-// From a = exp(2q), b = exp(2k): with z = ab and u = 1 / (z + 1), tanh = (z - 1) u and
-// (1 - tanh^2) / 4 = u z u, which keeps its relative accuracy where tanh is saturated. One
-// reciprocal serves two features.
+// From a = exp(2q), b = exp(2k): with z = ab, u = 1 / (z + 1) and v = z u = 1 - u, tanh = (z - 1) u
+// and (1 - tanh^2) / 4 = u v, taken from the smaller of both, which keeps its relative accuracy
+// where tanh is saturated. One reciprocal serves two features.
 template <class T>
 struct FactoredSlope {
   static ATTN_EXT_INLINE void eval(Vec<T> a0, Vec<T> a1, Vec<T> b0, Vec<T> b1, Vec<T> s,
@@ -32,16 +32,17 @@ struct FactoredSlope {
     const Vec<T> x0 = z0 + 1;
     const Vec<T> x1 = z1 + 1;
     const Vec<T> inverse = reciprocal<T>(x0 * x1);
-    const Vec<T> u0 = x1 * inverse;
-    const Vec<T> u1 = x0 * inverse;
-    const Vec<T> su0 = s * u0;
-    const Vec<T> su1 = s * u1;
-    t0.weight = su0 * (z0 - 1);
-    t1.weight = su1 * (z1 - 1);
-    t0.key = rounded<T>(su0 * (z0 * u0));
-    t1.key = rounded<T>(su1 * (z1 * u1));
-    t0.query = t0.key;
-    t1.query = t1.key;
+    t0 = terms(z0, x1 * inverse, s);
+    t1 = terms(z1, x0 * inverse, s);
+  }
+
+  static ATTN_EXT_INLINE GradientTerms<T> terms(Vec<T> z, Vec<T> u, Vec<T> s) {
+    const Vec<T> v = z * u;
+    const Vec<T> key = rounded<T>(s * quarter_slope<T>(u < v ? u : v));
+    // Not s u (z - 1): where s is tiny, s u would vanish.
+    const Vec<T> weight = s * ((z - 1) * u);
+    // With two keys a register tile, terms of equal keys, whose s are opposite, cancel exactly.
+    return {kGradientKeys == 2 ? rounded<T>(weight) : weight, key, key};
   }
 };
 

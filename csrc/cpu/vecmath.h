@@ -18,7 +18,10 @@ struct ExpConstants<float> {
   static constexpr float kLn2Low = -2.12194440e-4f;
   static constexpr float kLog2E = 1.44269504f;
   static constexpr float kRound = 12582912.0f;
-  static constexpr float kLowest = -87.33654f;  // exp of it is the smallest normal number
+  static constexpr float kLowest = -87.33654f;      // exp of it is the smallest normal number
+  static constexpr float kVanishing = -103.97208f;  // exp below it rounds to 0
+  static constexpr int kLift = 30;
+  static constexpr float kUnlift = 0x1p-30f;
   static constexpr int kDegree = 7;
 };
 
@@ -29,6 +32,9 @@ struct ExpConstants<double> {
   static constexpr double kLog2E = 1.44269504088896340736;
   static constexpr double kRound = 6755399441055744.0;
   static constexpr double kLowest = -708.396418532264;
+  static constexpr double kVanishing = -745.13321910194122;
+  static constexpr int kLift = 62;
+  static constexpr double kUnlift = 0x1p-62;
   static constexpr int kDegree = 13;
 };
 
@@ -52,15 +58,15 @@ struct ExpParts {
   Vec<T> fraction;
 };
 
-// For kLowest <= x <= -kLowest.
+// For kLowest <= x <= -kLowest, or from kVanishing if lifted: scale is then 2^lift times as large.
 template <class T>
-ATTN_EXT_INLINE ExpParts<T> exp_parts(Vec<T> x) {
+ATTN_EXT_INLINE ExpParts<T> exp_parts(Vec<T> x, int lift = 0) {
   using C = ExpConstants<T>;
   const Vec<T> shifted = x * C::kLog2E + C::kRound;
   const Vec<T> n = shifted - C::kRound;
   const Vec<T> high = x - n * C::kLn2High;
   const Vec<T> rest = high - n * C::kLn2Low;
-  const VecBits<T> one = bits_of<T>(splat<T>(T(1)));
+  const VecBits<T> one = bits_of<T>(splat<T>(static_cast<T>(int64_t{1} << lift)));
   return {from_bits<T>((bits_of<T>(shifted) << VectorOf<T>::kMantissaBits) + one),
           rest + rest * rest * taylor_exp<T, 2>(rest)};
 }
@@ -71,12 +77,14 @@ ATTN_EXT_INLINE Vec<T> exp_in_range(Vec<T> x) {
   return parts.scale + parts.scale * parts.fraction;
 }
 
-// exp(x) for x <= 0 or NaN; 0 where the result would be subnormal.
+// exp(x) for x <= 0 or NaN, through exp(x) 2^kLift, which is normal where exp(x) is subnormal.
 template <class T>
 ATTN_EXT_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
-  const Vec<T> lowest = splat<T>(ExpConstants<T>::kLowest);
-  const Vec<T> clamped = x < lowest ? lowest : x;
-  return x < lowest ? Vec<T>{} : exp_in_range<T>(clamped);
+  using C = ExpConstants<T>;
+  const Vec<T> vanishing = splat<T>(C::kVanishing);
+  const ExpParts<T> parts = exp_parts<T>(x < vanishing ? vanishing : x, C::kLift);
+  const Vec<T> lifted = parts.scale + parts.scale * parts.fraction;
+  return x < vanishing ? Vec<T>{} : lifted * C::kUnlift;
 }
 
 template <class T>
@@ -91,11 +99,18 @@ struct TanhParts {
   Vec<T> slope;
 };
 
+// (1 - tanh(x)^2) / 4 = p (1 - p) from the smaller of p = 1 / (1 + exp(+-2x)). Errors of p hardly
+// show where slopes are largest and those of many keys cancel: at p = 1/2 not to first order.
+template <class T>
+ATTN_EXT_INLINE Vec<T> quarter_slope(Vec<T> p) {
+  return p - p * p;
+}
+
 // Below it 1 - tanh(x)^2 is 0 in double precision, so it is here too.
 constexpr double kVanishingSlope = 0x1p-53;
 
 // tanh from v = expm1(-2|x|) = scale - 1 + scale * fraction, which has a small relative error
-// everywhere: tanh|x| = -v / (2 + v), 1 - tanh^2 = 4 (1 + v) / (2 + v)^2.
+// everywhere: tanh|x| = -v / (2 + v), 1 - tanh^2 = 4 p (1 - p) with p = (1 + v) / (2 + v).
 template <class T>
 ATTN_EXT_INLINE TanhParts<T> tanh_parts(Vec<T> x) {
   const Vec<T> lowest = splat<T>(ExpConstants<T>::kLowest);
@@ -105,7 +120,7 @@ ATTN_EXT_INLINE TanhParts<T> tanh_parts(Vec<T> x) {
   const Vec<T> v = (parts.scale - 1) + tail;
   const Vec<T> inverse = 1 / (v + 2);
   const VecBits<T> sign = bits_of<T>(x) & kSignBit<T>;
-  const Vec<T> slope = 4 * (parts.scale + tail) * inverse * inverse;
+  const Vec<T> slope = 4 * quarter_slope<T>((parts.scale + tail) * inverse);
   return {from_bits<T>(bits_of<T>(-v * inverse) | sign),
           slope < T(kVanishingSlope) ? Vec<T>{} : slope};
 }
