@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import io
 import math
+import warnings
 from pathlib import Path
 
 import torch
@@ -57,7 +58,9 @@ def load(path, kind):
             raise damaged(path)
         raise UsageError(f"{path} is not a file of attn_ext.nmt")
     try:
-        content = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the error says it all
+            content = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
     except Exception:  # torch.load raises whatever its parsers do
         raise UsageError(f"{path} is not a file of attn_ext.nmt") from None
     if not isinstance(content, dict) or content.get("kind") != kind:
@@ -129,6 +132,8 @@ def load_model(folder, backend=None, device="cpu"):
     content = load(path, "model")
     vocabulary = rebuild_vocabulary(content, path)
     config = rebuild(ModelConfig, content["config"], path)
+    if config.vocab_size != len(vocabulary):
+        raise damaged(path)
     try:
         model = Seq2Seq(config, backend)
     except (KeyError, TypeError, ValueError, RuntimeError):

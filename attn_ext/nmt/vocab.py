@@ -14,6 +14,8 @@ class Vocabulary:
     def __init__(self, model_bytes):
         sentencepiece = require("sentencepiece")
         self.model_bytes = bytes(model_bytes)
+        if not self.model_bytes:  # sentencepiece would take that for no model yet
+            raise UsageError("not a sentencepiece model: it is empty")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
         except (RuntimeError, ValueError) as error:

@@ -99,6 +99,10 @@ def standard_output(path):
     os.dup2(os.open(path, os.O_WRONLY), 1)
 
 
+def environment(**variables):
+    os.environ.update(variables)
+
+
 def die_while_fetching():
     """pip brings half a file, and this process is killed."""
     from attn_ext.nmt import corpora
