@@ -32,18 +32,25 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         raise wrong_type(name, "a torch.Tensor", tensor)
 
 
+def check_strided(name: str, tensor: Tensor) -> None:
+    """Neither sparse nor nested."""
+    check_tensor(name, tensor)
+    if tensor.is_nested:
+        raise mismatch(name, "a strided tensor", "a nested one")
+    if tensor.layout != torch.strided:
+        raise mismatch(name, "a strided tensor", f"layout {tensor.layout}")
+
+
 def check_floating(name: str, tensor: Tensor) -> None:
     """A dense tensor of one of the dtypes that are computed with."""
-    check_tensor(name, tensor)
-    if tensor.layout != torch.strided or tensor.is_nested:
-        raise mismatch(name, "a strided tensor", f"layout {tensor.layout}, nested or sparse")
+    check_strided(name, tensor)
     if tensor.dtype not in DTYPES:
         raise wrong_type(name, "dtype float32, float16, bfloat16 or float64", tensor.dtype)
 
 
 def check_index(name: str, tensor: Tensor, device: torch.device) -> None:
     """Offsets or lengths."""
-    check_tensor(name, tensor)
+    check_strided(name, tensor)
     if tensor.dtype not in (torch.int32, torch.int64):
         raise wrong_type(name, "dtype int32 or int64", tensor.dtype)
     check_device(name, tensor, device)
@@ -135,7 +142,7 @@ def check_padding(
     longest: int | None = rows
     if mask is not None:
         longest = None
-        check_tensor("key_padding_mask", mask)
+        check_strided("key_padding_mask", mask)
         if mask.dtype != torch.bool:
             raise wrong_type("key_padding_mask", "dtype bool, True = ignore", mask.dtype)
         if tuple(mask.shape) != (batch, rows):

@@ -119,7 +119,8 @@ def check_key_side(
     if cu_seqlens_k is not None:
         for name, given in (("key_padding_mask", key_padding_mask), ("key_lengths", key_lengths)):
             if given is not None:
-                raise mismatch(name, "None with jagged keys, whose offsets give lengths", "one")
+                expected = "None with jagged keys, whose offsets give lengths"
+                raise mismatch(name, expected, type(given).__name__)
         longest = check_offsets("cu_seqlens_k", cu_seqlens_k, "key", key)
         bound = check_bound("max_seqlen_k", max_seqlen_k, longest)
         if bound is None:
