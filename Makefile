@@ -61,6 +61,9 @@ gpu: ## build, test and time on the GPU at hand, with $(PYTHON) as it is (ARGS="
 fuzz: $(VENV)/.built ## check properties of 20,000 random calls, resumed if interrupted (ARGS="--help")
 	OMP_NUM_THREADS=1 $(PY) tests/fuzz.py $(ARGS)
 
+sanitize: $(VENV)/.editable ## run the tests under the address, undefined and thread sanitizers
+	bash tests/sanitize.sh $(PY) $(WORKERS)
+
 bench: $(VENV)/.built ## time the op beside what one would pick instead (ARGS="--help")
 	$(PY) -m benchmarks.bench_additive_attention $(or $(ARGS),--more)
 

@@ -9,6 +9,8 @@ Environment variables:
                          nvcc of its CUDA version that works with the C++ compiler. Unset, it is
                          built only beside the CPU backend; with a torch without CUDA there is
                          nothing to build or to say.
+    ATTN_EXT_BUILD_FLAGS further options of the compiler and the linker of the CPU library, after
+                         all others, as `make sanitize` has them
     CXX                  the compiler, instead of the first of c++, g++, clang++ that works; nvcc
                          takes it too
     CC                   nvcc's own C++ compiler, as for all of torch's extensions
@@ -102,6 +104,7 @@ def cpu_extension(cpp_extension, sources: list[Path]):
     """attn_ext/_C.abi3.so: the operators' CPU kernels, loaded by torch.ops.load_library."""
     headers = [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.hpp")]
     major, minor = STABLE_ABI
+    further = shlex.split(os.environ.get("ATTN_EXT_BUILD_FLAGS", ""))
     return cpp_extension.CppExtension(
         "attn_ext._C",
         sorted(path.relative_to(ROOT).as_posix() for path in sources),
@@ -118,8 +121,10 @@ def cpu_extension(cpp_extension, sources: list[Path]):
                 *WARNINGS,
                 # Our warnings, not those of torch's headers.
                 *(f"-isystem{path}" for path in cpp_extension.include_paths()),
+                *further,
             ]
         },
+        extra_link_args=further,
     )
 
 

@@ -272,6 +272,7 @@ PRIVATE_NAMES = """
     _C._current_graph_task_id _C._will_engine_execute_node _C._is_any_autocast_enabled
     _C._dispatch_has_kernel_for_dispatch_key _C._functorch.is_functorch_wrapped_tensor
     _C._ForceDispatchKeyGuard _C._after_autograd_keyset
+    autograd.Variable._execution_engine.queue_callback
     _C._dispatch_tls_local_include_set _C._dispatch_tls_local_exclude_set
     _ops.OpOverload _foreach_lerp_
     autograd.forward_ad._current_level autograd.forward_ad._set_fwd_grad_enabled

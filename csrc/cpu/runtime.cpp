@@ -14,8 +14,7 @@
 namespace attn_ext {
 namespace {
 
-constexpr size_t kAlignment = 64;            // one cache line, one AVX-512 vector
-constexpr double kSmallestSharedCost = 1e5;  // about 15 microseconds; waking threads takes about 5
+constexpr size_t kAlignment = 64;  // one cache line, one AVX-512 vector
 constexpr size_t kFirstBlockBytes = size_t{1} << 20;
 constexpr size_t kLargestKeptBytes = size_t{1} << 25;  // a thread keeps at most 32 MiB
 
@@ -71,11 +70,13 @@ Arena& thread_arena() {
   return arena;
 }
 
-// Whether torch's threads are no use here.
-#if defined(__SANITIZE_THREAD__)
-std::atomic<bool> own_threads{true};  // it does not see how OpenMP's threads wait for each other
+// Whether torch's threads are no use here, and from which cost on threads share the work.
+#if defined(__SANITIZE_THREAD__)  // it does not see how OpenMP's threads wait for each other
+std::atomic<bool> own_threads{true};
+constexpr double kSmallestSharedCost = 0;
 #else
 std::atomic<bool> own_threads{false};
+constexpr double kSmallestSharedCost = 1e5;  // about 15 microseconds; waking threads takes about 5
 #endif
 
 // A forked process has none of its parent's threads, yet OpenMP would wait for them for ever.
