@@ -3,7 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from .checks import check_count, check_probability, check_tensor, mismatch, shape_of
+from .checks import (
+    check_count,
+    check_probability,
+    check_tensor,
+    mismatch,
+    shape_of,
+    wrong_type,
+)
 from .functional import additive_attention
 from .memory import AttentionMemory
 
@@ -162,13 +169,11 @@ class AdditiveAttention(nn.Module):
         )
 
     def _project_query(self, query: Tensor) -> Tensor:
-        _check_features("query", query, self.query_proj.in_features)
-        projected = self._split(self.query_proj(query))
+        projected = self._split(_project("query", query, self.query_proj))
         return projected if self.b is None else projected + self.b
 
     def _project_key(self, key: Tensor) -> Tensor:
-        _check_features("key", key, self.key_proj.in_features)
-        return self._split(self.key_proj(key))
+        return self._split(_project("key", key, self.key_proj))
 
     def _normed_score_weight(self) -> Tensor:
         if self.g is None:
@@ -194,10 +199,22 @@ class AdditiveAttention(nn.Module):
         return result.flatten(-2)
 
 
-def _check_features(name: str, tensor: Tensor, features: int) -> None:
+def _project(name: str, tensor: Tensor, projection: nn.Linear) -> Tensor:
+    """``projection(tensor)``, whose errors name the argument."""
     check_tensor(name, tensor)
+    features = projection.in_features
     if tensor.dim() == 0 or tensor.size(-1) != features:
         raise mismatch(name, f"{features} features in its last axis", f"shape {shape_of(tensor)}")
+    try:
+        return projection(tensor)
+    except RuntimeError as error:  # checked first, hooks that cast or move would be for nothing
+        weight = projection.weight
+        if isinstance(weight, Tensor) and tensor.device != weight.device:
+            expected = f"device {weight.device}, as {name}_proj"
+            raise mismatch(name, expected, str(tensor.device)) from error
+        if isinstance(weight, Tensor) and tensor.dtype != weight.dtype:
+            raise wrong_type(name, f"dtype {weight.dtype}, as {name}_proj", tensor.dtype) from error
+        raise
 
 
 class _ProjectingMemory(AttentionMemory):

@@ -19,6 +19,7 @@ from wrong_calls import (
     jagged_step,
     njt,
     padded,
+    rows,
     step,
 )
 
@@ -159,48 +160,66 @@ def test_unavailable_backend_says_why_and_what_to_do(name: str):
             make(**padded(), backend=name)
 
 
-MODULE_CALLS = [
-    ({"num_heads": 3}, r"^num_heads: expected a divisor of attn_dim = 8, got 3"),
-    ({"num_heads": 0}, r"^num_heads: expected at least 1, got 0"),
-    ({"num_heads": -2}, r"^num_heads: expected at least 1, got -2"),
-    ({"dropout": 1.5}, r"^dropout: expected a probability between 0 and 1, got 1.5"),
-    ({"dropout": -1.0}, r"^dropout: expected a probability between 0 and 1, got -1.0"),
-]
-
-
-@pytest.mark.parametrize(("keywords", "pattern"), MODULE_CALLS, ids=lambda value: str(value))
-def test_module(keywords: dict[str, object], pattern: str):
-    with pytest.raises(ValueError, match=pattern):
-        AdditiveAttention(4, 4, 8, **keywords)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "keywords", "pattern"),
-    [
-        ((4, 4, 0), {}, r"^attn_dim: expected at least 1, got 0"),
-        ((4, 4.0, 8), {}, r"^key_dim: expected an int, got float"),
-        ((4, 4, 8), {"num_heads": True}, r"^num_heads: expected an int, got bool"),
-        ((4, 4, 8), {"dropout": "a"}, r"^dropout: expected a float, got str"),
-        ((4, 4, 8), {"dropout": 1.5}, r"^dropout: expected a probability .*, got 1.5"),
-    ],
-    ids=lambda value: str(value),
+SIZES = {"query_dim": 4, "key_dim": 5, "attn_dim": 8}
+MODULE_CALLS = rows(
+    (SIZES.copy, {"query_dim": 0}, ValueError, "at least 1", "0"),
+    (SIZES.copy, {"query_dim": None}, TypeError, "an int", "NoneType"),
+    (SIZES.copy, {"key_dim": 4.0}, TypeError, "an int", "float"),
+    (SIZES.copy, {"key_dim": -5}, ValueError, "at least 1", "-5"),
+    (SIZES.copy, {"attn_dim": 0}, ValueError, "at least 1", "0"),
+    (SIZES.copy, {"attn_dim": "8"}, TypeError, "an int", "str"),
+    (SIZES.copy, {"num_heads": 3}, ValueError, "a divisor of attn_dim = 8", "3"),
+    (SIZES.copy, {"num_heads": 0}, ValueError, "at least 1", "0"),
+    (SIZES.copy, {"num_heads": -2}, ValueError, "at least 1", "-2"),
+    (SIZES.copy, {"num_heads": True}, TypeError, "an int", "bool"),
+    (SIZES.copy, {"dropout": 1.5}, ValueError, "a probability between 0 and 1", "1.5"),
+    (SIZES.copy, {"dropout": -1.0}, ValueError, "a probability between 0 and 1", "-1.0"),
+    (SIZES.copy, {"dropout": torch.nan}, ValueError, "a probability between 0 and 1", "nan"),
+    (SIZES.copy, {"dropout": "a"}, TypeError, "a float", "str"),
 )
-def test_module_arguments(arguments: tuple, keywords: dict[str, object], pattern: str):
-    with pytest.raises((TypeError, ValueError), match=pattern):
-        AdditiveAttention(*arguments, **keywords)
 
 
-def test_module_features():
-    module = AdditiveAttention(4, 5, 8)
-    with pytest.raises(ValueError, match=r"^query: expected 4 features in its last axis, got .*7"):
-        module(torch.randn(2, 3, 7), torch.randn(2, 6, 5))
-    with pytest.raises(ValueError, match=r"^key: expected 5 features in its last axis, got .*4"):
-        module.memory(torch.randn(2, 6, 4))
-    with pytest.raises(TypeError, match=r"^query: expected a torch.Tensor, got NoneType"):
-        module(None, torch.randn(2, 6, 5))
+@each(MODULE_CALLS)
+def test_module(wrong: Wrong):
+    expect(wrong, AdditiveAttention, {**wrong.valid(), **wrong.changes})
 
 
-def test_module_value_features_that_heads_do_not_divide():
-    module = AdditiveAttention(4, 5, 8, num_heads=2)
-    with pytest.raises(ValueError, match=r"^value: expected features that num_heads = 2 .*got 5"):
-        module(torch.randn(2, 3, 4), torch.randn(2, 6, 5))
+def unprojected() -> dict[str, object]:
+    return {"query": torch.randn(2, 3, 4), "key": torch.randn(2, 6, 5)}
+
+
+FORWARD_CALLS = rows(
+    (unprojected, {"query": None}, TypeError, "a torch.Tensor", "NoneType"),
+    (unprojected, {"query": torch.randn(2, 3, 7)}, ValueError, "4 features", "(2, 3, 7)"),
+    (unprojected, {"query": torch.tensor(1.0)}, ValueError, "4 features", "()"),
+    (unprojected, {"query": torch.zeros(2, 3, 4).half()}, TypeError, "query_proj", "float16"),
+    (unprojected, {"query": torch.zeros(2, 3, 4).int()}, TypeError, "query_proj", "int32"),
+    (unprojected, {"query": torch.zeros(2, 3, 4).to("meta")}, ValueError, "device cpu", "meta"),
+    (unprojected, {"query": torch.randn(3, 3, 4)}, ValueError, "2 sequences", "3"),
+    (unprojected, {"key": [[1.0]]}, TypeError, "a torch.Tensor", "list"),
+    (unprojected, {"key": torch.randn(2, 6, 4)}, ValueError, "5 features", "(2, 6, 4)"),
+    (unprojected, {"key": torch.zeros(2, 6, 5).double()}, TypeError, "key_proj", "float64"),
+    (unprojected, {"value": torch.randn(2, 6, 7)}, ValueError, "num_heads = 2 divides", "7"),
+    (unprojected, {"value": torch.tensor(1.0)}, ValueError, "num_heads = 2 divides", "()"),
+    (unprojected, {"value": 3.0}, TypeError, "a torch.Tensor", "float"),
+    (unprojected, {"value": torch.randn(2, 5, 6)}, ValueError, "as key", "(2, 5, 2, 3)"),
+    (unprojected, {"key_lengths": torch.tensor([7, 2])}, ValueError, "Tk = 6", "7"),
+    (unprojected, {"need_weights": 1}, TypeError, "a bool", "int"),
+)
+
+
+@each(FORWARD_CALLS)
+def test_forward_of_the_module(wrong: Wrong):
+    module = AdditiveAttention(**SIZES, num_heads=2)
+    arguments = {"value": torch.randn(2, 6, 6), **wrong.valid(), **wrong.changes}
+    expect(wrong, module, arguments)
+    if wrong.named not in ("query", "need_weights"):
+        del arguments["query"]
+        expect(wrong, module.memory, arguments)
+
+
+@pytest.mark.parametrize("keyword", ["key_length", "cu_seqlens", "attn_mask", "dropout_p"])
+def test_misspelt_keyword_of_the_module(keyword: str):
+    module = AdditiveAttention(**SIZES)
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{keyword}'"):
+        module(**unprojected(), **{keyword: None})
