@@ -224,7 +224,7 @@ def order_of_sequences(case: Case) -> bool:
 
 
 def split_batch(case: Case) -> bool:
-    """A batch in two calls gives what it gives in one; score_weight's gradient is their sum."""
+    """A batch in two calls gives what it gives in one; score_weight's gradient is of all of it."""
     batch = len(case.inputs.key_rows)
     if batch < 2 or case.dropout_p:
         return False

@@ -22,7 +22,7 @@ from torch import Tensor
 import attn_ext
 
 TESTS = Path(__file__).parent
-SEEDS = range(4)
+SEEDS = range(3)
 EXAMPLES = {"triton": 5, "cuda": 50}
 EXAMPLES_ON_CPU = 100
 
@@ -160,6 +160,7 @@ def start_fuzz(state: Path, *arguments: str) -> subprocess.Popen:
 CASES_OF_CHUNK, CASES_OF_RUN = 10, 25
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="run without it")
 def test_long_run_goes_on_where_it_stopped(tmp_path: Path):
     """Killed after its first chunk it runs the others; once whole, there is nothing left to run."""
     process = start_fuzz(tmp_path, "--seed", "3")
