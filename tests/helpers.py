@@ -81,6 +81,17 @@ SCALE_EPSILON = {
 }
 
 
+def error_budget(
+    name: str, dtype: torch.dtype, eager_error: float | Tensor, scale: float | Tensor
+) -> float | Tensor:
+    """The largest error allowed to a result of ``dtype``; gradients are called ``d...``."""
+    factor = GRADIENT_FACTOR if name.startswith("d") else FORWARD_FACTOR
+    if dtype == torch.float64:
+        factor += 1  # the yardstick itself errs as eager does
+    subnormal = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    return factor * eager_error + SCALE_EPSILON[dtype] * scale + subnormal
+
+
 def assert_within_budget(name: str, actual: Tensor, exact: Tensor, eager: Tensor) -> None:
     """Compare with the float64 ``exact``, allowing a multiple of the error that ``eager`` makes.
 
@@ -93,15 +104,11 @@ def assert_within_budget(name: str, actual: Tensor, exact: Tensor, eager: Tensor
     assert actual.shape == exact.shape, f"{name}: shape {actual.shape}, expected {exact.shape}"
     if actual.numel() == 0:
         return
-    factor = GRADIENT_FACTOR if name.startswith("d") else FORWARD_FACTOR
     actual_error = (actual.double() - exact).abs()
-    if actual.dtype == torch.float64:
-        factor += 1  # the yardstick itself errs as eager does
     assert actual.isfinite().all(), f"{name}: {(~actual.isfinite()).sum()} values are not finite"
     eager_error = (eager.double() - exact).abs().max()
     scale = exact.abs().max()
-    subnormal = torch.finfo(actual.dtype).smallest_normal * torch.finfo(actual.dtype).eps
-    budget = factor * eager_error + SCALE_EPSILON[actual.dtype] * scale + subnormal
+    budget = error_budget(name, actual.dtype, eager_error, scale)
     assert actual_error.max() <= budget, (
         f"{name}: error {actual_error.max():.3e} exceeds {budget:.3e} (eager: {eager_error:.3e}, "
         f"scale {scale:.3e}) in shape {tuple(actual.shape)} at flat index {actual_error.argmax()}"
