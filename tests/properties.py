@@ -233,7 +233,10 @@ def split_batch(case: Case) -> bool:
     for order in (list(range(first)), list(range(first, batch))):
         inputs, incoming = rearranged(case, order, case.call.layout)
         others.append((order, inputs, case.run(inputs, incoming)))
-    hold_equal(case, others, bitwise=case.repeats)
+    # Kernels on GPUs cut their work by the longest sequences, which they need not read.
+    bounds = {(i.max_seqlen_q, i.max_seqlen_k) for i in (case.inputs, *(o[1] for o in others))}
+    cut_alike = case.backend == "cpu" or len(bounds) == 1
+    hold_equal(case, others, bitwise=case.repeats and cut_alike)
     return True
 
 
