@@ -7,7 +7,9 @@ python=$(realpath -s "$1")
 workers=${2:-2}
 folder=$PWD/build/sanitize
 reports=$folder/reports
-address="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
+# Python is built with -fwrapv, under which an overflow is no error.
+address="-O1 -g -fno-omit-frame-pointer -fno-wrapv"
+address+=" -fsanitize=address,undefined -fno-sanitize-recover=all"
 thread="-O1 -g -fno-omit-frame-pointer -fsanitize=thread"
 
 # Where a report may be false, or there is nothing to report on:
