@@ -102,6 +102,14 @@ def test_exact_tanh_and_slope_keep_their_relative_accuracy(arithmetic):
     assert error.max() < 3 * ULP
 
 
+def test_slopes_of_tiny_numbers_are_all_the_same(arithmetic):
+    """As sum_j s_ij = 0, a slope that all keys share leaves dquery; its rounding errors do not."""
+    x = torch.logspace(-30, -4, 10_000)
+    tanh, slope = torch.empty_like(x), torch.empty_like(x)
+    call(arithmetic.tanh_and_slope, x, tanh, slope, size=x.numel())
+    assert (slope == 0.25).all()
+
+
 @pytest.mark.parametrize("x, tanh", [(1e4, 1.0), (-1e4, -1.0), (math.inf, 1.0), (0.0, 0.0)])
 def test_exact_tanh_at_the_ends(arithmetic, x: float, tanh: float):
     values = torch.tensor([x])
