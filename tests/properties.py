@@ -27,7 +27,7 @@ import attn_ext
 
 DROPOUT_SEED = 5
 # How often eager code is run on nearly the same numbers where it errs less than a kernel.
-NEIGHBOURS = 12
+NEIGHBOURS = 16
 
 
 class Case:
@@ -275,7 +275,7 @@ def constant_added_to_scores(case: Case) -> bool:
     if case.dropout_p:
         return False
     seed, features = case.call.seed, case.call.features
-    constant = (-20.0, -1.0, 0.3, 3.0, 30.0)[seed % 5]
+    constant = (-3.0, -1.0, 0.3, 1.0, 3.0)[seed % 5]  # larger ones would cost scores their digits
     generator = torch.Generator("cpu").manual_seed(seed + 2000)
     leaves = dict(case.inputs.leaves)
     for name, leaf in leaves.items():
