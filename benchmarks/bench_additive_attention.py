@@ -8,8 +8,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
-import subprocess
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -17,6 +15,7 @@ from pathlib import Path
 import torch
 
 from . import harness, plots, providers, reach
+from .floors import floor
 from .workloads import WORKLOADS, Workload, mixture, uniform
 
 RESULTS = Path(__file__).parent / "results"
@@ -186,6 +185,10 @@ def bench_workload(
             if shape.one_query and not shape.steps:
                 moved = shape.bytes_moved(mode, case.doutput.itemsize)
                 row["share_of_copy"] = moved / timing.median / peaks["copied_bytes_per_second"]
+            at_best = floor(shape, mode, case.doutput.itemsize, peaks)
+            if at_best is not None:
+                row |= {"share_of_floor": at_best.seconds / timing.median}
+                row |= {"bound_by": at_best.bound_by}
             if not case.is_peer and shape is workload:
                 row |= ratios(name, timings)
                 row["reach"] = reach.verdicts(row, options.device, options.dtype)
@@ -221,6 +224,8 @@ def format_row(row: dict) -> str:
         if f"vs_{rival}" in row
     )
     share = f"  {row['share_of_copy']:.0%} of copy" if "share_of_copy" in row else ""
+    if "share_of_floor" in row:
+        share += f"  {row['share_of_floor']:.0%} of what {row['bound_by']} allows"
     verdicts = "".join(f"\n    reach {verdict}" for verdict in row.get("reach", ()))
     return (
         f"  {row['provider']:14s} {row['median'] * 1e3:9.3f} ms "
@@ -324,10 +329,9 @@ def _cuda_facts() -> dict[str, str | int]:
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
     }
-    command = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem"]
-    if shutil.which(command[0]):
-        found = subprocess.run([*command, "--format=csv,noheader"], capture_output=True, text=True)
-        facts["driver, clocks now, most, memory"] = found.stdout.strip()
+    found = harness.nvidia_smi("driver_version,clocks.sm,clocks.max.sm,clocks.mem")
+    if found is not None:
+        facts["driver, clocks now, most, memory"] = found
     return facts
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 import attn_ext
 
 from . import providers
+from .floors import OPERATIONS_A_CLOCK
 from .workloads import Inputs, Workload, make_inputs
 
 MODES = ("forward", "backward", "both")
@@ -315,7 +316,10 @@ def time_cases(
 
 
 def measured_peaks(device: str) -> dict[str, float]:
-    """Multiply-adds and copied bytes (read + written) a second that this machine reaches."""
+    """Multiply-adds and copied bytes (read + written) a second that this machine reaches.
+
+    Of GPUs also the special-function operations that their highest clock allows.
+    """
     side, bytes_each = (4096, 1 << 30) if device == "cuda" else (1024, 1 << 27)
     matrix = torch.randn(side, side, device=device)
     source = torch.ones(bytes_each // 4, device=device)
@@ -332,10 +336,15 @@ def measured_peaks(device: str) -> dict[str, float]:
             taken.append((time.perf_counter() - start) / 2)
         return min(taken)
 
-    return {
+    peaks = {
         "multiply_adds_per_second": side**3 / best(lambda: matrix @ matrix),
         "copied_bytes_per_second": 2 * bytes_each / best(lambda: target.copy_(source)),
     }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        clocks = properties.clock_rate * 1e3 * properties.multi_processor_count
+        peaks["special_functions_per_second"] = clocks * OPERATIONS_A_CLOCK
+    return peaks
 
 
 def peak_memory(case: Case, mode: str, device: str) -> int:

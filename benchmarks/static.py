@@ -71,6 +71,7 @@ class Figures:
     spills: int  # instructions that access local memory; on AMD spilled registers
     shared: int  # bytes a CTA
     per_element: bool  # whether its main loop is over elements
+    loop_spills: int = 0  # of the spills, those in innermost loops that take reciprocals
     routes: tuple[str, ...] = ()  # of alternative sets of passes those it is in; none: all
     occupancy: Occupancy | None = None
     element: PerElement | None = None  # of the main loop
@@ -108,6 +109,8 @@ def compile_case(case, target: str):
         "num_stages": case.num_stages,
         "enable_fp_fusion": True,  # said explicitly: Triton's default is about to change
     }
+    if TARGETS[target][0] == "cuda" and getattr(case, "most_registers", None):
+        options["maxnreg"] = case.most_registers
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 
 
@@ -117,7 +120,8 @@ def main_loop(
     """The main loop and what one of its iterations issues; None where none takes reciprocals.
 
     Of the loops of the paired form it is the one with most reciprocals an element (direct loops
-    over smaller tiles have few), then the one with most slots. Without any, the cheapest loop.
+    over smaller tiles have few), then that of the largest tile, whose elements share exponentials
+    with most others. Without any, the cheapest loop.
 
     Args:
         kernel: for NVIDIA.
@@ -133,7 +137,7 @@ def main_loop(
             loops.append((element, loop, instructions))
     paired = [found for found in loops if found[0].mufu <= most]
     if paired:
-        return max(paired, key=lambda found: (found[0].reciprocals, found[0].slots))[1:]
+        return max(paired, key=lambda found: (found[0].reciprocals, -found[0].mufu))[1:]
     return min(loops, key=lambda found: found[0].slots)[1:] if loops else None
 
 
@@ -144,6 +148,17 @@ def usual_path(loop: Loop, elements: float, most_mufu: float) -> list[Instructio
         return is_slow_path(block) or per_element(Counts.of(block), elements).mufu > most_mufu
 
     return loop.straight(is_direct)
+
+
+def spills_in_loops(kernel: Kernel) -> int:
+    """Instructions that access local memory in innermost loops that take reciprocals."""
+    parents = [loop.parent for loop in kernel.loops]
+    found = 0
+    for loop in kernel.loops:
+        names = Counts.of(kernel.flow.instructions_of(loop.body)).names
+        if loop not in parents and names["MUFU.RCP"]:
+            found += names["LDL"] + names["STL"]
+    return found
 
 
 def slots_around(kernel: Kernel, loop: Loop, case, elements: float) -> float | None:
@@ -183,10 +198,11 @@ def figures_of(case, target: str) -> Figures:
             int(re.search(rf"\.{what}:\s*(\d+)", text)[1])
             for what in ("vgpr_count", "vgpr_spill_count")
         )
-        return Figures(*common, registers, spills, shared, elements > 0, routes)
+        return Figures(*common, registers, spills, shared, elements > 0, routes=routes)
     kernel = disassemble(compiled.asm["cubin"])[compiled.metadata.name]
     shared += kernel.shared
-    figures = Figures(*common, kernel.registers, kernel.spills, shared, elements > 0, routes)
+    figures = Figures(*common, kernel.registers, kernel.spills, shared, elements > 0)
+    figures.routes, figures.loop_spills = routes, spills_in_loops(kernel)
     figures.occupancy = kernel.occupancy(32 * case.num_warps, compiled.metadata.shared)
     figures.load_widths = load_widths(case, compiled.asm["ptx"])
     if elements and (main := main_loop(kernel, elements, case.regime)):
@@ -262,6 +278,7 @@ def _sum_of_passes(
         num_warps=0,
         registers=max(part.registers for part in parts),
         spills=sum(part.spills for part in parts),
+        loop_spills=sum(part.loop_spills for part in parts),
         shared=max(part.shared for part in parts),
         per_element=True,
         routes=(route,) if route else (),
@@ -273,7 +290,7 @@ def _sum_of_passes(
 
 HEADER = (
     ("kernel", "regime", "pass", "dtype", "D", "target")
-    + ("regs", "spills", "shared", "CTAs", "warps", "limit")
+    + ("regs", "spills", "in loops", "shared", "CTAs", "warps", "limit")
     + ("slots", "around", "MUFU", "rcp", "el/clk", "x tanh", "loads")
 )
 
@@ -292,7 +309,7 @@ def table(rows: Sequence[Figures]) -> str:
                 str(row.dim),
                 row.target,
             )
-            + (str(row.registers), str(row.spills), str(row.shared))
+            + tuple(map(str, (row.registers, row.spills, row.loop_spills, row.shared)))
             + _occupancy_cells(row.occupancy)
             + _element_cells(row, tanh.get(row.target))
             + (_load_cell(row.load_widths),)

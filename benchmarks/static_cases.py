@@ -39,6 +39,7 @@ class Case:
     elements_per_iteration: int = 0
     iterations: int = 0
     num_stages: int = 3  # Triton's default
+    most_registers: int | None = None  # a thread may have on NVIDIA
     routes: tuple[str, ...] = field(default=())
 
 
@@ -49,16 +50,16 @@ class Launches:
         self.kernel, self.seen = kernel, seen
 
     def __getitem__(self, grid: tuple):
-        def launch(*arguments, num_warps: int, **constants):
-            names = self.kernel.arg_names
-            self.seen.append((self.kernel, dict(zip(names, arguments)) | constants, num_warps))
+        def launch(*arguments, num_warps: int, maxnreg: int | None = None, **constants):
+            values = dict(zip(self.kernel.arg_names, arguments)) | constants
+            self.seen.append((self.kernel, values, num_warps, maxnreg))
 
         return launch
 
 
 @contextlib.contextmanager
 def noted_launches() -> Iterator[list]:
-    """The launches (kernel, arguments by name, warps) of what runs inside."""
+    """The launches (kernel, arguments by name, warps, register limit) of what runs inside."""
     seen: list = []
     with contextlib.ExitStack() as stack:
         for module in (launch_forward, launch_backward, launch_step):
@@ -80,7 +81,7 @@ def triton_type(value: object) -> str:
 
 
 def make_case(launch: tuple, regime: str, pass_: str, dtype: str, dim: int, **rest) -> Case:
-    kernel, arguments, num_warps = launch
+    kernel, arguments, num_warps, most_registers = launch
     fixed = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
     general = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
     constants, signature, aligned = {}, {}, set()
@@ -103,6 +104,7 @@ def make_case(launch: tuple, regime: str, pass_: str, dtype: str, dim: int, **re
         constants=constants,
         aligned=aligned,
         num_warps=num_warps,
+        most_registers=most_registers,
         regime=regime,
         pass_=pass_,
         dtype=dtype,
@@ -123,7 +125,7 @@ def elements_of(name: str, constants: dict) -> tuple[int, int]:
             return c["SEGMENT"] * c["BLOCK_D"], triton.cdiv(c["D"], c["BLOCK_D"])
         # The loop over features is unrolled: two blocks an iteration.
         features = 2 * 2 * c["BLOCK_D"]
-        return c["BLOCK_Q"] * c["BLOCK_K"] * features, 2 * c["HALF"] // features
+        return c["BLOCK_Q"] * c["BLOCK_K"] * features, triton.cdiv(c["D"], features)
     return 0, 0
 
 

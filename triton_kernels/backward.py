@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .arithmetic import dropout_scales, product, weighted_sum
 from .rows import are_attended, attended_keys, find_tile, sequence_rows
-from .scores import score_tile
+from .scores import write_scores
 
 SIZES = ["batch", "rows_q", "rows_k", "max_seqlen_q", "max_seqlen_k", "threshold"]
 
@@ -65,7 +65,6 @@ def additive_attention_bwd_scores_kernel(
     H: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
-    HALF: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -92,40 +91,49 @@ def additive_attention_bwd_scores_kernel(
     query = first_query + tl.arange(0, BLOCK_Q)
     query_valid = query < length_q
     safe_query = start + tl.minimum(query, length_q - 1)
-    query_rows = query_ptr + place * stride_qb + safe_query * stride_qt + head * stride_qh
     row = (place * rows_q + start + query) * H + head
+    first_row = (place * rows_q + start) * H + head
     key_row = key_place * rows_k + key_start
-    key_rows_ptr = key_ptr + key_place * stride_kb + key_start * stride_kt + head * stride_kh
     value_rows_ptr = value_ptr + key_place * stride_vb + key_start * stride_vt + head * stride_vh
+    for half in tl.static_range(2):
+        if (length_q - first_query <= BLOCK_Q // 2) == half:
+            write_scores(
+                query_ptr + place * stride_qb + start * stride_qt + head * stride_qh,
+                stride_qt,
+                first_query,
+                length_q,
+                key_ptr + key_place * stride_kb + key_start * stride_kt + head * stride_kh,
+                stride_kt,
+                0,
+                length,
+                length,
+                score_weight_ptr + head * stride_wh,
+                weights_ptr + first_row * stride_scores,
+                H * stride_scores,
+                query_bound_ptr + first_row,
+                key_bound_ptr + key_row * H + head,
+                H,
+                D,
+                BLOCK_Q >> half,
+                BLOCK_K,
+                BLOCK_D << half,
+                REFINE,
+                USE_PTX,
+            )
+    tl.debug_barrier()  # other threads of the program read what these have written
 
     column = tl.arange(0, BLOCK_K).to(tl.int64)
+    largest = tl.load(stats_ptr + row * 2, mask=query_valid, other=0.0)
+    total = tl.load(stats_ptr + row * 2 + 1, mask=query_valid, other=1.0)
+    total = tl.where(total == 0.0, 1.0, total)
     delta = tl.zeros((BLOCK_Q,), tl.float32)
     sum_of_weights = tl.zeros((BLOCK_Q,), tl.float32)
-    largest_bound = tl.zeros((BLOCK_Q,), tl.float32)
     for first in range(0, length, BLOCK_K):
         position = first + column
-        inside = position < length
-        # Past the last key its row is repeated, which there always is.
-        scores, query_bound, key_bound = score_tile(
-            query_rows,
-            key_rows_ptr + tl.minimum(position, length - 1) * stride_kt,
-            score_weight_ptr + head * stride_wh,
-            D,
-            HALF,
-            BLOCK_Q,
-            BLOCK_K,
-            BLOCK_D,
-            REFINE,
-            USE_PTX,
-        )
-        largest_bound = tl.maximum(largest_bound, query_bound)
-        tl.store(key_bound_ptr + (key_row + position) * H + head, key_bound, mask=inside)
         attended = are_attended(padding_mask_ptr, key_place, rows_k, position, length)
         mask = query_valid[:, None] & attended[None, :]
-        # Loaded for each tile, so as not to hold registers while scores are summed.
-        largest = tl.load(stats_ptr + row * 2, mask=query_valid, other=0.0)
-        total = tl.load(stats_ptr + row * 2 + 1, mask=query_valid, other=1.0)
-        total = tl.where(total == 0.0, 1.0, total)
+        places = row[:, None] * stride_scores + position[None, :]
+        scores = tl.load(weights_ptr + places, mask=mask, other=0.0)
         weights = tl.exp(tl.where(mask, scores - largest[:, None], -float("inf")))
         weights = weights / total[:, None]
         gradient = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
@@ -167,10 +175,9 @@ def additive_attention_bwd_scores_kernel(
             )
         delta += tl.sum(weights * gradient, 1)
         sum_of_weights += tl.sum(weights, 1)
-        places = row[:, None] * stride_scores + position[None, :]
+        tl.debug_barrier()  # all scores have been read before they are replaced
         tl.store(weights_ptr + places, weights, mask=query_valid[:, None])
         tl.store(dscores_ptr + places, gradient, mask=query_valid[:, None])
-    tl.store(query_bound_ptr + row, largest_bound, mask=query_valid)
     # Rounded weights need not sum to 1, but score gradients to 0.
     delta = delta / tl.where(sum_of_weights == 0.0, 1.0, sum_of_weights)
     tl.debug_barrier()  # other threads of the program may have written what comes back here

@@ -18,14 +18,17 @@ class Tiles:
     keys: int = 0
     features: int = 0
     value_features: int = 0
+    registers: int = 0  # the most a thread may have on NVIDIA; 0: as the compiler likes
 
 
-# A score tile is [queries, keys, features] in registers, 32 sums a thread. Fewer features mean
-# fewer rounds of shuffles at the end, more queries and keys fewer exponentials: 32 x 32 x 8 has
-# both. With 4 warps the loop issues 3 % less, and spills around it.
-SCORES = Tiles(warps=8, queries=32, keys=32, features=8, value_features=64)
+# A score tile is [queries, keys, features] in registers, 32 sums a thread: more queries and keys
+# mean fewer exponentials, and fewer features fewer shuffles at the end. Where half of the queries
+# or keys are enough, twice the features take their place. A block of features passes through shared
+# memory, with barriers; at up to 168 registers three programs run on a multiprocessor, so that one
+# computes while another waits. What is spilled for that is used between the loops.
+SCORES = Tiles(warps=4, queries=32, keys=32, features=4, value_features=32, registers=168)
 # Float32 products of matrices go through multiply-adds and need the registers themselves.
-SCORES_FLOAT32 = Tiles(warps=8, queries=32, keys=32, features=8, value_features=32)
+SCORES_FLOAT32 = Tiles(warps=4, queries=32, keys=32, features=4, value_features=32, registers=168)
 DVALUE = Tiles(warps=4, queries=32, keys=64, value_features=64)
 DVALUE_FLOAT32 = Tiles(warps=4, queries=32, keys=32, value_features=32)
 # Returned weights are written once; any tile will do.

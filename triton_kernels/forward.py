@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .arithmetic import dropout_scales, weighted_sum
 from .rows import are_attended, attended_keys, find_tile, offset_of, sequence_rows
-from .scores import segment_scores
+from .scores import write_scores
 
 SIZES = ["batch", "rows_q", "rows_k", "max_seqlen_q", "max_seqlen_k", "parts", "threshold"]
 # Those of returned weights follow the longest sequences.
@@ -48,7 +48,6 @@ def additive_attention_fwd_kernel(
     H: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
-    HALF: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -80,19 +79,17 @@ def additive_attention_fwd_kernel(
     )
     query = first_query + tl.arange(0, BLOCK_Q)
     query_valid = query < length_q
-    query_rows = (
-        query_ptr
-        + place * stride_qb
-        + (start + tl.minimum(query, length_q - 1)) * stride_qt
-        + head * stride_qh
-    )
+    query_item = query_ptr + place * stride_qb + start * stride_qt + head * stride_qh
     all_rows = rows_q
     if cu_q_ptr is None:
         all_rows = rows_q * batch
     row = (place * rows_q + start + query) * H + head
     part_row = row + part * all_rows * H
-    scores_rows = scores_ptr + (row if KEEP_SCORES else part_row) * stride_scores
-    key_rows_ptr = key_ptr + key_place * stride_kb + key_start * stride_kt + head * stride_kh
+    first_row = (place * rows_q + start) * H + head
+    if not KEEP_SCORES:
+        first_row += part * all_rows * H
+    scores_item = scores_ptr + first_row * stride_scores
+    key_item = key_ptr + key_place * stride_kb + key_start * stride_kt + head * stride_kh
     value_rows_ptr = value_ptr + key_place * stride_vb + key_start * stride_vt + head * stride_vh
 
     column = tl.arange(0, SEGMENT).to(tl.int64)
@@ -104,28 +101,36 @@ def additive_attention_fwd_kernel(
     for segment in range(part, segments, parts):
         first = segment * SEGMENT
         kept = first if KEEP_SCORES else 0
-        segment_scores(
-            query_rows,
-            key_rows_ptr,
-            stride_kt,
-            first,
-            length,
-            score_weight_ptr + head * stride_wh,
-            scores_rows + kept,
-            query_valid,
-            D,
-            HALF,
-            BLOCK_Q,
-            BLOCK_K,
-            BLOCK_D,
-            SEGMENT,
-            REFINE,
-            USE_PTX,
-        )
+        for half in tl.static_range(2):
+            if (length_q - first_query <= BLOCK_Q // 2) == half:
+                write_scores(
+                    query_item,
+                    stride_qt,
+                    first_query,
+                    length_q,
+                    key_item,
+                    stride_kt,
+                    first,
+                    tl.minimum(first + SEGMENT, length),
+                    length,
+                    score_weight_ptr + head * stride_wh,
+                    scores_item + kept,
+                    H * stride_scores,
+                    None,
+                    None,
+                    H,
+                    D,
+                    BLOCK_Q >> half,
+                    BLOCK_K,
+                    BLOCK_D << half,
+                    REFINE,
+                    USE_PTX,
+                )
+        tl.debug_barrier()  # other threads of the program read what these have written
         position = first + column
         attended = are_attended(padding_mask_ptr, key_place, rows_k, position, length)
         scores = tl.load(
-            scores_rows[:, None] + kept + column[None, :],
+            scores_item + (query * H)[:, None] * stride_scores + kept + column[None, :],
             mask=query_valid[:, None] & attended[None, :],
             other=-float("inf"),
         )

@@ -35,6 +35,13 @@ SIZES = [
     "stride_bound_place",
 ]
 TILE_ROWS = tl.constexpr(4)  # what one 16-byte load of score gradients serves
+DIRECT_CHOICE = tl.constexpr(3)  # of how to take a tile of rows, after those by its size
+
+
+@triton.constexpr_function
+def tiles_of_choice(choice, row_tiles):
+    """How many TILE_ROWS rows are taken at a time: a whole tile, 3/4, half of it; few directly."""
+    return 1 if choice == 3 else row_tiles - choice * row_tiles // 4
 
 
 @triton.jit
@@ -380,86 +387,61 @@ def additive_attention_grad_kernel(
         dweight0 = tl.zeros((TILE_ROWS, BLOCK_D), tl.float32)
         dweight1 = tl.zeros((TILE_ROWS, BLOCK_D), tl.float32)
         for first_row in range(begin_row, end_row, BLOCK_ROWS):
-            row = first_row + tl.arange(0, BLOCK_ROWS)
-            attended = row < length
+            tile_rows = first_row + tl.arange(0, BLOCK_ROWS)
+            attended = tile_rows < length
             if row_mask_ptr is not None:
-                attended &= tl.load(row_mask_ptr + row, mask=attended, other=1) == 0
-            bounds = row_bound_ptr + (first_row_number + row) * H + head
+                attended &= tl.load(row_mask_ptr + tile_rows, mask=attended, other=1) == 0
+            bounds = row_bound_ptr + (first_row_number + tile_rows) * H + head
             bound_of_rows = tl.max(tl.load(bounds, mask=attended, other=0.0), 0)
             columns_here = columns.to(tl.int32)
             if first_row >= length:
                 columns_here = 0
+            # A whole tile, 3/4 or half of one, as the rows left need; or by the direct route, which
+            # is rare and takes more registers, a few rows at a time.
+            end = tl.minimum(first_row + BLOCK_ROWS, end_row)
+            choice = DIRECT_CHOICE
             if factors(bound_of_rows, bound_of_columns):
-                more0, more1 = tile_gradients(
-                    rows_ptr,
-                    stride_rt,
-                    cols_ptr,
-                    stride_ct,
-                    col_mask_ptr,
-                    features,
-                    dscores_item,
-                    stride_score_row,
-                    stride_score_col,
-                    drow_item,
-                    sums_ptr,
-                    row_mask_ptr,
-                    first_row,
-                    length,
-                    extent,
-                    columns_here,
-                    pair,
-                    fraction_of_zero,
-                    H,
-                    D,
-                    HALF,
-                    BLOCK_D,
-                    ROW_TILES,
-                    CONTIGUOUS_SCORES,
-                    MASK_SCORES,
-                    dcol_ptr is not None,
-                    dweight_ptr is not None,
-                    False,
-                    REFINE,
-                    USE_PTX,
-                )
-                dweight0 += more0
-                dweight1 += more1
-            else:  # a few rows at a time: this route is rare, and needs more registers
-                for few in range(first_row, tl.minimum(first_row + BLOCK_ROWS, end_row), TILE_ROWS):
-                    more0, more1 = tile_gradients(
-                        rows_ptr,
-                        stride_rt,
-                        cols_ptr,
-                        stride_ct,
-                        col_mask_ptr,
-                        features,
-                        dscores_item,
-                        stride_score_row,
-                        stride_score_col,
-                        drow_item,
-                        sums_ptr,
-                        row_mask_ptr,
-                        few,
-                        length,
-                        extent,
-                        columns_here,
-                        pair,
-                        fraction_of_zero,
-                        H,
-                        D,
-                        HALF,
-                        BLOCK_D,
-                        1,
-                        CONTIGUOUS_SCORES,
-                        MASK_SCORES,
-                        dcol_ptr is not None,
-                        dweight_ptr is not None,
-                        True,
-                        REFINE,
-                        USE_PTX,
-                    )
-                    dweight0 += more0
-                    dweight1 += more1
+                rows_left = (end - first_row).to(tl.int32)
+                choice = (rows_left <= BLOCK_ROWS * 3 // 4).to(tl.int32)
+                choice += (rows_left <= BLOCK_ROWS // 2).to(tl.int32)
+            for option in tl.static_range(DIRECT_CHOICE + 1):
+                if choice == option:
+                    few = TILE_ROWS * tiles_of_choice(option, ROW_TILES)
+                    for row in range(first_row, end, few):
+                        more0, more1 = tile_gradients(
+                            rows_ptr,
+                            stride_rt,
+                            cols_ptr,
+                            stride_ct,
+                            col_mask_ptr,
+                            features,
+                            dscores_item,
+                            stride_score_row,
+                            stride_score_col,
+                            drow_item,
+                            sums_ptr,
+                            row_mask_ptr,
+                            row,
+                            length,
+                            extent,
+                            columns_here,
+                            pair,
+                            fraction_of_zero,
+                            H,
+                            D,
+                            HALF,
+                            BLOCK_D,
+                            tiles_of_choice(option, ROW_TILES),
+                            CONTIGUOUS_SCORES,
+                            MASK_SCORES,
+                            dcol_ptr is not None,
+                            dweight_ptr is not None,
+                            option == DIRECT_CHOICE,
+                            REFINE,
+                            USE_PTX,
+                        )
+                        dweight0 += more0
+                        dweight1 += more1
             tl.debug_barrier()  # column sums may be another thread's in the next tile
         if dcol_ptr is not None:
             dcol_item = dcol_ptr + ((col_place * rows_c + col_start) * H + head) * D

@@ -18,6 +18,7 @@ from .problem import (
     is_constant,
     on_device,
     processors,
+    register_limit,
     rows_of,
     strides_of,
     uses_ptx,
@@ -154,7 +155,6 @@ def _score_gradients(
         H=heads,
         D=problem.dim,
         DV=problem.value_dim,
-        HALF=half_of(problem.dim, tiles.features),
         BLOCK_Q=tiles.queries,
         BLOCK_K=tiles.keys,
         BLOCK_D=tiles.features,
@@ -162,6 +162,7 @@ def _score_gradients(
         REFINE=query.dtype == torch.float32,
         USE_PTX=uses_ptx(query),
         num_warps=tiles.warps,
+        **register_limit(tiles),
     )
     strides = (heads * columns, 0, heads * columns, 1, columns)
     bound_strides = (problem.rows_q * heads, heads)

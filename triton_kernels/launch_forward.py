@@ -14,10 +14,11 @@ from .problem import (
     DENSE_WEIGHTS,
     JAGGED_WEIGHTS,
     Problem,
+    alignment,
     describe,
-    half_of,
     on_device,
     processors,
+    register_limit,
     rows_of,
     strides_of,
     uses_ptx,
@@ -155,7 +156,6 @@ def _forward(
         H=heads,
         D=problem.dim,
         DV=problem.value_dim,
-        HALF=half_of(problem.dim, tiles.features),
         BLOCK_Q=tiles.queries,
         BLOCK_K=tiles.keys,
         BLOCK_D=tiles.features,
@@ -164,8 +164,9 @@ def _forward(
         SINGLE=single,
         KEEP_SCORES=keep_scores,
         REFINE=query.dtype == torch.float32,
-        num_warps=tiles.warps,
         USE_PTX=uses_ptx(query),
+        num_warps=tiles.warps,
+        **register_limit(tiles),
     )
     if not single:
         _merge(partial, part_stats, context, stats, None, 0, parts, 1, rows_q, 1)
@@ -246,6 +247,7 @@ def _step_forward(
         BLOCK_D=config.features,
         BLOCK_DV=config.value_features,
         SINGLE=single,
+        ALIGNMENT=alignment(query, key, value, score_weight),
         num_warps=config.warps,
         USE_PTX=uses_ptx(query),
     )

@@ -8,6 +8,7 @@ from . import configurations
 from .problem import (
     GRAD_QUERY,
     Problem,
+    alignment,
     describe,
     is_constant,
     on_device,
@@ -16,7 +17,7 @@ from .problem import (
     uses_ptx,
     weight_strides,
 )
-from .step import additive_attention_step_bwd_kernel, sum_tiles_kernel
+from .step_backward import additive_attention_step_bwd_kernel, sum_tiles_kernel
 
 
 def step_gradients(
@@ -91,6 +92,7 @@ def step_gradients(
             SINGLE=single,
             FIRST=first,
             LAST=last,
+            ALIGNMENT=alignment(query, key, value, score_weight, dcontext),
             USE_PTX=uses_ptx(query),
             num_warps=config.warps,
         )

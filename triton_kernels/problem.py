@@ -8,6 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
+from .configurations import Tiles
+
 GRAD_QUERY, GRAD_KEY, GRAD_VALUE, GRAD_SCORE_WEIGHT = 1, 2, 4, 8
 DENSE_WEIGHTS, JAGGED_WEIGHTS = 1, 2
 
@@ -117,6 +119,11 @@ def uses_ptx(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.version.hip is None and not triton.knobs.runtime.interpret
 
 
+def register_limit(tiles: Tiles) -> dict[str, int]:
+    """The option of a launch; only NVIDIA's compiler has it."""
+    return {} if torch.version.hip or not tiles.registers else {"maxnreg": tiles.registers}
+
+
 def processors(tensor: Tensor) -> int:
     if not tensor.is_cuda:
         return 1
@@ -134,6 +141,15 @@ def strides_of(tensor: Tensor, cu: Tensor | None) -> tuple[int, int, int]:
     """
     by_place, by_row, by_head, _ = tensor.stride()
     return by_place if cu is None else 0, by_row, by_head
+
+
+def alignment(*tensors: Tensor | None) -> int:
+    """Features that every row of the tensors starts at a multiple of: 8, or 1.
+
+    Triton only sees whether 16 divides a stride.
+    """
+    strides = (stride for t in tensors if t is not None for stride in t.stride()[:-1])
+    return 8 if all(stride % 8 == 0 for stride in strides) else 1
 
 
 def half_of(dim: int, multiple: int = 1) -> int:

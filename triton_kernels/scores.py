@@ -44,7 +44,6 @@ def factored_scores(
     key_rows,
     score_weight_ptr,
     D: tl.constexpr,
-    HALF: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -61,6 +60,7 @@ def factored_scores(
     Returns:
         scores [BLOCK_Q, BLOCK_K], bounds [BLOCK_Q] and [BLOCK_K].
     """
+    HALF: tl.constexpr = (D + 2 * BLOCK_D - 1) // (2 * BLOCK_D) * BLOCK_D
     PADDED: tl.constexpr = 2 * HALF != D
     lane = tl.arange(0, BLOCK_D)
     sums = tl.zeros((BLOCK_Q, BLOCK_K, BLOCK_D), tl.float32)
@@ -123,7 +123,6 @@ def are_informative(
     key_rows,
     score_weight_ptr,
     D: tl.constexpr,
-    HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     USE_PTX: tl.constexpr,
@@ -131,9 +130,10 @@ def are_informative(
     """Whether enough of the score weights meet a tanh that is neither nearly 0 nor nearly 1.
 
     If few do, as where every key is minus every query up to noise, scores differ so little that the
-    error of the factored form, a part of sum |w|, would show. Looked at are the pairs on the
-    diagonal of the tile, in a sample of the features.
+    error of the factored form, a part of sum |w|, would show. Looked at are BLOCK pairs of a query
+    and a key each, in a sample of the features.
     """
+    HALF: tl.constexpr = (D + 2 * BLOCK_D - 1) // (2 * BLOCK_D) * BLOCK_D
     PADDED: tl.constexpr = 2 * HALF != D
     STRIDE: tl.constexpr = BLOCK_D * max(1, HALF // (SAMPLED_BLOCKS * BLOCK_D))
     informative = tl.zeros((BLOCK, BLOCK_D), tl.float32)
@@ -154,95 +154,120 @@ def are_informative(
 @triton.jit
 def score_tile(
     query_rows,
-    key_rows,
+    key_ptr,
+    stride_kt,
+    first_key,
+    length,
     score_weight_ptr,
+    scores_rows,
+    query_valid,
+    key_bound_ptr,
+    H: tl.constexpr,
     D: tl.constexpr,
-    HALF: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     REFINE: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
-    """Scores by the route that the tile allows.
+    """Write the scores of keys [first_key, first_key + BLOCK_K) by the route that they allow.
+
+    Arguments are those of :func:`write_scores`; ``scores_rows`` is where each query's score of
+    ``first_key`` goes.
 
     Returns:
-        scores [BLOCK_Q, BLOCK_K], bounds of the rows' magnitudes [BLOCK_Q] and [BLOCK_K]; those of
-        the queries are infinite where magnitudes do not tell that the tile needs the direct route.
+        bounds of the queries' magnitudes [BLOCK_Q], infinite where magnitudes do not tell that the
+        tile needs the direct route.
     """
-    tl.static_assert(BLOCK_Q == BLOCK_K, "the diagonal takes a query and a key each")
+    # Past the last key its row is repeated, which there always is.
+    position = first_key + tl.arange(0, BLOCK_K)
+    inside = position < length
+    key_rows = key_ptr + tl.minimum(position, length - 1) * stride_kt
+    paired = first_key + tl.arange(0, BLOCK_Q) % BLOCK_K
+    paired_rows = key_ptr + tl.minimum(paired, length - 1) * stride_kt
     informative = are_informative(
-        query_rows, key_rows, score_weight_ptr, D, HALF, BLOCK_Q, BLOCK_D, USE_PTX
+        query_rows, paired_rows, score_weight_ptr, D, BLOCK_Q, BLOCK_D, USE_PTX
     )
     scores, query_bound, key_bound = factored_scores(
-        query_rows,
-        key_rows,
-        score_weight_ptr,
-        D,
-        HALF,
-        BLOCK_Q,
-        BLOCK_K,
-        BLOCK_D,
-        REFINE,
-        USE_PTX,
+        query_rows, key_rows, score_weight_ptr, D, BLOCK_Q, BLOCK_K, BLOCK_D, REFINE, USE_PTX
     )
     query_bound = tl.where(informative, query_bound, float("inf"))
     if not factors(tl.max(query_bound, 0), tl.max(key_bound, 0)):
         scores = direct_scores(
             query_rows, key_rows, score_weight_ptr, D, BLOCK_Q, BLOCK_K, BLOCK_D, USE_PTX
         )
-    return scores, query_bound, key_bound
+    if key_bound_ptr is not None:
+        tl.store(key_bound_ptr + position * H, key_bound, mask=inside)
+    tl.store(
+        scores_rows[:, None] + tl.arange(0, BLOCK_K)[None, :],
+        scores,
+        mask=query_valid[:, None] & inside[None, :],
+    )
+    return query_bound
 
 
 @triton.jit
-def segment_scores(
-    query_rows,
+def write_scores(
+    query_ptr,
+    stride_qt,
+    first_query,
+    length_q,
     key_ptr,
     stride_kt,
-    first,
+    first_key,
+    end_key,
     length,
     score_weight_ptr,
-    scores_rows,
-    query_valid,
+    scores_ptr,
+    stride_scores,
+    query_bound_ptr,
+    key_bound_ptr,
+    H: tl.constexpr,
     D: tl.constexpr,
-    HALF: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SEGMENT: tl.constexpr,
     REFINE: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
-    """Write scores of keys [first, first + SEGMENT) to memory, whence they come back in one tile.
+    """Write scores of up to BLOCK_Q queries and keys [first_key, end_key), tile by tile.
+
+    They go to memory to come back as one tile. The last keys may fit a tile of half the width.
 
     Args:
-        query_rows: pointers to query rows, [BLOCK_Q]; all valid addresses.
-        key_ptr: row 0 of the sequence's keys.
-        first, length: the segment's first key; the sequence's keys. first < length.
-        scores_rows: where each query's score of key ``first`` goes, [BLOCK_Q] pointers.
-        query_valid: which queries there are, [BLOCK_Q].
+        query_ptr, key_ptr: row 0 of the sequence.
+        first_query, length_q: this program's first query; the sequence's queries.
+        length: the sequence's keys, at least 1.
+        scores_ptr: where the score of query 0 and ``first_key`` goes; a query's are
+            ``stride_scores`` apart.
+        query_bound_ptr, key_bound_ptr: where bounds of the rows' magnitudes go, H apart, or None.
     """
-    column = tl.arange(0, BLOCK_K)
-    # A tile past the last key is repeated there: a row of it is always a row of the sequence.
-    for begin in range(0, tl.minimum(SEGMENT, length - first), BLOCK_K):
-        position = first + begin + column
-        inside = position < length
-        key_rows = key_ptr + tl.minimum(position, length - 1) * stride_kt
-        scores, _, _ = score_tile(
-            query_rows,
-            key_rows,
-            score_weight_ptr,
-            D,
-            HALF,
-            BLOCK_Q,
-            BLOCK_K,
-            BLOCK_D,
-            REFINE,
-            USE_PTX,
-        )
-        tl.store(
-            scores_rows[:, None] + begin + column[None, :],
-            scores,
-            mask=query_valid[:, None] & inside[None, :],
-        )
-    tl.debug_barrier()  # other threads of the program read what these have written
+    query = first_query + tl.arange(0, BLOCK_Q)
+    query_valid = query < length_q
+    query_rows = query_ptr + tl.minimum(query, length_q - 1) * stride_qt
+    scores_rows = scores_ptr + query * stride_scores
+    query_bound = tl.zeros((BLOCK_Q,), tl.float32)
+    for begin in range(first_key, end_key, BLOCK_K):
+        for half in tl.static_range(2):
+            if (end_key - begin <= BLOCK_K // 2) == half:
+                bound = score_tile(
+                    query_rows,
+                    key_ptr,
+                    stride_kt,
+                    begin,
+                    length,
+                    score_weight_ptr,
+                    scores_rows + (begin - first_key),
+                    query_valid,
+                    key_bound_ptr,
+                    H,
+                    D,
+                    BLOCK_Q,
+                    BLOCK_K >> half,
+                    BLOCK_D << half,
+                    REFINE,
+                    USE_PTX,
+                )
+                query_bound = tl.maximum(query_bound, bound)
+    if query_bound_ptr is not None:
+        tl.store(query_bound_ptr + query * H, query_bound, mask=query_valid)

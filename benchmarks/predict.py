@@ -1,0 +1,123 @@
+"""What the workloads of a GPU should take, from the kernels' machine code and their tiles.
+
+    python -m benchmarks.predict [--processors 132 --clock 1.755 --bandwidth 3.0]
+
+Not measured: the main loops of Triton's kernels for sm_90 at one issue slot a clock and
+scheduler, with whole tiles counted where sequences fill them in part; and bytes at the bandwidth of
+a copy, whichever takes longer. Latency of memory, barriers and launches are left out. It is to be
+held against what ``benchmarks.bench_additive_attention --device cuda`` measures.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+
+from attn_ext.triton_kernels import configurations, gradient
+
+from . import static, static_cases
+from .floors import floor
+from .sass import Counts, disassemble, per_element
+from .workloads import WORKLOADS, Workload
+
+LANES = 128  # that a multiprocessor issues for in a clock
+TABLE = ("at-once", "gnmt-384", "step", "one-long-512", "skewed-512")
+SIDE = configurations.SCORES.queries
+SIDES = (SIDE, SIDE // 2)  # queries, and keys, of a score tile
+ROW_TILES = configurations.GRADIENT_ROW_TILES
+# Keys that the gradient pass takes at a time.
+ROWS = tuple(
+    gradient.TILE_ROWS.value * tiles for tiles in (ROW_TILES, ROW_TILES * 3 // 4, ROW_TILES // 2)
+)
+
+
+def tile_slots(launch: tuple, regime: str, rank: str) -> list[float]:
+    """Issue slots an element of a kernel's paired loops, that of the largest tile first.
+
+    Args:
+        launch: from ``static_cases``.
+        regime: of the case.
+        rank: what is told apart by, of :class:`benchmarks.sass.PerElement`: "mufu" of loops over
+            as many elements each, which share exponentials the more the larger the tile is, or
+            "reciprocals" of loops over fewer.
+    """
+    case = static_cases.make_case(launch, regime, "", "bf16", 1024)
+    compiled = static.compile_case(case, "sm_90")
+    kernel = disassemble(compiled.asm["cubin"])[compiled.metadata.name]
+    elements = case.elements_per_iteration / case.num_warps
+    found = []
+    for loop in kernel.loops:
+        if any(other.parent is loop for other in kernel.loops):
+            continue
+        element = per_element(Counts.of(loop.straight(lambda block: False)), elements)
+        if element.reciprocals and element.mufu / element.reciprocals <= 1.5:
+            found.append(element)
+    if rank == "mufu":
+        return [e.slots for e in sorted(found, key=lambda e: e.mufu)]
+    share = max(e.reciprocals for e in found)
+    ordered = sorted(found, key=lambda e: -e.reciprocals)
+    return [e.slots * share / e.reciprocals for e in ordered if e.reciprocals >= share / 2]
+
+
+def parts(length: int, sizes: Sequence[int]) -> list[int]:
+    """The tiles of a side: whole ones, and for the rest the smallest that holds it."""
+    whole, rest = divmod(length, sizes[0])
+    return [sizes[0]] * whole + ([min(size for size in sizes if size >= rest)] if rest else [])
+
+
+def score_slots(workload: Workload, slots: Sequence[float]) -> float:
+    """Issue slots of all scores; ``slots``: of a whole tile, two kinds of half one, a quarter."""
+    by_area = {0: slots[0], 1: sum(slots[1:3]) / 2, 2: slots[3]}
+    total = 0.0
+    for queries, keys in zip(workload.query_lengths, workload.key_lengths, strict=True):
+        for tile_q in parts(queries, SIDES):
+            for tile_k in parts(keys, SIDES):
+                halved = (tile_q < SIDES[0]) + (tile_k < SIDES[0])
+                total += tile_q * tile_k * by_area[halved]
+    return total * workload.dim
+
+
+def gradient_slots(workload: Workload, slots: Sequence[float]) -> float:
+    """Issue slots of the pass over all pairs that gives the gradients."""
+    total = 0.0
+    for queries, keys in zip(workload.query_lengths, workload.key_lengths, strict=True):
+        total += sum(queries * rows * slots[ROWS.index(rows)] for rows in parts(keys, ROWS))
+    return total * workload.dim
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--processors", type=int, default=132, help="multiprocessors (H100: 132)")
+    parser.add_argument("--clock", type=float, default=1.755, help="GHz")
+    parser.add_argument("--bandwidth", type=float, default=3.0, help="TB/s read + written")
+    options = parser.parse_args()
+    forward, backward, _ = static_cases.launches_of(torch.bfloat16, 1024, 75, 75)
+    launches = {launch[0].__name__: launch for launch in forward + backward}
+
+    def slots_of(name: str, rank: str) -> list[float]:
+        return tile_slots(launches[f"additive_attention_{name}_kernel"], "all", rank)
+
+    scores, again = slots_of("fwd", "mufu"), slots_of("bwd_scores", "mufu")
+    gradients = slots_of("grad", "reciprocals")
+    for name, found in (("forward", scores), ("scores again", again), ("gradients", gradients)):
+        print(f"{name}: slots an element by tile:", ", ".join(f"{n:.2f}" for n in found))
+    clocks = options.processors * options.clock * 1e9
+    peaks = {
+        "copied_bytes_per_second": options.bandwidth * 1e12,
+        "special_functions_per_second": 16 * clocks,
+    }
+    print(f"{options.processors} multiprocessors, {options.clock} GHz, {options.bandwidth} TB/s")
+    for workload in (WORKLOADS[name] for name in TABLE):
+        for mode in ("forward", "backward"):
+            bound = floor(workload, mode, 2, peaks)
+            text = f"{workload.name} {mode}: floor {bound.seconds * 1e3:.3f} ms ({bound.bound_by})"
+            if not workload.one_query:
+                issued = score_slots(workload, scores if mode == "forward" else again)
+                if mode == "backward":
+                    issued += gradient_slots(workload, gradients)
+                text += f", predicted {issued / (LANES * clocks) * 1e3:.3f} ms"
+            print(text)
+
+
+if __name__ == "__main__":
+    main()
