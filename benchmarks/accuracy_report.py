@@ -5,6 +5,12 @@ from pathlib import Path
 FORWARD = ("context", "weights")
 GRADIENTS = ("dquery", "dkey", "dvalue", "dscore_weight")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
+SMALLEST = {
+    "float32": 2.0**-126,
+    "float16": 2.0**-14,
+    "bfloat16": 2.0**-126,
+    "float64": 2.0**-1022,
+}
 STYLES = {"cpu": "-", "reference": "-.", "triton": "--", "cuda": ":"}
 NOT_PROVIDERS = ("magnitude", "dtype", "features", "keys", "scale", "budget", "eager")
 
@@ -34,13 +40,13 @@ def shares(rows: list[dict], provider: str, results: tuple[str, ...]) -> list[fl
 
 
 def relative(rows: list[dict], provider: str, results: tuple[str, ...]) -> list[float]:
-    """Error over the result's scale, of rows whose results are not 0."""
+    """Error over the result's scale, of results that their dtype has normal numbers for."""
     return [
         row[provider][name] / row["scale"][name]
         for row in rows
         if provider in row
         for name in results
-        if row["scale"][name] > 0
+        if row["scale"][name] >= SMALLEST[row["dtype"]]
     ]
 
 
@@ -71,7 +77,9 @@ def table(rows: list[dict], machine: dict[str, str]) -> str:
                 lines.append(f"| {dtype} | {provider} | {count} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Median and largest error over the result's scale, of all results, by magnitude:",
+        "Median and largest error over the result's scale, of all results that are not subnormal, by "
+        "magnitude. Eager's is the largest of two orders of summation and, below 2^20 elements, of "
+        "six neighbouring calls:",
         "",
         "| dtype | provider | " + " | ".join(f"{magnitude:g}" for magnitude in sizes[0]) + " |",
         "|---|---|" + "---|" * len(sizes[0]),
