@@ -77,7 +77,7 @@ def table(rows: list[dict], machine: dict[str, str]) -> str:
                 lines.append(f"| {dtype} | {provider} | {count} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Median and largest error over the result's scale, of all results that are not subnormal, by "
+        "Median and largest error over the result's scale, of results that are not subnormal, by "
         "magnitude. Eager's is the largest of two orders of summation and, below 2^20 elements, of "
         "six neighbouring calls:",
         "",
