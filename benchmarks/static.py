@@ -71,7 +71,6 @@ class Figures:
     spills: int  # instructions that access local memory; on AMD spilled registers
     shared: int  # bytes a CTA
     per_element: bool  # whether its main loop is over elements
-    loop_spills: int = 0  # of the spills, those in innermost loops that take reciprocals
     routes: tuple[str, ...] = ()  # of alternative sets of passes those it is in; none: all
     occupancy: Occupancy | None = None
     element: PerElement | None = None  # of the main loop
@@ -79,6 +78,7 @@ class Figures:
     around: float | None = None  # slots an element outside the main loop, where it is known
     # Of each pointer that is loaded from: bytes a lane -> number of loads.
     load_widths: dict[str, dict[int, int]] | None = None
+    loop_spills: int = 0  # of the spills, those in innermost loops that take reciprocals
 
 
 @functools.cache
