@@ -32,9 +32,6 @@ STRIDES = ("contiguous", "transposed", "reversed", "sliced")
 # Triples (i, j, d) of a call and its heads, for the time of the eager formulas in float64.
 LARGEST_CALL = 200_000
 LARGEST_INTERPRETED = 2_000
-# Between scores whose gradients are compared: beyond, softmax weights in float32 may be subnormal,
-# which kernels flush to 0, and all others but one be nearly 0, so that those decide gradients.
-LARGEST_GAP = 80.0
 
 
 @dataclass(frozen=True)
@@ -241,9 +238,6 @@ def inputs_of(call: Call) -> Inputs:
         name: leaf * 10 ** (tenths / 10)
         for (name, leaf), tenths in zip(inputs.leaves.items(), call.magnitudes)
     }
-    if call.wanted != ("value",):  # whose gradient and the context no such weight decides
-        gap = 2 * scaled["score_weight"].abs().sum(-1, keepdim=True)
-        scaled["score_weight"] *= (LARGEST_GAP / gap).clamp(max=1)
     return finished(call, inputs.with_leaves(**scaled))
 
 

@@ -375,6 +375,75 @@ class _ExactTanh(torch.autograd.Function):
 exact_tanh = _ExactTanh.apply
 
 
+class RandomRounding:
+    """Arithmetic in float64 in which every result is off by a random part of ``unit``.
+
+    So one calculation stands for all that round their results to that unit, whatever the luck of
+    the numbers at hand (Monte Carlo arithmetic, Parker 1997). Gradients are rounded likewise. As
+    with any rounding, equal results of an operation err alike.
+    """
+
+    def __init__(self, unit: float, seed: int):
+        self.unit = unit
+        self.queries_first = seed % 2 == 0
+        self.operation = seed << 20
+
+    def vary(self, x: Tensor) -> Tensor:
+        self.operation += 1
+        bits = x.contiguous().view(torch.int64) + self.operation * 0x5851F42D4C957F2D % 2**63
+        for _ in range(2):  # mixes them: the high ones then depend on all
+            bits = (bits ^ (bits >> 29)) * 0x369DEA0F31A53F85
+        noise = (bits >> 33).double() / 2**30  # from -1 to 1
+        return x * (1 + self.unit * noise)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _Varied.apply(x, self)
+
+    def tanh(self, x: Tensor) -> Tensor:
+        return _VariedTanh.apply(x, self)
+
+    def expand(self, x: Tensor, queries: int, keys: int) -> Tensor:
+        """``[queries, keys, ...]``; its gradient is summed over either of them first."""
+        if self.queries_first:
+            return self(self(x).expand(keys, *x.shape)).expand(queries, keys, *x.shape)
+        by_query = self(self(x).expand(queries, *x.shape))
+        return by_query.unsqueeze(1).expand(queries, keys, *x.shape)
+
+    def softmax(self, x: Tensor) -> Tensor:
+        """Over axis 1, which may be empty."""
+        powers = (x - x.detach().amax(1, keepdim=True)).exp() if x.size(1) else x
+        return self(self(powers) / self(self(powers).sum(1, keepdim=True)))
+
+
+class _Varied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, rounding: RandomRounding) -> Tensor:
+        ctx.rounding = rounding
+        return rounding.vary(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return ctx.rounding.vary(gradient), None
+
+
+class _VariedTanh(torch.autograd.Function):
+    """Whose derivative is 1 - tanh^2 of the rounded tanh, as PyTorch has it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rounding: RandomRounding) -> Tensor:
+        ctx.rounding = rounding
+        result = rounding.vary(x.tanh())
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (result,) = ctx.saved_tensors
+        rounding = ctx.rounding
+        slope = 1 - rounding.vary(result * result)
+        return rounding.vary(gradient * rounding.vary(slope)), None
+
+
 def formula(
     inputs: Inputs,
     leaves: dict[str, Tensor],
@@ -382,6 +451,7 @@ def formula(
     dropout_p: float = 0.0,
     tanh: Callable[[Tensor], Tensor] = torch.tanh,
     reverse: bool = False,
+    rounding: RandomRounding | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Additive attention by the formulas of the paper, a sequence at a time, in leaves' dtype.
 
@@ -392,6 +462,7 @@ def formula(
         dropout_p: the probability that they were dropped with.
         tanh: the function itself.
         reverse: sum over queries, keys and features in the opposite order.
+        rounding: applied to every result; leaves are in float64.
 
     Returns:
         context and weights as the public function shapes them (nested ones as their values).
@@ -409,14 +480,23 @@ def formula(
         queries, keys, values = query[query_row], key[key_row], value[key_row]
         if reverse:
             queries, keys, values = queries.flip(0), keys.flip(0), values.flip(0)
-        hidden = tanh(queries[:, None] + keys[None])  # [Tq, Tk, H, D]
-        scores = (hidden * score_weight).sum(-1)
-        alpha = scores.softmax(1).to(value.dtype)  # [Tq, Tk, H]
+        if rounding is None:
+            hidden = tanh(queries[:, None] + keys[None])  # [Tq, Tk, H, D]
+            scores = (hidden * score_weight).sum(-1)
+            alpha = scores.softmax(1).to(value.dtype)  # [Tq, Tk, H]
+        else:
+            hidden = rounding.tanh(rounding(queries[:, None] + keys[None]))
+            weight = rounding.expand(score_weight, *hidden.shape[:2])
+            scores = rounding(rounding(hidden * weight).sum(-1))
+            alpha = rounding.softmax(scores)
         if keep is not None:
             kept = keep[b, :, : len(queries), inputs.columns[b]]  # [H, Tq, Tk]
             kept = kept.permute(1, 2, 0)
             alpha = alpha * (kept.flip(0, 1) if reverse else kept) / (1 - dropout_p)
-        contexts = torch.einsum("qkh,khv->qhv", alpha, values)
+        if rounding is None:
+            contexts = torch.einsum("qkh,khv->qhv", alpha, values)
+        else:
+            contexts = rounding(rounding(alpha.unsqueeze(-1) * values).sum(1))
         if reverse:
             contexts, alpha = contexts.flip(0), alpha.flip(0, 1)
         context[query_row] = contexts
@@ -496,7 +576,7 @@ def yardsticks(
     wanted: Sequence[str] = INPUT_NAMES,
     keep: Tensor | None = None,
     dropout_p: float = 0.0,
-    neighbours: int = 0,
+    samples: int = 0,
 ) -> tuple[Results, Results]:
     """Results in float64, and as wrong as hand-written PyTorch makes them in the inputs' dtypes.
 
@@ -504,11 +584,10 @@ def yardsticks(
     two orders of summation, and the second results returned have at every element the larger error.
 
     That is enough where many elements share about the same error, not in a call of one or two
-    elements, or whose results nearly cancel: a sum's error is less than a third of the largest one
-    possible every third time, and sums of a few short numbers are exact. ``neighbours`` then adds
-    the errors that eager code makes in so many calls that differ from this one by random parts of a
-    hundredth of each number, and so in nothing but luck: in the inputs' dtypes and, as nobody
-    expects more of low precision, in float32.
+    elements, or whose results nearly cancel: sums of a few short numbers are exact, and what is
+    added to itself and taken away again is too. ``samples`` then adds the errors of so many
+    calculations whose every result is rounded at random (see :class:`RandomRounding`): to float32,
+    as nobody expects more of low precision, or to float64.
     """
 
     def by_formula(
@@ -540,30 +619,15 @@ def yardsticks(
             largest = {name: error.maximum(ratio * seen[name]) for name, error in largest.items()}
         return exact, largest
 
-    def neighbours_of(tensors: dict[str, Tensor], alike: bool) -> dict[str, Tensor]:
-        """In float64."""
-        random = {
-            name: torch.rand(() if alike else t.shape, generator=generator, device="cpu")
-            for name, t in tensors.items()
-        }
-        return {
-            name: t * (0.99 + 0.02 * random[name].to(t).double()) for name, t in tensors.items()
-        }
-
     exact, largest = errors(inputs.leaves, incoming)
-    generator = torch.Generator("cpu").manual_seed(0)
     in_double = inputs.leaves["query"].dtype == torch.float64
-    for n in range(neighbours):
-        # Numbers of a tensor that are alike stay so in every second call: their errors add up.
-        leaves, gradients = (neighbours_of(t, n % 2 == 0) for t in (inputs.leaves, incoming))
-        rounded = {name: leaf.to(inputs.leaves[name].dtype) for name, leaf in leaves.items()}
-        found = [errors(rounded, gradients)[1]]
-        if not in_double:
-            found.append(
-                errors({name: leaf.float() for name, leaf in leaves.items()}, gradients)[1]
-            )
-        for other in found:
-            largest = {name: error.maximum(other[name]) for name, error in largest.items()}
+    unit = torch.finfo(torch.float64 if in_double else torch.float32).eps / 2
+    for sample in range(samples):
+        varied = by_formula(
+            inputs.leaves, incoming, torch.float64, rounding=RandomRounding(unit, sample)
+        )
+        for name, result in varied.items():
+            largest[name] = largest[name].maximum((result - exact[name]).abs())
     return exact, {name: result + largest[name] for name, result in exact.items()}
 
 

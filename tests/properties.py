@@ -26,8 +26,8 @@ from torch import Tensor
 import attn_ext
 
 DROPOUT_SEED = 5
-# How often eager code is run on nearly the same numbers where it errs less than a kernel.
-NEIGHBOURS = 16
+# How often the formulas are calculated with random roundings where eager errs less than a kernel.
+SAMPLES = 16
 
 
 class Case:
@@ -37,7 +37,7 @@ class Case:
         self.call = call
         self.backend = backend
         self.dropout_p = call.dropout / 100
-        self.neighbours = 0
+        self.samples = 0
         self.inputs = inputs_of(call)
         self.incoming = incoming_of(call, self.inputs)
 
@@ -71,7 +71,7 @@ class Case:
 
     def look_closer(self) -> None:
         """Estimate eager's error from more calls, which take their time."""
-        self.neighbours = NEIGHBOURS
+        self.samples = SAMPLES
         self.__dict__.pop("exact_and_eager", None)
 
     def measure(self, inputs: Inputs) -> tuple[Results, Results]:
@@ -80,7 +80,7 @@ class Case:
         if self.dropout_p:
             keep = draw_keep(inputs, self.dropout_p, DROPOUT_SEED)
         wanted, incoming = self.call.wanted, self.incoming
-        return yardsticks(inputs, incoming, wanted, keep, self.dropout_p, self.neighbours)
+        return yardsticks(inputs, incoming, wanted, keep, self.dropout_p, self.samples)
 
 
 # ---- Results by sequence ----
@@ -137,10 +137,12 @@ def rearranged(case: Case, order: list[int], layout: str) -> tuple[Inputs, dict[
         tail_rows=call.tail_rows,
     )
     for place, b in enumerate(order):
-        queries = new.leaves["query"][new.query_rows[place]]
-        queries[: len(old[b]["query"])] = old[b]["query"]  # padded queries may be more
         for name in ("key", "value"):
             new.leaves[name][new.key_rows[place]] = old[b][name].double()
+    # Queries that only the new layout has, as padding, are of the size of the others.
+    new.leaves["query"] *= 10 ** (call.magnitudes[0] / 10)
+    for place, b in enumerate(order):
+        new.leaves["query"][new.query_rows[place]][: len(old[b]["query"])] = old[b]["query"]
     leaves = {**new.leaves, "score_weight": inputs.leaves["score_weight"]}
     new = finished(call, new.with_leaves(**leaves))
 
@@ -275,7 +277,7 @@ def constant_added_to_scores(case: Case) -> bool:
     if case.dropout_p:
         return False
     seed, features = case.call.seed, case.call.features
-    constant = (-3.0, -1.0, 0.3, 1.0, 3.0)[seed % 5]  # larger ones would cost scores their digits
+    constant = (-30.0, -1.0, 0.3, 1.0, 30.0)[seed % 5]
     generator = torch.Generator("cpu").manual_seed(seed + 2000)
     leaves = dict(case.inputs.leaves)
     for name, leaf in leaves.items():
@@ -379,7 +381,7 @@ PROPERTIES: dict[str, Callable[[Case], bool]] = {
 
 def holds(name: str, case: Case) -> bool:
     """Whether a property says something of a case; an AssertionError if it does not hold."""
-    if case.neighbours == 0:
+    if case.samples == 0:
         try:
             return PROPERTIES[name](case)
         except AssertionError:
