@@ -161,10 +161,10 @@ class Yardstick:
         self, point: Point, inputs: helpers.Inputs, incoming: helpers.Results
     ) -> tuple[helpers.Results, helpers.Results]:
         """Exact results, and results with the largest error that eager PyTorch has in two orders
-        of summation and, in small calls, whose errors may happen to be small, in neighbouring ones.
+        of summation or, in small calls, whose errors may happen to be small, with random roundings.
         """
         if point.elements < LARGE:
-            return helpers.yardsticks(inputs, incoming, neighbours=6)
+            return helpers.yardsticks(inputs, incoming, samples=6)
         exact = self._exact_at(point, inputs, incoming)
         orders = (False, True) if point.dtype.itemsize > 2 else (False,)
         largest = helpers.worst(exact, *(eagerly(inputs, incoming, order) for order in orders))
