@@ -115,14 +115,14 @@ struct TanhSlope {
   float slope;
 };
 
-// r = 1 / (1 + a b) of two features: tanh = 1 - 2r, and the slope is r - r^2.
-ATTN_EXT_HOST_DEVICE void factored_pair(float a0, float a1, float b0, float b1, float& r0,
-                                        float& r1) {
+// h = 1 / (1 + a b) - 1/2 of two features: tanh = -2h, and the slope is 1/4 - h^2.
+ATTN_EXT_HOST_DEVICE void factored_pair(float a0, float a1, float b0, float b1, float& h0,
+                                        float& h1) {
   const float x0 = std::fma(a0, b0, 1.0f);
   const float x1 = std::fma(a1, b1, 1.0f);
   const float inverse = fast_reciprocal(x0 * x1);
-  r0 = x1 * inverse;
-  r1 = x0 * inverse;
+  h0 = std::fma(x1, inverse, -0.5f);
+  h1 = std::fma(x0, inverse, -0.5f);
 }
 
 // For any x, both with a small relative error. With z = exp(-2|x|), tanh|x| = 1 - 2z / (1 + z),

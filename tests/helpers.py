@@ -564,6 +564,10 @@ def call(inputs: Inputs, leaves: dict[str, Tensor], **keywords: object):
     return context.values() if context.is_nested else context, weights
 
 
+# How many calculations with random roundings tell whether eager's error was small by luck.
+SAMPLES = 16
+
+
 def worst(exact: Results, *others: Results) -> Results:
     """The exact results off by the largest error, at every element, that ``others`` have."""
     errors = ([(other[name].double() - exact[name]).abs() for other in others] for name in exact)
@@ -665,8 +669,11 @@ def check(
     actual = differentiate(
         lambda leaves: function(inputs, leaves, **keywords), inputs.leaves, incoming, wanted
     )
-    exact, eager = yardsticks(inputs, incoming, wanted, keep, dropout_p)
-    compare(inputs, actual, exact, eager)
+    how = inputs, incoming, wanted, keep, dropout_p
+    try:
+        compare(inputs, actual, *yardsticks(*how))
+    except AssertionError:  # eager may have been right by luck
+        compare(inputs, actual, *yardsticks(*how, samples=SAMPLES))
     return actual
 
 

@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from calls import Call, finished, incoming_of, inputs_of, result_shapes
 from helpers import (
+    SAMPLES,
     Inputs,
     Results,
     assert_within_budget,
@@ -26,8 +27,6 @@ from torch import Tensor
 import attn_ext
 
 DROPOUT_SEED = 5
-# How often the formulas are calculated with random roundings where eager errs less than a kernel.
-SAMPLES = 16
 
 
 class Case:

@@ -35,10 +35,10 @@ void factored(const float* q, const float* k, const float* w, float* score, floa
     const float a0 = factored_exponential(q[i]), a1 = factored_exponential(q[i + 1]);
     const float b0 = factored_exponential(k[i]), b1 = factored_exponential(k[i + 1]);
     score[i / 2] = add_factored_pair(w[i] + w[i + 1], -2 * w[i], -2 * w[i + 1], a0, a1, b0, b1);
-    float r0, r1;
-    factored_pair(a0, a1, b0, b1, r0, r1);
-    tanh[i / 2] = 1 - 2 * r0;
-    slope[i / 2] = 4 * std::fma(-r0, r0, r0);
+    float h0, h1;
+    factored_pair(a0, a1, b0, b1, h0, h1);
+    tanh[i / 2] = -2 * h0;
+    slope[i / 2] = 4 * std::fma(-h0, h0, 0.25f);
   }
 }
 int in_range(float q, float k) { return in_factored_range(q, k); }

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import (
     BACKEND_DEVICES,
+    SAMPLES,
     assert_within_budget,
     call,
     check,
@@ -82,7 +83,9 @@ def test_what_all_keys_share_leaves_dquery(kernel_backend: str, features: int, k
         inputs.leaves["score_weight"][0] = 25
         incoming = incoming_gradients(inputs, need_weights=True)
         dquery = accuracy.by_backend(inputs, incoming, kernel_backend)["dquery"]
-        exact, eager = yardsticks(inputs, incoming)
+        # Only the CPU backend takes from the score gradients what rounding left of their sum.
+        samples = 0 if kernel_backend == "cpu" else SAMPLES
+        exact, eager = yardsticks(inputs, incoming, samples=samples)
         assert_within_budget("dquery", dquery, exact["dquery"], eager["dquery"])
 
 

@@ -15,8 +15,10 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Exponents 2 log2(e) |q| up to 31 keep x0 x1 < 2^126, so that its reciprocal is a normal number.
 LARGEST_MAGNITUDE = tl.constexpr(31 * 0.6931471805599453 / 2)
-# Below this, tanh is so small that the fractions' absolute error would show.
+# Below these, tanh is so small that the fractions' absolute error would show: in scores, and in
+# the gradient of score weights, which is a sum of tanh.
 SMALLEST_MAGNITUDE = tl.constexpr(0.25)
+SMALLEST_GRADIENT_MAGNITUDE = tl.constexpr(0.5)
 
 
 @triton.jit
@@ -93,12 +95,12 @@ def tanh_and_derivative(x, EXACT: tl.constexpr, USE_PTX: tl.constexpr):
 
 
 @triton.jit
-def pair_of_fractions(a0, a1, b0, b1, USE_PTX: tl.constexpr):
-    """``r0`` and ``r1`` of two features from one reciprocal."""
+def pair_of_halves(a0, a1, b0, b1, USE_PTX: tl.constexpr):
+    """``h = r - 1/2`` of two features from one reciprocal; ``tanh = -2 h``."""
     x0 = a0 * b0 + 1.0
     x1 = a1 * b1 + 1.0
     both = reciprocal(x0 * x1, USE_PTX)
-    return x1 * both, x0 * both
+    return tl.fma(x1, both, -0.5), tl.fma(x0, both, -0.5)
 
 
 @triton.jit
@@ -130,10 +132,10 @@ def weighted_sum(weights, value):
 
 
 @triton.jit
-def factors(query_bound, key_bound):
+def factors(query_bound, key_bound, SMALLEST: tl.constexpr):
     """Whether rows with these largest magnitudes may meet in the factored form; NaN: no."""
     in_range = (query_bound <= LARGEST_MAGNITUDE) & (key_bound <= LARGEST_MAGNITUDE)
-    return in_range & (query_bound + key_bound >= SMALLEST_MAGNITUDE)
+    return in_range & (query_bound + key_bound >= SMALLEST)
 
 
 @triton.jit

@@ -1,11 +1,12 @@
 """Backward for several queries a sequence: weights and score gradients, then what they multiply.
 
-With ``s_ij`` the gradient of the score, ``w'`` the weights after dropout and ``r = 1 / (1 + A B)``:
+With ``s_ij`` the gradient of the score, ``w'`` the weights after dropout and
+``h = 1 / (1 + A B) - 1/2``, so that ``tanh = -2 h``:
 
-    dvalue_j = sum_i w'_ij dcontext_i           dquery_id = 4 w_d sum_j s_ij (r - r^2)
-    dscore_weight_d = -2 sum_ij s_ij r          dkey_jd = 4 w_d sum_i s_ij (r - r^2)
+    dvalue_j = sum_i w'_ij dcontext_i           dquery_id = 4 w_d sum_j s_ij (1/4 - h^2)
+    dscore_weight_d = -2 sum_ij s_ij h          dkey_jd = 4 w_d sum_i s_ij (1/4 - h^2)
 
-the third because ``sum_j s_ij = 0``. Nothing is added by atomics: every sum has its owner.
+Nothing is added by atomics: every sum has its owner.
 """
 
 import triton

@@ -3,8 +3,8 @@
 The pass is the same for either side: a program keeps a tile of *rows* (of keys, say) and BLOCK_D
 pairs of features in registers, goes over the *columns* (queries), and sums
 
-    drow_jd = 4 w_d sum_i s_ij (r - r^2)      dcol_id = 4 w_d sum_j s_ij (r - r^2)
-    dscore_weight_d = -2 sum_ij s_ij r        with r = 1 / (1 + exp(2 row_jd) exp(2 col_id))
+    drow_jd = 4 w_d sum_i s_ij (1/4 - h^2)    dcol_id = 4 w_d sum_j s_ij (1/4 - h^2)
+    dscore_weight_d = -2 sum_ij s_ij h        with h = 1 / (1 + exp(2 row_jd) exp(2 col_id)) - 1/2
 
 Each thread holds one pair of features of all rows, so that no sum crosses threads; the rows are
 ROW_TILES tensors of TILE_ROWS rows, so that a sum over rows is a chain of multiply-adds.
@@ -14,12 +14,11 @@ import triton
 import triton.language as tl
 
 from .arithmetic import (
-    LARGEST_MAGNITUDE,
-    SMALLEST_MAGNITUDE,
+    SMALLEST_GRADIENT_MAGNITUDE,
     as_float32,
     exp_twice,
     factors,
-    pair_of_fractions,
+    pair_of_halves,
     tanh_and_derivative,
 )
 from .rows import attended_keys, find_tile, sequence_rows
@@ -74,7 +73,6 @@ def tile_gradients(
     extent,
     columns,
     pair,
-    fraction_of_zero,
     H: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
@@ -95,11 +93,9 @@ def tile_gradients(
         column_sums_ptr: [columns, 2 BLOCK_D] float32, begun by the first tile of rows.
         length, extent: rows that count, and rows to write (0 for the others).
         pair: the first features of this program's pairs, [BLOCK_D].
-        fraction_of_zero: what r is counted from in the direct route, 1/2; or, if all tiles of the
-            sequence take it, 0: as the s of a query sum to 0, that changes nothing but errors.
 
     Returns:
-        sums of s r for the two features of each pair, [TILE_ROWS, BLOCK_D].
+        sums of s h for the two features of each pair, [TILE_ROWS, BLOCK_D].
     """
     PADDED: tl.constexpr = (HALF % BLOCK_D != 0) | (2 * HALF != D)
     exists0 = pair < HALF
@@ -166,14 +162,14 @@ def tile_gradients(
             if DIRECT:
                 tanh0, slope0 = tanh_and_derivative(row0[tile] + y0, True, USE_PTX)
                 tanh1, slope1 = tanh_and_derivative(row1[tile] + y1, True, USE_PTX)
-                r0 = fraction_of_zero - 0.5 * tanh0
-                r1 = fraction_of_zero - 0.5 * tanh1
+                h0 = -0.5 * tanh0
+                h1 = -0.5 * tanh1
                 slope0 = 0.25 * slope0
                 slope1 = 0.25 * slope1
             else:
-                r0, r1 = pair_of_fractions(row0[tile], row1[tile], y0, y1, USE_PTX)
-                slope0 = r0 - r0 * r0
-                slope1 = r1 - r1 * r1
+                h0, h1 = pair_of_halves(row0[tile], row1[tile], y0, y1, USE_PTX)
+                slope0 = tl.fma(-h0, h0, 0.25)
+                slope1 = tl.fma(-h1, h1, 0.25)
             # fma() keeps s * slope from being computed once and added twice, in three steps.
             next0 += (tl.fma(s, slope0, drow0[tile]),)
             next1 += (tl.fma(s, slope1, drow1[tile]),)
@@ -181,8 +177,8 @@ def tile_gradients(
                 dcol0 = tl.fma(s, slope0, dcol0)
                 dcol1 = tl.fma(s, slope1, dcol1)
             if WANT_WEIGHT:
-                dweight0 = tl.fma(s, r0, dweight0)
-                dweight1 = tl.fma(s, r1, dweight1)
+                dweight0 = tl.fma(s, h0, dweight0)
+                dweight1 = tl.fma(s, h1, dweight1)
         drow0 = next0
         drow1 = next1
         if WANT_COL:
@@ -378,12 +374,6 @@ def additive_attention_grad_kernel(
             columns,
             128,
         )
-        bound_of_all_rows = column_bound(
-            row_bound_ptr + first_row_number * H + head, H, length, 128
-        )
-        all_bounds = bound_of_all_rows + bound_of_columns
-        none_factors = (all_bounds < SMALLEST_MAGNITUDE) | (bound_of_columns > LARGEST_MAGNITUDE)
-        fraction_of_zero = tl.where(none_factors, 0.0, 0.5)
         dweight0 = tl.zeros((TILE_ROWS, BLOCK_D), tl.float32)
         dweight1 = tl.zeros((TILE_ROWS, BLOCK_D), tl.float32)
         for first_row in range(begin_row, end_row, BLOCK_ROWS):
@@ -400,7 +390,7 @@ def additive_attention_grad_kernel(
             # is rare and takes more registers, a few rows at a time.
             end = tl.minimum(first_row + BLOCK_ROWS, end_row)
             choice = DIRECT_CHOICE
-            if factors(bound_of_rows, bound_of_columns):
+            if factors(bound_of_rows, bound_of_columns, SMALLEST_GRADIENT_MAGNITUDE):
                 rows_left = (end - first_row).to(tl.int32)
                 choice = (rows_left <= BLOCK_ROWS * 3 // 4).to(tl.int32)
                 choice += (rows_left <= BLOCK_ROWS // 2).to(tl.int32)
@@ -426,7 +416,6 @@ def additive_attention_grad_kernel(
                             extent,
                             columns_here,
                             pair,
-                            fraction_of_zero,
                             H,
                             D,
                             HALF,

@@ -192,7 +192,7 @@ def score_tile(
         query_rows, key_rows, score_weight_ptr, D, BLOCK_Q, BLOCK_K, BLOCK_D, REFINE, USE_PTX
     )
     query_bound = tl.where(informative, query_bound, float("inf"))
-    if not factors(tl.max(query_bound, 0), tl.max(key_bound, 0)):
+    if not factors(tl.max(query_bound, 0), tl.max(key_bound, 0), SMALLEST_MAGNITUDE):
         scores = direct_scores(
             query_rows, key_rows, score_weight_ptr, D, BLOCK_Q, BLOCK_K, BLOCK_D, USE_PTX
         )

@@ -15,6 +15,10 @@ namespace {
 
 enum class Route { kFactored, kExact, kSmall };
 
+// Below this sum of magnitudes tanh, of which dscore_weight is a sum, is too small for the error of
+// the factored form, some units of epsilon however small it is.
+constexpr float kSmallestFactoredSum = 0.5f;
+
 __device__ __forceinline__ void put_granule(float* target, const float (&values)[kGranule]) {
 #pragma unroll
   for (int f = 0; f < kGranule; f += 4) {
@@ -73,9 +77,8 @@ __device__ inline float fill_keys(const Unit& unit, int key, int keys, bool expo
   return bound;
 }
 
-// Puts s of the unit's queries and a tile's keys in place, 0 elsewhere; returns this thread's sum.
-__device__ inline float fill_dscores(const Unit& unit, int key, int keys, Shared& shared) {
-  float sum = 0;
+// Puts s of the unit's queries and a tile's keys in place, 0 elsewhere.
+__device__ inline void fill_dscores(const Unit& unit, int key, int keys, Shared& shared) {
 #pragma unroll 2
   for (int n = threadIdx.x; n < kGradientQueries * kKeys; n += kThreads) {
     const int i = n / kKeys;
@@ -86,9 +89,7 @@ __device__ inline float fill_dscores(const Unit& unit, int key, int keys, Shared
               .data[score_offset(unit.call.dscores, unit.span, unit.head, unit.query + i, key + j)];
     }
     shared.dscores[i][j] = s;
-    sum += s;
   }
-  return sum;
 }
 
 __device__ inline Extremes extremes(const float (*rows)[kGradientFeatures], int count) {
@@ -198,12 +199,12 @@ __device__ inline void run_unit(const Unit& unit, Shared& shared) {
     const int keys = smaller(kKeys, shared.end_key - key);
     __syncthreads();
     float key_bound = fill_keys(unit, key, keys, true, shared);
-    float s_sum = fill_dscores(unit, key, keys, shared);
+    fill_dscores(unit, key, keys, shared);
     key_bound = reduce<Maximum, kThreads>(key_bound, shared.room);
-    s_sum = reduce<Sum, kThreads>(s_sum, shared.room);
     Route route = Route::kExact;
     if (informative(shared.query_extremes[lane], extremes(shared.key, keys)) &&
-        in_factored_range(query_bound, key_bound)) {
+        in_factored_range(query_bound, key_bound) &&
+        query_bound + key_bound >= kSmallestFactoredSum) {
       route = Route::kFactored;
     } else {
       if (query_bound + key_bound < static_cast<float>(kSmallestMagnitudeSum)) {
@@ -228,10 +229,8 @@ __device__ inline void run_unit(const Unit& unit, Shared& shared) {
     }
     if (route == Route::kFactored) {
       add_factored<kQuery, kKey>(unit.queries, shared, tile);
-      // sum s t = sum s - 2 sum s r, of which the first sum is the whole block's.
-      const float constant = threadIdx.x < kWarp ? s_sum : 0.0f;
-      tile.dweight.x = fmaf(-2.0f, tile.dweight.x, constant);
-      tile.dweight.y = fmaf(-2.0f, tile.dweight.y, constant);
+      tile.dweight.x *= -2.0f;  // tanh = -2h
+      tile.dweight.y *= -2.0f;
     } else {
       add_exact<kQuery, kKey>(unit, route == Route::kSmall, shared, tile);
     }

@@ -65,7 +65,7 @@ struct LaneTile {
 };
 
 // Adds what the queries i = warp, warp + kWarps, ... of the unit give, by the factored form:
-// dweight gathers s r, the others s (r - r^2).
+// dweight gathers s h, the others s (1/4 - h^2).
 template <bool kQuery, bool kKey>
 __device__ __forceinline__ void add_factored(int queries, Shared& shared, LaneTile& tile) {
   const int lane = threadIdx.x % kWarp;
@@ -81,11 +81,11 @@ __device__ __forceinline__ void add_factored(int queries, Shared& shared, LaneTi
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         const int j = first + n;
-        float r0;
-        float r1;
-        factored_pair(a.x, a.y, tile.key[j].x, tile.key[j].y, r0, r1);
-        const float slope0 = fmaf(-r0, r0, r0);
-        const float slope1 = fmaf(-r1, r1, r1);
+        float h0;
+        float h1;
+        factored_pair(a.x, a.y, tile.key[j].x, tile.key[j].y, h0, h1);
+        const float slope0 = fmaf(-h0, h0, 0.25f);
+        const float slope1 = fmaf(-h1, h1, 0.25f);
         if constexpr (kQuery) {
           dquery.x = fmaf(s[n], slope0, dquery.x);
           dquery.y = fmaf(s[n], slope1, dquery.y);
@@ -93,8 +93,8 @@ __device__ __forceinline__ void add_factored(int queries, Shared& shared, LaneTi
         if constexpr (kKey) {
           tile.dkey[j].x = fmaf(s[n], slope0, tile.dkey[j].x);
           tile.dkey[j].y = fmaf(s[n], slope1, tile.dkey[j].y);
-          tile.dweight.x = fmaf(s[n], r0, tile.dweight.x);
-          tile.dweight.y = fmaf(s[n], r1, tile.dweight.y);
+          tile.dweight.x = fmaf(s[n], h0, tile.dweight.x);
+          tile.dweight.y = fmaf(s[n], h1, tile.dweight.y);
         }
       }
     }
