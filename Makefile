@@ -8,7 +8,7 @@ CORPUS ?= homeassistant
 OUT ?= runs/$(CORPUS)
 # Tests that have the triton backend as a parameter, or are about it.
 INTERPRETED := $(patsubst %,tests/test_%.py,additive_attention attention_memory corrupt_values \
-    dropout fake_tensors hard_cases magnitudes masks strides triton)
+    dropout fake_tensors hard_cases magnitudes masks numerics properties strides triton)
 # `make gpu` works beside the checkout's own build, whose libraries may be for another torch.
 GPU_ENV := PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR) PYTHONSAFEPATH=1
 GPU := $(GPU_ENV) $(PYTHON)

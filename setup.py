@@ -167,6 +167,12 @@ def nvcc_obstacle(cpp_extension, compiler: str) -> str | None:
             *(str(source), "-o", str(source.with_suffix(".so"))),
         ]
         run = subprocess.run(command, text=True, capture_output=True)
+        if run.returncode == 0:  # and what the C++ compiler itself is handed
+            host = source.with_suffix(".cpp")
+            host.write_text("#include <cuda_runtime.h>\n")
+            paths = [f"-I{path}" for path in cpp_extension.include_paths("cuda")]
+            command = [*shlex.split(compiler), "-fsyntax-only", *paths, str(host)]
+            run = subprocess.run(command, text=True, capture_output=True)
     if run.returncode == 0:
         return None
     lines = (run.stderr + run.stdout).strip().splitlines() or [f"exit status {run.returncode}"]

@@ -4,6 +4,7 @@ The yardstick is written from the formulas of the paper, one sequence at a time 
 of ``attn_ext``. Every comparison goes through :func:`assert_within_budget`.
 """
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -380,17 +381,19 @@ class RandomRounding:
 
     So one calculation stands for all that round their results to that unit, whatever the luck of
     the numbers at hand (Monte Carlo arithmetic, Parker 1997). Gradients are rounded likewise. As
-    with any rounding, equal results of an operation err alike.
+    with any rounding, results of an operation that are equal, to that unit, err alike.
     """
 
     def __init__(self, unit: float, seed: int):
         self.unit = unit
+        self.shift = max(0, round(math.log2(unit)) + 53)  # of bits that rounding takes
         self.queries_first = seed % 2 == 0
         self.operation = seed << 20
 
     def vary(self, x: Tensor) -> Tensor:
         self.operation += 1
-        bits = x.contiguous().view(torch.int64) + self.operation * 0x5851F42D4C957F2D % 2**63
+        bits = x.contiguous().view(torch.int64) >> self.shift
+        bits = bits + self.operation * 0x5851F42D4C957F2D % 2**63
         for _ in range(2):  # mixes them: the high ones then depend on all
             bits = (bits ^ (bits >> 29)) * 0x369DEA0F31A53F85
         noise = (bits >> 33).double() / 2**30  # from -1 to 1

@@ -164,8 +164,8 @@ import os
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 CUDA_HOME = {home!r}
-def include_paths():
-    return []
+def include_paths(device_type="cpu"):
+    return [os.path.join(CUDA_HOME, "include")] if device_type == "cuda" else []
 def get_compiler_abi_compatibility_and_version(compiler):
     return True, "12.2"
 def _check_cuda_version(name, version):
@@ -270,13 +270,28 @@ def test_nvcc_s_probe_is_one_that_a_real_nvcc_passes(tree, fake_torch):
     nvcc, compiler = shutil.which("nvcc"), shutil.which("c++")
     if not nvcc or not compiler:
         pytest.skip("nvcc or a C++ compiler is not installed")
+    homes = [Path(nvcc).parents[1], Path("/usr/local/cuda")]
+    home = next((h for h in homes if (h / "include" / "cuda_runtime.h").exists()), None)
+    if home is None:
+        pytest.skip(f"{homes[0]} is no whole CUDA toolkit")
     said_by_nvcc = subprocess.run([nvcc, "--version"], check=True, text=True, capture_output=True)
     cuda = re.search(r"release ([\d.]+)", said_by_nvcc.stdout)[1]
-    path = fake_torch(cuda, None, home=Path(nvcc).parents[1])
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": path, "ATTN_EXT_BUILD_CUDA": "1"}
+    environment = {"PATH": os.environ["PATH"], "ATTN_EXT_BUILD_CUDA": "1"}
+    environment["PYTHONPATH"] = fake_torch(cuda, None, home=home)
     run = run_setup(tree, "-q", "build_ext", CXX=compiler, **environment)
     assert run.returncode == 0, run.stderr
     assert BOTH in run.stdout and not said(run)
+    shutil.rmtree(tree.parent / "path")
+
+    # An nvcc in a folder of programs finds its headers, which the C++ compiler then does not.
+    home = tree.parent / "usr"
+    (home / "bin").mkdir(parents=True)
+    (home / "bin" / "nvcc").write_text(f'#!/bin/sh\nexec {nvcc} "$@"\n')
+    (home / "bin" / "nvcc").chmod(0o755)
+    environment["PYTHONPATH"] = fake_torch(cuda, None, home=home)
+    run = run_setup(tree, "-q", "build_ext", CXX=compiler, **environment)
+    assert run.returncode == 1
+    assert "cuda_runtime.h" in said(run)[0]
 
 
 def test_a_source_archive_carries_all_sources_and_needs_no_torch(tree):
