@@ -402,6 +402,14 @@ class RandomRounding:
     def __call__(self, x: Tensor) -> Tensor:
         return _Varied.apply(x, self)
 
+    def sum(self, x: Tensor, axis: int) -> Tensor:
+        """By pairs, sums of pairs and so on, each of which is rounded."""
+        while x.size(axis) > 1:
+            even = x.size(axis) // 2 * 2
+            pairs, last = x.split([even, x.size(axis) - even], axis)
+            x = torch.cat([self(pairs.unflatten(axis, (-1, 2)).sum(axis + 1)), last], axis)
+        return x.sum(axis)
+
     def tanh(self, x: Tensor) -> Tensor:
         return _VariedTanh.apply(x, self)
 
@@ -415,7 +423,7 @@ class RandomRounding:
     def softmax(self, x: Tensor) -> Tensor:
         """Over axis 1, which may be empty."""
         powers = (x - x.detach().amax(1, keepdim=True)).exp() if x.size(1) else x
-        return self(self(powers) / self(self(powers).sum(1, keepdim=True)))
+        return self(self(powers) / self.sum(self(powers), 1).unsqueeze(1))
 
 
 class _Varied(torch.autograd.Function):
@@ -490,7 +498,7 @@ def formula(
         else:
             hidden = rounding.tanh(rounding(queries[:, None] + keys[None]))
             weight = rounding.expand(score_weight, *hidden.shape[:2])
-            scores = rounding(rounding(hidden * weight).sum(-1))
+            scores = rounding.sum(rounding(hidden * weight), 3)
             alpha = rounding.softmax(scores)
         if keep is not None:
             kept = keep[b, :, : len(queries), inputs.columns[b]]  # [H, Tq, Tk]
@@ -499,7 +507,7 @@ def formula(
         if rounding is None:
             contexts = torch.einsum("qkh,khv->qhv", alpha, values)
         else:
-            contexts = rounding(rounding(alpha.unsqueeze(-1) * values).sum(1))
+            contexts = rounding.sum(rounding(alpha.unsqueeze(-1) * values), 1)
         if reverse:
             contexts, alpha = contexts.flip(0), alpha.flip(0, 1)
         context[query_row] = contexts
