@@ -18,7 +18,7 @@ namespace attn_ext {
 // takes one reciprocal for two features: with x = z + 1,
 //   w0 tanh0 + w1 tanh1 = (w0 (z0 - 1) x1 + w1 (z1 - 1) x0) / (x0 x1).
 // Numerator and denominator grow as the product of four exponentials: with each exponent 2 log2(e)
-// |q| up to kExponent they stay finite and normal for weights up to kLargestWeight.
+// |q| up to kExponent they stay finite and normal for weights up to 2^17.
 template <class T>
 struct FactoredRange;
 
@@ -34,7 +34,10 @@ struct FactoredRange<double> {
   static constexpr double kLargest = 86.643;
 };
 
-constexpr double kLargestWeight = 1 << 17;
+// The largest root of sum w^2 for which scores are factored. Errors of tanh, somewhat larger than
+// the plain formula's and other ones for each key, add up to about that times epsilon: beyond, they
+// would be seen in the softmax, and a head takes the exact route.
+constexpr double kLargestWeightNorm = 16;
 
 // Below this sum of magnitudes a tile's tanh values are all small, and the factored form, whose
 // error is up to some units of the type's epsilon however small tanh is, would lose their relative

@@ -4,7 +4,6 @@ The yardstick is written from the formulas of the paper, one sequence at a time 
 of ``attn_ext``. Every comparison goes through :func:`assert_within_budget`.
 """
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -377,27 +376,28 @@ exact_tanh = _ExactTanh.apply
 
 
 class RandomRounding:
-    """Arithmetic in float64 in which every result is off by a random part of ``unit``.
+    """Arithmetic in which every result is rounded to float32, up or down at random.
 
-    So one calculation stands for all that round their results to that unit, whatever the luck of
-    the numbers at hand (Monte Carlo arithmetic, Parker 1997). Gradients are rounded likewise. As
-    with any rounding, results of an operation that are equal, to that unit, err alike.
+    Up by as large a chance as it lies near to the number above (stochastic rounding, a Monte Carlo
+    arithmetic as of Parker 1997): so one calculation stands for all that round, whatever the luck
+    of the numbers at hand, and what float32 holds exactly stays exact. Gradients are rounded
+    likewise. As with any rounding, results of an operation that are about equal err alike. Numbers
+    are kept in float64.
     """
 
-    def __init__(self, unit: float, seed: int):
-        self.unit = unit
-        self.shift = max(0, round(math.log2(unit)) + 53)  # of bits that rounding takes
+    def __init__(self, seed: int):
         self.queries_first = seed % 2 == 0
         self.operation = seed << 20
 
     def vary(self, x: Tensor) -> Tensor:
         self.operation += 1
-        bits = x.contiguous().view(torch.int64) >> self.shift
+        bits = x.contiguous().view(torch.int64) >> 29  # those that float32 has
         bits = bits + self.operation * 0x5851F42D4C957F2D % 2**63
         for _ in range(2):  # mixes them: the high ones then depend on all
             bits = (bits ^ (bits >> 29)) * 0x369DEA0F31A53F85
-        noise = (bits >> 33).double() / 2**30  # from -1 to 1
-        return x * (1 + self.unit * noise)
+        chance = (bits >> 33).double() / 2**31  # from -1/2 to 1/2
+        last_place = torch.ldexp((x != 0).double(), x.frexp().exponent - 24)
+        return (x + chance * last_place).float().double()
 
     def __call__(self, x: Tensor) -> Tensor:
         return _Varied.apply(x, self)
@@ -601,8 +601,8 @@ def yardsticks(
     That is enough where many elements share about the same error, not in a call of one or two
     elements, or whose results nearly cancel: sums of a few short numbers are exact, and what is
     added to itself and taken away again is too. ``samples`` then adds the errors of so many
-    calculations whose every result is rounded at random (see :class:`RandomRounding`): to float32,
-    as nobody expects more of low precision, or to float64.
+    calculations whose every result is rounded at random (see :class:`RandomRounding`), to float32,
+    as nobody expects more of low precision; of float64, by the ratio of the precisions.
     """
 
     def by_formula(
@@ -635,14 +635,15 @@ def yardsticks(
         return exact, largest
 
     exact, largest = errors(inputs.leaves, incoming)
-    in_double = inputs.leaves["query"].dtype == torch.float64
-    unit = torch.finfo(torch.float64 if in_double else torch.float32).eps / 2
+    leaves, true, ratio = inputs.leaves, exact, 1.0
+    if samples and leaves["query"].dtype == torch.float64:
+        leaves = {name: leaf.float() for name, leaf in leaves.items()}
+        true = by_formula(leaves, incoming, torch.float64, tanh=exact_tanh)
+        ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     for sample in range(samples):
-        varied = by_formula(
-            inputs.leaves, incoming, torch.float64, rounding=RandomRounding(unit, sample)
-        )
-        for name, result in varied.items():
-            largest[name] = largest[name].maximum((result - exact[name]).abs())
+        rounded = by_formula(leaves, incoming, torch.float64, rounding=RandomRounding(sample))
+        for name, result in rounded.items():
+            largest[name] = largest[name].maximum(ratio * (result - true[name]).abs())
     return exact, {name: result + largest[name] for name, result in exact.items()}
 
 

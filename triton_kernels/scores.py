@@ -16,6 +16,9 @@ from .arithmetic import (
 SATURATED_MAGNITUDE = tl.constexpr(1.0)
 INFORMATIVE_SHARE = tl.constexpr(1 / 32)
 SAMPLED_BLOCKS = tl.constexpr(4)
+# The largest sum of w^2 for which scores are factored: errors of tanh, other ones for each key, add
+# up to about its root times epsilon, which the softmax would show.
+LARGEST_WEIGHT_SQUARES = tl.constexpr(256.0)
 
 
 @triton.jit
@@ -50,7 +53,7 @@ def factored_scores(
     REFINE: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
-    """Scores by ``sum_d w_d (1 - 2 r_d)``, and the largest magnitude of each row.
+    """Scores by ``sum_d w_d (1 - 2 r_d)``, the largest magnitude of each row, and ``sum_d w_d^2``.
 
     Args:
         query_rows: pointers to rows, [BLOCK_Q].
@@ -58,7 +61,7 @@ def factored_scores(
         score_weight_ptr: the head's [D].
 
     Returns:
-        scores [BLOCK_Q, BLOCK_K], bounds [BLOCK_Q] and [BLOCK_K].
+        scores [BLOCK_Q, BLOCK_K], bounds [BLOCK_Q] and [BLOCK_K], the sum of squares.
     """
     HALF: tl.constexpr = (D + 2 * BLOCK_D - 1) // (2 * BLOCK_D) * BLOCK_D
     PADDED: tl.constexpr = 2 * HALF != D
@@ -66,6 +69,7 @@ def factored_scores(
     sums = tl.zeros((BLOCK_Q, BLOCK_K, BLOCK_D), tl.float32)
     # Added lane by lane before lanes are summed, so that no partial sum is as large as sum |w|.
     constant = tl.zeros((BLOCK_D,), tl.float32)
+    squares = tl.zeros((BLOCK_D,), tl.float32)
     query_bound = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     key_bound = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     for begin in tl.range(0, HALF, BLOCK_D, loop_unroll_factor=2):
@@ -80,6 +84,7 @@ def factored_scores(
         w0 = load_weights(score_weight_ptr, d0, D, PADDED)
         w1 = load_weights(score_weight_ptr, d1, D, PADDED)
         constant += w0 + w1
+        squares += w0 * w0 + w1 * w1
         sums += weighted_pair(
             exp_twice(q0, REFINE)[:, None, :],
             exp_twice(q1, REFINE)[:, None, :],
@@ -90,7 +95,7 @@ def factored_scores(
             USE_PTX,
         )
     scores = tl.sum(constant[None, None, :] - 2.0 * sums, 2)
-    return scores, tl.max(query_bound, 1), tl.max(key_bound, 1)
+    return scores, tl.max(query_bound, 1), tl.max(key_bound, 1), tl.sum(squares, 0)
 
 
 @triton.jit
@@ -188,11 +193,12 @@ def score_tile(
     informative = are_informative(
         query_rows, paired_rows, score_weight_ptr, D, BLOCK_Q, BLOCK_D, USE_PTX
     )
-    scores, query_bound, key_bound = factored_scores(
+    scores, query_bound, key_bound, squares = factored_scores(
         query_rows, key_rows, score_weight_ptr, D, BLOCK_Q, BLOCK_K, BLOCK_D, REFINE, USE_PTX
     )
     query_bound = tl.where(informative, query_bound, float("inf"))
-    if not factors(tl.max(query_bound, 0), tl.max(key_bound, 0), SMALLEST_MAGNITUDE):
+    factored = factors(tl.max(query_bound, 0), tl.max(key_bound, 0), SMALLEST_MAGNITUDE)
+    if not (factored & (squares <= LARGEST_WEIGHT_SQUARES)):
         scores = direct_scores(
             query_rows, key_rows, score_weight_ptr, D, BLOCK_Q, BLOCK_K, BLOCK_D, USE_PTX
         )

@@ -141,15 +141,16 @@ template <class T>
 void score_block(const QueryBlock<T>& queries, const KeySide& side, int64_t first, int64_t keys,
                  int64_t dim, const T* weights, T* scores, int64_t ld, const ScoreRoom<T>& room) {
   const int64_t steps = steps_of<T>(dim);
-  LargestMagnitude<T> weight_bound;
+  Vec<T> weight_squares{};
   Vec<T> weight_sum{};
   for (int64_t c = 0; c < dim; c += kLanes<T>) {
     const Vec<T> weight = load<T>(weights + c);
-    weight_bound.include(weight);
+    weight_squares += weight * weight;
     weight_sum += magnitude<T>(weight);
   }
   const T least = sum_of_lanes<T>(weight_sum) * T(kInformativeShare);
-  const bool weights_fit = weight_bound.value() <= T(kLargestWeight);
+  const bool weights_fit =
+      sum_of_lanes<T>(weight_squares) <= T(kLargestWeightNorm * kLargestWeightNorm);
   for (int64_t j = 0; j < keys; j += kTileCols) {
     const int64_t cols = smaller(kTileCols, keys - j);
     const KeyBlock<T> block = key_block<T>(side, first + j, cols, 0, dim, room.key);

@@ -188,22 +188,22 @@ __device__ inline void add_informative(const TileRows& tile, Shared& shared) {
 
 // What the score weights of a head say about its tiles.
 struct WeightFacts {
-  bool fit;     // into the factored range
+  bool fit;     // small enough for factored scores
   float least;  // |w| of informative features that factored scores need
 };
 
 __device__ inline WeightFacts weight_facts(const InnerCall& call, int64_t head, Shared& shared) {
   float sum = 0;
-  float largest = 0;
+  float squares = 0;
   const Rows& rows = call.problem.score_weight;
   for (int64_t col = threadIdx.x; col < call.dim; col += kThreads) {
     const float weight = fabsf(load(rows, head * rows.head + col * rows.col));
     sum += weight;
-    largest = Maximum::of(largest, weight);
+    squares = fmaf(weight, weight, squares);
   }
   sum = reduce<Sum, kThreads>(sum, shared.room);
-  largest = reduce<Maximum, kThreads>(largest, shared.room);
-  return {largest <= static_cast<float>(kLargestWeight),
+  squares = reduce<Sum, kThreads>(squares, shared.room);
+  return {squares <= static_cast<float>(kLargestWeightNorm * kLargestWeightNorm),
           sum * static_cast<float>(kInformativePart)};
 }
 
