@@ -52,11 +52,13 @@ gpu: ## build, test and time on the GPU at hand, with $(PYTHON) as it is (ARGS="
 	$(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation --force-reinstall \
 	    --target build/gpu .
 	$(GPU) -m pytest -q -m gpu $(ARGS)
-	@if command -v compute-sanitizer >/dev/null; then set -x; \
-	    $(GPU_ENV) compute-sanitizer --error-exitcode 1 --target-processes all $(PYTHON) -m pytest -q \
-	        -m gpu tests/test_additive_attention.py -k "test_layouts and jagged and heads=2"; \
-	else echo "make gpu: compute-sanitizer is not installed, skipped"; fi
 	$(GPU) -m benchmarks.bench_additive_attention --device cuda
+	@if command -v compute-sanitizer >/dev/null; then \
+	    for tool in memcheck racecheck initcheck; do (set -x; \
+	        $(GPU_ENV) compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
+	            $(PYTHON) -m pytest -q -m gpu tests/test_additive_attention.py \
+	            -k "test_layouts and (jagged or padded_mask or one_step) and heads=2") || exit; done; \
+	else echo "make gpu: compute-sanitizer is not installed, skipped"; fi
 
 fuzz: $(VENV)/.built ## check properties of 20,000 random calls, resumed if interrupted (ARGS="--help")
 	OMP_NUM_THREADS=1 $(PY) tests/fuzz.py $(ARGS)

@@ -1,7 +1,7 @@
 """Errors against float64 over a grid of magnitudes, dtypes, features and keys.
 
     python -m benchmarks.accuracy                  # all of it: a table and a plot in results/
-    python -m benchmarks.accuracy --thin 4         # every fourth point
+    python -m benchmarks.accuracy --thin 9         # every ninth point
 
 The budget is that of the tests (tests/helpers.py), whose tests/test_numerics.py holds a part of the
 same grid to it.

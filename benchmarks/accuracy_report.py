@@ -79,7 +79,7 @@ def table(rows: list[dict], machine: dict[str, str]) -> str:
         "",
         "Median and largest error over the result's scale, of results that are not subnormal, by "
         "magnitude. Eager's is the largest of two orders of summation and, below 2^20 elements, of "
-        "six neighbouring calls:",
+        "six calculations whose results are rounded at random:",
         "",
         "| dtype | provider | " + " | ".join(f"{magnitude:g}" for magnitude in sizes[0]) + " |",
         "|---|---|" + "---|" * len(sizes[0]),

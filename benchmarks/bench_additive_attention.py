@@ -8,6 +8,8 @@ import argparse
 import json
 import os
 import platform
+import shutil
+import subprocess
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -45,6 +47,7 @@ def main() -> None:
         reason = providers.problem(name, options.device)
         if reason is not None:
             print(f"{name}: not available: {reason}")
+    report = {"machine": machine(options.device), "dtype": options.dtype}
     rows, peaks, failures = [], {}, []
     for threads in options.threads:
         torch.set_num_threads(threads)
@@ -56,13 +59,7 @@ def main() -> None:
             except (AssertionError, RuntimeError) as error:  # the other workloads still count
                 failures.append(f"{name}, {threads} threads: {error}")
                 print(f"\nFAILED {failures[-1]}", flush=True)
-    report = {
-        "machine": machine(options.device),
-        "peaks_by_threads": peaks,
-        "dtype": options.dtype,
-        "rows": rows,
-        "failures": failures,
-    }
+    report |= {"peaks_by_threads": peaks, "rows": rows, "failures": failures}
     if options.more:
         report["dtypes"] = bench_dtypes(options)
         report["dims"] = bench_dims(peaks[options.threads[-1]], options)
@@ -329,9 +326,10 @@ def _cuda_facts() -> dict[str, str | int]:
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
     }
-    found = harness.nvidia_smi("driver_version,clocks.sm,clocks.max.sm,clocks.mem")
-    if found is not None:
-        facts["driver, clocks now, most, memory"] = found
+    command = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem"]
+    if shutil.which(command[0]):
+        found = subprocess.run([*command, "--format=csv,noheader"], capture_output=True, text=True)
+        facts["driver, clocks now, most, memory"] = found.stdout.strip()
     return facts
 
 

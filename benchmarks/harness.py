@@ -318,7 +318,7 @@ def time_cases(
 def measured_peaks(device: str) -> dict[str, float]:
     """Multiply-adds and copied bytes (read + written) a second that this machine reaches.
 
-    Of GPUs also the special-function operations that their highest clock allows.
+    Of NVIDIA's GPUs also the special-function operations that their highest clock allows.
     """
     side, bytes_each = (4096, 1 << 30) if device == "cuda" else (1024, 1 << 27)
     matrix = torch.randn(side, side, device=device)
@@ -340,8 +340,8 @@ def measured_peaks(device: str) -> dict[str, float]:
         "multiply_adds_per_second": side**3 / best(lambda: matrix @ matrix),
         "copied_bytes_per_second": 2 * bytes_each / best(lambda: target.copy_(source)),
     }
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
+    properties = torch.cuda.get_device_properties(0) if device == "cuda" else None
+    if hasattr(properties, "clock_rate") and torch.version.hip is None:
         clocks = properties.clock_rate * 1e3 * properties.multi_processor_count
         peaks["special_functions_per_second"] = clocks * OPERATIONS_A_CLOCK
     return peaks

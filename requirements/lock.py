@@ -26,10 +26,20 @@ def resolve(pinned, *sources):
         output.write_text("".join(path.read_text() for path in pinned if path.exists()))
         command = [os.environ.get("UV", "uv"), "pip", "compile", "--quiet", "--universal"]
         command += ["--python-version=3.10", "--generate-hashes", "--no-header", "--no-annotate"]
+        command += ["--only-binary=:all:"]
         subprocess.run([*command, f"-o{output}", *sys.argv[1:], *sources], check=True)
         return re.findall(r"^[a-z](?:.*\\\n)*.*\n", output.read_text(), re.MULTILINE)
     finally:
-        output.unlink()
+        output.unlink(missing_ok=True)
+
+
+def without(package, other):
+    """A package without the hashes that another file has, and each hash once."""
+    known = re.findall("sha256:[0-9a-f]{64}", other.read_text())
+    first, *lines = package.rstrip().split(" \\\n")
+    hashes = dict.fromkeys(line.strip() for line in lines)
+    kept = [line for line in hashes if line.removeprefix("--hash=") not in known]
+    return " \\\n    ".join([first, *kept]) + "\n"
 
 
 def write(name, packages):
@@ -43,7 +53,7 @@ def main():
     sources = [FOLDER.parent / "pyproject.toml", "--all-extras"]
     for package in resolve(pinned, *sources, FOLDER / "tools.txt", FOLDER / "torch.txt"):
         if package.startswith("torch=="):
-            files["locked-torch.txt"].append(package)
+            files["locked-torch.txt"].append(without(package, FOLDER / "torch-cpu.txt"))
         elif package.startswith(("cuda-", "nvidia-", "triton==")):
             files["locked-cuda.txt"].append(package)
         else:

@@ -49,6 +49,9 @@ pytest_with() { # NAME ARGUMENTS...
     local preload
     preload="$(g++ -print-file-name="$name") $(g++ -print-file-name=libstdc++.so.6)"
     echo "make sanitize: $name: pytest $*"
+    "$python" -c 'import importlib.util as u, sys
+found = u.find_spec("attn_ext").origin
+sys.exit(None if found.startswith(sys.argv[1]) else f"not what was built is tested: {found}")' "$folder"
     # Fixed addresses: ThreadSanitizer of GCC 12 does not know those of newer kernels.
     LD_PRELOAD=$preload setarch -R "$python" -m pytest -q -p no:cacheprovider "$@" || failed=$?
     if grep -sqE "ERROR: |runtime error: |CHECK failed|WARNING: ThreadSanitizer" "$reports"/*; then

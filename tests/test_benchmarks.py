@@ -155,3 +155,13 @@ def test_command_prints_and_writes_its_table(monkeypatch, tmp_path, capsys):
     }
     assert all(row["share_of_copy"] > 0 for row in rows)
     assert report.with_suffix(".png").exists()
+
+
+def test_what_is_said_of_a_gpu(monkeypatch):
+    """On a machine that has none, of one like it."""
+    properties = types.SimpleNamespace(multi_processor_count=132, total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    facts = bench_additive_attention.machine("cuda")
+    assert facts["slug"] == "nvidia-h100-80gb-hbm3"
+    assert facts["multiprocessors"] == 132

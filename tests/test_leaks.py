@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -35,7 +36,7 @@ def bytes_in_use() -> int:
     """Memory of this process, and of its GPU's tensors."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     on_gpu = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-    return (pages << 12) + on_gpu
+    return pages * resource.getpagesize() + on_gpu
 
 
 def live_tensors() -> int:

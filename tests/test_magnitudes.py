@@ -112,3 +112,17 @@ def test_product_of_large_factors_stays_finite(backend: str, distance: int):
         inputs.leaves[name][..., 0] = inputs.leaves[name][..., distance] = 9.3
     inputs.leaves["score_weight"][..., [0, distance]] = 16
     check(inputs, backend)
+
+
+@pytest.mark.parametrize("keys", [31, 32, 200])
+@pytest.mark.parametrize("weight", [1, 10])
+def test_lone_queries_that_are_minus_their_keys(backend: str, weight: int, keys: int):
+    """Scores hardly differ: what a tile holds past its last key may not hide that."""
+    inputs = make_inputs(
+        "jagged_one_step", lengths_q=(1, 1), lengths_k=(keys, 3), features=256, poison=False
+    )
+    query = inputs.leaves["query"].sign()
+    sequence = torch.tensor([0] * keys + [1] * (len(inputs.leaves["key"]) - keys))
+    key = 1e-3 * inputs.leaves["key"] - query[sequence.to(query.device)]
+    score_weight = weight * inputs.leaves["score_weight"]
+    check(inputs.with_leaves(query=query, key=key, score_weight=score_weight), backend)

@@ -169,12 +169,12 @@ def test_long_run_goes_on_where_it_stopped(tmp_path: Path):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=300)
     (folder,) = tmp_path.iterdir()
     first = (folder / "chunk-00000.json").read_text()
 
     process = start_fuzz(tmp_path, "--summary", str(tmp_path / "summary.json"))
-    output = process.communicate()[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     assert re.match("seed 3, 25 cases, [12] of 3 chunks are done", output)
     assert (folder / "chunk-00000.json").read_text() == first
@@ -183,5 +183,5 @@ def test_long_run_goes_on_where_it_stopped(tmp_path: Path):
     assert sum(summary["cases_by_layout"].values()) == CASES_OF_RUN
     assert summary["cases_by_property"]["budget"] == CASES_OF_RUN
 
-    output = start_fuzz(tmp_path, "--seed", "3").communicate()[0]
+    output = start_fuzz(tmp_path, "--seed", "3").communicate(timeout=300)[0]
     assert output.startswith("seed 3, 25 cases, 3 of 3 chunks are done")

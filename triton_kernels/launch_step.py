@@ -47,7 +47,7 @@ def step_gradients(
 
     partial_dquery = dquery if single else by_tile(dquery is not None, dim)
     partial_dweight = by_tile(dscore_weight is not None, dim)
-    delta = by_tile(not single)
+    delta = by_tile(not single, 2)
     if records is None and not single:
         records = tuple(
             query.new_empty((problem.all_rows_k, heads), dtype=torch.float32) for _ in range(2)

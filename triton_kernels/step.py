@@ -9,7 +9,12 @@ import triton.language as tl
 
 from .arithmetic import SMALLEST_MAGNITUDE, dropout_scales, tanh_and_derivative
 from .rows import are_attended, attended_keys, find_tile
-from .scores import load_weights
+from .scores import (
+    INFORMATIVE_SHARE,
+    LARGEST_WEIGHT_SQUARES,
+    SATURATED_MAGNITUDE,
+    load_weights,
+)
 
 SIZES = ["batch", "rows_k", "max_seqlen_k", "threshold", "tiles"]
 # Tiles of keys and values are on their way while the one before is worked on.
@@ -47,16 +52,30 @@ def sum_of_tanh(
     EXACT: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
-    """``sum_d w_d tanh(q_d + k_jd)``, [SEGMENT], and the largest ``|q_d + k_jd|``."""
+    """``sum_d w_d tanh(q_d + k_jd)``, [SEGMENT], and whether that needed no EXACT tanh.
+
+    Where few of the score weights meet a tanh that is neither nearly 0 nor nearly 1, or weights are
+    large, scores would show its error.
+    """
     sums = tl.zeros((SEGMENT, BLOCK_D), tl.float32)
-    largest = tl.zeros((SEGMENT, BLOCK_D), tl.float32)
+    informative = tl.zeros((SEGMENT, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    squares = tl.zeros((BLOCK_D,), tl.float32)
     for begin in tl.range(0, D, BLOCK_D, num_stages=STAGES):
         d = begin + tl.arange(0, BLOCK_D)
         x = load_tile(key_rows, attended, d, D) + load_row(query_row, d, D)[None, :]
-        largest = tl.maximum(largest, tl.abs(x))
         tanh, _ = tanh_and_derivative(x, EXACT, USE_PTX)
-        sums += load_weights(score_weight_ptr, d, D, D % BLOCK_D != 0)[None, :] * tanh
-    return tl.sum(sums, 1), tl.max(largest)
+        weight = load_weights(score_weight_ptr, d, D, D % BLOCK_D != 0)
+        sums += weight[None, :] * tanh
+        if not EXACT:
+            size = tl.abs(x)
+            informs = (size > SMALLEST_MAGNITUDE) & (size < SATURATED_MAGNITUDE)
+            informative += tl.where(informs, tl.abs(weight)[None, :], 0.0)
+            total += tl.abs(weight)
+            squares += weight * weight
+    share = tl.sum(tl.where(attended, tl.sum(informative, 1), 0.0), 0)
+    least = INFORMATIVE_SHARE * tl.sum(attended.to(tl.float32), 0) * tl.sum(total, 0)
+    return tl.sum(sums, 1), (share > least) & (tl.sum(squares, 0) <= LARGEST_WEIGHT_SQUARES)
 
 
 @triton.jit
@@ -70,11 +89,11 @@ def step_scores(
     BLOCK_D: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
-    """Scores [SEGMENT] of one query; where all tanh are small, by the form of small errors."""
-    scores, largest = sum_of_tanh(
+    """Scores [SEGMENT] of one query, where that shows by the tanh of small errors."""
+    scores, will_do = sum_of_tanh(
         query_row, key_rows, attended, score_weight_ptr, D, SEGMENT, BLOCK_D, False, USE_PTX
     )
-    if largest < SMALLEST_MAGNITUDE:
+    if not will_do:
         scores, _ = sum_of_tanh(
             query_row, key_rows, attended, score_weight_ptr, D, SEGMENT, BLOCK_D, True, USE_PTX
         )

@@ -106,26 +106,30 @@ def step_gradients_of_tile(
             gradient += tl.load(dweights_rows, mask=attended, other=0.0).to(tl.float32)
         gradient *= keep
         delta = tl.sum(weights * gradient, 0)
-        if LAST:  # rounded weights need not sum to 1, but score gradients to 0
-            sum_of_weights = tl.sum(weights, 0)
-            delta = delta / tl.where(sum_of_weights == 0.0, 1.0, sum_of_weights)
+        sum_of_weights = tl.sum(weights, 0)
         if not LAST:
             tl.store(weights_ptr + key_row, weights, mask=inside)
             tl.store(dscores_ptr + key_row, gradient, mask=inside)
-            tl.store(delta_ptr + tile * H + head, delta)
+            tl.store(delta_ptr + (tile * H + head) * 2, delta)
+            tl.store(delta_ptr + (tile * H + head) * 2 + 1, sum_of_weights)
     else:
         weights = tl.load(weights_ptr + key_row, mask=inside, other=0.0)
         gradient = tl.load(dscores_ptr + key_row, mask=inside, other=0.0)
         first_tile, count = tile_range(cu_k_ptr, query, rows_k, tiles, TILE)
-        parts = tl.zeros((128,), tl.float32)
+        deltas = tl.zeros((128,), tl.float32)
+        sums = tl.zeros((128,), tl.float32)
         for begin in range(0, count, 128):
             part = begin + tl.arange(0, 128)
-            deltas = delta_ptr + (first_tile + part) * H + head
-            parts += tl.load(deltas, mask=part < count, other=0.0)
-        delta = tl.sum(parts, 0)
+            parts = delta_ptr + ((first_tile + part) * H + head) * 2
+            deltas += tl.load(parts, mask=part < count, other=0.0)
+            sums += tl.load(parts + 1, mask=part < count, other=0.0)
+        delta = tl.sum(deltas, 0)
+        sum_of_weights = tl.sum(sums, 0)
         tl.debug_barrier()  # all has been read before it is replaced
 
     if LAST:
+        # Rounded weights need not sum to 1, but score gradients to 0.
+        delta = delta / tl.where(sum_of_weights == 0.0, 1.0, sum_of_weights)
         dscores = weights * (gradient - delta)
         weights *= keep
         if dscores_ptr is not None:
@@ -229,7 +233,8 @@ def additive_attention_step_bwd_kernel(
     ``dquery_d = sum_j dkey_jd``, ``dscore_weight_d = sum_j s_j tanh_jd``.
 
     A sequence of one tile is FIRST and LAST at once. Others take two launches: the first leaves
-    ``w_j``, ``g_j`` (in ``dscores``) and each tile's part of delta, the second does the rest.
+    ``w_j``, ``g_j`` (in ``dscores``) and each tile's parts of delta and of the sum of ``w``, the
+    second does the rest.
     ``dquery`` is that of a sequence with SINGLE, else float32 of a tile, as always ``dweight``.
     """
     rows_k = rows_k.to(tl.int64)

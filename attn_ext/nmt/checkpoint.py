@@ -76,7 +76,8 @@ def load(path, kind):
 
 def damaged(path):
     """The error for a file whose content is not what `save` writes."""
-    return UsageError(f"{path} is cut off or damaged; training with --overwrite starts anew")
+    reason = "is cut off or damaged, or of an older version"
+    return UsageError(f"{path} {reason}; training with --overwrite starts anew")
 
 
 def rebuild(cls, values, path):

@@ -82,7 +82,7 @@ class TestDamaged:
         for call in calls[name]:
             done = nursery.run(*call)
             assert done.status == 2
-            message = f"error: {run / name} is cut off or damaged; training with --overwrite"
+            message = f"error: {run / name} is cut off or damaged, or of an older version; "
             assert done.error.startswith(message) and done.error.count("\n") == 1
         assert before == {path: path.read_bytes() for path in run.iterdir()}
 

@@ -193,7 +193,7 @@ class TestRefuses:
         else:
             content[field] = change
         checkpoint.save(copy / "checkpoint.pt", "checkpoint", content)
-        self.refuses("cut off or damaged; .*--overwrite", None, copy, "--resume")
+        self.refuses("cut off or damaged, .*--overwrite", None, copy, "--resume")
 
     @pytest.mark.parametrize("name", ["model.pt", "metrics.jsonl"])
     def test_to_write_over_what_is_left_of_a_run(self, tsv, tmp_path, name):
