@@ -396,8 +396,9 @@ class RandomRounding:
         for _ in range(2):  # mixes them: the high ones then depend on all
             bits = (bits ^ (bits >> 29)) * 0x369DEA0F31A53F85
         chance = (bits >> 33).double() / 2**31  # from -1/2 to 1/2
-        last_place = torch.ldexp((x != 0).double(), x.frexp().exponent - 24)
-        return (x + chance * last_place).float().double()
+        last_place = torch.ldexp(torch.ones_like(x), x.frexp().exponent - 24)
+        rounded = (x + chance * last_place).float().double()
+        return torch.where(x.float().double() == x, x, rounded)
 
     def __call__(self, x: Tensor) -> Tensor:
         return _Varied.apply(x, self)
