@@ -53,7 +53,7 @@ def factored_scores(
     REFINE: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
-    """Scores by ``sum_d w_d (1 - 2 r_d)``, the largest magnitude of each row, and ``sum_d w_d^2``.
+    """Scores by ``sum_d w_d (1 - 2 r_d)``, and the largest magnitude of each row.
 
     Args:
         query_rows: pointers to rows, [BLOCK_Q].
@@ -61,7 +61,7 @@ def factored_scores(
         score_weight_ptr: the head's [D].
 
     Returns:
-        scores [BLOCK_Q, BLOCK_K], bounds [BLOCK_Q] and [BLOCK_K], the sum of squares.
+        scores [BLOCK_Q, BLOCK_K], bounds [BLOCK_Q] and [BLOCK_K].
     """
     HALF: tl.constexpr = (D + 2 * BLOCK_D - 1) // (2 * BLOCK_D) * BLOCK_D
     PADDED: tl.constexpr = 2 * HALF != D
@@ -69,7 +69,6 @@ def factored_scores(
     sums = tl.zeros((BLOCK_Q, BLOCK_K, BLOCK_D), tl.float32)
     # Added lane by lane before lanes are summed, so that no partial sum is as large as sum |w|.
     constant = tl.zeros((BLOCK_D,), tl.float32)
-    squares = tl.zeros((BLOCK_D,), tl.float32)
     query_bound = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     key_bound = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     for begin in tl.range(0, HALF, BLOCK_D, loop_unroll_factor=2):
@@ -84,7 +83,6 @@ def factored_scores(
         w0 = load_weights(score_weight_ptr, d0, D, PADDED)
         w1 = load_weights(score_weight_ptr, d1, D, PADDED)
         constant += w0 + w1
-        squares += w0 * w0 + w1 * w1
         sums += weighted_pair(
             exp_twice(q0, REFINE)[:, None, :],
             exp_twice(q1, REFINE)[:, None, :],
@@ -95,7 +93,7 @@ def factored_scores(
             USE_PTX,
         )
     scores = tl.sum(constant[None, None, :] - 2.0 * sums, 2)
-    return scores, tl.max(query_bound, 1), tl.max(key_bound, 1), tl.sum(squares, 0)
+    return scores, tl.max(query_bound, 1), tl.max(key_bound, 1)
 
 
 @triton.jit
@@ -132,7 +130,8 @@ def are_informative(
     BLOCK_D: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
-    """Whether enough of the score weights meet a tanh that is neither nearly 0 nor nearly 1.
+    """Whether enough of the score weights meet a tanh that is neither nearly 0 nor nearly 1, and
+    they are not too large.
 
     If few do, as where every key is minus every query up to noise, scores differ so little that the
     error of the factored form, a part of sum |w|, would show. Looked at are BLOCK pairs of a query
@@ -143,17 +142,20 @@ def are_informative(
     STRIDE: tl.constexpr = BLOCK_D * max(1, HALF // (SAMPLED_BLOCKS * BLOCK_D))
     informative = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_D,), tl.float32)
+    squares = tl.zeros((BLOCK_D,), tl.float32)
     for begin in range(0, HALF, STRIDE):
         for half in tl.static_range(2):
             d = begin + half * HALF + tl.arange(0, BLOCK_D)
             q = load_features(query_rows, d, D, PADDED, USE_PTX)
             k = load_features(key_rows, d, D, PADDED, USE_PTX)
             weight = tl.abs(load_weights(score_weight_ptr, d, D, PADDED))
+            squares += weight * weight
             magnitude = tl.abs(q + k)
             informs = (magnitude > SMALLEST_MAGNITUDE) & (magnitude < SATURATED_MAGNITUDE)
             informative += tl.where(informs, weight[None, :], 0.0)
             total += weight
-    return tl.sum(informative) > INFORMATIVE_SHARE * BLOCK * tl.sum(total)
+    small = tl.sum(squares) * (STRIDE // BLOCK_D) <= LARGEST_WEIGHT_SQUARES
+    return small & (tl.sum(informative) > INFORMATIVE_SHARE * BLOCK * tl.sum(total))
 
 
 @triton.jit
@@ -193,12 +195,11 @@ def score_tile(
     informative = are_informative(
         query_rows, paired_rows, score_weight_ptr, D, BLOCK_Q, BLOCK_D, USE_PTX
     )
-    scores, query_bound, key_bound, squares = factored_scores(
+    scores, query_bound, key_bound = factored_scores(
         query_rows, key_rows, score_weight_ptr, D, BLOCK_Q, BLOCK_K, BLOCK_D, REFINE, USE_PTX
     )
     query_bound = tl.where(informative, query_bound, float("inf"))
-    factored = factors(tl.max(query_bound, 0), tl.max(key_bound, 0), SMALLEST_MAGNITUDE)
-    if not (factored & (squares <= LARGEST_WEIGHT_SQUARES)):
+    if not factors(tl.max(query_bound, 0), tl.max(key_bound, 0), SMALLEST_MAGNITUDE):
         scores = direct_scores(
             query_rows, key_rows, score_weight_ptr, D, BLOCK_Q, BLOCK_K, BLOCK_D, USE_PTX
         )

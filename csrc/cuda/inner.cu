@@ -41,7 +41,7 @@ struct ExactScore {
   static constexpr int kUnroll = 1;
   static constexpr bool kExponential = false;
   static constexpr bool kWeighted = true;
-  // The four are summed on their own, as rounding errors grow with the additions to a long sum.
+  // The four are summed on their own, here and below: errors grow with the additions to a long sum.
   static __device__ float add(float sum, const float4& w, const float4& a, const float4& b) {
     const float first = fmaf(w.y, exact_tanh(a.y + b.y).tanh, w.x * exact_tanh(a.x + b.x).tanh);
     const float last = fmaf(w.w, exact_tanh(a.w + b.w).tanh, w.z * exact_tanh(a.z + b.z).tanh);
@@ -54,7 +54,7 @@ struct DotProduct {
   static constexpr bool kExponential = false;
   static constexpr bool kWeighted = false;
   static __device__ float add(float sum, const float4&, const float4& a, const float4& b) {
-    return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
+    return sum + fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, a.x * b.x)));
   }
 };
 
