@@ -152,9 +152,9 @@ def alignment(*tensors: Tensor | None) -> int:
     return 8 if all(stride % 8 == 0 for stride in strides) else 1
 
 
-def half_of(dim: int, multiple: int = 1) -> int:
+def half_of(dim: int) -> int:
     """How many pairs of features there are, d with d + half."""
-    return triton.cdiv(triton.cdiv(dim, 2), multiple) * multiple
+    return triton.cdiv(dim, 2)
 
 
 def weight_strides(weights: Tensor, layout: int) -> tuple[int, int, int, int, int]:
