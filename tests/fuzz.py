@@ -8,8 +8,10 @@ when it is started again; a run of other sources begins anew.
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import datetime
 import hashlib
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -96,15 +98,31 @@ def replace_text(path: Path, text: str) -> None:
 # ---- A run ----
 
 
+# What a result depends on: the code that is tested, what tests it, and the packages that compute
+# and draw the calls.
+SOURCES = (
+    *("attn_ext/*.py", "attn_ext/*.so", "triton_kernels/*.py", "csrc/**/*.*"),
+    *(f"tests/{name}.py" for name in ("calls", "conftest", "fuzz", "helpers", "properties")),
+    *("tests/emulated_cuda.py", "tests/cuda_emulation/*.*"),
+)
+PACKAGES = ("torch", "triton", "hypothesis")
+
+
 def digest_of_sources() -> str:
-    """Of everything that a result depends on."""
-    digest = hashlib.sha256()
-    for pattern in ("attn_ext/*.py", "attn_ext/*.so", "triton_kernels/*.py", "csrc/**/*.*"):
+    """Of all SOURCES, and of the versions of Python and PACKAGES."""
+    digest = hashlib.sha256(repr(versions()).encode())
+    for pattern in SOURCES:
         for path in sorted(ROOT.glob(pattern)):
             digest.update(path.read_bytes())
-    for name in ("calls", "fuzz", "helpers", "properties"):
-        digest.update((ROOT / "tests" / f"{name}.py").read_bytes())
     return digest.hexdigest()[:12]
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def folder_of_run(state: Path, backend: str, seed: int | None) -> tuple[int, Path]:
@@ -186,11 +204,13 @@ def run(options: argparse.Namespace) -> int:
         pool.shutdown(wait=False, cancel_futures=True)
     if len(results) == len(sizes):
         (folder / "finished").touch()
-        write_summary(options, seed, results, time.monotonic() - begun)
+        write_summary(options, seed, folder, results, time.monotonic() - begun)
     return int(failed > 0)
 
 
-def write_summary(options: argparse.Namespace, seed: int, results: dict[int, dict], seconds: float):
+def write_summary(
+    options: argparse.Namespace, seed: int, folder: Path, results: dict[int, dict], seconds: float
+) -> None:
     """Write what a whole run found, and where it was run."""
     import torch
 
@@ -210,10 +230,9 @@ def write_summary(options: argparse.Namespace, seed: int, results: dict[int, dic
         "failures": failures,
         **{f"cases_by_{kind}": dict(sorted(counted.items())) for kind, counted in counts.items()},
         "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **versions(),
         "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "sources": digest_of_sources(),
+        "sources": folder.name.split("-")[1],
         "seconds_of_last_start": round(seconds),
     }
     text = json.dumps(summary, indent=2) + "\n"
@@ -297,6 +316,8 @@ def main() -> int:
         "--chunk", type=int, help="run one chunk of --seed and minimize its failures"
     )
     options = parser.parse_args()
+    if options.chunk is not None and options.seed is None:
+        parser.error("--chunk needs the --seed of its run")
     if options.call:
         prepare(options.backend)
         return replay(options.call, options.backend)
