@@ -5,6 +5,7 @@ nothing but import forks a child for each run: `Nursery.run`.
 """
 
 import ctypes
+import faulthandler
 import functools
 import json
 import os
@@ -12,9 +13,14 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import NamedTuple
+
+import pytest
+
+TIMEOUT = 300  # seconds; runs take a few, and ten times that under a sanitizer
 
 
 class Done(NamedTuple):
@@ -28,24 +34,33 @@ class Nursery:
 
     def __init__(self, folder):
         self.folder = folder
+        for name in ("output", "error"):
+            (folder / name).touch()
         self._process = subprocess.Popen(
             [sys.executable, __file__, str(folder)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},  # as the tests: sums have the same order
         )  # fmt: skip
 
-    def run(self, tool, *arguments, **faults):
+    def run(self, tool, *arguments, timeout=TIMEOUT, **faults):
         """`python -m attn_ext.nmt.TOOL ARGUMENTS`, or "write" PATH TEXT for `atomic_write`.
 
         Args:
+            timeout: whole seconds after which the test fails, with what the run has said by then.
             faults: functions below and their keywords.
         """
         call = {"tool": tool, "arguments": list(map(str, arguments)), "faults": faults}
-        self._process.stdin.write(json.dumps(call) + "\n")
+        self._process.stdin.write(json.dumps(call | {"timeout": timeout}) + "\n")
         self._process.stdin.flush()
-        status = int(self._process.stdout.readline())
+        answer = self._process.stdout.readline()
         output, error = ((self.folder / name).read_text() for name in ("output", "error"))
-        return Done(status, output, error)
+        if not answer.strip().lstrip("-").isdigit():
+            pytest.fail(
+                f"{tool} {call['arguments']}, {faults}: {answer.strip() or 'the nursery died'}\n"
+                f"-- its output:\n{output}\n-- its errors, and where it was:\n{error}",
+                pytrace=False,
+            )
+        return Done(int(answer), output, error)
 
     def close(self):
         self._process.stdin.close()
@@ -103,6 +118,12 @@ def environment(**variables):
     os.environ.update(variables)
 
 
+def hang():
+    print("before it hangs", flush=True)
+    while True:
+        time.sleep(1)
+
+
 def die_while_fetching():
     """pip brings half a file, and this process is killed."""
     from attn_ext.nmt import corpora
@@ -135,10 +156,28 @@ def serve(folder):
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             for number, name in ((1, "output"), (2, "error")):
                 os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            faulthandler.enable()  # abort() then says where
             main = functools.partial(mains[call["tool"]], call["arguments"])
             os._exit(status_of(functools.partial(cli.run, main), call["faults"]))
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        print(wait_for(child, call["timeout"]), flush=True)
     os._exit(0)  # without taking torch down, which takes seconds
+
+
+def wait_for(child, timeout):
+    """The exit status of a child, or that it was ended after so many seconds."""
+    overdue = []
+
+    def end(*_):
+        overdue.append(f"still ran after {timeout} s")
+        # A second alarm is for one that does not even abort.
+        os.kill(child, signal.SIGKILL if len(overdue) > 1 else signal.SIGABRT)
+        signal.alarm(5)
+
+    signal.signal(signal.SIGALRM, end)
+    signal.alarm(timeout)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    signal.alarm(0)
+    return overdue[0] if overdue else status
 
 
 def status_of(run, faults):

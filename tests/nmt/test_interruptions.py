@@ -97,6 +97,14 @@ def test_killed_at_each_call_of_a_write(nursery, tmp_path):
     assert contents == {"before", "after"}
 
 
+def test_run_that_hangs_is_ended_and_says_where(nursery, tmp_path):
+    with pytest.raises(pytest.fail.Exception) as failure:
+        nursery.run("write", tmp_path / "file", "text", timeout=1, hang={})
+    assert "still ran after 1 s" in str(failure.value)
+    assert "before it hangs" in str(failure.value) and "in hang\n" in str(failure.value)
+    assert nursery.run("write", tmp_path / "file", "text").status == 0  # others go on
+
+
 @pytest.fixture(scope="module")
 def begun(nursery, tsv, tmp_path_factory):
     out = tmp_path_factory.mktemp("begun") / "out"
