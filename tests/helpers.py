@@ -376,17 +376,26 @@ exact_tanh = _ExactTanh.apply
 
 
 class RandomRounding:
-    """Arithmetic in which every result is rounded to float32, up or down at random.
+    """Arithmetic in which every result is rounded, up or down at random.
 
-    Up by as large a chance as it lies near to the number above (stochastic rounding, a Monte Carlo
-    arithmetic as of Parker 1997): so one calculation stands for all that round, whatever the luck
-    of the numbers at hand, and what float32 holds exactly stays exact. Gradients are rounded
-    likewise. As with any rounding, results of an operation that are about equal err alike. Numbers
-    are kept in float64.
+    To float32 up by as large a chance as it lies near to the number above (stochastic rounding, a
+    Monte Carlo arithmetic as of Parker 1997): so one calculation stands for all that round,
+    whatever the luck of the numbers at hand, and what float32 holds exactly stays exact. Gradients
+    are rounded likewise. As with any rounding, results of an operation that are about equal err
+    alike. Numbers are kept in float64.
+
+    In float64 itself, what is lost cannot be told from the result: it is moved to a neighbour as
+    often as gives the same mean error, unless it is short enough to be exact.
+
+    Calculations take turns in what hand-written code may choose: whether gradients are summed
+    over queries or keys first, and whether tanh has the slope 1 - tanh^2, which is exactly 0 where
+    tanh rounds to 1, or 1 / cosh^2.
     """
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, dtype: torch.dtype = torch.float32):
         self.queries_first = seed % 2 == 0
+        self.slope_of_tanh = seed % 4 < 2
+        self.dtype = dtype
         self.operation = seed << 20
 
     def vary(self, x: Tensor) -> Tensor:
@@ -396,9 +405,14 @@ class RandomRounding:
         for _ in range(2):  # mixes them: the high ones then depend on all
             bits = (bits ^ (bits >> 29)) * 0x369DEA0F31A53F85
         chance = (bits >> 33).double() / 2**31  # from -1/2 to 1/2
-        last_place = torch.ldexp(torch.ones_like(x), x.frexp().exponent - 24)
-        rounded = (x + chance * last_place).float().double()
-        return torch.where(x.float().double() == x, x, rounded)
+        exponent = x.frexp().exponent
+        if self.dtype == torch.float32:
+            last_place = torch.ldexp(torch.ones_like(x), exponent.clamp(min=-125) - 24)
+            moved = (x + chance * last_place).float().double()
+        else:
+            # Rounding moves it where |1.2 chance| > 1/2, a time in six: the variance is 1/6 too.
+            moved = x + 1.2 * chance * torch.ldexp(torch.ones_like(x), exponent - 53)
+        return torch.where(x.float().double() == x, x, moved)
 
     def __call__(self, x: Tensor) -> Tensor:
         return _Varied.apply(x, self)
@@ -417,9 +431,13 @@ class RandomRounding:
     def expand(self, x: Tensor, queries: int, keys: int) -> Tensor:
         """``[queries, keys, ...]``; its gradient is summed over either of them first."""
         if self.queries_first:
-            return self(self(x).expand(keys, *x.shape)).expand(queries, keys, *x.shape)
-        by_query = self(self(x).expand(queries, *x.shape))
+            return self.input(self.input(x).expand(keys, *x.shape)).expand(queries, keys, *x.shape)
+        by_query = self.input(self.input(x).expand(queries, *x.shape))
         return by_query.unsqueeze(1).expand(queries, keys, *x.shape)
+
+    def input(self, x: Tensor) -> Tensor:
+        """The same numbers, of which only gradients are rounded."""
+        return _VariedGradient.apply(x, self)
 
     def softmax(self, x: Tensor) -> Tensor:
         """Over axis 1, which may be empty."""
@@ -438,21 +456,35 @@ class _Varied(torch.autograd.Function):
         return ctx.rounding.vary(gradient), None
 
 
+class _VariedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, rounding: RandomRounding) -> Tensor:
+        ctx.rounding = rounding
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return ctx.rounding.vary(gradient), None
+
+
 class _VariedTanh(torch.autograd.Function):
-    """Whose derivative is 1 - tanh^2 of the rounded tanh, as PyTorch has it."""
+    """Whose derivative is, in half of the calculations, 1 - tanh^2 of the rounded tanh."""
 
     @staticmethod
     def forward(ctx, x: Tensor, rounding: RandomRounding) -> Tensor:
         ctx.rounding = rounding
         result = rounding.vary(x.tanh())
-        ctx.save_for_backward(result)
+        ctx.save_for_backward(x, result)
         return result
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        (result,) = ctx.saved_tensors
+        x, result = ctx.saved_tensors
         rounding = ctx.rounding
-        slope = 1 - rounding.vary(result * result)
+        if rounding.slope_of_tanh:
+            slope = 1 - rounding.vary(result * result)
+        else:
+            slope = 1 / x.cosh().square()
         return rounding.vary(gradient * rounding.vary(slope)), None
 
 
@@ -603,7 +635,7 @@ def yardsticks(
     elements, or whose results nearly cancel: sums of a few short numbers are exact, and what is
     added to itself and taken away again is too. ``samples`` then adds the errors of so many
     calculations whose every result is rounded at random (see :class:`RandomRounding`), to float32,
-    as nobody expects more of low precision; of float64, by the ratio of the precisions.
+    as nobody expects more of low precision, or to float64.
     """
 
     def by_formula(
@@ -636,15 +668,12 @@ def yardsticks(
         return exact, largest
 
     exact, largest = errors(inputs.leaves, incoming)
-    leaves, true, ratio = inputs.leaves, exact, 1.0
-    if samples and leaves["query"].dtype == torch.float64:
-        leaves = {name: leaf.float() for name, leaf in leaves.items()}
-        true = by_formula(leaves, incoming, torch.float64, tanh=exact_tanh)
-        ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    computed_in = torch.promote_types(inputs.leaves["query"].dtype, torch.float32)
     for sample in range(samples):
-        rounded = by_formula(leaves, incoming, torch.float64, rounding=RandomRounding(sample))
+        rounding = RandomRounding(sample, computed_in)
+        rounded = by_formula(inputs.leaves, incoming, torch.float64, rounding=rounding)
         for name, result in rounded.items():
-            largest[name] = largest[name].maximum(ratio * (result - true[name]).abs())
+            largest[name] = largest[name].maximum((result - exact[name]).abs())
     return exact, {name: result + largest[name] for name, result in exact.items()}
 
 

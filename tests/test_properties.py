@@ -42,6 +42,14 @@ def test_properties_hold(backend: str, seed: int):
     calls.draw_calls(use, backend, seed, examples, shrink=True)
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="too large for it")
+@pytest.mark.parametrize("line", (TESTS / "found_calls.jsonl").read_text().splitlines())
+def test_calls_that_failed_once(line: str):
+    """What ``make fuzz`` found on the CPU, before it was repaired."""
+    found = properties.examine(Call.from_json(line), "cpu")
+    assert not [result for result in found.values() if isinstance(result, str)], found
+
+
 # ---- Each property can fail ----
 
 PLAIN = Call(

@@ -22,6 +22,36 @@ def test_roundings_are_to_either_side_and_unbiased():
     assert not torch.equal(RandomRounding(1).vary(exact), RandomRounding(0).vary(exact))
 
 
+def test_roundings_among_subnormal_numbers():
+    """Where float32's last place is 2^-149, whatever the number."""
+    exact = torch.linspace(2.0**-147, 2.0**-140, 10_001, dtype=torch.float64)
+    rounded = RandomRounding(0).vary(exact)
+    assert torch.equal(rounded.float().double(), rounded)
+    assert (rounded - exact).std() == pytest.approx(6**-0.5 * 2.0**-149, rel=0.05)
+
+
+def test_roundings_of_float64():
+    """To a neighbour, as far on average as stochastic rounding; short numbers stay."""
+    rounding = RandomRounding(0, torch.float64)
+    exact = torch.linspace(1, 2, 100_001, dtype=torch.float64)[1:-1] + 1e-13
+    places = (rounding.vary(exact) - exact) * 2.0**52
+    assert places.unique().tolist() == [-1, 0, 1]
+    assert places.mean().abs() < 0.01
+    assert places.std() == pytest.approx(6**-0.5, rel=0.02)
+    held = torch.tensor([0.0, 1.0, -3.0], dtype=torch.float64)
+    assert torch.equal(rounding.vary(held), held)
+
+
+def test_calculations_take_turns_in_the_slope_of_tanh():
+    """1 - tanh^2 is 0 where tanh rounds to 1; 1 / cosh^2 is not."""
+    slopes = []
+    for seed in range(4):
+        x = torch.tensor([20.0], dtype=torch.float64, requires_grad=True)
+        RandomRounding(seed).tanh(x).backward()
+        slopes.append(x.grad.item() > 0)
+    assert slopes == [False, False, True, True]
+
+
 def test_sums_are_sums():
     terms = torch.arange(35, dtype=torch.float64).view(5, 7)  # whole numbers are not rounded
     assert torch.equal(RandomRounding(0).sum(terms, 0), terms.sum(0))

@@ -18,7 +18,7 @@ LARGEST_MAGNITUDE = tl.constexpr(31 * 0.6931471805599453 / 2)
 # Below these, tanh is so small that the fractions' absolute error would show: in scores, and in
 # the gradient of score weights, which is a sum of tanh.
 SMALLEST_MAGNITUDE = tl.constexpr(0.25)
-SMALLEST_GRADIENT_MAGNITUDE = tl.constexpr(0.5)
+SMALLEST_GRADIENT_SUM = tl.constexpr(0.5)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import (
-    SMALLEST_GRADIENT_MAGNITUDE,
+    SMALLEST_GRADIENT_SUM,
     as_float32,
     exp_twice,
     factors,
@@ -390,7 +390,7 @@ def additive_attention_grad_kernel(
             # is rare and takes more registers, a few rows at a time.
             end = tl.minimum(first_row + BLOCK_ROWS, end_row)
             choice = DIRECT_CHOICE
-            if factors(bound_of_rows, bound_of_columns, SMALLEST_GRADIENT_MAGNITUDE):
+            if factors(bound_of_rows, bound_of_columns, SMALLEST_GRADIENT_SUM):
                 rows_left = (end - first_row).to(tl.int32)
                 choice = (rows_left <= BLOCK_ROWS * 3 // 4).to(tl.int32)
                 choice += (rows_left <= BLOCK_ROWS // 2).to(tl.int32)

@@ -31,6 +31,12 @@ struct ScoreRows {
   }
 
   int64_t offset(int64_t i) const { return unit.scores + (range.query + i) * unit.ld + range.key; }
+  void scale_dscores(int64_t i) const {
+    const T scale = call.dscore_scale[unit.head];
+    for (int64_t j = 0; j < range.key_count; ++j) {
+      dscores(i)[j] *= scale;
+    }
+  }
   // Number of query i in its sequence.
   int64_t query(int64_t i) const { return unit.query + range.query + i; }
 };
@@ -131,6 +137,7 @@ void finish_scores(const BackwardCall<T>& call, const UnitBlock& range) {
       write_along_keys<T>(ds, range.key, range.key_count, s);
       write_along_keys<T>(weights, range.key, range.key_count, alpha);
     }
+    rows.scale_dscores(i);
   }
 }
 
@@ -189,6 +196,7 @@ void load_step_scores(const BackwardCall<T>& call, const UnitBlock& range) {
     weights.base = weights_base + rows.query(i) * call.step_weights.col;
     read_along_keys<T>(ds, range.key, range.key_count, rows.dscores(i));
     read_along_keys<T>(weights, range.key, range.key_count, rows.alpha(i));
+    rows.scale_dscores(i);
   }
 }
 

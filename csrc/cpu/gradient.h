@@ -34,7 +34,8 @@ class GradientBlock {
         room_(tile_keys_, item.cols, scratch),
         exact_key_(tile_keys_, item.cols, scratch),
         exact_query_(unit.query_count, item.cols, scratch),
-        dweight_total_(dweight) {
+        dweight_total_(dweight),
+        scale_(call.dscore_scale[unit.head]) {
     const int64_t padded = steps_ * kStep<T>;
     dquery_ = scratch.take<T>(steps_ * step_stride<T>(unit.query_count));
     dkey_ = scratch.take<T>(steps_ * step_stride<T>(tile_keys_));
@@ -134,11 +135,11 @@ class GradientBlock {
   enum class Route { kFactored, kExact, kSmall };
 
   Route route_of(int64_t i, T key_bound) const {
-    if (informative_ && in_factored_range(queries_.bounds[i], key_bound)) {
-      return Route::kFactored;
+    if (queries_.bounds[i] + key_bound < T(kSmallestGradientSum)) {
+      return Route::kSmall;
     }
-    return queries_.bounds[i] + key_bound < T(kSmallestMagnitudeSum) ? Route::kSmall
-                                                                     : Route::kExact;
+    return informative_ && in_factored_range(queries_.bounds[i], key_bound) ? Route::kFactored
+                                                                            : Route::kExact;
   }
 
   // Notes what the shift leaves out of queries [begin, end) for keys [key, key + keys).
@@ -186,24 +187,26 @@ class GradientBlock {
     weight_terms_ = 0;
     if (dweight_total_ != nullptr) {
       for (int64_t c = 0; c < item_.cols; ++c) {
-        dweight_total_[c] += static_cast<double>(dweight_[c]);
+        dweight_total_[c] += static_cast<double>(dweight_[c]) / static_cast<double>(scale_);
       }
       pad_row<T>(dweight_, 0, steps_ * kStep<T>, 0);
     }
   }
 
-  // out = w (4 sums + shift) for row r of `rows` rows of sums, which are of quarters.
+  // out = w (4 sums + shift) / scale for row r of `rows` rows of sums, which are of quarters.
   void final_row(const T* data, int64_t r, int64_t rows, T shift, T* out) const {
     const T* weight = score_weights(call_, unit_.head) + item_.col;
+    const T factor = 4 / scale_;
+    shift *= T(0.25);
     for (int64_t c = 0; c < item_.cols; c += kStep<T>) {
       const T* sums = data + c / kStep<T> * step_stride<T>(rows) + r * kStep<T>;
       if (c + kStep<T> <= item_.cols) {
         for (int64_t n = 0; n < kStep<T>; n += kLanes<T>) {
-          store<T>(out + c + n, load<T>(weight + c + n) * (4 * load<T>(sums + n) + shift));
+          store<T>(out + c + n, factor * load<T>(weight + c + n) * (load<T>(sums + n) + shift));
         }
       } else {
         for (int64_t n = 0; n < item_.cols - c; ++n) {
-          out[c + n] = weight[c + n] * (4 * sums[n] + shift);
+          out[c + n] = factor * weight[c + n] * (sums[n] + shift);
         }
       }
     }
@@ -263,6 +266,7 @@ class GradientBlock {
   const PanelRoom<T> exact_key_;
   const PanelRoom<T> exact_query_;
   double* const dweight_total_;
+  const T scale_;
   T* dweight_;
   T* dquery_;
   T* dkey_;

@@ -46,7 +46,8 @@ struct FactoredSlope {
   }
 };
 
-// The same from a = q, b = k, for any magnitudes; kSmall takes -tanh^2 for 1 - tanh^2 in dquery.
+// The same from a = q, b = k, for any magnitudes, or for |q + k| <= 1/2 with kSmall, which takes
+// -tanh^2 for 1 - tanh^2 in dquery.
 template <class T, bool kSmall>
 struct UnfactoredSlope {
   static ATTN_EXT_INLINE void eval(Vec<T> a0, Vec<T> a1, Vec<T> b0, Vec<T> b1, Vec<T> s,
@@ -56,7 +57,7 @@ struct UnfactoredSlope {
   }
 
   static ATTN_EXT_INLINE GradientTerms<T> terms(Vec<T> x, Vec<T> s) {
-    const TanhParts<T> parts = tanh_parts<T>(x);
+    const TanhParts<T> parts = kSmall ? small_tanh_parts<T>(x) : tanh_parts<T>(x);
     const Vec<T> quarter = T(0.25) * s;
     const Vec<T> key = quarter * parts.slope;
     return {s * parts.tanh, key, kSmall ? -quarter * parts.tanh * parts.tanh : key};

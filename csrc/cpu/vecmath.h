@@ -1,6 +1,7 @@
 // exp, tanh and reciprocals of vectors.
 #pragma once
 
+#include "../arithmetic.h"
 #include "vec.h"
 
 namespace attn_ext {
@@ -123,6 +124,21 @@ ATTN_EXT_INLINE TanhParts<T> tanh_parts(Vec<T> x) {
   const Vec<T> slope = 4 * quarter_slope<T>((parts.scale + tail) * inverse);
   return {from_bits<T>(bits_of<T>(-v * inverse) | sign),
           slope < T(kVanishingSlope) ? Vec<T>{} : slope};
+}
+
+// The same for |x| <= 1/2, with fewer operations in single precision.
+template <class T>
+ATTN_EXT_INLINE TanhParts<T> small_tanh_parts(Vec<T> x) {
+  if constexpr (sizeof(T) == 4) {
+    const Vec<T> square = x * x;
+    Vec<T> series = square * kSmallTanh[4] + kSmallTanh[3];
+    for (int n = 2; n >= 0; --n) {
+      series = square * series + kSmallTanh[n];
+    }
+    const Vec<T> tanh = x + x * square * series;
+    return {tanh, 1 - tanh * tanh};
+  }
+  return tanh_parts<T>(x);
 }
 
 #if ATTN_EXT_ISA_AVX512

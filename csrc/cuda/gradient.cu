@@ -15,10 +15,6 @@ namespace {
 
 enum class Route { kFactored, kExact, kSmall };
 
-// Below this sum of magnitudes tanh, of which dscore_weight is a sum, is too small for the error of
-// the factored form, some units of epsilon however small it is.
-constexpr float kSmallestFactoredSum = 0.5f;
-
 __device__ __forceinline__ void put_granule(float* target, const float (&values)[kGranule]) {
 #pragma unroll
   for (int f = 0; f < kGranule; f += 4) {
@@ -204,7 +200,7 @@ __device__ inline void run_unit(const Unit& unit, Shared& shared) {
     Route route = Route::kExact;
     if (informative(shared.query_extremes[lane], extremes(shared.key, keys)) &&
         in_factored_range(query_bound, key_bound) &&
-        query_bound + key_bound >= kSmallestFactoredSum) {
+        query_bound + key_bound >= static_cast<float>(kSmallestGradientSum)) {
       route = Route::kFactored;
     } else {
       if (query_bound + key_bound < static_cast<float>(kSmallestMagnitudeSum)) {
