@@ -5,8 +5,8 @@ import contextlib
 import importlib
 import math
 import os
+import secrets
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -119,26 +119,25 @@ def writing(path):
 def atomic_file(path):
     """Yield a binary file that becomes `path` when the block ends, whole or not at all.
 
-    A link is followed; what is there and is no regular file (a pipe, a device) is refused.
+    What has been written can be read again. A link is followed; what is there and is no regular
+    file (a pipe, a device) is refused.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise UsageError(f"cannot write {path}: it is not a regular file")
     path = Path(os.path.realpath(path))
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
-        )
+    # Named before it is there, so that an interrupt at any moment leaves nothing behind.
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with file:
+        with open(unfinished, "x+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(file.name, 0o666 & ~_umask())  # NamedTemporaryFile gives 0600
-        os.replace(file.name, path)
+        os.replace(unfinished, path)
     except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(file.name)
+        with contextlib.suppress(OSError):
+            os.unlink(unfinished)
         if isinstance(error, OSError):
             raise UsageError(f"cannot write {path}: {error.strerror}") from None
         raise
@@ -148,12 +147,6 @@ def atomic_file(path):
             os.fsync(directory)  # the rename itself survives a power cut
         finally:
             os.close(directory)
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def atomic_write(path, content):

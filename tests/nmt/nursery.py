@@ -70,28 +70,69 @@ class Nursery:
 # -- faults: what a child does to itself before it runs ---------------------------------------
 
 
-def at_call(number, after="start", with_signal=signal.SIGKILL):
-    """A signal to this process at a call: the number-th from or to Python code.
+CALLS = ("start", "training", "writing")
+
+
+def counting(after):
+    """A function of a profiler's frame and event: whether they count.
+
+    Returns do not: an interrupt that comes while a profiler sees one passes the frame's `except`.
 
     Args:
-        number: from 1; before the call and after it are two.
-        after: "start"; "training", counted from the first step on; or "writing", of which only
-            those calls count that make a file whole.
-        with_signal: SIGKILL or SIGINT.
+        after: "start", where all calls do; "training", from the first step on; or "writing", where
+            only those do that make a file whole.
     """
     from attn_ext.nmt import cli, training
 
     writers = {cli.atomic_write.__code__, cli.atomic_file.__wrapped__.__code__}
     loop = training.Trainer.run.__code__
-    left, counting = number, after != "training"
+    begun = after != "training"
+
+    def counts(frame, event):
+        nonlocal begun
+        begun = begun or frame.f_code is loop
+        return begun and event != "return" and (after != "writing" or frame.f_code in writers)
+
+    return counts
+
+
+def at_call(number, after="start", with_signal=signal.SIGKILL):
+    """A signal to this process at a call: the number-th from or to Python code.
+
+    Args:
+        number: from 1; before a call and after it are two, if the function is written in C.
+        after: which calls count, see `counting`.
+        with_signal: SIGKILL or SIGINT.
+    """
+    counts, left = counting(after), number
 
     def count(frame, event, _):
-        nonlocal left, counting
-        counting = counting or frame.f_code is loop
-        if counting and (after != "writing" or frame.f_code in writers):
+        nonlocal left
+        if counts(frame, event):
             left -= 1
             if left == 0:
                 os.kill(os.getpid(), with_signal)
+
+    sys.setprofile(count)
+
+
+def count_calls(path, checkpoints):
+    """Write the numbers of CALLS until so many checkpoints have been written, as JSON."""
+    from attn_ext.nmt import training
+
+    kinds = {after: counting(after) for after in CALLS}
+    numbers = dict.fromkeys(CALLS, 0)
+    save = training.Trainer.save_checkpoint.__code__
+
+    def count(frame, event, _):
+        nonlocal checkpoints
+        for after, counts in kinds.items():
+            numbers[after] += counts(frame, event)
+        if frame.f_code is save and event == "return":
+            checkpoints -= 1
+            if checkpoints == 0:
+                sys.setprofile(None)
+                Path(path).write_text(json.dumps(numbers))
 
     sys.setprofile(count)
 

@@ -15,8 +15,7 @@ from attn_ext.nmt import checkpoint
 STEPS = 45
 OPTIONS = [*TINY_RUN, "--decoder", "rnnsearch", "--lr", "0.02", "--eval-every", "6"]
 MOMENTS = 20
-# So many calls are about 2 steps at most, so that runs killed at MOMENTS do not reach the end.
-CALLS = {"start": 60_000, "training": 80_000, "writing": 70}
+AHEAD = 2  # steps at most from one moment to the next, so that they do not reach the end
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +24,26 @@ def uninterrupted(nursery, tsv, tmp_path_factory):
     done = nursery.run("train", "--data", tsv, "--out", out, *OPTIONS, "--max-steps", STEPS)
     assert done.status == 0, done.error
     return out
+
+
+@pytest.fixture(scope="module")
+def begun(nursery, tsv, tmp_path_factory):
+    out = tmp_path_factory.mktemp("begun") / "out"
+    arguments = ["--data", tsv, "--out", out, *OPTIONS, "--max-steps", 7]
+    assert nursery.run("train", *arguments).status == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def calls(nursery, begun, tsv, tmp_path_factory):
+    """How many calls a run makes that goes on for AHEAD steps, of each kind that counts."""
+    folder = tmp_path_factory.mktemp("calls")
+    shutil.copytree(begun, folder / "out")
+    arguments = ["--data", tsv, "--out", folder / "out", "--resume", *OPTIONS, "--max-steps", STEPS]
+    counted = {"path": str(folder / "calls.json"), "checkpoints": AHEAD}
+    done = nursery.run("train", *arguments, "--checkpoint-every", 1, count_calls=counted)
+    assert done.status == 0, done.error
+    return json.loads((folder / "calls.json").read_text())
 
 
 def curve(out):
@@ -47,17 +66,18 @@ def assert_same_run(out, expected):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def moments(seed):
+def moments(calls, seed):
+    """Numbers of calls: those at random parts of a run's."""
     generator = random.Random(seed)
     for _ in range(MOMENTS):
-        after = generator.choice(list(CALLS))
-        yield {"after": after, "number": generator.randint(1, CALLS[after])}
+        after = generator.choice(list(calls))
+        yield {"after": after, "number": 1 + int(generator.random() * calls[after])}
 
 
-def test_killed_at_20_moments(nursery, uninterrupted, tsv, tmp_path):
+def test_killed_at_20_moments(nursery, uninterrupted, calls, tsv, tmp_path):
     out, left_behind = tmp_path / "out", 0
     arguments = ["--data", tsv, "--out", out, "--resume", *OPTIONS, "--max-steps", STEPS]
-    for moment in moments(seed=7):
+    for moment in moments(calls, seed=7):
         done = nursery.run("train", *arguments, "--checkpoint-every", 1, at_call=moment)
         assert done.status == -signal.SIGKILL, (moment, done)
         left_behind += len(list(out.glob(".*.tmp"))) if out.exists() else 0
@@ -68,11 +88,11 @@ def test_killed_at_20_moments(nursery, uninterrupted, tsv, tmp_path):
     assert_same_run(out, uninterrupted)
 
 
-def test_interrupted_at_20_moments(nursery, uninterrupted, tsv, tmp_path):
+def test_interrupted_at_20_moments(nursery, uninterrupted, calls, tsv, tmp_path):
     """Ctrl-C while data are read, subwords learnt, steps made, dev measured or files written."""
     out = tmp_path / "out"
     arguments = ["--data", tsv, "--out", out, "--resume", *OPTIONS, "--max-steps", STEPS]
-    for moment in moments(seed=8):
+    for moment in moments(calls, seed=8):
         moment["with_signal"] = signal.SIGINT
         done = nursery.run("train", *arguments, "--checkpoint-every", 1, at_call=moment)
         assert done.status == 130, (moment, done)
@@ -97,20 +117,25 @@ def test_killed_at_each_call_of_a_write(nursery, tmp_path):
     assert contents == {"before", "after"}
 
 
+def test_interrupted_at_each_third_call_of_a_write(nursery, tmp_path):
+    """Of all calls, those of the standard library too: nothing half is left."""
+    path, number, status = tmp_path / "file", 0, None
+    while status != 0:
+        number += 3
+        path.write_text("before")
+        moment = {"number": number, "with_signal": signal.SIGINT}
+        status = nursery.run("write", path, "after", at_call=moment).status
+        assert path.read_text() in ("before", "after")
+        assert list(tmp_path.iterdir()) == [path], moment
+    assert number > 100
+
+
 def test_run_that_hangs_is_ended_and_says_where(nursery, tmp_path):
     with pytest.raises(pytest.fail.Exception) as failure:
         nursery.run("write", tmp_path / "file", "text", timeout=1, hang={})
     assert "still ran after 1 s" in str(failure.value)
     assert "before it hangs" in str(failure.value) and "in hang\n" in str(failure.value)
     assert nursery.run("write", tmp_path / "file", "text").status == 0  # others go on
-
-
-@pytest.fixture(scope="module")
-def begun(nursery, tsv, tmp_path_factory):
-    out = tmp_path_factory.mktemp("begun") / "out"
-    arguments = ["--data", tsv, "--out", out, *OPTIONS, "--max-steps", 7]
-    assert nursery.run("train", *arguments).status == 0
-    return out
 
 
 class TestNoSpace:
