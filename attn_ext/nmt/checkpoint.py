@@ -7,14 +7,14 @@ stands before it: torch.load looks at no checksum, and would go on with bits tha
 
 import dataclasses
 import hashlib
-import io
 import math
+import os
 import warnings
 from pathlib import Path
 
 import torch
 
-from attn_ext.nmt.cli import UsageError, atomic_write
+from attn_ext.nmt.cli import UsageError, atomic_file
 from attn_ext.nmt.model import ModelConfig, Seq2Seq
 from attn_ext.nmt.vocab import Vocabulary
 
@@ -31,11 +31,23 @@ FIELDS = {
 
 def save(path, kind, content):
     """Write a file that `load` reads with the same `kind`, "model" or "checkpoint"."""
-    # Into memory first: torch.save makes a RuntimeError of its own of a full disk.
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, "kind": kind, **content}, buffer)
-    buffer.write(_DIGEST(buffer.getbuffer()).digest())
-    atomic_write(path, buffer.getbuffer())
+    with atomic_file(path) as file:
+        try:
+            torch.save({"format": FORMAT, "kind": kind, **content}, file)
+        except RuntimeError as error:  # what torch makes of a write that fails or is interrupted
+            reason = error.__context__
+            raise reason if isinstance(reason, OSError | KeyboardInterrupt) else error from None
+        file.write(_digest_of(file, file.tell()))
+
+
+def _digest_of(file, size):
+    """The digest of the first `size` bytes of a file, which is then read up to there."""
+    file.seek(0)
+    digest = _DIGEST()
+    while block := file.read(min(size, 1 << 20)):
+        digest.update(block)
+        size -= len(block)
+    return digest.digest()
 
 
 def load(path, kind):
@@ -46,23 +58,11 @@ def load(path, kind):
     """
     try:
         with open(path, "rb") as file:
-            content = file.read()
+            content = _load(file, path)
     except FileNotFoundError:
         raise UsageError(f"there is no {path}") from None
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    size = max(0, len(content) - _DIGEST().digest_size)
-    archive, digest = memoryview(content)[:size], content[size:]
-    if _DIGEST(archive).digest() != digest:
-        if content[:2] in (b"", b"PK"):  # what torch.save writes is a zip archive
-            raise damaged(path)
-        raise UsageError(f"{path} is not a file of attn_ext.nmt")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the error says it all
-            content = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
-    except Exception:  # torch.load raises whatever its parsers do
-        raise UsageError(f"{path} is not a file of attn_ext.nmt") from None
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise UsageError(f"{path} is not a {kind} file of attn_ext.nmt")
     if content.get("format") != FORMAT:
@@ -72,6 +72,24 @@ def load(path, kind):
     if not content.keys() >= FIELDS[kind]:
         raise damaged(path)
     return content
+
+
+def _load(file, path):
+    """What torch.load makes of an open file, once its digest has been found right."""
+    digest = _digest_of(file, max(0, os.fstat(file.fileno()).st_size - _DIGEST().digest_size))
+    if digest != file.read():
+        file.seek(0)
+        if file.read(2) in (b"", b"PK"):  # what torch.save writes is a zip archive
+            raise damaged(path)
+        raise UsageError(f"{path} is not a file of attn_ext.nmt")
+    file.seek(0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the error says it all
+            # The digest behind the archive is no obstacle: one is found from its end.
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # torch.load raises whatever its parsers do
+        raise UsageError(f"{path} is not a file of attn_ext.nmt") from None
 
 
 def damaged(path):

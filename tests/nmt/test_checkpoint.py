@@ -1,0 +1,71 @@
+"""Model files and checkpoints, as they are written and read."""
+
+import hashlib
+import io
+import tracemalloc
+
+import pytest
+import torch
+
+from attn_ext.nmt import checkpoint
+
+PARAMETERS = {"a": torch.randn(1 << 20), "b": torch.randn(1 << 20, dtype=torch.float64)}  # 12 MiB
+CONTENT = {"config": {}, "model": PARAMETERS, "vocabulary": torch.arange(3)}
+
+
+def assert_same(content):
+    assert content["config"] == {} and content["vocabulary"].tolist() == [0, 1, 2]
+    assert content["model"].keys() == PARAMETERS.keys()
+    assert all(torch.equal(content["model"][name], PARAMETERS[name]) for name in PARAMETERS)
+
+
+def test_format_3_is_an_archive_and_its_sha256(tmp_path):
+    """Read as it was before it was streamed, and written so that it can be."""
+    assert checkpoint.FORMAT == 3
+    archive = io.BytesIO()
+    torch.save({"format": 3, "kind": "model", **CONTENT}, archive)
+    digest = hashlib.sha256(archive.getvalue()).digest()
+    (tmp_path / "before.pt").write_bytes(archive.getvalue() + digest)
+    assert_same(checkpoint.load(tmp_path / "before.pt", "model"))
+
+    checkpoint.save(tmp_path / "now.pt", "model", CONTENT)
+    written = (tmp_path / "now.pt").read_bytes()
+    assert hashlib.sha256(written[:-32]).digest() == written[-32:]
+    content = torch.load(io.BytesIO(written[:-32]), weights_only=True)
+    assert (content.pop("format"), content.pop("kind")) == (3, "model")
+    assert_same(content)
+
+
+def peak_of(function, *arguments):
+    """The most memory that Python holds during a call besides tensors, in bytes."""
+    tracemalloc.start()
+    try:
+        function(*arguments)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_no_copy_of_a_file_is_held(tmp_path):
+    path = tmp_path / "model.pt"
+    assert peak_of(checkpoint.save, path, "model", CONTENT) < path.stat().st_size / 4
+    assert peak_of(checkpoint.load, path, "model") < path.stat().st_size / 4
+
+
+@pytest.mark.parametrize("reason", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_write_that_fails_says_why(tmp_path, monkeypatch, reason):
+    """And not what torch makes of it."""
+
+    def save(content, file):
+        file.write(b"half")
+        try:
+            raise reason
+        finally:
+            raise RuntimeError("unexpected pos 4 vs 0")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises((checkpoint.UsageError, KeyboardInterrupt)) as error:
+        checkpoint.save(tmp_path / "model.pt", "model", CONTENT)
+    if isinstance(reason, OSError):
+        assert str(error.value) == f"cannot write {tmp_path / 'model.pt'}: No space left on device"
+    assert not list(tmp_path.iterdir())
