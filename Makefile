@@ -53,6 +53,7 @@ gpu: ## build, test and time on the GPU at hand, with $(PYTHON) as it is (ARGS="
 	    --target build/gpu .
 	$(GPU) -m pytest -q -m gpu $(ARGS)
 	$(GPU) -m benchmarks.bench_additive_attention --device cuda
+	$(GPU) -m benchmarks.bench_training --device cuda
 	@if command -v compute-sanitizer >/dev/null; then \
 	    for tool in memcheck racecheck initcheck; do (set -x; \
 	        $(GPU_ENV) compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \

@@ -1,5 +1,6 @@
 """What each row of the table is to reach, and whether it does."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -55,17 +56,23 @@ TABLE = {
         ("graph", "both"): (Reach("vs_cudnn", 3),),
     },
 }
+# Of training a GNMT-sized model, each attention at its largest batch.
+TRAINING = (Reach("tokens_vs_eager", 1.3), Reach("batch_vs_eager", 2))
 
 
 def verdicts(row: dict, device: str, dtype: str) -> list[str]:
+    """What :func:`judge` finds on a row of the table."""
+    bounds = TABLE.get((device, dtype), {}).get((row["workload"], row["mode"]), ())
+    return judge([reach for reach in bounds if row["captured"] or not reach.captured], row)
+
+
+def judge(bounds: Sequence[Reach], row: dict) -> list[str]:
     """For each bound on the row: its text, and "met", or "SHORT" with the figure found.
 
     A figure that is not there, as where a rival did not run, is "not measured".
     """
     found = []
-    for reach in TABLE.get((device, dtype), {}).get((row["workload"], row["mode"]), ()):
-        if reach.captured and not row["captured"]:
-            continue
+    for reach in bounds:
         if reach.figure not in row:
             verdict = "not measured"
         else:

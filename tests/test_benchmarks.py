@@ -7,8 +7,18 @@ import types
 import pytest
 import torch
 
-from benchmarks import bench_additive_attention, harness, providers
-from benchmarks.reach import TABLE, verdicts
+import attn_ext
+from attn_ext.nmt import corpora
+from attn_ext.nmt.cli import UsageError
+from benchmarks import (
+    bench_additive_attention,
+    bench_training,
+    harness,
+    providers,
+    training_text,
+)
+from benchmarks.padded_attention import PaddedAttention
+from benchmarks.reach import TABLE, TRAINING, judge, verdicts
 from benchmarks.workloads import WORKLOADS, Workload, make_inputs
 
 RAGGED = Workload("tiny", (3, 1, 4), (2, 3, 1), 8, 8)
@@ -165,3 +175,159 @@ def test_what_is_said_of_a_gpu(monkeypatch):
     facts = bench_additive_attention.machine("cuda")
     assert facts["slug"] == "nvidia-h100-80gb-hbm3"
     assert facts["multiprocessors"] == 132
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hand_written_attention_computes_the_modules(dtype):
+    own = attn_ext.AdditiveAttention(5, 6, 8).to(dtype)
+    query, key = (torch.randn(rows, dim, dtype=dtype) for rows, dim in ((6, 5), (8, 6)))
+    padded = PaddedAttention(own, providers.attend_padded, providers.attend_step)
+    assert [name for name, _ in padded.named_parameters()] == [
+        name for name, _ in own.named_parameters()
+    ]
+    offsets_q, offsets_k = torch.tensor([0, 2, 5, 6]), torch.tensor([0, 3, 4, 8])
+    offsets = {"cu_seqlens_q": offsets_q, "cu_seqlens_k": offsets_k}
+    bounds = {"max_seqlen_q": 3, "max_seqlen_k": 4}
+    tolerances = {"rtol": 0, "atol": 20 * harness.ROUNDING[dtype] * key.abs().max().item()}
+    rest = {"need_weights": False, "backend": None}
+    found = padded(query, key, **offsets, **bounds, **rest)
+    torch.testing.assert_close(found, own(query, key, **offsets, **bounds), **tolerances)
+    keys = {"cu_seqlens_k": offsets_k, "max_seqlen_k": 4}
+    steps = [module.memory(key, backend=None, **keys).attend(query[:3]) for module in (padded, own)]
+    torch.testing.assert_close(*steps, **tolerances)
+
+
+@pytest.mark.parametrize("limit", [1, 5, 255, 256, 257, 1000, 4096, 20_000])
+def test_search_finds_the_largest_size(limit):
+    tried = []
+
+    def problem(size):
+        tried.append(size)
+        return "full" if size > limit else None
+
+    found, reason = bench_training.largest_size(problem, start=256, most=16_384)
+    assert found <= limit
+    assert min(limit, 16_384) - found <= found // bench_training.RESOLUTION
+    assert reason == ("full" if limit < 16_384 else "not more than 16384 were tried")
+    assert len(tried) == len(set(tried)) < 20
+
+
+def test_search_says_why_nothing_trains():
+    with pytest.raises(RuntimeError, match="one sentence does not train: full"):
+        bench_training.largest_size(lambda size: "full", start=8, most=16)
+
+
+TINY_MODEL = ["--hidden", "8", "--layers", "2", "--vocab-size", "300", "--seconds", "0"]
+
+
+def train(monkeypatch, *arguments):
+    """The command on a CPU with a tiny model; those arguments first."""
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", *TINY_MODEL, *arguments])
+    bench_training.main()
+
+
+@pytest.mark.parametrize("decoder", ["gnmt", "rnnsearch"])
+def test_training_prints_and_writes_its_table(decoder, monkeypatch, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "results"), "--decoder", decoder]
+    path = tmp_path / "pairs.tsv"
+    words = ["eins", "zwei", "drei"]
+    path.write_text("".join(f"{' '.join(words[: n % 3 + 1])} {n}\tone {n}\n" for n in range(60)))
+    train(monkeypatch, "--data", str(path), "--batches", "2,3", *out)
+    (written,) = (tmp_path / "results").glob("training_*.json")
+    report = json.loads(written.read_text())
+    assert report["text"].startswith(str(path)) and report["model"]["decoder"] == decoder
+    assert {name: found["share_of_error_budget"] <= 1 for name, found in report["checked"].items()}
+    rows = {(row["batching"], row["provider"]): row for row in report["rows"]}
+    assert {key: row["batch"] for key, row in rows.items()} == {
+        (batching, provider): batch
+        for batching in ("drawn", "bucketed")
+        for provider, batch in (("eager", 2), ("attn_ext", 3))
+    }
+    printed = capsys.readouterr().out
+    for row in rows.values():
+        assert f"{row['tokens_per_second']:,.0f} ({row['tokens_vs_eager']:.2f}x)" in printed
+        assert all(len(cell["seconds"]) >= 3 and cell["tokens"] for cell in row["cells"])
+        assert "batch_vs_eager" not in row and "reach" not in row
+    assert [cell["size"] for cell in rows["drawn", "attn_ext"]["cells"]] == [2, 3]
+
+
+def test_training_searches_for_batches_where_none_are_given(monkeypatch, tmp_path, capsys):
+    """On a machine without a GPU, whose memory is as large as is said here."""
+    limits = {"eager": 2, "attn_ext": 5}
+    problem = bench_training.Bench.problem
+
+    def full(bench, cell):
+        return problem(bench, cell) or ("full" if cell.size > limits[cell.provider] else None)
+
+    monkeypatch.setattr(bench_training.Bench, "problem", full)
+    monkeypatch.setattr(training_text, "mixture", lambda count, seed: (2, 3, 4))
+    arguments = ["--batches", "1", "--synthetic", "--batchings", "drawn", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", *TINY_MODEL, *arguments])
+    options = bench_training.parse_arguments()
+    options.batches = None
+    monkeypatch.setattr(bench_training, "parse_arguments", lambda: options)
+    monkeypatch.setattr(bench_training, "SMALLEST", 2)
+    bench_training.main()
+    (written,) = tmp_path.glob("training_*.json")
+    eager, own = json.loads(written.read_text())["rows"]
+    assert (eager["batch"], own["batch"]) == (2, 5)
+    assert own["batch_vs_eager"] == 2.5 and own["limited_by"] == "full"
+    assert "synthetic text, real lengths" in capsys.readouterr().out
+    own["tokens_vs_eager"] = 1.2
+    assert judge(TRAINING, own) == [
+        "tokens_vs_eager >= 1.3: SHORT, 1.2",
+        "batch_vs_eager >= 2: met",
+    ]
+
+
+def test_training_text_without_a_corpus_is_synthetic_and_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("ATTN_EXT_CACHE", str(tmp_path))
+    text = training_text.read_text(300)
+    assert text.label == "synthetic text, real lengths (GNMT's)"
+    assert "no text at hand (no " + str(tmp_path) in capsys.readouterr().out
+    lengths = [len(source) for source, _ in text.examples]
+    assert lengths == [len(target) for _, target in text.examples]
+    assert min(lengths) == 10 and max(lengths) == 60
+    ids = {token for example in text.examples[:500] for side in example for token in side}
+    assert min(ids) == 3 and max(ids) == 299
+    with pytest.raises(UsageError, match="cannot read"):
+        training_text.read_text(300, data=str(tmp_path / "missing.tsv"))
+
+
+def test_training_text_with_a_corpus_but_no_subwords_is_synthetic(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("ATTN_EXT_CACHE", str(tmp_path))
+    (tmp_path / corpora.HOMEASSISTANT_WHEEL).touch()
+    pairs = [corpora.Pair(f"word {n}", f"Wort {n}", str(n)) for n in range(50)]
+    monkeypatch.setattr(corpora, "read_homeassistant_wheel", lambda path: pairs)
+    assert training_text.read_text(300).label.startswith("homeassistant: ")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    assert training_text.read_text(300).label.startswith("synthetic text")
+    assert "package 'sentencepiece' is needed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("provider", ["attend_padded", "sum_product_padded"])
+def test_training_with_a_wrong_attention_stops(provider, monkeypatch, tmp_path):
+    attend = getattr(providers, provider)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(providers, provider, lambda *inputs: -attend(*inputs))
+    arguments = ["--synthetic", "--batches", "1", "--providers", "eager,compile,attn_ext"]
+    with pytest.raises(AssertionError, match="errs by .* of what is allowed"):
+        train(monkeypatch, *arguments, "--out", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "--batches is needed on a CPU"),
+        (["--batches", "1,2,3"], "expected one or two sizes"),
+        (["--batches", "0"], "expected a positive whole number"),
+        (["--batches", "1", "--providers", "attn_ext"], "eager, with which"),
+        (["--batches", "1", "--providers", "eager,flash"], "flash: expected some of"),
+        (["--batches", "1", "--data", "a.tsv", "--synthetic"], "not allowed with"),
+    ],
+)
+def test_training_refuses_wrong_arguments(arguments, message, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as error:
+        train(monkeypatch, *arguments)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err

@@ -202,7 +202,7 @@ class Trainer:
                 late = self.options.minutes and (
                     time.monotonic() - started > 60 * self.options.minutes
                 )
-                record, stop, late = self._step(batches[self.progress.position], late)
+                record, stop, late = self.step(batches[self.progress.position], late)
                 self.progress.position += 1
                 self.progress.step += 1
                 self._write(record)
@@ -252,7 +252,7 @@ class Trainer:
             return "no gain on dev"
         return None
 
-    def _step(self, indices, late):
+    def step(self, indices, late=False):
         """One update. Returns its record, and whether any rank was asked to stop or is late."""
         began = time.monotonic()
         options, world, step = self.options, self.world, self.progress.step + 1

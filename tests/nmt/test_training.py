@@ -241,7 +241,7 @@ def test_overwrite_leaves_nothing_of_the_run_before(tsv, tmp_path, monkeypatch):
     def stop(*_):
         raise UsageError("stopped")
 
-    monkeypatch.setattr(Trainer, "_step", stop)
+    monkeypatch.setattr(Trainer, "step", stop)
     with pytest.raises(UsageError, match="stopped"):
         run(tsv, tmp_path, "--overwrite")
     names = {path.name for path in tmp_path.iterdir()}

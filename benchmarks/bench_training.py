@@ -1,0 +1,381 @@
+"""Time training a GNMT-sized translation model, beside the same model with eager attention.
+
+python -m benchmarks.bench_training                                   on a GPU
+python -m benchmarks.bench_training --device cpu --batches 8,16 --hidden 256 --vocab-size 4000
+python -m benchmarks.bench_training --help                            other sizes, text, providers
+
+One model is trained, by the steps of attn_ext.nmt, in bfloat16; only its decoder's attention is
+exchanged. The largest batch is searched for each attention; then they take turns, round after
+round. Before, loss and gradients on one batch are compared with those of float32.
+"""
+
+import argparse
+import gc
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from attn_ext.nmt import cli, distributed
+from attn_ext.nmt.data import make_batch
+from attn_ext.nmt.model import DECODERS, ModelConfig, Seq2Seq
+from attn_ext.nmt.training import Trainer, TrainOptions
+
+from . import harness, providers, reach
+from .bench_additive_attention import RESULTS, machine
+from .padded_attention import PaddedAttention
+from .training_text import Text, read_text
+
+PROVIDERS = ("eager", "compile", "attn_ext")
+BATCHINGS = ("drawn", "bucketed")
+BATCHES = 4  # that a round trains on; bucketed, so many buckets of lengths
+SMALLEST, MOST = 256, 16_384  # sentences of a batch, where the search starts and ends
+RESOLUTION = 16  # the largest batch is known to one part in so many
+SPARED = 1 << 28  # 1 GiB of float32 that the search keeps free: later runs must not fail for it
+CHECKED = 16  # sentences of the batch on which loss and gradients are compared
+
+
+def make_attentions(model: Seq2Seq, names: list[str]) -> dict[str, nn.Module]:
+    """The attention of each provider, all with the parameters of the model's own."""
+    own = model.decoder.attention
+    made = {"attn_ext": own}
+    if "eager" in names:
+        made["eager"] = PaddedAttention(own, providers.attend_padded, providers.attend_step)
+    if "compile" in names:
+        forms = (providers.sum_product_padded, providers.sum_product_step)
+        made["compile"] = PaddedAttention(own, *(torch.compile(f, dynamic=True) for f in forms))
+    return {name: made[name] for name in names}
+
+
+def main() -> None:
+    options = parse_arguments()
+    device = distributed.pick_device(options.device)
+    text = read_text(options.vocab_size, options.data, options.corpus, options.synthetic)
+    config = ModelConfig(
+        options.vocab_size, options.decoder, options.hidden, options.hidden,
+        encoder_layers=options.layers, decoder_layers=options.layers,
+    )  # fmt: skip
+    backend = cli.check_backend(options.backend, device)
+    print(
+        f"{text.label}; {config.decoder}, {config.encoder_layers} + {config.decoder_layers} "
+        f"layers of {config.hidden}, vocabulary {config.vocab_size}; bfloat16; {device}, {backend}",
+        flush=True,
+    )
+    checked = check(config, text, device, options)
+    torch.manual_seed(0)
+    model = Seq2Seq(config, options.backend).to(device)
+    training = TrainOptions(bf16=True)
+    world = distributed.World(device=device)
+    trainer = Trainer(model, text.vocabulary, text.examples, [], training, ".", world, None)
+    bench = Bench(trainer, make_attentions(model, options.providers))
+    rows = []
+    for batching in options.batchings:
+        rows += bench_batching(bench, batching, options)
+    report = {
+        "machine": machine(options.device),
+        "dtype": "bfloat16",
+        "text": text.label,
+        "model": config.as_dict(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "backend": backend,
+        "checked": checked,
+        "rows": rows,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"training_{report['machine']['slug']}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\nwrote {path}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device)
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--data", metavar="FILE.tsv", help="source<TAB>target, UTF-8")
+    text.add_argument("--corpus", choices=("homeassistant", "libreoffice"), help="may fetch it")
+    known = "random tokens, in lengths of GNMT's training text (default where no corpus is cached)"
+    text.add_argument("--synthetic", action="store_true", help=known)
+    parser.add_argument("--decoder", choices=sorted(DECODERS), default="gnmt")
+    for name, default in (("hidden", 1024), ("layers", 4), ("vocab-size", 32_000)):
+        parser.add_argument(f"--{name}", type=cli.positive_int, default=default, metavar="N")
+    known = f"some of {','.join(PROVIDERS)}, with eager (default eager,attn_ext)"
+    parser.add_argument("--providers", type=_some_of(PROVIDERS), help=known)
+    known = f"some of {','.join(BATCHINGS)} (default both)"
+    parser.add_argument("--batchings", type=_some_of(BATCHINGS), default=BATCHINGS, help=known)
+    known = "sentences of a batch, eager's and attn_ext's, instead of the largest that fit"
+    parser.add_argument("--batches", type=_sizes, metavar="N[,M]", help=known)
+    known = "budget of the timed rounds of a batching; no fewer than 3 are run"
+    parser.add_argument("--seconds", type=float, default=20.0, help=known)
+    parser.add_argument("--backend", help=cli.BACKEND_HELP)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this PyTorch finds no CUDA device")
+    if options.device == "cpu" and options.batches is None:
+        parser.error("--batches is needed on a CPU, whose memory is not filled to find its limit")
+    options.providers = options.providers or ["eager", "attn_ext"]
+    if "eager" not in options.providers:
+        parser.error("--providers: eager, with which the others are compared, is missing")
+    return options
+
+
+def _sizes(text: str) -> list[int]:
+    sizes = [cli.positive_int(size) for size in text.split(",")]
+    if len(sizes) > 2:
+        raise argparse.ArgumentTypeError(f"expected one or two sizes, got {text!r}")
+    return sizes
+
+
+def _some_of(known: tuple[str, ...]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name}: expected some of {','.join(known)}")
+        return list(dict.fromkeys(names))
+
+    return parse
+
+
+def check(
+    config: ModelConfig, text: Text, device: torch.device, options: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Loss a token and gradient norm of each provider on one batch, and its share of the budget.
+
+    The errors of the loss and of every parameter's gradient against float32 may be 3 times those of
+    eager attention in bfloat16, plus a rounding. Without dropout, whose masks may differ.
+
+    Raises:
+        AssertionError: an error is larger.
+    """
+    torch.manual_seed(0)
+    model = Seq2Seq(replace(config, dropout=0.0), options.backend).to(device)
+    batch = make_batch(text.examples[:CHECKED], text.vocabulary, device)
+    attentions = make_attentions(model, options.providers)
+    exact = _differentiate(model, batch, attentions["eager"], bf16=False)
+    plain = _differentiate(model, batch, attentions["eager"], bf16=True)
+    rounding, found = harness.ROUNDING[torch.bfloat16], {}
+    for name, attention in attentions.items():
+        result = _differentiate(model, batch, attention, bf16=True)
+        shares = {}
+        for part, truth in exact.items():
+            allowed = 3 * (plain[part] - truth).norm() + rounding * truth.norm()
+            shares[part] = ((result[part] - truth).norm() / allowed).nan_to_num(math.inf).item()
+        worst = max(shares, key=shares.get)
+        loss, *gradients = (tensor.norm().item() for tensor in result.values())
+        found[name] = {
+            "loss": loss,
+            "gradient_norm": math.hypot(*gradients),
+            "share_of_error_budget": shares[worst],
+        }
+        print(
+            f"  {name:9s} loss {loss:.4f} a token, gradient norm {math.hypot(*gradients):.4f}, "
+            f"{shares[worst]:.2f} of the error budget",
+            flush=True,
+        )
+        if not shares[worst] <= (harness.PEER_ALLOWANCE if name == "compile" else 1):
+            raise AssertionError(f"{name}: {worst} errs by {shares[worst]:.1f} of what is allowed")
+    return found
+
+
+def _differentiate(model, batch, attention: nn.Module, bf16: bool) -> dict[str, Tensor]:
+    """The loss a target token, and the gradients by the names of their parameters."""
+    model.decoder.attention = attention
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    with torch.autocast(batch.source.values.device.type, torch.bfloat16, enabled=bf16):
+        loss = model(batch)[0] / len(batch.target_output.values)
+    gradients = torch.autograd.grad(loss, parameters)
+    return {"loss": loss.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+@dataclass
+class Cell:
+    """A provider at a size of batch, and what its rounds took."""
+
+    provider: str
+    size: int  # sentences
+    batches: list[list[int]]
+    tokens: int  # of the targets of all batches
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / statistics.median(self.seconds)
+
+
+class Bench:
+    """Steps of one trainer, with one attention or another."""
+
+    def __init__(self, trainer: Trainer, attentions: dict[str, nn.Module]):
+        self.trainer, self.attentions = trainer, attentions
+        self.device = trainer.world.device
+
+    def cell(self, provider: str, size: int, batching: str) -> Cell:
+        """``BATCHES`` batches of ``size`` sentences: as drawn, or cut from them by length."""
+        examples = self.trainer.train_examples
+        pool = [index % len(examples) for index in range(BATCHES * size)]
+        if batching == "bucketed":  # as data.epoch_batches
+            pool.sort(key=lambda index: (len(examples[index][1]), len(examples[index][0])))
+        batches = [pool[start : start + size] for start in range(0, len(pool), size)]
+        return Cell(provider, size, batches, sum(len(examples[i][1]) + 1 for i in pool))
+
+    def train(self, cell: Cell) -> None:
+        """A step on each batch."""
+        self.trainer.model.decoder.attention = self.attentions[cell.provider]
+        for batch in cell.batches:
+            self.trainer.step(batch)
+
+    def warm_up(self, cell: Cell) -> None:
+        """The last batch, none is longer when bucketed, in memory that other cells gave back."""
+        self._release()
+        self.train(replace(cell, batches=cell.batches[-1:]))
+
+    def problem(self, cell: Cell) -> str | None:
+        """Why these batches do not train, or None if they do with memory to spare."""
+        self._release()
+        spared = torch.empty(SPARED if self.device.type == "cuda" else 0, device=self.device)
+        found = None
+        try:
+            self.warm_up(cell)
+            self.train(cell)
+        except torch.OutOfMemoryError:
+            found = "out of memory"
+        except RuntimeError as error:  # a size that some library does not take
+            found = str(error).splitlines()[0]
+        del spared
+        if found is not None:
+            gc.collect()  # of what was raised inside a step
+        self._release()
+        return found
+
+    def time(self, cells: list[Cell], budget: float) -> None:
+        """Let the cells take turns, for 3 rounds or until ``budget`` seconds are up."""
+        end = time.perf_counter() + budget
+        while len(cells[-1].seconds) < 3 or time.perf_counter() < end:
+            for cell in cells:
+                self.warm_up(cell)
+                start = time.perf_counter()  # a step ends by reading its loss: nothing is queued
+                self.train(cell)
+                cell.seconds.append(time.perf_counter() - start)
+
+    def peak_memory(self, cell: Cell) -> int:
+        """Bytes that steps hold beyond parameters, gradients and the optimizer's state."""
+        self.warm_up(cell)
+        steps = SimpleNamespace(call=lambda mode: self.train(cell))
+        return harness.peak_memory(steps, "both", self.device.type)
+
+    def _release(self) -> None:
+        self.trainer.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def largest_size(
+    problem: Callable[[int], str | None], start: int = SMALLEST, most: int = MOST
+) -> tuple[int, str]:
+    """The largest size without problem, to one part in ``RESOLUTION``, and what limits it.
+
+    Raises:
+        RuntimeError: not even 1 is without.
+    """
+    low, high, size, limit = 0, None, start, f"not more than {most} were tried"
+    while True:
+        found = problem(size)
+        if found is None:
+            low = size
+        elif size == 1:
+            raise RuntimeError(f"a batch of one sentence does not train: {found}")
+        else:
+            high, limit = size, found
+        if high is None:
+            if low == most:
+                return low, limit
+            size = min(2 * low, most)
+        elif high - low <= max(1, low // RESOLUTION):
+            return low, limit
+        else:
+            size = (low + high) // 2
+
+
+def bench_batching(bench: Bench, batching: str, options: argparse.Namespace) -> list[dict]:
+    """A row a provider: its batch, memory and tokens/s there and at eager's, and ratios to it."""
+    lengths = {"drawn": "as they come", "bucketed": "of similar length"}[batching]
+    print(f"\n{batching}: batches of sentences {lengths}", flush=True)
+    sizes, limits = {}, {}
+    for name in options.providers:
+        if options.batches:
+            sizes[name], limits[name] = options.batches[0 if name == "eager" else -1], "as asked"
+            continue
+        sizes[name], limits[name] = largest_size(
+            lambda size, name=name: bench.problem(bench.cell(name, size, batching))
+        )
+    common = sizes["eager"]
+    cells = {
+        (name, size): bench.cell(name, size, batching)
+        for name, own in sizes.items()
+        for size in sorted({common, own})
+        if size <= own
+    }
+    bench.time(list(cells.values()), options.seconds)
+    eager, rows = cells["eager", common], []
+    for name, size in sizes.items():
+        cell = cells[name, size]
+        row = {
+            "batching": batching,
+            "provider": name,
+            "batch": size,
+            "limited_by": limits[name],
+            "peak_bytes": bench.peak_memory(cell),
+            "tokens_per_second": cell.tokens_per_second,
+            "tokens_vs_eager": cell.tokens_per_second / eager.tokens_per_second,
+        }
+        if not options.batches:
+            row["batch_vs_eager"] = size / common
+        if size >= common:
+            beside = cells[name, common].tokens_per_second
+            row["tokens_per_second_at_eagers_batch"] = beside
+            row["tokens_vs_eager_at_its_batch"] = beside / eager.tokens_per_second
+        if name == "attn_ext" and options.device == "cuda":
+            row["reach"] = reach.judge(reach.TRAINING, row)
+        rows.append(row)
+        row["cells"] = [asdict(c) for key, c in cells.items() if key[0] == name]
+        for timed in row["cells"]:
+            timed.pop("batches")
+    print_table(rows)
+    return rows
+
+
+def print_table(rows: list[dict]) -> None:
+    print(
+        "  provider      batch  peak memory   target tokens/s: at eager's batch   at its own"
+        "   limited by"
+    )
+    for row in rows:
+        beside, ratio = row.get("tokens_per_second_at_eagers_batch"), "     "
+        if beside is not None:
+            ratio = f"{beside:,.0f} ({row['tokens_vs_eager_at_its_batch']:.2f}x)"
+        own = f"{row['tokens_per_second']:,.0f} ({row['tokens_vs_eager']:.2f}x)"
+        print(
+            f"  {row['provider']:9s} {row['batch']:9,d} {row['peak_bytes'] / 1e9:9.2f} GB "
+            f"{ratio:>35s} {own:>20s}   {row['limited_by']}"
+        )
+        for verdict in row.get("reach", ()):
+            print(f"    reach {verdict}")
+
+
+if __name__ == "__main__":
+    cli.wait_without_spinning()
+    # Batches differ in their lengths: else memory that one leaves is of no use to the next. Read
+    # when the GPU is first used; the newer name, PYTORCH_ALLOC_CONF, does nothing in torch 2.9.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    cli.run(main)
