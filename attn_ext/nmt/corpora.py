@@ -25,6 +25,7 @@ HOMEASSISTANT = "homeassistant==2026.2.3"
 HOMEASSISTANT_WHEEL = "homeassistant-2026.2.3-py3-none-any.whl"
 HOMEASSISTANT_SHA256 = "8167820cac4b8defe895fd2c36ac23402a445d1fe6028e8cde24caabb935282c"
 LIBREOFFICE_PACKAGES = ("libreoffice-help-en-us", "libreoffice-help-de")
+LOCK_FILE = ".lock"  # in the cache
 
 
 class Pair(NamedTuple):
@@ -263,22 +264,33 @@ def read_tsv(path):
 def _fetching(name):
     """Yield a new folder of the cache to fetch into, to one process at a time; it goes afterwards.
 
-    So do the folders that killed processes left. The lock is the kernel's and goes with its owner.
+    So do the folders that killed processes left. The lock is the kernel's and goes with its owner;
+    its file stays, as nobody can know that no other process has it open.
     """
     cache = cache_dir()
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        lock = os.open(cache, os.O_RDONLY)
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            cache.mkdir(parents=True, exist_ok=True)
+            # For writing: NFS locks no other file.
+            lock = held.enter_context(open(cache / LOCK_FILE, "ab"))
+            _wait_for(lock)
             for left in cache.glob(f".{name}.*"):
                 shutil.rmtree(left)
-            with tempfile.TemporaryDirectory(dir=cache, prefix=f".{name}.") as folder:
-                yield Path(folder)
-        finally:
-            os.close(lock)
-    except OSError as error:
-        raise UsageError(f"cannot write into {cache}: {error.strerror or error}") from None
+            folder = held.enter_context(tempfile.TemporaryDirectory(dir=cache, prefix=f".{name}."))
+        except OSError as error:
+            raise UsageError(f"cannot write into {cache}: {error.strerror or error}") from None
+        yield Path(folder)
+
+
+def _wait_for(lock):
+    """Lock an open file until it is closed."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:  # EOPNOTSUPP, ENOLCK, ...: not every file system can
+        raise UsageError(
+            f"cannot lock {lock.name}: {error.strerror}; let ATTN_EXT_CACHE name a folder of a "
+            "file system that has locks, such as a local disk"
+        ) from None
 
 
 def _sha256(path):

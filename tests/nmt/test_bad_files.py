@@ -1,5 +1,6 @@
 """Files that are cut off, damaged, foreign or hostile: one clear line, and nothing in them runs."""
 
+import errno
 import hashlib
 import http.server
 import os
@@ -35,6 +36,11 @@ def run(trained, tmp_path):
     for path in trained.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     return tmp_path
+
+
+def files_in(cache):
+    """But for the lock, which stays."""
+    return [path for path in cache.iterdir() if path.name != corpora.LOCK_FILE]
 
 
 def refuses(path, message, reason=""):
@@ -233,7 +239,7 @@ def test_download_that_is_not_the_corpus(cache, wheel, monkeypatch, broken):
         server.shutdown()
         server.server_close()
     assert "\n" not in str(error.value)
-    assert not list(cache.iterdir())
+    assert not files_in(cache)
 
 
 def test_download_that_is_killed(nursery, cache, tmp_path, monkeypatch):
@@ -244,11 +250,11 @@ def test_download_that_is_killed(nursery, cache, tmp_path, monkeypatch):
     place = {"ATTN_EXT_CACHE": str(cache)}
     done = nursery.run("train", *arguments, die_while_fetching={}, environment=place)
     assert done.status == -9
-    (left,) = cache.iterdir()
+    (left,) = files_in(cache)
     assert left.name.startswith(".homeassistant.") and list(left.iterdir())
     with pytest.raises(UsageError, match="did not bring"):
         corpora.load("homeassistant")
-    assert not list(cache.iterdir())
+    assert not files_in(cache)
 
 
 def test_corpus_that_has_changed_is_fetched_again(cache, monkeypatch):
@@ -268,3 +274,40 @@ def test_cache_that_cannot_be_written(nursery, tmp_path):
     assert done.status == 2
     assert done.error.splitlines()[-1] == f"error: cannot write into {cache}: Permission denied"
     assert not list(cache.iterdir()) and not (tmp_path / "out").exists()
+
+
+def test_cache_where_nothing_can_be_locked(cache, monkeypatch):
+    """As on NFS without its lock service; what is there already is read all the same."""
+
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(corpora.fcntl, "flock", flock)
+    with pytest.raises(UsageError, match="cannot lock .*No locks available; .*ATTN_EXT_CACHE") as e:
+        corpora.load("homeassistant")
+    assert str(cache) in str(e.value) and "\n" not in str(e.value)
+    assert not files_in(cache)
+    monkeypatch.setattr(corpora, "HOMEASSISTANT_SHA256", hashlib.sha256(b"wheel").hexdigest())
+    (cache / corpora.HOMEASSISTANT_WHEEL).write_bytes(b"wheel")
+    assert corpora._fetch_homeassistant() == cache / corpora.HOMEASSISTANT_WHEEL
+
+
+def test_errors_of_what_is_fetched_are_not_taken_for_the_cache_s(cache, monkeypatch):
+    """An error that `_fetching` does not expect says itself what it is."""
+    with pytest.raises(IsADirectoryError):
+        with corpora._fetching("homeassistant") as folder:
+            open(folder, "rb")
+    assert not files_in(cache)
+
+
+def test_one_process_fetches_at_a_time(cache):
+    """The lock is one that other processes see."""
+    code = (
+        "import fcntl, sys\n"
+        "try: fcntl.flock(open(sys.argv[1], 'ab'), fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+        "except BlockingIOError: print('locked')"
+    )
+    command = [sys.executable, "-c", code, cache / corpora.LOCK_FILE]
+    with corpora._fetching("homeassistant"):
+        assert subprocess.check_output(command, text=True) == "locked\n"
+    assert subprocess.check_output(command, text=True) == ""

@@ -126,7 +126,7 @@ def test_libreoffice_apt_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(corpora.subprocess, "run", run)
     with pytest.raises(UsageError, match="apt-get update.*Unable to locate"):
         corpora.load("libreoffice")
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [corpora.LOCK_FILE]
 
 
 class TestTsv:
