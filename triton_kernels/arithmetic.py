@@ -15,9 +15,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Exponents 2 log2(e) |q| up to 31 keep x0 x1 < 2^126, so that its reciprocal is a normal number.
 LARGEST_MAGNITUDE = tl.constexpr(31 * 0.6931471805599453 / 2)
-# Below these, tanh is so small that the fractions' absolute error would show: in scores, and in
-# the gradient of score weights, which is a sum of tanh.
-SMALLEST_MAGNITUDE = tl.constexpr(0.25)
+# Below these sums of magnitudes tanh is so small that the fractions' absolute error would show: in
+# scores, and in the gradient of score weights, which is a sum of tanh.
+SMALLEST_MAGNITUDE_SUM = tl.constexpr(0.25)
 SMALLEST_GRADIENT_SUM = tl.constexpr(0.5)
 
 
@@ -95,7 +95,7 @@ def tanh_and_derivative(x, EXACT: tl.constexpr, USE_PTX: tl.constexpr):
 
 
 @triton.jit
-def pair_of_halves(a0, a1, b0, b1, USE_PTX: tl.constexpr):
+def factored_pair(a0, a1, b0, b1, USE_PTX: tl.constexpr):
     """``h = r - 1/2`` of two features from one reciprocal; ``tanh = -2 h``."""
     x0 = a0 * b0 + 1.0
     x1 = a1 * b1 + 1.0
@@ -132,10 +132,10 @@ def weighted_sum(weights, value):
 
 
 @triton.jit
-def factors(query_bound, key_bound, SMALLEST: tl.constexpr):
+def in_factored_range(query_bound, key_bound, SMALLEST_SUM: tl.constexpr):
     """Whether rows with these largest magnitudes may meet in the factored form; NaN: no."""
-    in_range = (query_bound <= LARGEST_MAGNITUDE) & (key_bound <= LARGEST_MAGNITUDE)
-    return in_range & (query_bound + key_bound >= SMALLEST)
+    small_enough = (query_bound <= LARGEST_MAGNITUDE) & (key_bound <= LARGEST_MAGNITUDE)
+    return small_enough & (query_bound + key_bound >= SMALLEST_SUM)
 
 
 @triton.jit

@@ -27,9 +27,8 @@ class Tiles:
 # memory, with barriers; at up to 168 registers three programs run on a multiprocessor, so that one
 # computes while another waits. What is spilled for that is used between the loops.
 SCORES = Tiles(warps=4, queries=32, keys=32, features=4, value_features=32, registers=168)
-# Float32 products of matrices go through multiply-adds and need the registers themselves.
-SCORES_FLOAT32 = Tiles(warps=4, queries=32, keys=32, features=4, value_features=32, registers=168)
 DVALUE = Tiles(warps=4, queries=32, keys=64, value_features=64)
+# Float32 products of matrices go through multiply-adds and need the registers themselves.
 DVALUE_FLOAT32 = Tiles(warps=4, queries=32, keys=32, value_features=32)
 # Returned weights are written once; any tile will do.
 WEIGHTS = Tiles(warps=4, queries=16, keys=64)
@@ -45,13 +44,9 @@ MERGE = Tiles(warps=4, value_features=256)
 SINGLE_SEGMENT = 128  # the most keys whose scores and weights are one tile
 STEP_SEGMENT = 64  # keys a program, where sequences are longer
 # Up to so many (query, key) pairs a program computes all gradients of a sequence (7.6 issue slots
-# an element). Of longer ones those of queries and of keys are computed apart (13.1), tile by tile,
+# an element). Of longer ones those of queries and of keys are computed apart (13.3), tile by tile,
 # for no program to be busy long after the others.
 WHOLE_SEQUENCE_PAIRS = 1 << 14
-
-
-def scores_tiles(dtype: torch.dtype) -> Tiles:
-    return SCORES_FLOAT32 if dtype == torch.float32 else SCORES
 
 
 def dvalue_tiles(dtype: torch.dtype) -> Tiles:

@@ -17,8 +17,8 @@ from .arithmetic import (
     SMALLEST_GRADIENT_SUM,
     as_float32,
     exp_twice,
-    factors,
-    pair_of_halves,
+    factored_pair,
+    in_factored_range,
     tanh_and_derivative,
 )
 from .rows import attended_keys, find_tile, sequence_rows
@@ -40,7 +40,7 @@ DIRECT_CHOICE = tl.constexpr(3)  # of how to take a tile of rows, after those by
 @triton.constexpr_function
 def tiles_of_choice(choice, row_tiles):
     """How many TILE_ROWS rows are taken at a time: a whole tile, 3/4, half of it; few directly."""
-    return 1 if choice == 3 else row_tiles - choice * row_tiles // 4
+    return 1 if choice == DIRECT_CHOICE.value else row_tiles - choice * row_tiles // 4
 
 
 @triton.jit
@@ -167,7 +167,7 @@ def tile_gradients(
                 slope0 = 0.25 * slope0
                 slope1 = 0.25 * slope1
             else:
-                h0, h1 = pair_of_halves(row0[tile], row1[tile], y0, y1, USE_PTX)
+                h0, h1 = factored_pair(row0[tile], row1[tile], y0, y1, USE_PTX)
                 slope0 = tl.fma(-h0, h0, 0.25)
                 slope1 = tl.fma(-h1, h1, 0.25)
             # fma() keeps s * slope from being computed once and added twice, in three steps.
@@ -390,7 +390,7 @@ def additive_attention_grad_kernel(
             # is rare and takes more registers, a few rows at a time.
             end = tl.minimum(first_row + BLOCK_ROWS, end_row)
             choice = DIRECT_CHOICE
-            if factors(bound_of_rows, bound_of_columns, SMALLEST_GRADIENT_SUM):
+            if in_factored_range(bound_of_rows, bound_of_columns, SMALLEST_GRADIENT_SUM):
                 rows_left = (end - first_row).to(tl.int32)
                 choice = (rows_left <= BLOCK_ROWS * 3 // 4).to(tl.int32)
                 choice += (rows_left <= BLOCK_ROWS // 2).to(tl.int32)

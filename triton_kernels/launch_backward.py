@@ -115,7 +115,7 @@ def _score_gradients(
     query, key, value, score_weight = inputs
     dcontext, dweights, weights_layout = incoming
     heads = problem.heads
-    tiles = configurations.scores_tiles(value.dtype)
+    tiles = configurations.SCORES
     columns = triton.cdiv(problem.max_k, tiles.keys) * tiles.keys  # whole tiles of keys
     # The gradient pass over queries reads a tile of rows past the last one.
     more_rows = configurations.GRADIENT_ROW_TILES * TILE_ROWS.value

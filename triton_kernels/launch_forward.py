@@ -115,7 +115,7 @@ def _forward(
     """Fill context and stats; return raw scores and their strides, for weights."""
     query, key, value, score_weight = inputs
     heads, rows_q = problem.heads, problem.all_rows_q
-    tiles = configurations.scores_tiles(value.dtype)
+    tiles = configurations.SCORES
     segment = configurations.segment(problem.max_k)
     single = problem.max_k <= segment
     grid_tiles = problem.tiles("q", tiles.queries)

@@ -4,21 +4,29 @@ import triton
 import triton.language as tl
 
 from .arithmetic import (
-    SMALLEST_MAGNITUDE,
+    SMALLEST_MAGNITUDE_SUM,
     as_float32,
     exp_twice,
-    factors,
+    in_factored_range,
     tanh_and_derivative,
     weighted_pair,
 )
 
-# From this |q + k| on tanh counts as nearly 1.
+# |q + k| up to which tanh counts as nearly 0, and from which as nearly 1.
+SMALL_MAGNITUDE = tl.constexpr(0.25)
 SATURATED_MAGNITUDE = tl.constexpr(1.0)
+# The part of sum |w| that has to meet a tanh between the two, and blocks of features looked at.
 INFORMATIVE_SHARE = tl.constexpr(1 / 32)
 SAMPLED_BLOCKS = tl.constexpr(4)
-# The largest sum of w^2 for which scores are factored: errors of tanh, other ones for each key, add
-# up to about its root times epsilon, which the softmax would show.
-LARGEST_WEIGHT_SQUARES = tl.constexpr(256.0)
+# The largest root of sum w^2 for which scores are factored: errors of tanh, other ones for each
+# key, add up to about that times epsilon, which the softmax would show.
+LARGEST_WEIGHT_NORM = tl.constexpr(16.0)
+
+
+@triton.constexpr_function
+def half_in_blocks(dim, block):
+    """The half of pairs (d, d + half): that of ``dim``, in whole blocks."""
+    return (dim + 2 * block - 1) // (2 * block) * block
 
 
 @triton.jit
@@ -63,7 +71,7 @@ def factored_scores(
     Returns:
         scores [BLOCK_Q, BLOCK_K], bounds [BLOCK_Q] and [BLOCK_K].
     """
-    HALF: tl.constexpr = (D + 2 * BLOCK_D - 1) // (2 * BLOCK_D) * BLOCK_D
+    HALF: tl.constexpr = half_in_blocks(D, BLOCK_D)
     PADDED: tl.constexpr = 2 * HALF != D
     lane = tl.arange(0, BLOCK_D)
     sums = tl.zeros((BLOCK_Q, BLOCK_K, BLOCK_D), tl.float32)
@@ -137,7 +145,7 @@ def are_informative(
     error of the factored form, a part of sum |w|, would show. Looked at are BLOCK pairs of a query
     and a key each, in a sample of the features.
     """
-    HALF: tl.constexpr = (D + 2 * BLOCK_D - 1) // (2 * BLOCK_D) * BLOCK_D
+    HALF: tl.constexpr = half_in_blocks(D, BLOCK_D)
     PADDED: tl.constexpr = 2 * HALF != D
     STRIDE: tl.constexpr = BLOCK_D * max(1, HALF // (SAMPLED_BLOCKS * BLOCK_D))
     informative = tl.zeros((BLOCK, BLOCK_D), tl.float32)
@@ -151,11 +159,11 @@ def are_informative(
             weight = tl.abs(load_weights(score_weight_ptr, d, D, PADDED))
             squares += weight * weight
             magnitude = tl.abs(q + k)
-            informs = (magnitude > SMALLEST_MAGNITUDE) & (magnitude < SATURATED_MAGNITUDE)
+            informs = (magnitude > SMALL_MAGNITUDE) & (magnitude < SATURATED_MAGNITUDE)
             informative += tl.where(informs, weight[None, :], 0.0)
             total += weight
-    small = tl.sum(squares) * (STRIDE // BLOCK_D) <= LARGEST_WEIGHT_SQUARES
-    return small & (tl.sum(informative) > INFORMATIVE_SHARE * BLOCK * tl.sum(total))
+    fit = tl.sum(squares) * (STRIDE // BLOCK_D) <= LARGEST_WEIGHT_NORM * LARGEST_WEIGHT_NORM
+    return fit & (tl.sum(informative) > INFORMATIVE_SHARE * BLOCK * tl.sum(total))
 
 
 @triton.jit
@@ -199,7 +207,7 @@ def score_tile(
         query_rows, key_rows, score_weight_ptr, D, BLOCK_Q, BLOCK_K, BLOCK_D, REFINE, USE_PTX
     )
     query_bound = tl.where(informative, query_bound, float("inf"))
-    if not factors(tl.max(query_bound, 0), tl.max(key_bound, 0), SMALLEST_MAGNITUDE):
+    if not in_factored_range(tl.max(query_bound, 0), tl.max(key_bound, 0), SMALLEST_MAGNITUDE_SUM):
         scores = direct_scores(
             query_rows, key_rows, score_weight_ptr, D, BLOCK_Q, BLOCK_K, BLOCK_D, USE_PTX
         )

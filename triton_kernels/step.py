@@ -7,12 +7,13 @@ all keys of the sequence and its results are final; else the parts are merged by
 import triton
 import triton.language as tl
 
-from .arithmetic import SMALLEST_MAGNITUDE, dropout_scales, tanh_and_derivative
+from .arithmetic import dropout_scales, tanh_and_derivative
 from .rows import are_attended, attended_keys, find_tile
 from .scores import (
     INFORMATIVE_SHARE,
-    LARGEST_WEIGHT_SQUARES,
+    LARGEST_WEIGHT_NORM,
     SATURATED_MAGNITUDE,
+    SMALL_MAGNITUDE,
     load_weights,
 )
 
@@ -23,7 +24,11 @@ STAGES = tl.constexpr(3)
 
 @triton.jit
 def aligned(stride, ALIGNMENT: tl.constexpr):
-    """The stride, which ALIGNMENT divides, in a form that tells the compiler so."""
+    """The stride, which ALIGNMENT divides, in a form that tells the compiler so.
+
+    The one ALIGNMENT is that of all tensors of a call: odd feature counts, the reason for 1, mostly
+    are those of keys and values both, and a flag for each would compile every mixture anew.
+    """
     return stride // ALIGNMENT * ALIGNMENT
 
 
@@ -69,13 +74,14 @@ def sum_of_tanh(
         sums += weight[None, :] * tanh
         if not EXACT:
             size = tl.abs(x)
-            informs = (size > SMALLEST_MAGNITUDE) & (size < SATURATED_MAGNITUDE)
+            informs = (size > SMALL_MAGNITUDE) & (size < SATURATED_MAGNITUDE)
             informative += tl.where(informs, tl.abs(weight)[None, :], 0.0)
             total += tl.abs(weight)
             squares += weight * weight
     share = tl.sum(tl.where(attended, tl.sum(informative, 1), 0.0), 0)
     least = INFORMATIVE_SHARE * tl.sum(attended.to(tl.float32), 0) * tl.sum(total, 0)
-    return tl.sum(sums, 1), (share > least) & (tl.sum(squares, 0) <= LARGEST_WEIGHT_SQUARES)
+    fit = tl.sum(squares, 0) <= LARGEST_WEIGHT_NORM * LARGEST_WEIGHT_NORM
+    return tl.sum(sums, 1), (share > least) & fit
 
 
 @triton.jit
@@ -89,7 +95,7 @@ def step_scores(
     BLOCK_D: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
-    """Scores [SEGMENT] of one query, where that shows by the tanh of small errors."""
+    """Scores [SEGMENT] of one query, by the EXACT tanh where the other's errors would show."""
     scores, will_do = sum_of_tanh(
         query_row, key_rows, attended, score_weight_ptr, D, SEGMENT, BLOCK_D, False, USE_PTX
     )
