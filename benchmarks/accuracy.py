@@ -1,7 +1,7 @@
 """Errors against float64 over a grid of magnitudes, dtypes, features and keys.
 
     python -m benchmarks.accuracy                  # all of it: a table and a plot in results/
-    python -m benchmarks.accuracy --thin 9         # every ninth point
+    python -m benchmarks.accuracy --thin 9         # of magnitudes and sizes every ninth, all dtypes
 
 The budget is that of the tests (tests/helpers.py), whose tests/test_numerics.py holds a part of the
 same grid to it.
@@ -69,6 +69,13 @@ def grid() -> list[Point]:
         for magnitude in MAGNITUDES
         for dtype in DTYPES
     ]
+
+
+def thinned(points: list[Point], thin: int) -> list[Point]:
+    """Those of every ``thin``-th combination of magnitude and size, in all their dtypes."""
+    combinations = list(dict.fromkeys(replace(point, dtype=DTYPES[0]) for point in points))
+    kept = set(combinations[::thin])
+    return [point for point in points if replace(point, dtype=DTYPES[0]) in kept]
 
 
 def inputs_of(point: Point) -> helpers.Inputs:
@@ -223,11 +230,15 @@ def emulate_cuda() -> None:
     emulated_cuda.install()
 
 
+def cpuinfo() -> str:
+    """What Linux says of the CPU, or nothing elsewhere."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
 def isas() -> list[str]:
     """The instruction sets of the CPU backend that this machine has."""
-    flags = set()
-    if Path("/proc/cpuinfo").exists():
-        flags = set(Path("/proc/cpuinfo").read_text().split())
+    flags = set(cpuinfo().split())
     return [name for name, flag in (("avx512", "avx512dq"), ("avx2", "avx2")) if flag in flags]
 
 
@@ -322,23 +333,38 @@ def measure(points: list[Point], say: Callable[[str], None]) -> list[dict]:
 
 
 def machine() -> dict[str, str]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []
+    lines = cpuinfo().splitlines()
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "processor": models[0] if models else platform.processor(),
+        "processor": models[0] if models else platform.processor() or platform.machine(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
     }
 
 
+def thinning(text: str) -> int:
+    """A number for --thin; as magnitudes are the inner axis, one prime to theirs keeps them all."""
+    if not text.isdecimal() or int(text) == 0 or int(text) % len(MAGNITUDES) == 0:
+        expected = f"expected a positive number that {len(MAGNITUDES)} does not divide"
+        raise argparse.ArgumentTypeError(f"{expected}, got {text!r}")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--thin", type=int, default=1, help="measure every so many-th point")
+    parser.add_argument(
+        "--thin",
+        type=thinning,
+        default=1,
+        metavar="N",
+        help="measure every N-th combination of magnitude and size, each in all dtypes "
+        f"(default: 1, all; no multiple of {len(MAGNITUDES)}, which would leave one magnitude)",
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = measure(grid()[:: arguments.thin], lambda line: print(line, flush=True))
+    rows = measure(thinned(grid(), arguments.thin), lambda line: print(line, flush=True))
     about = machine() | {"thinned by": str(arguments.thin)}
     name = (about["processor"] if about["gpu"] == "none" else about["gpu"]).lower()
     stem = arguments.out / f"accuracy_{name.replace(' ', '-')}"
