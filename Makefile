@@ -7,8 +7,9 @@ PY := $(VENV)/bin/python
 CORPUS ?= homeassistant
 OUT ?= runs/$(CORPUS)
 # Tests that have the triton backend as a parameter, or are about it.
-INTERPRETED := $(patsubst %,tests/test_%.py,additive_attention attention_memory corrupt_values \
-    dropout fake_tensors hard_cases magnitudes masks numerics properties strides triton)
+INTERPRETED := $(patsubst %,tests/test_%.py,additive_attention attention_memory \
+    attention_memory_modes attention_memory_programs corrupt_values dropout fake_tensors \
+    hard_cases magnitudes masks numerics properties strides triton)
 # `make gpu` works beside the checkout's own build, whose libraries may be for another torch.
 GPU_ENV := PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR) PYTHONSAFEPATH=1
 GPU := $(GPU_ENV) $(PYTHON)
@@ -49,16 +50,19 @@ test: $(VENV)/.built ## run the tests (ARGS="-k name")
 # With the python that is there and what it has: nothing is downloaded, nothing but build/ written.
 gpu: ## build, test and time on the GPU at hand, with $(PYTHON) as it is (ARGS="-k name")
 	@$(PYTHON) -c 'import torch; torch.cuda.is_available() or exit("make gpu: PyTorch finds no GPU")'
-	$(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation --force-reinstall \
-	    --target build/gpu .
-	$(GPU) -m pytest -q -m gpu $(ARGS)
-	$(GPU) -m benchmarks.bench_additive_attention --device cuda
-	$(GPU) -m benchmarks.bench_training --device cuda
+	@# Without --upgrade pip would leave what an earlier run put there.
+	$(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation --upgrade \
+	    --force-reinstall --target build/gpu .
+	$(GPU) -m pytest -q -m gpu $$($(PYTHON) -c 'import xdist' 2>/dev/null && \
+	    printf '%s ' -n $(WORKERS) --dist worksteal) $(ARGS)
+	@# A row that fails in one benchmark does not keep the other from running.
+	$(GPU) -m benchmarks.bench_additive_attention --device cuda; failed=$$?; \
+	    $(GPU) -m benchmarks.bench_training --device cuda && exit $$failed
 	@if command -v compute-sanitizer >/dev/null; then \
 	    for tool in memcheck racecheck initcheck; do (set -x; \
 	        $(GPU_ENV) compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
 	            $(PYTHON) -m pytest -q -m gpu tests/test_additive_attention.py \
-	            -k "test_layouts and (jagged or padded_mask or one_step) and heads=2") || exit; done; \
+	            -k "test_layouts and 3 and (jagged or padded_mask or one_step)") || exit; done; \
 	else echo "make gpu: compute-sanitizer is not installed, skipped"; fi
 
 fuzz: $(VENV)/.built ## check properties of 20,000 random calls, resumed if interrupted (ARGS="--help")

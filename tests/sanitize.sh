@@ -21,7 +21,7 @@ without=(
     --ignore=tests/test_static.py
     --ignore=tests/nmt/test_distributed.py # has time limits; the same calls are in tests/nmt
 )
-op_tests=(tests/test_additive_attention.py tests/test_attention_memory.py)
+op_tests=(tests/test_additive_attention.py tests/test_attention_memory*.py)
 
 export PYTHONSAFEPATH=1 OMP_NUM_THREADS=1
 # detect_leaks=0: Python and PyTorch keep much until the process ends; tests/test_leaks.py counts.

@@ -58,7 +58,9 @@ def passed(report: str) -> int:
 
 SUITE = {  # how many tests of it run at least
     "additive_attention": 200,
-    "attention_memory": 200,
+    "attention_memory": 100,
+    "attention_memory_modes": 45,
+    "attention_memory_programs": 100,
     "corrupt_values": 400,
     "dropout": 60,
     "fake_tensors": 100,
