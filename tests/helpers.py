@@ -608,8 +608,10 @@ def call(inputs: Inputs, leaves: dict[str, Tensor], **keywords: object):
     return context.values() if context.is_nested else context, weights
 
 
-# How many calculations with random roundings tell whether eager's error was small by luck.
-SAMPLES = 16
+# How many calculations with random roundings tell whether eager's error was small by luck: more,
+# look after look, while a result exceeds the budget. Of thousands of random calls some have an error
+# that one calculation in fifty has.
+LOOKS = (0, 16, 64)
 
 
 def worst(exact: Results, *others: Results) -> Results:
@@ -711,11 +713,15 @@ def check(
     actual = differentiate(
         lambda leaves: function(inputs, leaves, **keywords), inputs.leaves, incoming, wanted
     )
-    how = inputs, incoming, wanted, keep, dropout_p
-    try:
-        compare(inputs, actual, *yardsticks(*how))
-    except AssertionError:  # eager may have been right by luck
-        compare(inputs, actual, *yardsticks(*how, samples=SAMPLES))
+    for samples in LOOKS:
+        measures = yardsticks(inputs, incoming, wanted, keep, dropout_p, samples)
+        try:
+            compare(inputs, actual, *measures)
+        except AssertionError:  # eager may have been right by luck
+            if samples == LOOKS[-1]:
+                raise
+        else:
+            break
     return actual
 
 

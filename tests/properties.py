@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from calls import Call, finished, incoming_of, inputs_of, result_shapes
 from helpers import (
-    SAMPLES,
+    LOOKS,
     Inputs,
     Results,
     assert_within_budget,
@@ -68,10 +68,11 @@ class Case:
     def exact_and_eager(self) -> tuple[Results, Results]:
         return self.measure(self.inputs)
 
-    def look_closer(self) -> None:
-        """Estimate eager's error from more calls, which take their time."""
-        self.samples = SAMPLES
-        self.__dict__.pop("exact_and_eager", None)
+    def look(self, samples: int) -> None:
+        """Estimate eager's error from at least so many more calculations, which take their time."""
+        if samples > self.samples:
+            self.samples = samples
+            self.__dict__.pop("exact_and_eager", None)
 
     def measure(self, inputs: Inputs) -> tuple[Results, Results]:
         """The yardsticks of inputs that get this call's incoming gradients."""
@@ -394,13 +395,16 @@ PROPERTIES: dict[str, Callable[[Case], bool]] = {
 def holds(name: str, call: Call, backend: str) -> bool:
     """Whether a property says something of a call; an AssertionError if it does not hold."""
     case = Case(call, backend)
-    try:
-        return PROPERTIES[name](case)
-    except OtherBits:
-        raise
-    except AssertionError:  # eager may have been right by luck
-        case.look_closer()
-        return PROPERTIES[name](case)
+    for samples in LOOKS[:-1]:
+        case.look(samples)
+        try:
+            return PROPERTIES[name](case)
+        except OtherBits:
+            raise
+        except AssertionError:  # eager may have been right by luck
+            pass
+    case.look(LOOKS[-1])
+    return PROPERTIES[name](case)
 
 
 def examine(call: Call, backend: str, names: Iterable[str] = ()) -> dict[str, str | bool]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import (
     BACKEND_DEVICES,
-    SAMPLES,
+    LOOKS,
     assert_within_budget,
     call,
     check,
@@ -84,7 +84,7 @@ def test_what_all_keys_share_leaves_dquery(kernel_backend: str, features: int, k
         incoming = incoming_gradients(inputs, need_weights=True)
         dquery = accuracy.by_backend(inputs, incoming, kernel_backend)["dquery"]
         # Only the CPU backend takes from the score gradients what rounding left of their sum.
-        samples = 0 if kernel_backend == "cpu" else SAMPLES
+        samples = 0 if kernel_backend == "cpu" else LOOKS[-1]
         exact, eager = yardsticks(inputs, incoming, samples=samples)
         assert_within_budget("dquery", dquery, exact["dquery"], eager["dquery"])
 

@@ -46,7 +46,7 @@ struct FactoredSlope {
   }
 };
 
-// The same from a = q, b = k, for any magnitudes, or for |q + k| <= 1/2 with kSmall, which takes
+// The same from a = q, b = k, for any magnitudes, or with kSmall for small_tanh_parts and with
 // -tanh^2 for 1 - tanh^2 in dquery.
 template <class T, bool kSmall>
 struct UnfactoredSlope {

@@ -124,15 +124,16 @@ struct ScoreRoom {
         exact_key(kTileCols, dim, scratch) {}
 };
 
-// Scores of at most kTileRows queries and kTileCols keys by the exact route.
+// Scores of at most kTileRows queries and kTileCols keys from the numbers themselves.
 template <class T>
-void exact_scores(const QueryBlock<T>& queries, int64_t i, int64_t rows, const RowSource& key,
-                  int64_t j, int64_t cols, int64_t dim, const T* weights, T* out, int64_t out_row,
-                  const ScoreRoom<T>& room) {
+void unfactored_scores(const QueryBlock<T>& queries, int64_t i, int64_t rows, const RowSource& key,
+                       int64_t j, int64_t cols, int64_t dim, const T* weights, bool small, T* out,
+                       int64_t out_row, const ScoreRoom<T>& room) {
   const Panel<T> a = panel_of<T>(queries.source, queries.first + i, rows, 0, dim,
                                  room.exact_query.data, room.exact_query.copy);
   const Panel<T> b = panel_of<T>(key, j, cols, 0, dim, room.exact_key.data, room.exact_key.copy);
-  inner_products<T, ExactScore>(a, rows, b, cols, steps_of<T>(dim), weights, out, out_row);
+  const auto products = small ? inner_products<T, SmallScore> : inner_products<T, ExactScore>;
+  products(a, rows, b, cols, steps_of<T>(dim), weights, out, out_row);
 }
 
 // scores[i * ld + j] = sum_d w_d tanh(q_id + k_jd) for every query of the block and keys first + j,
@@ -161,11 +162,14 @@ void score_block(const QueryBlock<T>& queries, const KeySide& side, int64_t firs
     for (int64_t i = 0; i < queries.count; i += kTileRows) {
       const int64_t rows = smaller(kTileRows, queries.count - i);
       T* out = scores + i * ld + j;
-      if (factors && in_factored_range(largest_bound(queries.bounds + i, rows), key_bound)) {
+      const T query_bound = largest_bound(queries.bounds + i, rows);
+      if (factors && in_factored_range(query_bound, key_bound)) {
         inner_products<T, FactoredScore>(queries.exponentials.from_row(i), rows, block.exponentials,
                                          cols, steps, weights, out, ld);
       } else {
-        exact_scores<T>(queries, i, rows, side.key, first + j, cols, dim, weights, out, ld, room);
+        const bool small = query_bound + key_bound <= T(kSmallTanhLimit);
+        unfactored_scores<T>(queries, i, rows, side.key, first + j, cols, dim, weights, small, out,
+                             ld, room);
       }
     }
   }

@@ -34,17 +34,23 @@ struct FactoredScore {
   }
 };
 
-// The same sum from a = q, b = k, for any magnitudes.
-template <class T>
-struct ExactScore {
+// The same sum from a = q, b = k, for any magnitudes, or with kSmall for small_tanh_parts.
+template <class T, bool kSmall>
+struct UnfactoredScore {
   static ATTN_EXT_INLINE Vec<T> add(Vec<T> sum, const T* a, const T* b, const T* w) {
     for (int half = 0; half < kStep<T>; half += kLanes<T>) {
       const Vec<T> x = load<T>(a + half) + load<T>(b + half);
-      sum += load<T>(w + half) * tanh_parts<T>(x).tanh;
+      const TanhParts<T> parts = kSmall ? small_tanh_parts<T>(x) : tanh_parts<T>(x);
+      sum += load<T>(w + half) * parts.tanh;
     }
     return sum;
   }
 };
+
+template <class T>
+using ExactScore = UnfactoredScore<T, false>;
+template <class T>
+using SmallScore = UnfactoredScore<T, true>;
 
 template <class T>
 struct DotProduct {

@@ -93,54 +93,6 @@ ATTN_EXT_INLINE T exp_nonpositive_scalar(T x) {
   return exp_nonpositive<T>(splat<T>(x))[0];
 }
 
-// tanh(x) and slope = 1 - tanh(x)^2.
-template <class T>
-struct TanhParts {
-  Vec<T> tanh;
-  Vec<T> slope;
-};
-
-// (1 - tanh(x)^2) / 4 = p (1 - p) from the smaller of p = 1 / (1 + exp(+-2x)). Errors of p hardly
-// show where slopes are largest and those of many keys cancel: at p = 1/2 not to first order.
-template <class T>
-ATTN_EXT_INLINE Vec<T> quarter_slope(Vec<T> p) {
-  return p - p * p;
-}
-
-// Below it 1 - tanh(x)^2 is 0 in double precision, so it is here too.
-constexpr double kVanishingSlope = 0x1p-53;
-
-// tanh from v = expm1(-2|x|) = scale - 1 + scale * fraction, which has a small relative error
-// everywhere: tanh|x| = -v / (2 + v), 1 - tanh^2 = 4 p (1 - p) with p = (1 + v) / (2 + v).
-template <class T>
-ATTN_EXT_INLINE TanhParts<T> tanh_parts(Vec<T> x) {
-  const Vec<T> lowest = splat<T>(ExpConstants<T>::kLowest);
-  const Vec<T> twice = -2 * magnitude<T>(x);
-  const ExpParts<T> parts = exp_parts<T>(twice < lowest ? lowest : twice);
-  const Vec<T> tail = parts.scale * parts.fraction;
-  const Vec<T> v = (parts.scale - 1) + tail;
-  const Vec<T> inverse = 1 / (v + 2);
-  const VecBits<T> sign = bits_of<T>(x) & kSignBit<T>;
-  const Vec<T> slope = 4 * quarter_slope<T>((parts.scale + tail) * inverse);
-  return {from_bits<T>(bits_of<T>(-v * inverse) | sign),
-          slope < T(kVanishingSlope) ? Vec<T>{} : slope};
-}
-
-// The same for |x| <= 1/2, with fewer operations in single precision.
-template <class T>
-ATTN_EXT_INLINE TanhParts<T> small_tanh_parts(Vec<T> x) {
-  if constexpr (sizeof(T) == 4) {
-    const Vec<T> square = x * x;
-    Vec<T> series = square * kSmallTanh[4] + kSmallTanh[3];
-    for (int n = 2; n >= 0; --n) {
-      series = square * series + kSmallTanh[n];
-    }
-    const Vec<T> tanh = x + x * square * series;
-    return {tanh, 1 - tanh * tanh};
-  }
-  return tanh_parts<T>(x);
-}
-
 #if ATTN_EXT_ISA_AVX512
 // GCC 12 warns about the unmasked form of the intrinsic.
 constexpr __mmask16 kAllLanes = 0xFFFF;
@@ -168,6 +120,72 @@ ATTN_EXT_INLINE Vec<T> reciprocal(Vec<T> x) {
   }
 #endif
   return 1 / x;
+}
+
+// tanh(x) and slope = 1 - tanh(x)^2.
+template <class T>
+struct TanhParts {
+  Vec<T> tanh;
+  Vec<T> slope;
+};
+
+// (1 - tanh(x)^2) / 4 = p (1 - p) from the smaller of p = 1 / (1 + exp(+-2x)). Errors of p hardly
+// show where slopes are largest and those of many keys cancel: at p = 1/2 not to first order.
+template <class T>
+ATTN_EXT_INLINE Vec<T> quarter_slope(Vec<T> p) {
+  return p - p * p;
+}
+
+// Below it 1 - tanh(x)^2 is 0 in double precision, so it is here too.
+constexpr double kVanishingSlope = 0x1p-53;
+
+// Up to where tanh is taken from small_tanh.
+constexpr double kSmallTanhLimit = 0.55;
+
+// tanh(x) for |x| <= kSmallTanhLimit in single precision.
+template <class T>
+ATTN_EXT_INLINE Vec<T> small_tanh(Vec<T> x) {
+  const Vec<T> square = x * x;
+  Vec<T> series = square * T(kSmallTanh[4]) + T(kSmallTanh[3]);
+  for (int n = 2; n >= 0; --n) {
+    series = square * series + T(kSmallTanh[n]);
+  }
+  return x + x * square * series;
+}
+
+// With z = exp(-2|x|) and p = z / (1 + z), tanh|x| = 1 - 2p, whose error is less than a unit of the
+// last place for all but small x, and 1 - tanh^2 = 4 p (1 - p). Of small x double precision takes
+// tanh|x| = (1 - z) / (1 + z), where 1 - z is computed with a small relative error.
+template <class T>
+ATTN_EXT_INLINE TanhParts<T> tanh_parts(Vec<T> x) {
+  const Vec<T> lowest = splat<T>(ExpConstants<T>::kLowest);
+  const Vec<T> size = magnitude<T>(x);
+  const Vec<T> twice = -2 * size;
+  const ExpParts<T> parts = exp_parts<T>(twice < lowest ? lowest : twice);
+  const Vec<T> tail = parts.scale * parts.fraction;
+  const Vec<T> z = parts.scale + tail;
+  const Vec<T> inverse = 1 / (z + 1);
+  const Vec<T> p = z * inverse;
+  const VecBits<T> sign = bits_of<T>(x) & kSignBit<T>;
+  const Vec<T> large = from_bits<T>(bits_of<T>(1 - 2 * p) | sign);
+  Vec<T> small;
+  if constexpr (sizeof(T) == 4) {
+    small = small_tanh<T>(x);
+  } else {
+    small = from_bits<T>(bits_of<T>(((1 - parts.scale) - tail) * inverse) | sign);
+  }
+  const Vec<T> slope = 4 * quarter_slope<T>(p);
+  return {size < T(kSmallTanhLimit) ? small : large, slope < T(kVanishingSlope) ? Vec<T>{} : slope};
+}
+
+// The same for |x| <= kSmallTanhLimit, with fewer operations in single precision.
+template <class T>
+ATTN_EXT_INLINE TanhParts<T> small_tanh_parts(Vec<T> x) {
+  if constexpr (sizeof(T) == 4) {
+    const Vec<T> tanh = small_tanh<T>(x);
+    return {tanh, 1 - tanh * tanh};
+  }
+  return tanh_parts<T>(x);
 }
 
 }  // namespace ATTN_EXT_ISA
