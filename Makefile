@@ -16,7 +16,8 @@ GPU := $(GPU_ENV) $(PYTHON)
 # Two threads a worker would only contend: the tests that are about threads set their number.
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); [ $$n -lt 8 ] && echo $$n || echo 8)
 
-# TORCH=2.12.0 or TORCH=anything pip takes installs another torch; the venv remembers it.
+# TORCH=cuda installs the locked torch for CUDA, TORCH=2.12.0 or TORCH=anything pip takes another;
+# the venv remembers it.
 CHOSEN := $(shell cat $(VENV)/.torch 2>/dev/null)
 TORCH ?= $(CHOSEN)
 ifneq ($(TORCH),$(CHOSEN))
@@ -33,7 +34,7 @@ UV ?= uv
 
 help: ## list the targets
 	@awk -F ': .*## |: ## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
-	@echo "TORCH=2.12.0 (or what pip takes), PYTHON=python3.12, MAX_JOBS=2, ATTN_EXT_BUILD_{CPU,CUDA}=0|1"
+	@echo "TORCH=cuda|2.12.0 (or what pip takes), PYTHON=python3.12, MAX_JOBS=2, ATTN_EXT_BUILD_{CPU,CUDA}=0|1"
 
 venv: $(VENV)/.built ## make .venv: pinned packages, and this package built and installed in place
 
@@ -117,10 +118,12 @@ $(VENV)/.installed: $(wildcard requirements/*.txt)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(LOCKED) -r requirements/locked.txt
 ifeq ($(TORCH),)
-	@# The build for CPUs, where pip is told of its file, saves several GB.
-	$(PIP) $(LOCKED) -r requirements/torch-cpu.txt || { \
-	    echo "make: no PyTorch for CPUs that is locked; taking the registry's, for CUDA" >&2; \
-	    $(PIP) $(LOCKED) -r requirements/locked-torch.txt -r requirements/locked-cuda.txt; }
+	@# The registry's own build is for CUDA and takes several GB: not where nobody asked for it.
+	@$(PIP) $(LOCKED) -r requirements/torch-cpu.txt || { \
+	    echo "make: pip could not install PyTorch for CPUs, see above;" \
+	        "TORCH=cuda takes the registry's, for CUDA, several GB" >&2; exit 1; }
+else ifeq ($(TORCH),cuda)
+	$(PIP) $(LOCKED) -r requirements/locked-torch.txt -r requirements/locked-cuda.txt
 else
 	@# One's own choice cannot be locked, but it exchanges nothing that is.
 	@sed -n 's/^\([a-z].*\) \\$$/\1/p' requirements/locked.txt >$(VENV)/kept.txt

@@ -5,7 +5,7 @@ Python and machine at once. Pins that are there stay until `make lock ARGS=--upg
 `ARGS='--upgrade-package numpy'`. Installing needs pip alone, and the files name no registry.
 
     locked.txt         everything but
-    locked-torch.txt   PyTorch's build in the registry, for CUDA;
+    locked-torch.txt   PyTorch's build in the registry, for CUDA: `make TORCH=cuda`;
     locked-cuda.txt    what that needs besides, several GB, triton among it;
     locked-triton.txt  triton for the build for CPUs, torch-cpu.txt, which does not bring it.
 """

@@ -378,6 +378,67 @@ def test_make_installs_nothing_that_is_not_locked():
     assert all("--no-deps" in call for call in installs)
 
 
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+*"-m venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python;;
+*"pip "*)
+    echo "$*" >>pip.log
+    case "$*" in *torch-cpu.txt*) echo "ERROR: no such file" >&2; exit $NO_CPU_BUILD;; esac;;
+esac
+"""
+
+
+@pytest.fixture
+def installed(tmp_path):
+    """What `make .venv/.installed` said, and the calls of a pip that does nothing or fails."""
+    if not shutil.which("make"):
+        pytest.skip("no make")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
+    (tmp_path / "python").write_text(FAKE_PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    inherited.pop("TORCH", None)
+
+    def install(*arguments, no_cpu_build="0"):
+        (tmp_path / "pip.log").write_text("")
+        run = subprocess.run(
+            ["make", "-s", ".venv/.installed", "PYTHON=./python", *arguments],
+            cwd=tmp_path, env={**inherited, "NO_CPU_BUILD": no_cpu_build},
+            text=True, capture_output=True,
+        )  # fmt: skip
+        assert (tmp_path / ".venv" / ".installed").exists() == (run.returncode == 0)
+        calls = (tmp_path / "pip.log").read_text().splitlines()
+        return run, [call for call in calls if " install " in call]
+
+    return install
+
+
+@with_requirements
+def test_make_takes_no_build_for_cuda_that_nobody_asked_for(installed):
+    run, installs = installed(no_cpu_build="1")
+    assert run.returncode != 0
+    assert "torch-cpu.txt" in installs[-1] and "locked-" not in "".join(installs)
+    (line,) = [line for line in run.stderr.splitlines() if line.startswith("make: pip")]
+    assert "TORCH=cuda" in line and "several GB" in line
+    assert installed()[0].returncode == 0  # begins anew, and is whole
+
+
+@with_requirements
+def test_make_installs_the_torch_that_is_chosen(installed):
+    locks = "--require-hashes --only-binary=:all: --no-deps -r requirements/"
+    run, installs = installed()
+    assert run.returncode == 0
+    assert [call.partition(locks)[2] for call in installs] == ["locked.txt", "torch-cpu.txt"]
+    run, installs = installed("TORCH=cuda")
+    assert run.returncode == 0
+    cuda = "locked-torch.txt -r requirements/locked-cuda.txt"
+    assert [call.partition(locks)[2] for call in installs] == ["locked.txt", cuda]
+    run, installs = installed("TORCH=2.12.0")
+    assert run.returncode == 0
+    assert installs[-1].endswith("install -q -c .venv/kept.txt torch==2.12.0")
+
+
 def test_a_cuda_library_that_does_not_load_says_why(tmp_path, monkeypatch):
     find_problem = backends._cuda_problem.__wrapped__  # without its cache
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
