@@ -1,8 +1,12 @@
 """The benchmark's own machinery, on a CPU and at tiny sizes; no time is asserted."""
 
 import json
+import re
+import shlex
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +25,7 @@ from benchmarks.padded_attention import PaddedAttention
 from benchmarks.reach import TABLE, TRAINING, judge, verdicts
 from benchmarks.workloads import WORKLOADS, Workload, make_inputs
 
+MAKEFILE = Path(__file__).parents[1] / "Makefile"
 RAGGED = Workload("tiny", (3, 1, 4), (2, 3, 1), 8, 8)
 ONE_QUERY = Workload("tiny", (3, 1, 4), (1, 1, 1), 8, 6, cold=True)
 LOOP = Workload("tiny", (3, 1, 4), (1, 1, 1), 8, 6, steps=2)
@@ -149,22 +154,57 @@ def test_reach_names_workloads_that_exist_and_judges_rows():
     assert verdicts(row, "cuda", "bfloat16")[0] == "vs_compile >= 5: not measured"
 
 
-def test_command_prints_and_writes_its_table(monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def tiny_command(monkeypatch, tmp_path):
+    """The benchmark of the op on a tiny workload; returns its report's path."""
     monkeypatch.setitem(WORKLOADS, "tiny", ONE_QUERY)
     monkeypatch.setattr(providers, "available", lambda device: ["eager", "reference"])
     arguments = ["--device", "cpu", "--workloads", "tiny", "--seconds", "0", "--threads", "1"]
     monkeypatch.setattr(sys, "argv", ["bench", *arguments, "--out", str(tmp_path)])
     peaks = {"multiply_adds_per_second": 1e12, "copied_bytes_per_second": 1e12}
     monkeypatch.setattr(harness, "measured_peaks", lambda device: peaks)
-    bench_additive_attention.main()
+
+    def run():
+        bench_additive_attention.main()
+        (report,) = tmp_path.glob("*.json")
+        return report
+
+    return run
+
+
+def test_command_prints_and_writes_its_table(tiny_command, capsys):
+    report = tiny_command()
     assert "cudnn: not available" in capsys.readouterr().out
-    (report,) = tmp_path.glob("*.json")
     rows = json.loads(report.read_text())["rows"]
     assert {(row["provider"], row["mode"]) for row in rows} == {
         (provider, mode) for provider in ("eager", "reference") for mode in ("forward", "both")
     }
     assert all(row["share_of_copy"] > 0 for row in rows)
     assert report.with_suffix(".png").exists()
+
+
+def test_command_without_matplotlib_writes_its_table(tiny_command, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    report = tiny_command()
+    assert "nothing drawn: import of matplotlib" in capsys.readouterr().out
+    assert json.loads(report.read_text())["rows"] and not report.with_suffix(".png").exists()
+
+
+def test_command_goes_on_after_a_workload_that_fails(tiny_command, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(WORKLOADS, "broken", RAGGED)
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--workloads", "broken,tiny"])
+    bench_workload = bench_additive_attention.bench_workload
+
+    def fail(workload, *rest):
+        if workload is RAGGED:
+            raise KeyError("of a compiler")
+        return bench_workload(workload, *rest)
+
+    monkeypatch.setattr(bench_additive_attention, "bench_workload", fail)
+    with pytest.raises(SystemExit, match="failed: broken, 1 threads: KeyError: 'of a compiler'"):
+        tiny_command()
+    (report,) = tmp_path.glob("*.json")
+    assert {row["workload"] for row in json.loads(report.read_text())["rows"]} == {"tiny"}
 
 
 def test_what_is_said_of_a_gpu(monkeypatch):
@@ -331,3 +371,16 @@ def test_training_refuses_wrong_arguments(arguments, message, monkeypatch, capsy
         train(monkeypatch, *arguments)
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_sanitizers_of_make_gpu_have_tests_to_run():
+    """Their expression is one that pytest takes, and selects some tests."""
+    (arguments,) = re.findall(r'pytest -q -m gpu (tests/.*?-k ".*?")', MAKEFILE.read_text(), re.S)
+    arguments = shlex.split(arguments.replace("\\\n", " "))
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *arguments]
+    done = subprocess.run(command, cwd=MAKEFILE.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    selected = [line for line in done.stdout.splitlines() if "::" in line]
+    for layout in ("jagged", "padded_mask", "one_step"):
+        assert any(f"-{layout}-heads=3" in line for line in selected)
+    assert all("heads=3" in line for line in selected)
