@@ -609,8 +609,8 @@ def call(inputs: Inputs, leaves: dict[str, Tensor], **keywords: object):
 
 
 # How many calculations with random roundings tell whether eager's error was small by luck: more,
-# look after look, while a result exceeds the budget. Of thousands of random calls some have an error
-# that one calculation in fifty has.
+# look after look, while a result exceeds the budget. Of thousands of random calls some err as only
+# one calculation in fifty does.
 LOOKS = (0, 16, 64)
 
 
