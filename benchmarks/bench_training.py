@@ -76,9 +76,6 @@ def main() -> None:
     world = distributed.World(device=device)
     trainer = Trainer(model, text.vocabulary, text.examples, [], training, ".", world, None)
     bench = Bench(trainer, make_attentions(model, options.providers))
-    rows = []
-    for batching in options.batchings:
-        rows += bench_batching(bench, batching, options)
     report = {
         "machine": machine(options.device),
         "dtype": "bfloat16",
@@ -87,11 +84,13 @@ def main() -> None:
         "parameters": sum(p.numel() for p in model.parameters()),
         "backend": backend,
         "checked": checked,
-        "rows": rows,
+        "rows": [],
     }
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"training_{report['machine']['slug']}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    for batching in options.batchings:
+        report["rows"] += bench_batching(bench, batching, options)
+        path.write_text(json.dumps(report, indent=1) + "\n")
     print(f"\nwrote {path}")
 
 
@@ -318,6 +317,7 @@ def bench_batching(bench: Bench, batching: str, options: argparse.Namespace) -> 
         sizes[name], limits[name] = largest_size(
             lambda size, name=name: bench.problem(bench.cell(name, size, batching))
         )
+        print(f"  {name} trains on {sizes[name]:,d} sentences, no more: {limits[name]}", flush=True)
     common = sizes["eager"]
     cells = {
         (name, size): bench.cell(name, size, batching)
