@@ -4,24 +4,27 @@
 
 Not measured: the main loops of Triton's kernels for sm_90 at one issue slot a clock and
 scheduler, with whole tiles counted where sequences fill them in part; and bytes at the bandwidth of
-a copy, whichever takes longer. Latency of memory, barriers and launches are left out. It is to be
-held against what ``benchmarks.bench_additive_attention --device cuda`` measures.
+a copy, whichever takes longer. Latency of memory, barriers and launches are left out, of
+torch.compile all but the tanh of its forward pass. It is to be held against what
+``benchmarks.bench_additive_attention --device cuda`` measures.
 """
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from attn_ext.triton_kernels import configurations, gradient
 
-from . import static, static_cases
+from . import static, static_cases, tanh_yardstick
 from .floors import floor
 from .sass import Counts, disassemble, per_element
 from .workloads import WORKLOADS, Workload
 
 LANES = 128  # that a multiprocessor issues for in a clock
 TABLE = ("at-once", "gnmt-384", "step", "one-long-512", "skewed-512")
+DECODER = "step-decoder"
 SIDE = configurations.SCORES.queries
 SIDES = (SIDE, SIDE // 2)  # queries, and keys, of a score tile
 ROW_TILES = configurations.GRADIENT_ROW_TILES
@@ -85,6 +88,18 @@ def gradient_slots(workload: Workload, slots: Sequence[float]) -> float:
     return total * workload.dim
 
 
+def tanh_slots() -> float:
+    """Issue slots an element of the loop that evaluates the accurate tanh of every triple."""
+    (case,) = tanh_yardstick.static_cases()
+    return static.figures_of(case, "sm_90").element.slots
+
+
+def padded_elements(workload: Workload) -> int:
+    """Triples (i, j, d) where each sequence is as long as the longest."""
+    batch = len(workload.key_lengths)
+    return batch * max(workload.query_lengths) * max(workload.key_lengths) * workload.dim
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processors", type=int, default=132, help="multiprocessors (H100: 132)")
@@ -99,7 +114,9 @@ def main() -> None:
 
     scores, again = slots_of("fwd", "mufu"), slots_of("bwd_scores", "mufu")
     gradients = slots_of("grad", "reciprocals")
-    for name, found in (("forward", scores), ("scores again", again), ("gradients", gradients)):
+    tanh = tanh_slots()
+    tiles = {"forward": scores, "scores again": again, "gradients": gradients, "tanh": [tanh]}
+    for name, found in tiles.items():
         print(f"{name}: slots an element by tile:", ", ".join(f"{n:.2f}" for n in found))
     clocks = options.processors * options.clock * 1e9
     peaks = {
@@ -116,7 +133,18 @@ def main() -> None:
                 if mode == "backward":
                     issued += gradient_slots(workload, gradients)
                 text += f", predicted {issued / (LANES * clocks) * 1e3:.3f} ms"
+                if mode == "forward":
+                    rival = tanh * padded_elements(workload)
+                    text += (
+                        f", torch.compile's tanh {rival / (LANES * clocks) * 1e3:.3f} ms: "
+                        f"{rival / issued:.1f} times as long"
+                    )
             print(text)
+    loop = WORKLOADS[DECODER]
+    step = replace(loop, steps=0, query_lengths=(1,) * len(loop.key_lengths))
+    for mode in ("forward", "backward"):
+        seconds = loop.steps * floor(step, mode, 2, peaks).seconds
+        print(f"{loop.name} {mode}: floor of {loop.steps} steps {seconds * 1e3:.3f} ms (memory)")
 
 
 if __name__ == "__main__":
