@@ -6,20 +6,22 @@ pairs of features in registers, goes over the *columns* (queries), and sums
     drow_jd = 4 w_d sum_i s_ij (1/4 - h^2)    dcol_id = 4 w_d sum_j s_ij (1/4 - h^2)
     dscore_weight_d = -2 sum_ij s_ij h        with h = 1 / (1 + exp(2 row_jd) exp(2 col_id)) - 1/2
 
-Each thread holds one pair of features of all rows, so that no sum crosses threads; the rows are
-ROW_TILES tensors of TILE_ROWS rows, so that a sum over rows is a chain of multiply-adds.
+What it does with one tile is in ``gradient_tile``.
 """
 
 import triton
 import triton.language as tl
 
-from .arithmetic import (
-    SMALLEST_GRADIENT_SUM,
-    as_float32,
-    exp_twice,
-    factored_pair,
-    in_factored_range,
-    tanh_and_derivative,
+from .arithmetic import SMALLEST_GRADIENT_SUM, in_factored_range
+from .gradient_tile import (
+    TILE_ROWS,
+    Gradients,
+    Options,
+    Scores,
+    Side,
+    existing,
+    load_weights_times_4,
+    tile_gradients,
 )
 from .rows import attended_keys, find_tile, sequence_rows
 
@@ -33,7 +35,6 @@ SIZES = [
     "zero",
     "stride_bound_place",
 ]
-TILE_ROWS = tl.constexpr(4)  # what one 16-byte load of score gradients serves
 DIRECT_CHOICE = tl.constexpr(3)  # of how to take a tile of rows, after those by its size
 
 
@@ -55,168 +56,6 @@ def column_bound(bound_ptr, stride, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def tile_gradients(
-    row_ptr,
-    stride_rt,
-    col_ptr,
-    stride_ct,
-    col_mask_ptr,
-    score_weight_ptr,
-    dscores_ptr,
-    stride_score_row,
-    stride_score_col,
-    drow_ptr,
-    column_sums_ptr,
-    row_mask_ptr,
-    first_row,
-    length,
-    extent,
-    columns,
-    pair,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROW_TILES: tl.constexpr,
-    CONTIGUOUS_SCORES: tl.constexpr,
-    MASK_SCORES: tl.constexpr,
-    WANT_COL: tl.constexpr,
-    WANT_WEIGHT: tl.constexpr,
-    DIRECT: tl.constexpr,
-    REFINE: tl.constexpr,
-    USE_PTX: tl.constexpr,
-):
-    """Write the gradients of rows [first_row, + ROW_TILES TILE_ROWS); add to the column sums.
-
-    Args:
-        row_ptr, col_ptr, dscores_ptr, drow_ptr, masks: row 0 of the sequence (and the head).
-        column_sums_ptr: [columns, 2 BLOCK_D] float32, begun by the first tile of rows.
-        length, extent: rows that count, and rows to write (0 for the others).
-        pair: the first features of this program's pairs, [BLOCK_D].
-
-    Returns:
-        sums of s h for the two features of each pair, [TILE_ROWS, BLOCK_D].
-    """
-    PADDED: tl.constexpr = (HALF % BLOCK_D != 0) | (2 * HALF != D)
-    exists0 = pair < HALF
-    exists1 = exists0 & (pair + HALF < D)
-    line = tl.arange(0, TILE_ROWS).to(tl.int64)
-    lane = tl.arange(0, BLOCK_D)
-    shape: tl.constexpr = (TILE_ROWS, BLOCK_D)
-    dweight0 = tl.zeros(shape, tl.float32)
-    dweight1 = tl.zeros(shape, tl.float32)
-    row0 = ()
-    row1 = ()
-    drow0 = ()
-    drow1 = ()
-    for tile in tl.static_range(ROW_TILES):
-        row = first_row + tile * TILE_ROWS + line
-        attended = (row < length)[:, None]
-        if row_mask_ptr is not None:
-            attended &= (tl.load(row_mask_ptr + row, mask=row < length, other=1) == 0)[:, None]
-        features = row_ptr + row[:, None] * stride_rt + pair[None, :]
-        # What is not attended may hold anything, NaN included: its score gradients are 0.
-        x0 = tl.load(features, mask=attended & exists0[None, :], other=0.0).to(tl.float32)
-        x1 = tl.load(features + HALF, mask=attended & exists1[None, :], other=0.0).to(tl.float32)
-        if not DIRECT:
-            x0 = exp_twice(x0, REFINE)
-            x1 = exp_twice(x1, REFINE)
-        row0 += (x0,)
-        row1 += (x1,)
-        drow0 += (tl.zeros(shape, tl.float32),)
-        drow1 += (tl.zeros(shape, tl.float32),)
-
-    features = col_ptr + pair
-    sums = column_sums_ptr
-    if WANT_COL:
-        sums += lane
-    for _ in range(columns):
-        if col_mask_ptr is not None:
-            here = pair < tl.where(tl.load(col_mask_ptr) == 0, HALF, 0)
-            y0 = as_float32(tl.load(features, mask=here, other=0.0), USE_PTX)
-            y1 = as_float32(tl.load(features + HALF, mask=here & exists1, other=0.0), USE_PTX)
-        elif PADDED:
-            y0 = as_float32(tl.load(features, mask=exists0, other=0.0), USE_PTX)
-            y1 = as_float32(tl.load(features + HALF, mask=exists1, other=0.0), USE_PTX)
-        else:
-            y0 = as_float32(tl.load(features), USE_PTX)
-            y1 = as_float32(tl.load(features + HALF), USE_PTX)
-        if not DIRECT:
-            y0 = exp_twice(y0, REFINE)
-            y1 = exp_twice(y1, REFINE)
-        y0 = y0[None, :]
-        y1 = y1[None, :]
-        dcol0 = tl.zeros(shape, tl.float32)
-        dcol1 = tl.zeros(shape, tl.float32)
-        next0 = ()
-        next1 = ()
-        for tile in tl.static_range(ROW_TILES):
-            row = first_row + tile * TILE_ROWS + line
-            if CONTIGUOUS_SCORES:
-                s = tl.load(dscores_ptr + row)
-            elif MASK_SCORES:
-                s = tl.load(dscores_ptr + row * stride_score_row, mask=row < length, other=0.0)
-            else:
-                s = tl.load(dscores_ptr + row * stride_score_row)
-            s = tl.broadcast_to(s[:, None], shape)
-            if DIRECT:
-                tanh0, slope0 = tanh_and_derivative(row0[tile] + y0, True, USE_PTX)
-                tanh1, slope1 = tanh_and_derivative(row1[tile] + y1, True, USE_PTX)
-                h0 = -0.5 * tanh0
-                h1 = -0.5 * tanh1
-                slope0 = 0.25 * slope0
-                slope1 = 0.25 * slope1
-            else:
-                h0, h1 = factored_pair(row0[tile], row1[tile], y0, y1, USE_PTX)
-                slope0 = tl.fma(-h0, h0, 0.25)
-                slope1 = tl.fma(-h1, h1, 0.25)
-            # fma() keeps s * slope from being computed once and added twice, in three steps.
-            next0 += (tl.fma(s, slope0, drow0[tile]),)
-            next1 += (tl.fma(s, slope1, drow1[tile]),)
-            if WANT_COL:
-                dcol0 = tl.fma(s, slope0, dcol0)
-                dcol1 = tl.fma(s, slope1, dcol1)
-            if WANT_WEIGHT:
-                dweight0 = tl.fma(s, h0, dweight0)
-                dweight1 = tl.fma(s, h1, dweight1)
-        drow0 = next0
-        drow1 = next1
-        if WANT_COL:
-            sum0 = tl.sum(dcol0, 0)
-            sum1 = tl.sum(dcol1, 0)
-            if first_row > 0:
-                sum0 += tl.load(sums)
-                sum1 += tl.load(sums + BLOCK_D)
-            tl.store(sums, sum0)
-            tl.store(sums + BLOCK_D, sum1)
-            sums += 2 * BLOCK_D
-        features += stride_ct
-        dscores_ptr += stride_score_col
-        if col_mask_ptr is not None:
-            col_mask_ptr += 1
-
-    weight0 = 4.0 * tl.load(score_weight_ptr + pair, mask=exists0, other=0.0).to(tl.float32)
-    weight1 = 4.0 * tl.load(score_weight_ptr + pair + HALF, mask=exists1, other=0.0).to(tl.float32)
-    if drow_ptr is not None:
-        element = drow_ptr.dtype.element_ty
-        for tile in tl.static_range(ROW_TILES):
-            row = first_row + tile * TILE_ROWS + line
-            target = drow_ptr + row[:, None] * (H * D) + pair[None, :]
-            inside = (row < extent)[:, None]
-            tl.store(
-                target,
-                (drow0[tile] * weight0[None, :]).to(element),
-                mask=inside & exists0[None, :],
-            )
-            tl.store(
-                target + HALF,
-                (drow1[tile] * weight1[None, :]).to(element),
-                mask=inside & exists1[None, :],
-            )
-    return dweight0, dweight1
-
-
-@triton.jit
 def store_columns(
     column_sums_ptr,
     dcol_ptr,
@@ -230,11 +69,9 @@ def store_columns(
     BLOCK_D: tl.constexpr,
 ):
     """``dcol = 4 w sums``, 0 for the columns after the first ``begun_columns``."""
-    exists0 = pair < HALF
-    exists1 = exists0 & (pair + HALF < D)
+    exists0, exists1 = existing(pair, D, HALF)
     lane = tl.arange(0, BLOCK_D)
-    weight0 = 4.0 * tl.load(score_weight_ptr + pair, mask=exists0, other=0.0).to(tl.float32)
-    weight1 = 4.0 * tl.load(score_weight_ptr + pair + HALF, mask=exists1, other=0.0).to(tl.float32)
+    weight0, weight1 = load_weights_times_4(score_weight_ptr, pair, D, HALF)
     element = dcol_ptr.dtype.element_ty
     source = column_sums_ptr + lane
     target = dcol_ptr + pair
@@ -368,6 +205,10 @@ def additive_attention_grad_kernel(
             sums_ptr += slot * max_columns * (2 * BLOCK_D)
         all_columns = columns
         columns = tl.minimum(columns, max_columns)
+        rows = Side(rows_ptr, stride_rt, row_mask_ptr)
+        cols = Side(cols_ptr, stride_ct, col_mask_ptr)
+        dscores = Scores(dscores_item, stride_score_row, stride_score_col)
+        gradients = Gradients(drow_item, sums_ptr)
         bound_of_columns = column_bound(
             col_bound_ptr + col_place * stride_bound_place + col_start * stride_bound_col + head,
             stride_bound_col,
@@ -399,35 +240,29 @@ def additive_attention_grad_kernel(
                     few = TILE_ROWS * tiles_of_choice(option, ROW_TILES)
                     for row in range(first_row, end, few):
                         more0, more1 = tile_gradients(
-                            rows_ptr,
-                            stride_rt,
-                            cols_ptr,
-                            stride_ct,
-                            col_mask_ptr,
+                            rows,
+                            cols,
+                            dscores,
                             features,
-                            dscores_item,
-                            stride_score_row,
-                            stride_score_col,
-                            drow_item,
-                            sums_ptr,
-                            row_mask_ptr,
+                            gradients,
                             row,
                             length,
                             extent,
                             columns_here,
                             pair,
-                            H,
-                            D,
-                            HALF,
-                            BLOCK_D,
-                            tiles_of_choice(option, ROW_TILES),
-                            CONTIGUOUS_SCORES,
-                            MASK_SCORES,
-                            dcol_ptr is not None,
-                            dweight_ptr is not None,
-                            option == DIRECT_CHOICE,
-                            REFINE,
-                            USE_PTX,
+                            Options(
+                                H,
+                                D,
+                                HALF,
+                                BLOCK_D,
+                                tiles_of_choice(option, ROW_TILES),
+                                CONTIGUOUS_SCORES,
+                                MASK_SCORES,
+                                dweight_ptr is not None,
+                                option == DIRECT_CHOICE,
+                                REFINE,
+                                USE_PTX,
+                            ),
                         )
                         dweight0 += more0
                         dweight1 += more1
@@ -448,6 +283,6 @@ def additive_attention_grad_kernel(
             )
         if dweight_ptr is not None:
             target = dweight_ptr + (unit.to(tl.int64) * H + head) * D + pair
-            exists0 = pair < HALF
+            exists0, exists1 = existing(pair, D, HALF)
             tl.store(target, -2.0 * tl.sum(dweight0, 0), mask=exists0)
-            tl.store(target + HALF, -2.0 * tl.sum(dweight1, 0), mask=exists0 & (pair + HALF < D))
+            tl.store(target + HALF, -2.0 * tl.sum(dweight1, 0), mask=exists1)

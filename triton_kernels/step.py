@@ -4,6 +4,8 @@ A program takes a tile of SEGMENT keys of one sequence and one head. With ``SING
 all keys of the sequence and its results are final; else the parts are merged by other kernels.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -20,6 +22,45 @@ from .scores import (
 SIZES = ["batch", "rows_k", "max_seqlen_k", "threshold", "tiles"]
 # Tiles of keys and values are on their way while the one before is worked on.
 STAGES = tl.constexpr(3)
+
+
+class Rows(NamedTuple):
+    """Where the rows of a sequence and head are: the query's, and row 0 of keys and values."""
+
+    query: tl.tensor
+    key: tl.tensor
+    stride_kt: tl.tensor
+    value: tl.tensor
+    stride_vt: tl.tensor
+    score_weight: tl.tensor
+
+
+class Keys(NamedTuple):
+    """The keys of a sequence and head from ``first`` on, and what says which of them count."""
+
+    sequence: tl.tensor
+    head: tl.tensor
+    place: tl.tensor
+    rows_k: tl.tensor
+    first: tl.tensor
+    length: tl.tensor
+    padding_mask_ptr: tl.tensor | None
+    seed_ptr: tl.tensor | None
+    threshold: tl.tensor
+    dropout_scale: tl.tensor
+
+
+class Options(NamedTuple):
+    """Known to the compiler as long as no variable holds them: to be made where they are passed."""
+
+    H: tl.constexpr
+    D: tl.constexpr
+    DV: tl.constexpr
+    SEGMENT: tl.constexpr
+    BLOCK_D: tl.constexpr
+    BLOCK_DV: tl.constexpr
+    SINGLE: tl.constexpr
+    USE_PTX: tl.constexpr
 
 
 @triton.jit
@@ -46,31 +87,24 @@ def load_row(row_ptr, d, DIM: tl.constexpr):
 
 
 @triton.jit
-def sum_of_tanh(
-    query_row,
-    key_rows,
-    attended,
-    score_weight_ptr,
-    D: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    EXACT: tl.constexpr,
-    USE_PTX: tl.constexpr,
-):
+def sum_of_tanh(rows, position, attended, options, EXACT: tl.constexpr):
     """``sum_d w_d tanh(q_d + k_jd)``, [SEGMENT], and whether that needed no EXACT tanh.
 
     Where few of the score weights meet a tanh that is neither nearly 0 nor nearly 1, or weights are
     large, scores would show its error.
     """
-    sums = tl.zeros((SEGMENT, BLOCK_D), tl.float32)
-    informative = tl.zeros((SEGMENT, BLOCK_D), tl.float32)
+    D: tl.constexpr = options.D
+    BLOCK_D: tl.constexpr = options.BLOCK_D
+    key_rows = rows.key + position * rows.stride_kt
+    sums = tl.zeros((options.SEGMENT, BLOCK_D), tl.float32)
+    informative = tl.zeros((options.SEGMENT, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_D,), tl.float32)
     squares = tl.zeros((BLOCK_D,), tl.float32)
     for begin in tl.range(0, D, BLOCK_D, num_stages=STAGES):
         d = begin + tl.arange(0, BLOCK_D)
-        x = load_tile(key_rows, attended, d, D) + load_row(query_row, d, D)[None, :]
-        tanh, _ = tanh_and_derivative(x, EXACT, USE_PTX)
-        weight = load_weights(score_weight_ptr, d, D, D % BLOCK_D != 0)
+        x = load_tile(key_rows, attended, d, D) + load_row(rows.query, d, D)[None, :]
+        tanh, _ = tanh_and_derivative(x, EXACT, options.USE_PTX)
+        weight = load_weights(rows.score_weight, d, D, D % BLOCK_D != 0)
         sums += weight[None, :] * tanh
         if not EXACT:
             size = tl.abs(x)
@@ -85,85 +119,65 @@ def sum_of_tanh(
 
 
 @triton.jit
-def step_scores(
-    query_row,
-    key_rows,
-    attended,
-    score_weight_ptr,
-    D: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    USE_PTX: tl.constexpr,
-):
+def step_scores(rows, position, attended, options):
     """Scores [SEGMENT] of one query, by the EXACT tanh where the other's errors would show."""
-    scores, will_do = sum_of_tanh(
-        query_row, key_rows, attended, score_weight_ptr, D, SEGMENT, BLOCK_D, False, USE_PTX
-    )
+    scores, will_do = sum_of_tanh(rows, position, attended, options, False)
     if not will_do:
-        scores, _ = sum_of_tanh(
-            query_row, key_rows, attended, score_weight_ptr, D, SEGMENT, BLOCK_D, True, USE_PTX
-        )
+        scores, _ = sum_of_tanh(rows, position, attended, options, True)
     return scores
 
 
 @triton.jit
-def step_context(
-    query_row,
-    key_rows_ptr,
-    stride_kt,
-    value_rows_ptr,
-    stride_vt,
-    weight_row,
-    context_row,
-    stats_row,
-    score_rows_ptr,
-    padding_mask_ptr,
-    seed_ptr,
-    threshold,
-    dropout_scale,
-    place,
-    rows_k,
-    sequence,
-    head,
-    first,
-    length,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    SINGLE: tl.constexpr,
-    USE_PTX: tl.constexpr,
-):
-    """What :func:`additive_attention_step_fwd_kernel` writes for keys [first, first + SEGMENT).
+def attended_of(keys, position):
+    """Which key positions count."""
+    return are_attended(keys.padding_mask_ptr, keys.place, keys.rows_k, position, keys.length)
 
-    Rows are those of the query, and of the results; ``key_rows_ptr``, ``value_rows_ptr`` and
-    ``score_rows_ptr`` are row 0 of the sequence.
+
+@triton.jit
+def dropout_of(keys, position):
+    """What dropout makes of weights of 1, [SEGMENT]."""
+    if keys.seed_ptr is None:
+        return tl.full(position.shape, 1.0, tl.float32)
+    else:
+        return dropout_scales(
+            keys.seed_ptr,
+            keys.threshold,
+            keys.dropout_scale,
+            keys.sequence,
+            keys.head,
+            position * 0,
+            position,
+        )
+
+
+@triton.jit
+def step_context(rows, keys, context_row, stats_row, scores_row, options):
+    """What :func:`additive_attention_step_fwd_kernel` writes for SEGMENT keys.
+
+    Args:
+        rows, keys, options: :class:`Rows`, :class:`Keys`, :class:`Options`.
+        context_row, stats_row: where results go.
+        scores_row: where the score of key 0 goes, those of others H apart, or None.
     """
-    position = first + tl.arange(0, SEGMENT)
-    attended = are_attended(padding_mask_ptr, place, rows_k, position, length)
-    key_rows = key_rows_ptr + position * stride_kt
-    value_rows = value_rows_ptr + position * stride_vt
-    scores = step_scores(query_row, key_rows, attended, weight_row, D, SEGMENT, BLOCK_D, USE_PTX)
-    if score_rows_ptr is not None:
-        tl.store(score_rows_ptr + position * H, scores, mask=attended)
+    position = keys.first + tl.arange(0, options.SEGMENT)
+    attended = attended_of(keys, position)
+    value_rows = rows.value + position * rows.stride_vt
+    scores = step_scores(rows, position, attended, options)
+    if scores_row is not None:
+        tl.store(scores_row + position * options.H, scores, mask=attended)
     scores = tl.where(attended, scores, -float("inf"))
     largest = tl.max(scores, 0)
     weights = tl.exp(scores - tl.where(largest == -float("inf"), 0.0, largest))
     total = tl.sum(weights, 0)
     tl.store(stats_row, largest)
     tl.store(stats_row + 1, total)
-    if SINGLE:
+    if options.SINGLE:
         weights = weights / tl.where(total == 0.0, 1.0, total)
-    if seed_ptr is not None:
-        weights *= dropout_scales(
-            seed_ptr, threshold, dropout_scale, sequence, head, position * 0, position
-        )
-    for begin in tl.range(0, DV, BLOCK_DV, num_stages=STAGES):
-        d = begin + tl.arange(0, BLOCK_DV)
-        context = tl.sum(weights[:, None] * load_tile(value_rows, attended, d, DV), 0)
-        tl.store(context_row + d, context.to(context_row.dtype.element_ty), mask=d < DV)
+    weights *= dropout_of(keys, position)
+    for begin in tl.range(0, options.DV, options.BLOCK_DV, num_stages=STAGES):
+        d = begin + tl.arange(0, options.BLOCK_DV)
+        context = tl.sum(weights[:, None] * load_tile(value_rows, attended, d, options.DV), 0)
+        tl.store(context_row + d, context.to(context_row.dtype.element_ty), mask=d < options.DV)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -219,42 +233,44 @@ def additive_attention_step_fwd_kernel(
     )
     stride_kt = aligned(stride_kt, ALIGNMENT)
     stride_vt = aligned(stride_vt, ALIGNMENT)
-    key_rows_ptr = key_ptr + place * aligned(stride_kb, ALIGNMENT) + start * stride_kt
-    value_rows_ptr = value_ptr + place * aligned(stride_vb, ALIGNMENT) + start * stride_vt
-    score_rows_ptr = scores_ptr
+    query_row = query_ptr + sequence.to(tl.int64) * aligned(stride_qb, ALIGNMENT)
+    key_rows = key_ptr + place * aligned(stride_kb, ALIGNMENT) + start * stride_kt
+    value_rows = value_ptr + place * aligned(stride_vb, ALIGNMENT) + start * stride_vt
+    rows = Rows(
+        query_row + head * aligned(stride_qh, ALIGNMENT),
+        key_rows + head * aligned(stride_kh, ALIGNMENT),
+        stride_kt,
+        value_rows + head * aligned(stride_vh, ALIGNMENT),
+        stride_vt,
+        score_weight_ptr + head * aligned(stride_wh, ALIGNMENT),
+    )
+    keys = Keys(
+        sequence,
+        head,
+        place,
+        rows_k,
+        first,
+        length,
+        padding_mask_ptr,
+        seed_ptr,
+        threshold,
+        dropout_scale,
+    )
+    scores_row = scores_ptr
     if scores_ptr is not None:
-        score_rows_ptr += (place * rows_k + start) * H + head
+        scores_row += (place * rows_k + start) * H + head
     target = (sequence if SINGLE else tile).to(tl.int64) * H + head
+    context_row = context_ptr + target * DV
+    stats_row = stats_ptr + target * 2
     for half in tl.static_range(2):
         if (length - first <= SEGMENT // 2) == half:
             step_context(
-                query_ptr
-                + sequence.to(tl.int64) * aligned(stride_qb, ALIGNMENT)
-                + head * aligned(stride_qh, ALIGNMENT),
-                key_rows_ptr + head * aligned(stride_kh, ALIGNMENT),
-                stride_kt,
-                value_rows_ptr + head * aligned(stride_vh, ALIGNMENT),
-                stride_vt,
-                score_weight_ptr + head * aligned(stride_wh, ALIGNMENT),
-                context_ptr + target * DV,
-                stats_ptr + target * 2,
-                score_rows_ptr,
-                padding_mask_ptr,
-                seed_ptr,
-                threshold,
-                dropout_scale,
-                place,
-                rows_k,
-                sequence,
-                head,
-                first,
-                length,
-                H,
-                D,
-                DV,
-                SEGMENT >> half,
-                BLOCK_D << half,
-                BLOCK_DV << half,
-                SINGLE,
-                USE_PTX,
+                rows,
+                keys,
+                context_row,
+                stats_row,
+                scores_row,
+                Options(
+                    H, D, DV, SEGMENT >> half, BLOCK_D << half, BLOCK_DV << half, SINGLE, USE_PTX
+                ),
             )

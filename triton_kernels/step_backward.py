@@ -1,12 +1,63 @@
 """Backward for one query a sequence; the counterpart of ``step``."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from .arithmetic import dropout_scales, tanh_and_derivative
-from .rows import are_attended, attended_keys, find_tile, offset_of, sequence_rows
+from .arithmetic import tanh_and_derivative
+from .rows import attended_keys, find_tile, offset_of, sequence_rows
 from .scores import load_weights
-from .step import SIZES, STAGES, aligned, load_row, load_tile, step_scores
+from .step import (
+    SIZES,
+    STAGES,
+    Keys,
+    Options,
+    Rows,
+    aligned,
+    attended_of,
+    dropout_of,
+    load_row,
+    load_tile,
+    step_scores,
+)
+
+PARTS = tl.constexpr(128)  # of delta, one a tile of keys, that are added at a time
+
+
+class Incoming(NamedTuple):
+    """The sequence's (max, sum), its context's gradient, and where that of its weights begins."""
+
+    stats: tl.tensor
+    dcontext: tl.tensor | None
+    dweights: tl.tensor | None
+    stride_dweight_key: tl.tensor
+
+
+class Records(NamedTuple):
+    """What the first of two launches leaves the second, [rows, H] and [tiles, H, 2]."""
+
+    weights_ptr: tl.tensor | None
+    dscores_ptr: tl.tensor | None
+    delta_ptr: tl.tensor | None
+
+
+class Gradients(NamedTuple):
+    """Where they go: the query's and the score weights' rows, and all keys and values."""
+
+    dquery: tl.tensor | None
+    dkey_ptr: tl.tensor | None
+    dvalue_ptr: tl.tensor | None
+    dweight: tl.tensor | None
+
+
+class Tile(NamedTuple):
+    """Keys as the program holds them, [SEGMENT] each."""
+
+    position: tl.tensor
+    row: tl.tensor  # of [rows, H]
+    inside: tl.tensor  # whether there is one
+    attended: tl.tensor
 
 
 @triton.jit
@@ -21,110 +72,134 @@ def tile_range(cu_k_ptr, sequence, rows_k, tiles, SEGMENT: tl.constexpr):
 
 
 @triton.jit
+def weights_and_gradients(rows, incoming, tile, options):
+    """``w_j`` and ``dcontext . value_j + dweights_j``, [SEGMENT] each."""
+    scores = step_scores(rows, tile.position, tile.attended, options)
+    largest = tl.load(incoming.stats)
+    total = tl.load(incoming.stats + 1)
+    weights = tl.exp(tl.where(tile.attended, scores - largest, -float("inf")))
+    weights = weights / tl.where(total == 0.0, 1.0, total)
+    gradient = tl.zeros((options.SEGMENT,), tl.float32)
+    if incoming.dcontext is not None:
+        value_rows = rows.value + tile.position * rows.stride_vt
+        sums = tl.zeros((options.SEGMENT, options.BLOCK_DV), tl.float32)
+        for begin in tl.range(0, options.DV, options.BLOCK_DV, num_stages=STAGES):
+            d = begin + tl.arange(0, options.BLOCK_DV)
+            dcontext = load_row(incoming.dcontext, d, options.DV)
+            sums += dcontext[None, :] * load_tile(value_rows, tile.attended, d, options.DV)
+        gradient = tl.sum(sums, 1)
+    if incoming.dweights is not None:
+        dweights_rows = incoming.dweights + tile.position * incoming.stride_dweight_key
+        gradient += tl.load(dweights_rows, mask=tile.attended, other=0.0).to(tl.float32)
+    return weights, gradient
+
+
+@triton.jit
+def sum_parts(parts_ptr, count, H: tl.constexpr):
+    """The sums of ``count`` parts of delta and of the sum of weights, 2 H apart."""
+    deltas = tl.zeros((PARTS,), tl.float32)
+    sums = tl.zeros((PARTS,), tl.float32)
+    for begin in range(0, count, PARTS):
+        part = begin + tl.arange(0, PARTS)
+        parts = parts_ptr + part * (2 * H)
+        deltas += tl.load(parts, mask=part < count, other=0.0)
+        sums += tl.load(parts + 1, mask=part < count, other=0.0)
+    return tl.sum(deltas, 0), tl.sum(sums, 0)
+
+
+@triton.jit
+def store_dvalue(dvalue_ptr, dcontext_row, weights, tile, options):
+    """``dvalue_j = w'_j dcontext`` from weights [SEGMENT]."""
+    for begin in range(0, options.DV, options.BLOCK_DV):
+        d = begin + tl.arange(0, options.BLOCK_DV)
+        dvalue = weights[:, None] * load_row(dcontext_row, d, options.DV)[None, :]
+        tl.store(
+            dvalue_ptr + tile.row[:, None] * options.DV + d[None, :],
+            dvalue.to(dvalue_ptr.dtype.element_ty),
+            mask=tile.inside[:, None] & (d < options.DV)[None, :],
+        )
+
+
+@triton.jit
+def store_feature_gradients(rows, gradients, dscores, tile, has_query, options):
+    """``dkey``, ``dquery`` where there is one, and ``dscore_weight`` from dscores [SEGMENT]."""
+    D: tl.constexpr = options.D
+    key_rows = rows.key + tile.position * rows.stride_kt
+    for begin in tl.range(0, D, options.BLOCK_D, num_stages=STAGES):
+        d = begin + tl.arange(0, options.BLOCK_D)
+        x = load_tile(key_rows, tile.attended, d, D) + load_row(rows.query, d, D)[None, :]
+        tanh, slope = tanh_and_derivative(x, True, options.USE_PTX)
+        weight = load_weights(rows.score_weight, d, D, D % options.BLOCK_D != 0)
+        dkey = weight[None, :] * (dscores[:, None] * slope)
+        if gradients.dkey_ptr is not None:
+            tl.store(
+                gradients.dkey_ptr + tile.row[:, None] * D + d[None, :],
+                dkey.to(gradients.dkey_ptr.dtype.element_ty),
+                mask=tile.inside[:, None] & (d < D)[None, :],
+            )
+        if gradients.dquery is not None:
+            if options.SINGLE:
+                # As the dscores of all keys sum to 0, a slope that all have in common does not
+                # matter; without it their rounding errors do not either.
+                common = tl.min(tl.where(tile.attended[:, None], slope, 1.0), 0)
+                dkey = weight[None, :] * (dscores[:, None] * (slope - common[None, :]))
+            tl.store(
+                gradients.dquery + d,
+                tl.sum(dkey, 0).to(gradients.dquery.dtype.element_ty),
+                mask=d < tl.where(has_query, D, 0),
+            )
+        if gradients.dweight is not None:
+            dweight = tl.sum(dscores[:, None] * tanh, 0)
+            tl.store(gradients.dweight + d, dweight, mask=d < D)
+
+
+@triton.jit
 def step_gradients_of_tile(
-    query_row,
-    key_rows_ptr,
-    stride_kt,
-    value_rows_ptr,
-    stride_vt,
-    weight_row,
-    dcontext_row,
-    dweights_row,
-    stride_dweight_key,
-    stats_row,
-    weights_ptr,
-    dscores_ptr,
-    delta_ptr,
-    dquery_row,
-    dkey_ptr,
-    dvalue_ptr,
-    dweight_row,
-    cu_k_ptr,
-    padding_mask_ptr,
-    seed_ptr,
-    threshold,
-    dropout_scale,
-    place,
+    rows,
+    keys,
+    incoming,
+    records,
+    gradients,
     start,
-    rows_k,
-    tile,
-    tiles,
-    sequence,
-    query,
-    head,
-    first,
     extent,
-    length,
     has_query,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    TILE: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    SINGLE: tl.constexpr,
+    number,
+    first_number,
+    count,
+    options,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
-    USE_PTX: tl.constexpr,
 ):
-    """What :func:`additive_attention_step_bwd_kernel` writes for keys [first, first + SEGMENT).
+    """What :func:`additive_attention_step_bwd_kernel` writes for SEGMENT keys.
 
-    ``key_rows_ptr`` and ``value_rows_ptr`` are row 0 of the sequence, which starts at row ``start``
-    of its place; tiles are of TILE keys.
+    Args:
+        rows, keys, incoming, records, gradients, options: as their types say.
+        start, extent: of all the keys of the sequence, as ``rows.sequence_rows`` gives them.
+        has_query: whether ``dquery`` is of a query.
+        number, first_number, count: of this tile, of the sequence's first one; its tiles.
     """
-    position = first + tl.arange(0, SEGMENT)
+    position = keys.first + tl.arange(0, options.SEGMENT)
     inside = position < extent
-    attended = are_attended(padding_mask_ptr, place, rows_k, position, length) & inside
-    key_row = (place * rows_k + start + position) * H + head
-    key_rows = key_rows_ptr + position * stride_kt
-    value_rows = value_rows_ptr + position * stride_vt
-    keep = tl.full((SEGMENT,), 1.0, tl.float32)
-    if seed_ptr is not None:
-        keep = dropout_scales(
-            seed_ptr, threshold, dropout_scale, sequence, head, position * 0, position
-        )
+    row = (keys.place * keys.rows_k + start + position) * options.H + keys.head
+    tile = Tile(position, row, inside, attended_of(keys, position) & inside)
+    keep = dropout_of(keys, position)
 
     if FIRST:
-        scores = step_scores(
-            query_row, key_rows, attended, weight_row, D, SEGMENT, BLOCK_D, USE_PTX
-        )
-        largest = tl.load(stats_row)
-        total = tl.load(stats_row + 1)
-        weights = tl.exp(tl.where(attended, scores - largest, -float("inf")))
-        weights = weights / tl.where(total == 0.0, 1.0, total)
-        gradient = tl.zeros((SEGMENT,), tl.float32)
-        if dcontext_row is not None:
-            sums = tl.zeros((SEGMENT, BLOCK_DV), tl.float32)
-            for begin in tl.range(0, DV, BLOCK_DV, num_stages=STAGES):
-                d = begin + tl.arange(0, BLOCK_DV)
-                dcontext = load_row(dcontext_row, d, DV)
-                sums += dcontext[None, :] * load_tile(value_rows, attended, d, DV)
-            gradient = tl.sum(sums, 1)
-        if dweights_row is not None:
-            dweights_rows = dweights_row + position * stride_dweight_key
-            gradient += tl.load(dweights_rows, mask=attended, other=0.0).to(tl.float32)
+        weights, gradient = weights_and_gradients(rows, incoming, tile, options)
         gradient *= keep
         delta = tl.sum(weights * gradient, 0)
         sum_of_weights = tl.sum(weights, 0)
         if not LAST:
-            tl.store(weights_ptr + key_row, weights, mask=inside)
-            tl.store(dscores_ptr + key_row, gradient, mask=inside)
-            tl.store(delta_ptr + (tile * H + head) * 2, delta)
-            tl.store(delta_ptr + (tile * H + head) * 2 + 1, sum_of_weights)
+            part_ptr = records.delta_ptr + (number * options.H + keys.head) * 2
+            tl.store(records.weights_ptr + row, weights, mask=inside)
+            tl.store(records.dscores_ptr + row, gradient, mask=inside)
+            tl.store(part_ptr, delta)
+            tl.store(part_ptr + 1, sum_of_weights)
     else:
-        weights = tl.load(weights_ptr + key_row, mask=inside, other=0.0)
-        gradient = tl.load(dscores_ptr + key_row, mask=inside, other=0.0)
-        first_tile, count = tile_range(cu_k_ptr, query, rows_k, tiles, TILE)
-        deltas = tl.zeros((128,), tl.float32)
-        sums = tl.zeros((128,), tl.float32)
-        for begin in range(0, count, 128):
-            part = begin + tl.arange(0, 128)
-            parts = delta_ptr + ((first_tile + part) * H + head) * 2
-            deltas += tl.load(parts, mask=part < count, other=0.0)
-            sums += tl.load(parts + 1, mask=part < count, other=0.0)
-        delta = tl.sum(deltas, 0)
-        sum_of_weights = tl.sum(sums, 0)
+        weights = tl.load(records.weights_ptr + row, mask=inside, other=0.0)
+        gradient = tl.load(records.dscores_ptr + row, mask=inside, other=0.0)
+        parts_ptr = records.delta_ptr + (first_number * options.H + keys.head) * 2
+        delta, sum_of_weights = sum_parts(parts_ptr, count, options.H)
         tl.debug_barrier()  # all has been read before it is replaced
 
     if LAST:
@@ -132,45 +207,14 @@ def step_gradients_of_tile(
         delta = delta / tl.where(sum_of_weights == 0.0, 1.0, sum_of_weights)
         dscores = weights * (gradient - delta)
         weights *= keep
-        if dscores_ptr is not None:
-            tl.store(dscores_ptr + key_row, dscores, mask=inside)
-            tl.store(weights_ptr + key_row, weights, mask=inside)
-        if dvalue_ptr is not None:
-            for begin in range(0, DV, BLOCK_DV):
-                d = begin + tl.arange(0, BLOCK_DV)
-                dvalue = weights[:, None] * load_row(dcontext_row, d, DV)[None, :]
-                tl.store(
-                    dvalue_ptr + key_row[:, None] * DV + d[None, :],
-                    dvalue.to(dvalue_ptr.dtype.element_ty),
-                    mask=inside[:, None] & (d < DV)[None, :],
-                )
-        if (dquery_row is not None) | (dkey_ptr is not None) | (dweight_row is not None):
-            for begin in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-                d = begin + tl.arange(0, BLOCK_D)
-                x = load_tile(key_rows, attended, d, D) + load_row(query_row, d, D)[None, :]
-                tanh, slope = tanh_and_derivative(x, True, USE_PTX)
-                weight = load_weights(weight_row, d, D, D % BLOCK_D != 0)
-                dkey = weight[None, :] * (dscores[:, None] * slope)
-                if dkey_ptr is not None:
-                    tl.store(
-                        dkey_ptr + key_row[:, None] * D + d[None, :],
-                        dkey.to(dkey_ptr.dtype.element_ty),
-                        mask=inside[:, None] & (d < D)[None, :],
-                    )
-                if dquery_row is not None:
-                    if SINGLE:
-                        # As the dscores of all keys sum to 0, a slope that all have in common does
-                        # not matter; without it their rounding errors do not either.
-                        common = tl.min(tl.where(attended[:, None], slope, 1.0), 0)
-                        dkey = weight[None, :] * (dscores[:, None] * (slope - common[None, :]))
-                    tl.store(
-                        dquery_row + d,
-                        tl.sum(dkey, 0).to(dquery_row.dtype.element_ty),
-                        mask=d < tl.where(has_query, D, 0),
-                    )
-                if dweight_row is not None:
-                    dweight = tl.sum(dscores[:, None] * tanh, 0)
-                    tl.store(dweight_row + d, dweight, mask=d < D)
+        if records.dscores_ptr is not None:
+            tl.store(records.dscores_ptr + row, dscores, mask=inside)
+            tl.store(records.weights_ptr + row, weights, mask=inside)
+        if gradients.dvalue_ptr is not None:
+            store_dvalue(gradients.dvalue_ptr, incoming.dcontext, weights, tile, options)
+        by_row = (gradients.dquery is not None) | (gradients.dkey_ptr is not None)
+        if by_row | (gradients.dweight is not None):
+            store_feature_gradients(rows, gradients, dscores, tile, has_query, options)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -253,8 +297,29 @@ def additive_attention_step_bwd_kernel(
         has_query = has_query & (first == 0)
     stride_kt = aligned(stride_kt, ALIGNMENT)
     stride_vt = aligned(stride_vt, ALIGNMENT)
-    key_rows_ptr = key_ptr + place * aligned(stride_kb, ALIGNMENT) + start * stride_kt
-    value_rows_ptr = value_ptr + place * aligned(stride_vb, ALIGNMENT) + start * stride_vt
+    query_row = query_ptr + query * aligned(stride_qb, ALIGNMENT)
+    key_rows = key_ptr + place * aligned(stride_kb, ALIGNMENT) + start * stride_kt
+    value_rows = value_ptr + place * aligned(stride_vb, ALIGNMENT) + start * stride_vt
+    rows = Rows(
+        query_row + head * aligned(stride_qh, ALIGNMENT),
+        key_rows + head * aligned(stride_kh, ALIGNMENT),
+        stride_kt,
+        value_rows + head * aligned(stride_vh, ALIGNMENT),
+        stride_vt,
+        score_weight_ptr + head * aligned(stride_wh, ALIGNMENT),
+    )
+    keys = Keys(
+        sequence,
+        head,
+        place,
+        rows_k,
+        first,
+        length,
+        padding_mask_ptr,
+        seed_ptr,
+        threshold,
+        dropout_scale,
+    )
     dcontext_row = dcontext_ptr
     if dcontext_ptr is not None:
         dcontext_row += query * aligned(stride_cb, ALIGNMENT) + head * aligned(stride_ch, ALIGNMENT)
@@ -268,56 +333,27 @@ def additive_attention_step_bwd_kernel(
     dweight_row = dweight_ptr
     if dweight_ptr is not None:
         dweight_row += (tile.to(tl.int64) * H + head) * D
+    stats_row = stats_ptr + (query * H + head) * 2
+    first_tile, count = tile_range(cu_k_ptr, query, rows_k, tiles, SEGMENT)
     for half in tl.static_range(2):
         if (extent - first <= SEGMENT // 2) == half:
             step_gradients_of_tile(
-                query_ptr
-                + query * aligned(stride_qb, ALIGNMENT)
-                + head * aligned(stride_qh, ALIGNMENT),
-                key_rows_ptr + head * aligned(stride_kh, ALIGNMENT),
-                stride_kt,
-                value_rows_ptr + head * aligned(stride_vh, ALIGNMENT),
-                stride_vt,
-                score_weight_ptr + head * aligned(stride_wh, ALIGNMENT),
-                dcontext_row,
-                dweights_row,
-                stride_dweight_key,
-                stats_ptr + (query * H + head) * 2,
-                weights_ptr,
-                dscores_ptr,
-                delta_ptr,
-                dquery_row,
-                dkey_ptr,
-                dvalue_ptr,
-                dweight_row,
-                cu_k_ptr,
-                padding_mask_ptr,
-                seed_ptr,
-                threshold,
-                dropout_scale,
-                place,
+                rows,
+                keys,
+                Incoming(stats_row, dcontext_row, dweights_row, stride_dweight_key),
+                Records(weights_ptr, dscores_ptr, delta_ptr),
+                Gradients(dquery_row, dkey_ptr, dvalue_ptr, dweight_row),
                 start,
-                rows_k,
-                tile,
-                tiles,
-                sequence,
-                query,
-                head,
-                first,
                 extent,
-                length,
                 has_query,
-                H,
-                D,
-                DV,
-                SEGMENT,
-                SEGMENT >> half,
-                BLOCK_D << half,
-                BLOCK_DV << half,
-                SINGLE,
+                tile,
+                first_tile,
+                count,
+                Options(
+                    H, D, DV, SEGMENT >> half, BLOCK_D << half, BLOCK_DV << half, SINGLE, USE_PTX
+                ),
                 FIRST,
                 LAST,
-                USE_PTX,
             )
 
 
