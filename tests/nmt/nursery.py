@@ -197,7 +197,7 @@ def serve(folder):
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             for number, name in ((1, "output"), (2, "error")):
                 os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            faulthandler.enable()  # abort() then says where
+            faulthandler.register(signal.SIGQUIT, chain=True)  # says where it was, and ends it
             main = functools.partial(mains[call["tool"]], call["arguments"])
             os._exit(status_of(functools.partial(cli.run, main), call["faults"]))
         print(wait_for(child, call["timeout"]), flush=True)
@@ -210,8 +210,8 @@ def wait_for(child, timeout):
 
     def end(*_):
         overdue.append(f"still ran after {timeout} s")
-        # A second alarm is for one that does not even abort.
-        os.kill(child, signal.SIGKILL if len(overdue) > 1 else signal.SIGABRT)
+        # A second alarm is for one that does not even quit.
+        os.kill(child, signal.SIGKILL if len(overdue) > 1 else signal.SIGQUIT)
         signal.alarm(5)
 
     signal.signal(signal.SIGALRM, end)
