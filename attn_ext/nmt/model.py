@@ -13,10 +13,15 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import attn_ext
 
 from .rnn import run_rnn
+
+# Logits in memory at once when a loss is computed: of 32,000 words and all tokens of a large batch
+# they would take more than all else, several times over.
+LOGITS_AT_ONCE = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -58,22 +63,45 @@ class Seq2Seq(nn.Module):
         self.output_bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, batch, label_smoothing=0.0):
-        """Teacher-forced sums over target tokens: (smoothed loss, negative log-likelihood)."""
-        logits = self.logits(batch).float()
-        log_probs = logits.log_softmax(-1)
-        targets = batch.target_output.values
-        nll = nn.functional.nll_loss(log_probs, targets, reduction="sum")
-        if not label_smoothing:
-            return nll, nll.detach()
-        uniform = -log_probs.mean(-1).sum()
-        loss = (1 - label_smoothing) * nll + label_smoothing * uniform
-        return loss, nll.detach()
+        """Teacher-forced sums over target tokens: (smoothed loss, negative log-likelihood).
+
+        Logits beyond LOGITS_AT_ONCE are computed part by part, and once more in backward.
+        """
+        features, targets = self._features(batch), batch.target_output.values
+        rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+        if len(features) <= rows:
+            loss, nll = self._losses(features, targets, label_smoothing)
+            return loss, nll.detach()
+        parts = [
+            checkpoint(
+                self._losses,
+                *part,
+                label_smoothing,
+                use_reentrant=False,
+                preserve_rng_state=False,  # nothing is drawn
+            )
+            for part in zip(features.split(rows), targets.split(rows), strict=True)
+        ]
+        losses, nlls = zip(*parts, strict=True)
+        return sum(losses), sum(nlls).detach()
 
     def logits(self, batch):
         """(total target tokens, vocabulary)."""
+        return self.project(self._features(batch))
+
+    def _features(self, batch):
+        """Output features (total target tokens, embedding) of the targets given."""
         states = self.encode(batch.source)
         features, _ = self.decoder(self._embed(batch.target_input), states)
-        return self.project(features)
+        return features
+
+    def _losses(self, features, targets, label_smoothing):
+        log_probs = self.project(features).float().log_softmax(-1)
+        nll = nn.functional.nll_loss(log_probs, targets, reduction="sum")
+        if not label_smoothing:
+            return nll, nll
+        uniform = -log_probs.mean(-1).sum()
+        return (1 - label_smoothing) * nll + label_smoothing * uniform, nll
 
     def alignments(self, batch):
         """Attention weights of each sentence, one (target, source) matrix each."""

@@ -34,6 +34,29 @@ def test_loss_is_label_smoothed_cross_entropy(model, batch):
     torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_loss_in_parts_is_the_loss(model, batch, label_smoothing, monkeypatch):
+    """With the gradients, and with no more logits at once than asked for."""
+    sizes = []
+    project = model.project
+    monkeypatch.setattr(model, "project", lambda rows: sizes.append(len(rows)) or project(rows))
+
+    def losses():
+        model.zero_grad()
+        sizes.clear()
+        loss, nll = model(batch, label_smoothing)
+        loss.backward()
+        return loss.detach(), nll, [p.grad for p in model.parameters()]
+
+    whole = losses()
+    tokens = len(batch.target_output.values)
+    assert sizes == [tokens]
+    monkeypatch.setattr("attn_ext.nmt.model.LOGITS_AT_ONCE", 10 * model.config.vocab_size)
+    parts = losses()
+    assert len(sizes) > 2 and max(sizes) == 10 and sum(sizes) == 2 * tokens
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
+
+
 def test_alignments_are_distributions_over_the_own_source(model, batch):
     with torch.no_grad():
         alignments = model.alignments(batch)
