@@ -16,9 +16,10 @@ thread="-O1 -g -fno-omit-frame-pointer -fsanitize=thread"
 without=(
     --ignore=tests/test_leaks.py          # freed memory stays with AddressSanitizer for a while
     --ignore=tests/test_cuda_emulation.py # runs tests in processes of its own: they follow below
-    --ignore=tests/test_cuda_build.py     # these four compile or install, not what is built here
+    --ignore=tests/test_cuda_build.py     # these five compile or install, not what is built here
     --ignore=tests/test_locks.py
     --ignore=tests/test_packaging.py
+    --ignore=tests/test_sass.py
     --ignore=tests/test_static.py
     --ignore=tests/nmt/test_distributed.py # has time limits; the same calls are in tests/nmt
 )
