@@ -145,10 +145,16 @@ ATTN_EXT_HOST_DEVICE TanhSlope exact_tanh(float x) {
   const float inverse = std::fma(guess, std::fma(-guess, 1 + z, 1.0f), guess);
   const float part = z * inverse;
   const float square = x * x;
-  float series = std::fma(square, kSmallTanh[4], kSmallTanh[3]);
-  series = std::fma(square, series, kSmallTanh[2]);
-  series = std::fma(square, series, kSmallTanh[1]);
-  series = std::fma(square, series, kSmallTanh[0]);
+  // Device code reads the host's array in constants only.
+  constexpr float c0 = kSmallTanh[0];
+  constexpr float c1 = kSmallTanh[1];
+  constexpr float c2 = kSmallTanh[2];
+  constexpr float c3 = kSmallTanh[3];
+  constexpr float c4 = kSmallTanh[4];
+  float series = std::fma(square, c4, c3);
+  series = std::fma(square, series, c2);
+  series = std::fma(square, series, c1);
+  series = std::fma(square, series, c0);
   const float small = std::fma(x * square, series, x);
   const float large = std::copysign(std::fma(-2.0f, part, 1.0f), x);
   // part (1 - part), to which errors of part = 1/2 are nothing: slopes of tiny x are all the same.
