@@ -175,7 +175,7 @@ def additive_attention_fwd_kernel(
     tl.store(stats_ptr + part_row * 2 + 1, total, mask=query_valid)
 
 
-@triton.jit(do_not_specialize=["batch", "rows_k", "parts", "rows_apart", "parts_apart"])
+@triton.jit(do_not_specialize=["rows_k", "parts", "rows_apart", "parts_apart"])
 def merge_parts_kernel(
     partial_ptr,
     part_stats_ptr,

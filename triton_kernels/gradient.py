@@ -186,7 +186,7 @@ def additive_attention_grad_kernel(
         if not WHOLE_SEQUENCES:
             end_row = tl.minimum(extent, begin_row + BLOCK_ROWS)
 
-        features = score_weight_ptr + head * stride_wh
+        weight_row = score_weight_ptr + head * stride_wh
         rows_ptr = row_ptr + row_place * stride_rb + row_start * stride_rt + head * stride_rh
         cols_ptr = col_ptr + col_place * stride_cb + col_start * stride_ct + head * stride_ch
         dscores_item = (
@@ -243,7 +243,7 @@ def additive_attention_grad_kernel(
                             rows,
                             cols,
                             dscores,
-                            features,
+                            weight_row,
                             gradients,
                             row,
                             length,
@@ -272,7 +272,7 @@ def additive_attention_grad_kernel(
             store_columns(
                 sums_ptr,
                 dcol_item,
-                features,
+                weight_row,
                 all_columns.to(tl.int32),
                 tl.where(length > 0, columns, 0).to(tl.int32),
                 pair,

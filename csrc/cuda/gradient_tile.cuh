@@ -45,13 +45,13 @@ struct Shared {
   float room[kWarps];
 };
 
-// Some queries of a sequence, a feature chunk, and the keys of the block.
+// Some queries of a sequence and head, and a chunk of features, to meet the keys of the block.
 struct Unit {
   const GradientCall& call;
   const Span& span;
   int64_t head;
-  int64_t col;
-  int query;
+  int64_t col;  // of the first feature
+  int query;    // the first, of the span's
   int queries;
   bool first;  // to add to dkey
   bool last;
