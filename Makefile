@@ -30,6 +30,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 PIP := $(PY) -m pip --disable-pip-version-check
 # Only files whose hashes are written down, and no sources, whose build would fetch others.
 LOCKED := install -qq --require-hashes --only-binary=:all: --no-deps
+LOCKED_CUDA := $(LOCKED) -r requirements/locked-torch.txt -r requirements/locked-cuda.txt
 UV ?= uv
 
 help: ## list the targets
@@ -118,12 +119,12 @@ $(VENV)/.installed: $(wildcard requirements/*.txt)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(LOCKED) -r requirements/locked.txt
 ifeq ($(TORCH),)
-	@# The registry's own build is for CUDA and takes several GB: not where nobody asked for it.
+	@# The build for CPUs saves several GB, and is locked for some Pythons only.
 	@$(PIP) $(LOCKED) -r requirements/torch-cpu.txt || { \
-	    echo "make: pip could not install PyTorch for CPUs, see above;" \
-	        "TORCH=cuda takes the registry's, for CUDA, several GB" >&2; exit 1; }
+	    echo "make: pip could not install a locked PyTorch for CPUs, see above;" \
+	        "taking the registry's, for CUDA, several GB" >&2; $(PIP) $(LOCKED_CUDA); }
 else ifeq ($(TORCH),cuda)
-	$(PIP) $(LOCKED) -r requirements/locked-torch.txt -r requirements/locked-cuda.txt
+	$(PIP) $(LOCKED_CUDA)
 else
 	@# One's own choice cannot be locked, but it exchanges nothing that is.
 	@sed -n 's/^\([a-z].*\) \\$$/\1/p' requirements/locked.txt >$(VENV)/kept.txt

@@ -187,13 +187,13 @@ def installed(tmp_path):
     return install
 
 
-def test_make_takes_no_build_for_cuda_that_nobody_asked_for(installed):
+def test_make_says_when_it_takes_the_build_for_cuda(installed):
+    """Of some Pythons no build for CPUs is locked; the registry's takes its time."""
     run, installs = installed(no_cpu_build="1")
-    assert run.returncode != 0
-    assert "torch-cpu.txt" in installs[-1] and "locked-" not in "".join(installs)
+    assert run.returncode == 0
+    assert "torch-cpu.txt" in installs[-2] and "locked-cuda.txt" in installs[-1]
     (line,) = [line for line in run.stderr.splitlines() if line.startswith("make: pip")]
-    assert "TORCH=cuda" in line and "several GB" in line
-    assert installed()[0].returncode == 0  # begins anew, and is whole
+    assert "for CUDA, several GB" in line
 
 
 def test_make_installs_the_torch_that_is_chosen(installed):
