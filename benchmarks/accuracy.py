@@ -25,7 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT / "tests") not in sys.path:
     sys.path.append(str(ROOT / "tests"))
 
-import helpers  # noqa: E402 - the tests' inputs, formulas and budget
+import helpers  # noqa: E402 - the tests' budget, inputs and formulas
+from layouts import Inputs, make_inputs  # noqa: E402
+from yardstick import Results, differentiate, formula, worst, yardsticks  # noqa: E402
 
 from attn_ext import backends  # noqa: E402
 
@@ -78,10 +80,10 @@ def thinned(points: list[Point], thin: int) -> list[Point]:
     return [point for point in points if replace(point, dtype=DTYPES[0]) in kept]
 
 
-def inputs_of(point: Point) -> helpers.Inputs:
+def inputs_of(point: Point) -> Inputs:
     """Random inputs; float64 gets those of float32, and bfloat16 those of float16."""
     seed = MAGNITUDES.index(point.magnitude) * len(FEATURES) + FEATURES.index(point.features)
-    inputs = helpers.make_inputs(
+    inputs = make_inputs(
         "padded",
         lengths_q=[point.queries],
         lengths_k=[point.keys],
@@ -96,7 +98,7 @@ def inputs_of(point: Point) -> helpers.Inputs:
     return inputs.to(point.dtype)
 
 
-def incoming_of(inputs: helpers.Inputs) -> helpers.Results:
+def incoming_of(inputs: Inputs) -> Results:
     """Random gradients of context and weights, which every dtype has."""
     device = inputs.leaves["query"].device
     generator = torch.Generator("cpu").manual_seed(1)
@@ -110,7 +112,7 @@ def incoming_of(inputs: helpers.Inputs) -> helpers.Results:
     }
 
 
-def exactly(inputs: helpers.Inputs, incoming: helpers.Results) -> helpers.Results:
+def exactly(inputs: Inputs, incoming: Results) -> Results:
     """The results in float64 by the formulas of the paper, about CHUNK elements at a time."""
     query, key, value = (inputs.leaves[name][0].double() for name in ("query", "key", "value"))
     weight = inputs.leaves["score_weight"].double()
@@ -141,16 +143,14 @@ def exactly(inputs: helpers.Inputs, incoming: helpers.Results) -> helpers.Result
     return {**batched, "dscore_weight": dweight}
 
 
-def eagerly(
-    inputs: helpers.Inputs, incoming: helpers.Results, reverse: bool = False
-) -> helpers.Results:
-    return helpers.differentiate(
-        lambda leaves: helpers.formula(inputs, leaves, reverse=reverse), inputs.leaves, incoming
+def eagerly(inputs: Inputs, incoming: Results, reverse: bool = False) -> Results:
+    return differentiate(
+        lambda leaves: formula(inputs, leaves, reverse=reverse), inputs.leaves, incoming
     )
 
 
-def by_backend(inputs: helpers.Inputs, incoming: helpers.Results, backend: str) -> helpers.Results:
-    return helpers.differentiate(
+def by_backend(inputs: Inputs, incoming: Results, backend: str) -> Results:
+    return differentiate(
         lambda leaves: helpers.call(inputs, leaves, backend=backend, need_weights=True),
         inputs.leaves,
         incoming,
@@ -161,24 +161,22 @@ class Yardstick:
     """Exact results and eager's errors, both kept for the next point if it has the same inputs."""
 
     def __init__(self) -> None:
-        self._exact: tuple[Point, helpers.Results] | None = None
-        self._float32: tuple[Point, helpers.Results] | None = None
+        self._exact: tuple[Point, Results] | None = None
+        self._float32: tuple[Point, Results] | None = None
 
-    def at(
-        self, point: Point, inputs: helpers.Inputs, incoming: helpers.Results
-    ) -> tuple[helpers.Results, helpers.Results]:
+    def at(self, point: Point, inputs: Inputs, incoming: Results) -> tuple[Results, Results]:
         """Exact results, and results with the largest error that eager PyTorch has in two orders
         of summation or, in small calls, whose errors may happen to be small, with random roundings.
         """
         if point.elements < LARGE:
-            return helpers.yardsticks(inputs, incoming, samples=6)
+            return yardsticks(inputs, incoming, samples=6)
         exact = self._exact_at(point, inputs, incoming)
         orders = (False, True) if point.dtype.itemsize > 2 else (False,)
-        largest = helpers.worst(exact, *(eagerly(inputs, incoming, order) for order in orders))
+        largest = worst(exact, *(eagerly(inputs, incoming, order) for order in orders))
         if point.dtype == torch.float32:
             self._float32 = point, largest
         elif point.dtype == torch.float64:
-            # Its own error is largely the yardstick's: see helpers.yardsticks.
+            # Its own error is largely the yardstick's: see yardsticks.
             single = replace(point, dtype=torch.float32)
             if self._float32 is None or self._float32[0] != single:
                 self.at(single, inputs.to(torch.float32), incoming)
@@ -191,7 +189,7 @@ class Yardstick:
             }
         return exact, largest
 
-    def _exact_at(self, point: Point, inputs: helpers.Inputs, incoming: helpers.Results):
+    def _exact_at(self, point: Point, inputs: Inputs, incoming: Results):
         same_inputs = torch.float16 if point.dtype.itemsize == 2 else torch.float32
         of_inputs = replace(point, dtype=same_inputs)
         if self._exact is None or self._exact[0] != of_inputs:
@@ -260,7 +258,10 @@ def providers() -> dict[str, Provider]:
 
 
 def compute_forked(
-    provider: Provider, inputs: helpers.Inputs, incoming: helpers.Results, exact: helpers.Results
+    provider: Provider,
+    inputs: Inputs,
+    incoming: Results,
+    exact: Results,
 ) -> dict[str, float]:
     """Largest errors of a provider, by result."""
     if provider.device != "cpu":
@@ -284,7 +285,10 @@ def compute_forked(
 
 
 def errors_of(
-    provider: Provider, inputs: helpers.Inputs, incoming: helpers.Results, exact: helpers.Results
+    provider: Provider,
+    inputs: Inputs,
+    incoming: Results,
+    exact: Results,
 ) -> dict[str, float]:
     leaves = {name: leaf.to(provider.device) for name, leaf in inputs.leaves.items()}
     there = {name: gradient.to(provider.device) for name, gradient in incoming.items()}

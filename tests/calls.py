@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, fields
 
 import hypothesis
 import torch
-from helpers import (
+from hypothesis import strategies as st
+from layouts import (
     INPUT_NAMES,
     JAGGED_KEY_LAYOUTS,
     JAGGED_QUERY_LAYOUTS,
@@ -23,7 +24,6 @@ from helpers import (
     make_inputs,
     with_strides,
 )
-from hypothesis import strategies as st
 from torch import Tensor
 
 from attn_ext.backends import IN_DOUBLE

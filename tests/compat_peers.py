@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Results, assert_within_budget
+from helpers import assert_within_budget
 from torch import Tensor, nn
+from yardstick import Results
 
 from attn_ext import compat
 

@@ -3,17 +3,10 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from helpers import (
-    INPUT_NAMES,
-    Inputs,
-    Results,
-    assert_within_budget,
-    exact_tanh,
-    formula,
-    make_inputs,
-    worst,
-)
+from helpers import assert_within_budget
+from layouts import INPUT_NAMES, Inputs, make_inputs
 from torch import Tensor
+from yardstick import Results, exact_tanh, formula, worst
 
 from attn_ext import AttentionMemory
 

@@ -100,9 +100,10 @@ def replace_text(path: Path, text: str) -> None:
 
 # What a result depends on: the code that is tested, what tests it, and the packages that compute
 # and draw the calls.
+TEST_MODULES = ("calls", "conftest", "fuzz", "helpers", "layouts", "properties", "yardstick")
 SOURCES = (
     *("attn_ext/*.py", "attn_ext/*.so", "triton_kernels/*.py", "csrc/**/*.*"),
-    *(f"tests/{name}.py" for name in ("calls", "conftest", "fuzz", "helpers", "properties")),
+    *(f"tests/{name}.py" for name in TEST_MODULES),
     *("tests/emulated_cuda.py", "tests/cuda_emulation/*.*"),
 )
 PACKAGES = ("torch", "triton", "hypothesis")

@@ -10,19 +10,11 @@ from functools import cached_property
 
 import torch
 from calls import Call, finished, incoming_of, inputs_of, result_shapes
-from helpers import (
-    LOOKS,
-    Inputs,
-    Results,
-    assert_within_budget,
-    compare,
-    differentiate,
-    draw_keep,
-    make_inputs,
-    yardsticks,
-)
+from helpers import LOOKS, assert_within_budget, compare
 from helpers import call as attend
+from layouts import Inputs, draw_keep, make_inputs
 from torch import Tensor
+from yardstick import Results, differentiate, yardsticks
 
 import attn_ext
 

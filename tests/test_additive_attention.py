@@ -4,20 +4,10 @@ import random
 
 import pytest
 import torch
-from helpers import (
-    INPUT_NAMES,
-    LAYOUTS,
-    assert_within_budget,
-    call,
-    check,
-    compare,
-    differentiate,
-    incoming_gradients,
-    make_inputs,
-    require_dtype,
-    yardsticks,
-)
+from helpers import assert_within_budget, call, check, compare, incoming_gradients, require_dtype
+from layouts import INPUT_NAMES, LAYOUTS, make_inputs
 from parameters import DTYPES, MAIN_LAYOUTS, dtype_id, named
+from yardstick import differentiate, yardsticks
 
 from attn_ext import backends
 

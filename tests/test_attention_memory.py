@@ -19,13 +19,10 @@ from decoders import (
     plain_decoding,
     queries_of,
 )
-from helpers import (
-    Results,
-    assert_within_budget,
-    draw_keep,
-    require_dtype,
-)
+from helpers import assert_within_budget, require_dtype
+from layouts import draw_keep
 from torch import Tensor
+from yardstick import Results
 
 import attn_ext
 

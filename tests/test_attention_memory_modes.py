@@ -23,11 +23,9 @@ from decoders import (
     named,
     queries_of,
 )
-from helpers import (
-    Results,
-    assert_within_budget,
-)
+from helpers import assert_within_budget
 from torch import Tensor
+from yardstick import Results
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

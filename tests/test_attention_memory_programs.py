@@ -18,12 +18,10 @@ from decoders import (
     named,
     queries_of,
 )
-from helpers import (
-    Results,
-    make_inputs,
-)
+from layouts import make_inputs
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from yardstick import Results
 
 
 def input_feeding(step: Step, leaves: dict[str, Tensor]) -> Results:

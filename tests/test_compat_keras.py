@@ -5,8 +5,9 @@ import os
 import pytest
 import torch
 from compat_peers import IGNORED, TK, TQ, B, D
-from helpers import Results, assert_within_budget
+from helpers import assert_within_budget
 from torch import Tensor
+from yardstick import Results
 
 from attn_ext import additive_attention, compat
 from attn_ext.compat import keras as keras_attention

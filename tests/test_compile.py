@@ -9,21 +9,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from helpers import (
-    LAYOUTS,
-    Inputs,
-    assert_within_budget,
-    differentiate,
-    draw_keep,
-    incoming_gradients,
-    make_inputs,
-    offsets_of,
-    require_backend,
-    yardsticks,
-)
+from helpers import assert_within_budget, incoming_gradients, require_backend
+from layouts import LAYOUTS, Inputs, draw_keep, make_inputs, offsets_of
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
+from yardstick import differentiate, yardsticks
 
 import attn_ext
 from attn_ext import AdditiveAttention

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import process_worker
 import pytest
 import torch
-from helpers import INPUT_NAMES, Inputs, call, incoming_gradients, make_inputs, require_backend
+from helpers import call, incoming_gradients, require_backend
+from layouts import INPUT_NAMES, Inputs, make_inputs
 from torch import Tensor
 
 import attn_ext

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from guards import NAN_BYTES, OTHER_BYTES, GuardedMemory, Guards
-from helpers import INPUT_NAMES
+from layouts import INPUT_NAMES
 from torch import Tensor
 
 import attn_ext

@@ -2,18 +2,12 @@
 
 import pytest
 import torch
-from helpers import (
-    INPUT_NAMES,
-    LAYOUTS,
-    call,
-    check,
-    differentiate,
-    incoming_gradients,
-    make_inputs,
-)
+from helpers import call, check, incoming_gradients
+from layouts import INPUT_NAMES, LAYOUTS, make_inputs
 from parameters import DTYPES, MAIN_LAYOUTS, dtype_id, named
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from yardstick import differentiate
 
 import attn_ext
 

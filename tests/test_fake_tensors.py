@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers import INPUT_NAMES, LAYOUTS, ONE_STEP_LAYOUTS, Inputs, call, make_inputs
+from helpers import call
+from layouts import INPUT_NAMES, LAYOUTS, ONE_STEP_LAYOUTS, Inputs, make_inputs
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import check, make_inputs, require_backend
+from helpers import check, require_backend
+from layouts import make_inputs
 from torch import Tensor
 
 import attn_ext

@@ -25,8 +25,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import (
-    BACKEND_DEVICES,
+from helpers import BACKEND_DEVICES, assert_within_budget, call, check, incoming_gradients
+from layouts import (
     INPUT_NAMES,
     JAGGED_KEY_LAYOUTS,
     JAGGED_QUERY_LAYOUTS,
@@ -34,16 +34,12 @@ from helpers import (
     LENGTHS_K,
     LENGTHS_Q,
     Inputs,
-    assert_within_budget,
-    call,
-    check,
-    differentiate,
-    incoming_gradients,
     make_inputs,
     offsets_of,
 )
 from parameters import MAIN_LAYOUTS, dtype_id, named
 from torch import Tensor
+from yardstick import differentiate
 
 import attn_ext
 from attn_ext import AttentionMemory, checks

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import INPUT_NAMES, Inputs, call, make_inputs
+from helpers import call
+from layouts import INPUT_NAMES, Inputs, make_inputs
 from torch import Tensor
 
 import attn_ext

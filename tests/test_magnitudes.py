@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers import check, make_inputs
+from helpers import check
+from layouts import make_inputs
 from parameters import MAIN_LAYOUTS, dtype_id, named
 
 

@@ -2,21 +2,11 @@
 
 import pytest
 import torch
-from helpers import (
-    Inputs,
-    call,
-    check,
-    compare,
-    differentiate,
-    incoming_gradients,
-    make_inputs,
-    offsets_of,
-    require_dtype,
-    with_strides,
-    yardsticks,
-)
+from helpers import call, check, compare, incoming_gradients, require_dtype
+from layouts import Inputs, make_inputs, offsets_of, with_strides
 from parameters import dtype_id, named
 from torch import Tensor
+from yardstick import differentiate, yardsticks
 
 import attn_ext
 

@@ -4,8 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import Results, assert_within_budget, offsets_of, require_dtype
+from helpers import assert_within_budget, require_dtype
+from layouts import offsets_of
 from torch import Tensor
+from yardstick import Results
 
 import attn_ext
 from attn_ext import AdditiveAttention

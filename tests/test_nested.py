@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import INPUT_NAMES, Inputs, make_inputs, require_backend
+from helpers import require_backend
+from layouts import INPUT_NAMES, Inputs, make_inputs
 from torch import Tensor
 
 import attn_ext

@@ -16,10 +16,10 @@ from helpers import (
     call,
     check,
     incoming_gradients,
-    make_inputs,
     require_dtype,
-    yardsticks,
 )
+from layouts import make_inputs
+from yardstick import yardsticks
 
 from benchmarks import accuracy
 

@@ -7,18 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import (
-    LAYOUTS,
-    ONE_STEP_LAYOUTS,
-    Inputs,
-    call,
-    differentiate,
-    incoming_gradients,
-    make_inputs,
-    require_backend,
-)
+from helpers import call, incoming_gradients, require_backend
+from layouts import LAYOUTS, ONE_STEP_LAYOUTS, Inputs, make_inputs
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from yardstick import differentiate
 
 import attn_ext
 from attn_ext import AttentionMemory, backends, ops

@@ -15,8 +15,8 @@ import properties
 import pytest
 import torch
 from calls import Call
-from helpers import INPUT_NAMES, Inputs
 from helpers import call as attend
+from layouts import INPUT_NAMES, Inputs
 from torch import Tensor
 
 import attn_ext

@@ -5,16 +5,10 @@ import math
 
 import pytest
 import torch
-from helpers import (
-    LAYOUTS,
-    Inputs,
-    assert_within_budget,
-    call,
-    check,
-    formula,
-    make_inputs,
-)
+from helpers import assert_within_budget, call, check
+from layouts import LAYOUTS, Inputs, make_inputs
 from torch import Tensor
+from yardstick import formula
 
 import attn_ext
 from attn_ext import reference

@@ -2,14 +2,8 @@
 
 import pytest
 import torch
-from helpers import (
-    INPUT_NAMES,
-    LAYOUTS,
-    check,
-    incoming_gradients,
-    make_inputs,
-    with_strides,
-)
+from helpers import check, incoming_gradients
+from layouts import INPUT_NAMES, LAYOUTS, make_inputs, with_strides
 from parameters import MAIN_LAYOUTS, dtype_id, named
 from torch import Tensor
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import INPUT_NAMES, LAYOUTS, Inputs, call, make_inputs, require_backend
+from helpers import call, require_backend
+from layouts import INPUT_NAMES, LAYOUTS, Inputs, make_inputs
 from torch import Tensor
 from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 

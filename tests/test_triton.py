@@ -5,7 +5,8 @@ Run by ``make test`` in Triton's interpreter (TRITON_INTERPRET=1), and on a GPU 
 
 import pytest
 import torch
-from helpers import BACKEND_DEVICES, Inputs, check, make_inputs, require_backend
+from helpers import BACKEND_DEVICES, check, require_backend
+from layouts import Inputs, make_inputs
 from torch import Tensor
 
 import attn_ext

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from helpers import RandomRounding, check, make_inputs
 from helpers import call as attend
+from helpers import check
+from layouts import make_inputs
 from torch import Tensor
+from yardstick import RandomRounding
 
 
 def test_what_float32_holds_stays():

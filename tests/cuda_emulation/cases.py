@@ -10,17 +10,9 @@ from contextlib import contextmanager
 import emulated_cuda
 import pytest
 import torch
-from helpers import (
-    INPUT_NAMES,
-    LENGTHS_K,
-    Inputs,
-    Results,
-    call,
-    check,
-    differentiate,
-    incoming_gradients,
-    make_inputs,
-)
+from helpers import call, check, incoming_gradients
+from layouts import INPUT_NAMES, LENGTHS_K, Inputs, make_inputs
+from yardstick import Results, differentiate
 
 import attn_ext
 
