@@ -67,7 +67,7 @@ class RandomRounding:
         return torch.where(x.float().double() == x, x, moved)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _Varied.apply(x, self)
+        return _Varied.apply(x, self, False)
 
     def sum(self, x: Tensor, axis: int) -> Tensor:
         """By pairs, sums of pairs and so on, each of which is rounded."""
@@ -89,7 +89,7 @@ class RandomRounding:
 
     def input(self, x: Tensor) -> Tensor:
         """The same numbers, of which only gradients are rounded."""
-        return _VariedGradient.apply(x, self)
+        return _Varied.apply(x, self, True)
 
     def softmax(self, x: Tensor) -> Tensor:
         """Over axis 1, which may be empty."""
@@ -99,24 +99,13 @@ class RandomRounding:
 
 class _Varied(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, rounding: RandomRounding) -> Tensor:
+    def forward(ctx, x: Tensor, rounding: RandomRounding, is_exact: bool) -> Tensor:
         ctx.rounding = rounding
-        return rounding.vary(x)
+        return x.view_as(x) if is_exact else rounding.vary(x)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        return ctx.rounding.vary(gradient), None
-
-
-class _VariedGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, rounding: RandomRounding) -> Tensor:
-        ctx.rounding = rounding
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return ctx.rounding.vary(gradient), None
+        return ctx.rounding.vary(gradient), None, None
 
 
 class _VariedTanh(torch.autograd.Function):
