@@ -77,7 +77,9 @@ def run_chunk(backend: str, seed: int, chunk: int, cases: int, folder: Path) -> 
             if isinstance(result, str):
                 failures.append({"property": name, "error": result, "call": call.to_json()})
 
+    properties.looks_taken.clear()
     calls.draw_calls(use, backend, seed_of(seed, chunk), cases)
+    counts["samples"].update({str(n): count for n, count in properties.looks_taken.items()})
     result = {
         "chunk": chunk,
         "cases": sum(counts["layout"].values()),

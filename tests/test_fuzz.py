@@ -44,5 +44,6 @@ def test_digest_covers_what_a_run_reads():
     of_tests = {path for path in imported if path.parent == TESTS}
     assert {path.stem for path in of_tests} > set(fuzz.TEST_MODULES)
     assert of_tests <= covered
-    assert {path for path in imported if path.match("attn_ext/*.py")} - covered == set()
+    ours = {fuzz.ROOT / "attn_ext" / path.name for path in imported if path.match("attn_ext/*.py")}
+    assert len(ours) > 8 and ours <= covered
     assert set((TESTS / "cuda_emulation").glob("*.[ch]*")) <= covered

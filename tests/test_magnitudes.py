@@ -105,6 +105,30 @@ def test_cancelling_features_beside_an_informative_one(backend: str, weight: flo
     check(inputs, backend)
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("scale", "weight"), [(0.1, 1e3), (0.05, 3e3), (0.02, 3e3)])
+def test_weights_of_nearly_one_where_every_tanh_is_small(
+    backend: str, scale: float, weight: float, seed: int
+):
+    """The score gradient of such a weight is rounded to 0: those of a query have a sum then."""
+    inputs = make_inputs(
+        "padded", lengths_q=[5] * 2, lengths_k=[7] * 2, features=33, scale=scale, seed=seed
+    )
+    inputs.leaves["score_weight"] *= weight
+    check(inputs, backend)
+
+
+def test_gradients_near_the_largest_number(backend: str):
+    """Finite where the results are, though score weights are large."""
+    inputs = make_inputs("padded", lengths_q=[3], lengths_k=[4], features=32)
+    for name in ("query", "key"):
+        inputs.leaves[name][..., :16] = 20
+    inputs.leaves["score_weight"][:] = 1e-6
+    inputs.leaves["score_weight"][:16] = 1e7
+    incoming = {"context": torch.full((1, 3, 8), 1e31, device=inputs.leaves["value"].device)}
+    check(inputs, backend, need_weights=False, incoming=incoming)
+
+
 @pytest.mark.parametrize("distance", [1, 4, 8, 16])
 def test_product_of_large_factors_stays_finite(backend: str, distance: int):
     """Two features that share a reciprocal, at the end of the range."""

@@ -93,8 +93,8 @@ class RandomRounding:
 
     def softmax(self, x: Tensor) -> Tensor:
         """Over axis 1, which may be empty."""
-        powers = (x - x.detach().amax(1, keepdim=True)).exp() if x.size(1) else x
-        return self(self(powers) / self.sum(self(powers), 1).unsqueeze(1))
+        powers = self((x - x.detach().amax(1, keepdim=True)).exp()) if x.size(1) else x
+        return self(powers / self.sum(powers, 1).unsqueeze(1))
 
 
 class _Varied(torch.autograd.Function):

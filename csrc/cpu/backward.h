@@ -31,30 +31,31 @@ struct ScoreRows {
   }
 
   int64_t offset(int64_t i) const { return unit.scores + (range.query + i) * unit.ld + range.key; }
-  void scale_dscores(int64_t i) const {
-    const T scale = call.dscore_scale[unit.head];
-    for (int64_t j = 0; j < range.key_count; ++j) {
-      dscores(i)[j] *= scale;
-    }
-  }
   // Number of query i in its sequence.
   int64_t query(int64_t i) const { return unit.query + range.query + i; }
 };
 
-// sum |alpha| values and sum |alpha|.
+// sum |alpha| values and sum |alpha|, in blocks: rounding errors then hardly grow with the keys.
+// Those of delta are left in sum s, which must not be more than dquery where every tanh is small.
 template <class T>
 Delta<T> weigh(const T* alpha, const T* values, int64_t count) {
+  constexpr int64_t kBlock = 64 * kLanes<T>;
   Vec<T> weighted{};
   Vec<T> total{};
-  int64_t j = 0;
-  for (; j + kLanes<T> <= count; j += kLanes<T>) {
-    const Vec<T> weight = magnitude<T>(load<T>(alpha + j));
-    weighted += weight * load<T>(values + j);
-    total += weight;
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t end = smaller(begin + kBlock, count);
+    Vec<T> block_weighted{};
+    Vec<T> block_total{};
+    int64_t j = begin;
+    for (; j + kLanes<T> <= end; j += kLanes<T>) {
+      const Vec<T> weight = magnitude<T>(load<T>(alpha + j));
+      block_weighted += weight * load<T>(values + j);
+      block_total += weight;
+    }
+    const Vec<T> last = magnitude<T>(load_partial<T>(alpha + j, end - j));
+    weighted += block_weighted + last * load_partial<T>(values + j, end - j);
+    total += block_total + last;
   }
-  const Vec<T> last = magnitude<T>(load_partial<T>(alpha + j, count - j));
-  weighted += last * load_partial<T>(values + j, count - j);
-  total += last;
   return {sum_of_lanes<T>(weighted), sum_of_lanes<T>(total)};
 }
 
@@ -102,12 +103,12 @@ void finish_scores(const BackwardCall<T>& call, const UnitBlock& range) {
   const Dropout& dropout = call.problem->dropout;
   const T keep_scale = static_cast<T>(dropout.keep_scale);
   for (int64_t i = 0; i < range.query_count; ++i) {
-    Delta<T> sums{0, 0};
+    Delta<double> sums{0, 0};
     for (int64_t chunk = 0; chunk < unit.chunks; ++chunk) {
-      sums.weighted += rows.delta(i, chunk).weighted;
-      sums.total += rows.delta(i, chunk).total;
+      sums.weighted += static_cast<double>(rows.delta(i, chunk).weighted);
+      sums.total += static_cast<double>(rows.delta(i, chunk).total);
     }
-    const T delta = sums.weighted / sums.total;
+    const T delta = static_cast<T>(sums.weighted / sums.total);
     T* alpha = rows.alpha(i);
     T* s = rows.dscores(i);
     for (int64_t j = 0; j < range.key_count; ++j) {
@@ -137,7 +138,6 @@ void finish_scores(const BackwardCall<T>& call, const UnitBlock& range) {
       write_along_keys<T>(ds, range.key, range.key_count, s);
       write_along_keys<T>(weights, range.key, range.key_count, alpha);
     }
-    rows.scale_dscores(i);
   }
 }
 
@@ -196,7 +196,6 @@ void load_step_scores(const BackwardCall<T>& call, const UnitBlock& range) {
     weights.base = weights_base + rows.query(i) * call.step_weights.col;
     read_along_keys<T>(ds, range.key, range.key_count, rows.dscores(i));
     read_along_keys<T>(weights, range.key, range.key_count, rows.alpha(i));
-    rows.scale_dscores(i);
   }
 }
 

@@ -48,8 +48,7 @@ struct BackwardCall {
   bool needs_weights = false;       // alpha, for dvalue
   const T* score_weight = nullptr;  // [heads, padded_columns(dim)], padded by 0
   T* alpha = nullptr;               // the wave's scores, [query, key] of each unit
-  T* dscores = nullptr;             // s times dscore_scale
-  const T* dscore_scale = nullptr;  // [heads], see dscore_scales
+  T* dscores = nullptr;
   Delta<T>* deltas = nullptr;
   T* partial_dquery = nullptr;        // [partial_rows, padded_columns(dim)]
   double* partial_dweight = nullptr;  // [weight_rows, dim], null unless asked for

@@ -2,7 +2,6 @@
 #include "driver.h"
 
 #include <algorithm>
-#include <cmath>
 #include <iterator>
 
 #include "runtime.h"
@@ -30,24 +29,6 @@ void run_phase(const Call& call, const std::vector<Item>& items, double cost,
                void (*function)(const Call&, const Item&)) {
   for_each_item(static_cast<int64_t>(items.size()), cost,
                 [&](int64_t n) { function(call, items[n]); });
-}
-
-// Powers of two, one a head, that dscores are multiplied by: 4 times about the largest |w|. The
-// sums of s (1 - t^2) / 4 that w multiplies in the end then have the magnitude of the gradients,
-// and do not underflow before these do.
-template <class T>
-Buffer<T> dscore_scales(const Problem& problem, const T* score_weight) {
-  constexpr T kLargest = T(1 << 24);
-  Buffer<T> scales(problem.heads);
-  for (int64_t head = 0; head < problem.heads; ++head) {
-    T largest = 1;
-    for (int64_t c = 0; c < problem.dim; ++c) {
-      const T size = std::fabs(score_weight[head * padded_columns(problem.dim) + c]);
-      largest = size > largest ? size : largest;  // not if it is NaN
-    }
-    scales.get()[head] = 4 * std::exp2(std::floor(std::log2(std::min(largest, kLargest))));
-  }
-  return scales;
 }
 
 // dscore_weight += the wave's partial rows, one head after the other, in their order.
@@ -148,9 +129,7 @@ void run_backward(BackwardCall<T> call, bool from_steps, const Rows& dscore_weig
   const int64_t weights = problem.heads * problem.dim;
   Buffer<double> dscore_weight(weights);
   std::fill_n(dscore_weight.get(), weights, 0.0);
-  const Buffer<T> scales = dscore_scales(problem, score_weight.get());
   call.score_weight = score_weight.get();
-  call.dscore_scale = scales.get();
   call.dscore_weight = dscore_weight_out.data != nullptr ? dscore_weight.get() : nullptr;
   WaveBuffers<T> buffers;
   BackwardPlan plan(problem);

@@ -16,6 +16,12 @@ constexpr int64_t kWeightTerms = 512;
 // Queries whose share of dkey is summed in registers before it joins the sum in memory.
 constexpr int64_t kRunQueries = 128;
 
+// Scores' gradients below it times a slope, which is 0 or at least 2^-54, may underflow.
+template <class T>
+constexpr T kTinyScore = T(0x1p-70f);
+template <>
+inline constexpr double kTinyScore<double> = 0x1p-960;
+
 // The features [col, col + cols) of one unit against tiles of its keys.
 template <class T>
 class GradientBlock {
@@ -35,23 +41,22 @@ class GradientBlock {
         exact_key_(tile_keys_, item.cols, scratch),
         exact_query_(unit.query_count, item.cols, scratch),
         dweight_total_(dweight),
-        scale_(call.dscore_scale[unit.head]) {
+        scratch_(scratch) {
     const int64_t padded = steps_ * kStep<T>;
     dquery_ = scratch.take<T>(steps_ * step_stride<T>(unit.query_count));
     dkey_ = scratch.take<T>(steps_ * step_stride<T>(tile_keys_));
     row_ = scratch.take<T>(padded);
     dweight_ = scratch.take<T>(padded);
-    left_out_ = scratch.take<double>(unit.query_count);
-    shifted_keys_ = scratch.take<int64_t>(unit.query_count);
+    shifts_ = scratch.take<Shift>(unit.query_count);
     for (int64_t i = 0; i < unit.query_count; ++i) {
-      left_out_[i] = 0;
-      shifted_keys_[i] = 0;
+      shifts_[i] = {0, 0, 0};
     }
     pad_row<T>(dquery_, 0, steps_ * step_stride<T>(unit.query_count), 0);
     pad_row<T>(dweight_, 0, padded, 0);
   }
 
   void run(int64_t first, int64_t count) {
+    read_scores(first, count);
     for (int64_t j = 0; j < count; j += tile_keys_) {
       run_tile(first + j, smaller(tile_keys_, count - j));
     }
@@ -62,6 +67,46 @@ class GradientBlock {
   }
 
  private:
+  // Scores' gradients s of the item's keys, which begin with `first`.
+  struct Scores {
+    const T* data;
+    int64_t ld;
+    int64_t first;
+    T lift;  // by which they are multiplied
+
+    const T* at(int64_t i, int64_t key) const { return data + i * ld + (key - first); }
+  };
+
+  // What a query's sums leave out: sum s and sum |s| of so many keys.
+  struct Shift {
+    double left_out;
+    double magnitude;
+    int64_t keys;
+  };
+
+  // Lifts s out of the smallest numbers if all are there: s (1 - t^2), which w multiplies in the
+  // end, would underflow before w s (1 - t^2) does.
+  void read_scores(int64_t first, int64_t count) {
+    const T* s = call_.dscores + unit_.scores + first;
+    T largest = 0;
+    for (int64_t i = 0; i < unit_.query_count; ++i) {
+      for (int64_t j = 0; j < count; ++j) {
+        const T size = __builtin_fabs(s[i * unit_.ld + j]);
+        largest = size > largest ? size : largest;
+      }
+    }
+    scores_ = {s, unit_.ld, first, 1};
+    if (largest > 0 && largest < kTinyScore<T>) {
+      T* lifted = scratch_.take<T>(unit_.query_count * count);
+      scores_ = {lifted, count, first, 1 / kTinyScore<T>};
+      for (int64_t i = 0; i < unit_.query_count; ++i) {
+        for (int64_t j = 0; j < count; ++j) {
+          lifted[i * count + j] = s[i * unit_.ld + j] * scores_.lift;
+        }
+      }
+    }
+  }
+
   void run_tile(int64_t first, int64_t keys) {
     const KeyBlock<T> block = key_block<T>(side_, first, keys, item_.col, item_.cols, room_);
     exact_keys_ready_ = false;
@@ -111,8 +156,8 @@ class GradientBlock {
                                          a_step.row,
                                          b_step.data + j * b_step.row,
                                          b_step.row,
-                                         call_.dscores + unit_.scores + i * unit_.ld + first + j,
-                                         unit_.ld,
+                                         scores_.at(i, first + j),
+                                         scores_.ld,
                                          end - i,
                                          dquery_ + p * step_stride<T>(rows) + i * kStep<T>,
                                          dkey_ + p * step_stride<T>(keys) + j * kStep<T>,
@@ -145,17 +190,25 @@ class GradientBlock {
   // Notes what the shift leaves out of queries [begin, end) for keys [key, key + keys).
   void add_shifted(int64_t begin, int64_t end, int64_t key, int64_t keys) {
     for (int64_t i = begin; i < end; ++i) {
-      const T* s = call_.dscores + unit_.scores + i * unit_.ld + key;
+      const T* s = scores_.at(i, key);
       for (int64_t j = 0; j < keys; ++j) {
-        left_out_[i] += static_cast<double>(s[j]);
+        const double score = static_cast<double>(s[j]);
+        shifts_[i].left_out += score;
+        shifts_[i].magnitude += score < 0 ? -score : score;
       }
-      shifted_keys_[i] += keys;
+      shifts_[i].keys += keys;
     }
   }
 
-  // What is to be added to the sums of query i: 0 where all keys were shifted, as sum_j s_ij = 0.
+  // What is to be added to the sums of query i: 0 where all keys were shifted, as sum_j s_ij = 0,
+  // unless finish_scores left it as it is: of a weight that is 1 but for less than epsilon, s is 0.
   T shift_of_query(int64_t i) const {
-    return shifted_keys_[i] == unit_.key_count ? T(0) : static_cast<T>(left_out_[i]);
+    constexpr double kRounding = 0x1p-12;  // more of sum |s| than rounding leaves
+    const Shift& shift = shifts_[i];
+    const double size = shift.left_out < 0 ? -shift.left_out : shift.left_out;
+    return shift.keys == unit_.key_count && size <= kRounding * shift.magnitude
+               ? T(0)
+               : static_cast<T>(shift.left_out);
   }
 
   bool wants_keys() const { return call_.dkey.data != nullptr || call_.partial_dweight != nullptr; }
@@ -187,26 +240,25 @@ class GradientBlock {
     weight_terms_ = 0;
     if (dweight_total_ != nullptr) {
       for (int64_t c = 0; c < item_.cols; ++c) {
-        dweight_total_[c] += static_cast<double>(dweight_[c]) / static_cast<double>(scale_);
+        dweight_total_[c] += static_cast<double>(dweight_[c]) / static_cast<double>(scores_.lift);
       }
       pad_row<T>(dweight_, 0, steps_ * kStep<T>, 0);
     }
   }
 
-  // out = w (4 sums + shift) / scale for row r of `rows` rows of sums, which are of quarters.
+  // out = w (4 sums + shift) / lift for row r of `rows` rows of sums, which are of quarters.
   void final_row(const T* data, int64_t r, int64_t rows, T shift, T* out) const {
     const T* weight = score_weights(call_, unit_.head) + item_.col;
-    const T factor = 4 / scale_;
-    shift *= T(0.25);
+    const T unlift = 1 / scores_.lift;
     for (int64_t c = 0; c < item_.cols; c += kStep<T>) {
       const T* sums = data + c / kStep<T> * step_stride<T>(rows) + r * kStep<T>;
       if (c + kStep<T> <= item_.cols) {
         for (int64_t n = 0; n < kStep<T>; n += kLanes<T>) {
-          store<T>(out + c + n, factor * load<T>(weight + c + n) * (load<T>(sums + n) + shift));
+          store<T>(out + c + n, load<T>(weight + c + n) * (4 * load<T>(sums + n) + shift) * unlift);
         }
       } else {
         for (int64_t n = 0; n < item_.cols - c; ++n) {
-          out[c + n] = factor * weight[c + n] * (sums[n] + shift);
+          out[c + n] = weight[c + n] * (4 * sums[n] + shift) * unlift;
         }
       }
     }
@@ -266,13 +318,13 @@ class GradientBlock {
   const PanelRoom<T> exact_key_;
   const PanelRoom<T> exact_query_;
   double* const dweight_total_;
-  const T scale_;
+  Scratch& scratch_;
+  Scores scores_;
   T* dweight_;
   T* dquery_;
   T* dkey_;
   T* row_;
-  double* left_out_;
-  int64_t* shifted_keys_;
+  Shift* shifts_;
   int64_t weight_terms_ = 0;
   bool informative_ = false;
   bool exact_queries_ready_ = false;
