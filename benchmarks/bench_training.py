@@ -14,6 +14,7 @@ import gc
 import json
 import math
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -40,6 +41,12 @@ BATCHES = 4  # that a round trains on; bucketed, so many buckets of lengths
 SMALLEST, MOST = 256, 16_384  # sentences of a batch, where the search starts and ends
 RESOLUTION = 16  # the largest batch is known to one part in so many
 SPARED = 1 << 28  # 1 GiB of float32 that the search keeps free: later runs must not fail for it
+# How cuDNN, PyTorch and attn_ext say that a size is more than they take.
+REFUSED = re.compile(
+    r"CUDNN_STATUS_(NOT_SUPPORTED|BAD_PARAM)|ALLOC_FAILED|out of memory"
+    r"|too large|fewer than 2\^31|32.?bit ?ind|int(32)?_max|int(32_t)?>::max",
+    re.IGNORECASE,
+)
 CHECKED = 16  # sentences of the batch on which loss and gradients are compared
 
 
@@ -211,6 +218,11 @@ class Cell:
         return self.tokens / statistics.median(self.seconds)
 
 
+def refusal(error: RuntimeError) -> str | None:
+    """The line by which a library refuses a size; None of any other error, as an illegal access."""
+    return next(filter(REFUSED.search, str(error).splitlines()), None)
+
+
 class Bench:
     """Steps of one trainer, with one attention or another."""
 
@@ -248,8 +260,10 @@ class Bench:
             self.train(cell)
         except torch.OutOfMemoryError:
             found = "out of memory"
-        except RuntimeError as error:  # a size that some library does not take
-            found = str(error).splitlines()[0]
+        except RuntimeError as error:
+            found = refusal(error)
+            if found is None:
+                raise
         del spared
         if found is not None:
             gc.collect()  # of what was raised inside a step

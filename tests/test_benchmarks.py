@@ -237,26 +237,6 @@ def test_hand_written_attention_computes_the_modules(dtype):
     torch.testing.assert_close(*steps, **tolerances)
 
 
-@pytest.mark.parametrize("limit", [1, 5, 255, 256, 257, 1000, 4096, 20_000])
-def test_search_finds_the_largest_size(limit):
-    tried = []
-
-    def problem(size):
-        tried.append(size)
-        return "full" if size > limit else None
-
-    found, reason = bench_training.largest_size(problem, start=256, most=16_384)
-    assert found <= limit
-    assert min(limit, 16_384) - found <= found // bench_training.RESOLUTION
-    assert reason == ("full" if limit < 16_384 else "not more than 16384 were tried")
-    assert len(tried) == len(set(tried)) < 20
-
-
-def test_search_says_why_nothing_trains():
-    with pytest.raises(RuntimeError, match="one sentence does not train: full"):
-        bench_training.largest_size(lambda size: "full", start=8, most=16)
-
-
 TINY_MODEL = ["--hidden", "8", "--layers", "2", "--vocab-size", "300", "--seconds", "0"]
 
 
@@ -276,7 +256,8 @@ def test_training_prints_and_writes_its_table(decoder, monkeypatch, tmp_path, ca
     (written,) = (tmp_path / "results").glob("training_*.json")
     report = json.loads(written.read_text())
     assert report["text"].startswith(str(path)) and report["model"]["decoder"] == decoder
-    assert {name: found["share_of_error_budget"] <= 1 for name, found in report["checked"].items()}
+    assert report["checked"].keys() == {"eager", "attn_ext"}
+    assert all(found["share_of_error_budget"] <= 1 for found in report["checked"].values())
     rows = {(row["batching"], row["provider"]): row for row in report["rows"]}
     assert {key: row["batch"] for key, row in rows.items()} == {
         (batching, provider): batch
