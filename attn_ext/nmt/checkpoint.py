@@ -35,8 +35,7 @@ def save(path, kind, content):
         try:
             torch.save({"format": FORMAT, "kind": kind, **content}, file)
         except RuntimeError as error:  # what torch makes of a write that fails or is interrupted
-            reason = error.__context__
-            raise reason if isinstance(reason, OSError | KeyboardInterrupt) else error from None
+            raise error.__context__ or error from None
         file.write(_digest_of(file, file.tell()))
 
 
@@ -86,7 +85,8 @@ def _load(file, path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the error says it all
-            # The digest behind the archive is no obstacle: one is found from its end.
+            # The digest is no obstacle: a zip archive is found from the end of the file, whatever
+            # follows it.
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception:  # torch.load raises whatever its parsers do
         raise UsageError(f"{path} is not a file of attn_ext.nmt") from None

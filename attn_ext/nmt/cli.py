@@ -139,7 +139,7 @@ def atomic_file(path):
         with contextlib.suppress(OSError):
             os.unlink(unfinished)
         if isinstance(error, OSError):
-            raise UsageError(f"cannot write {path}: {error.strerror}") from None
+            raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
         raise
     with writing(path):
         directory = os.open(path.parent, os.O_RDONLY)

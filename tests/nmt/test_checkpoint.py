@@ -52,20 +52,41 @@ def test_no_copy_of_a_file_is_held(tmp_path):
     assert peak_of(checkpoint.load, path, "model") < path.stat().st_size / 4
 
 
-@pytest.mark.parametrize("reason", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_write_that_fails_says_why(tmp_path, monkeypatch, reason):
+class FailingFile:
+    """A file whose n-th write fails, and all after it."""
+
+    def __init__(self, file, reason, n):
+        self.file, self.reason, self.left = file, reason, n
+
+    def write(self, block):
+        self.left -= 1
+        if self.left <= 0:
+            raise self.reason
+        return self.file.write(block)
+
+
+@pytest.mark.parametrize("n", [1, 2, 9])
+@pytest.mark.parametrize(
+    ("reason", "line"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError("underlying stream"), "underlying stream"),
+        (KeyboardInterrupt(), None),
+        (MemoryError(), None),
+        (RuntimeError("a tensor cannot be copied"), None),
+    ],
+    ids=["disk", "stream", "interrupt", "memory", "tensor"],
+)
+def test_write_that_fails_says_why(tmp_path, monkeypatch, reason, line, n):
     """And not what torch makes of it."""
-
-    def save(content, file):
-        file.write(b"half")
-        try:
-            raise reason
-        finally:
-            raise RuntimeError("unexpected pos 4 vs 0")
-
-    monkeypatch.setattr(torch, "save", save)
-    with pytest.raises((checkpoint.UsageError, KeyboardInterrupt)) as error:
-        checkpoint.save(tmp_path / "model.pt", "model", CONTENT)
-    if isinstance(reason, OSError):
-        assert str(error.value) == f"cannot write {tmp_path / 'model.pt'}: No space left on device"
+    path, save = tmp_path / "model.pt", torch.save
+    monkeypatch.setattr(
+        torch, "save", lambda content, file: save(content, FailingFile(file, reason, n))
+    )
+    with pytest.raises(checkpoint.UsageError if line else type(reason)) as error:
+        checkpoint.save(path, "model", CONTENT)
+    if line:
+        assert str(error.value) == f"cannot write {path}: {line}"
+    else:
+        assert error.value is reason
     assert not list(tmp_path.iterdir())
