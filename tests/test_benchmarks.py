@@ -1,8 +1,10 @@
 """The benchmark's own machinery, on a CPU and at tiny sizes; no time is asserted."""
 
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import types
@@ -365,3 +367,21 @@ def test_sanitizers_of_make_gpu_have_tests_to_run():
     for layout in ("jagged", "padded_mask", "one_step"):
         assert any(f"-{layout}-heads=3" in line for line in selected)
     assert all("heads=3" in line for line in selected)
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make")
+@pytest.mark.parametrize("failing", ["worksteal", "bench_additive", "training", "memcheck", ""])
+def test_make_gpu_runs_every_part_and_fails_if_one_does(failing, tmp_path, monkeypatch):
+    fake = '#!/bin/sh\necho "$*" >>log\n! echo "$*" | grep -q "$FAILING"\n'
+    for name in ("python", "compute-sanitizer"):
+        (tmp_path / name).write_text(fake)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.delenv("MAKEFLAGS", raising=False)
+    monkeypatch.setenv("FAILING", failing or "nothing")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    command = ["make", "-f", str(MAKEFILE), "gpu", "PYTHON=python"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode == 0) == (not failing), done.stderr
+    log = (tmp_path / "log").read_text()
+    parts = ("worksteal", "bench_additive", "bench_training", "memcheck", "racecheck", "initcheck")
+    assert all(part in log for part in parts)

@@ -156,7 +156,7 @@ case "$*" in
 *"-m venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python;;
 *"pip "*)
     echo "$*" >>pip.log
-    case "$*" in *torch-cpu.txt*) echo "ERROR: no such file" >&2; exit $NO_CPU_BUILD;; esac;;
+    case "$*" in *torch-cpu.txt*) printf "$CPU_BUILD" >&2; [ -z "$CPU_BUILD" ]; exit;; esac;;
 esac
 """
 
@@ -173,11 +173,11 @@ def installed(tmp_path):
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
     inherited.pop("TORCH", None)
 
-    def install(*arguments, no_cpu_build="0"):
+    def install(*arguments, cpu_build=""):  # what pip says of it as it fails
         (tmp_path / "pip.log").write_text("")
         run = subprocess.run(
             ["make", "-s", ".venv/.installed", "PYTHON=./python", *arguments],
-            cwd=tmp_path, env={**inherited, "NO_CPU_BUILD": no_cpu_build},
+            cwd=tmp_path, env={**inherited, "CPU_BUILD": cpu_build},
             text=True, capture_output=True,
         )  # fmt: skip
         assert (tmp_path / ".venv" / ".installed").exists() == (run.returncode == 0)
@@ -189,11 +189,28 @@ def installed(tmp_path):
 
 def test_make_says_when_it_takes_the_build_for_cuda(installed):
     """Of some Pythons no build for CPUs is locked; the registry's takes its time."""
-    run, installs = installed(no_cpu_build="1")
-    assert run.returncode == 0
+    reason = "ERROR: No matching distribution found for torch==2.13.0+cpu"
+    run, installs = installed(cpu_build=f"ERROR: none\n{reason}\n")
+    assert run.returncode == 0 and reason in run.stderr
     assert "torch-cpu.txt" in installs[-2] and "locked-cuda.txt" in installs[-1]
     (line,) = [line for line in run.stderr.splitlines() if line.startswith("make: pip")]
     assert "for CUDA, several GB" in line
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "ERROR: Exception:\nReadTimeoutError: Read timed out.",
+        "ERROR: Could not install packages due to an OSError: No space left on device",
+        "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.",
+    ],
+    ids=["time-out", "disk", "hash"],
+)
+def test_make_ends_with_what_pip_says(installed, reason):
+    """And does not go on to several GB of what was not asked for."""
+    run, installs = installed(cpu_build=f"{reason}\n")
+    assert run.returncode != 0 and reason in run.stderr
+    assert "torch-cpu.txt" in installs[-1] and "several GB" not in run.stderr
 
 
 def test_make_installs_the_torch_that_is_chosen(installed):
