@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -152,11 +153,11 @@ def finished_chunks(folder: Path, sizes: list[int]) -> dict[int, dict]:
 
 
 def describe(failure: dict, backend: str, seed: int, chunk: int) -> str:
-    python = os.path.relpath(sys.executable)
-    command = f"{python} tests/fuzz.py --backend {backend}"
+    # Absolute: in whatever folder it is pasted.
+    command = f"{shlex.join([sys.executable, str(Path(__file__).resolve())])} --backend {backend}"
     return (
         f"FAILED {failure['property']} (seed {seed}, chunk {chunk}): {failure['error']}\n"
-        f"  {command} --call '{failure['call']}'\n"
+        f"  {command} --call {shlex.quote(failure['call'])}\n"
         f"  minimal: {command} --seed {seed} --chunk {chunk}"
     )
 

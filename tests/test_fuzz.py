@@ -18,6 +18,15 @@ def test_chunk_without_its_seed_is_refused(monkeypatch, capsys):
     assert "--chunk needs the --seed of its run" in capsys.readouterr().err
 
 
+def test_a_failure_is_run_again_from_any_folder(tmp_path):
+    text = (TESTS / "found_calls.jsonl").read_text().splitlines()[0]
+    failure = {"property": "budget", "error": "off", "call": text}
+    command = fuzz.describe(failure, "reference", seed=1, chunk=0).splitlines()[1]
+    run = subprocess.run(command, shell=True, cwd=tmp_path, text=True, capture_output=True)
+    assert run.returncode == 0, run.stderr
+    assert "budget: " in run.stdout
+
+
 def test_other_versions_are_another_run(monkeypatch):
     before, versions = fuzz.digest_of_sources(), fuzz.versions()
     for name in ("python", *fuzz.PACKAGES):
