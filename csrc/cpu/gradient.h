@@ -16,12 +16,6 @@ constexpr int64_t kWeightTerms = 512;
 // Queries whose share of dkey is summed in registers before it joins the sum in memory.
 constexpr int64_t kRunQueries = 128;
 
-// Scores' gradients below it times a slope, which is 0 or at least 2^-54, may underflow.
-template <class T>
-constexpr T kTinyScore = T(0x1p-70f);
-template <>
-inline constexpr double kTinyScore<double> = 0x1p-960;
-
 // The features [col, col + cols) of one unit against tiles of its keys.
 template <class T>
 class GradientBlock {
@@ -67,14 +61,14 @@ class GradientBlock {
   }
 
  private:
-  // Scores' gradients s of the item's keys, which begin with `first`.
+  // s of the item's keys, which begin with `first`, times `lift`.
   struct Scores {
-    const T* data;
+    T* data;
     int64_t ld;
     int64_t first;
-    T lift;  // by which they are multiplied
+    T lift;
 
-    const T* at(int64_t i, int64_t key) const { return data + i * ld + (key - first); }
+    T* at(int64_t i, int64_t key) const { return data + i * ld + (key - first); }
   };
 
   // What a query's sums leave out: sum s and sum |s| of so many keys.
@@ -84,9 +78,10 @@ class GradientBlock {
     int64_t keys;
   };
 
-  // Lifts s out of the smallest numbers if all are there: s (1 - t^2), which w multiplies in the
-  // end, would underflow before w s (1 - t^2) does.
+  // Multiplies s by the power of two that makes the largest about 1: s (1 - t^2), which w
+  // multiplies in the end, then neither underflows nor overflows where w s (1 - t^2) does not.
   void read_scores(int64_t first, int64_t count) {
+    constexpr int kHighest = sizeof(T) == 4 ? 120 : 1000;  // of it and its inverse
     const T* s = call_.dscores + unit_.scores + first;
     T largest = 0;
     for (int64_t i = 0; i < unit_.query_count; ++i) {
@@ -95,14 +90,16 @@ class GradientBlock {
         largest = size > largest ? size : largest;
       }
     }
-    scores_ = {s, unit_.ld, first, 1};
-    if (largest > 0 && largest < kTinyScore<T>) {
-      T* lifted = scratch_.take<T>(unit_.query_count * count);
-      scores_ = {lifted, count, first, 1 / kTinyScore<T>};
-      for (int64_t i = 0; i < unit_.query_count; ++i) {
-        for (int64_t j = 0; j < count; ++j) {
-          lifted[i * count + j] = s[i * unit_.ld + j] * scores_.lift;
-        }
+    int exponent = 0;
+    if (largest > 0 && largest - largest == T(0)) {
+      __builtin_frexp(static_cast<double>(largest), &exponent);
+    }
+    exponent = smaller(exponent, kHighest);
+    const T lift = static_cast<T>(__builtin_ldexp(1.0, smaller(-exponent, kHighest)));
+    scores_ = {scratch_.take<T>(unit_.query_count * count), count, first, lift};
+    for (int64_t i = 0; i < unit_.query_count; ++i) {
+      for (int64_t j = 0; j < count; ++j) {
+        scores_.data[i * count + j] = s[i * unit_.ld + j] * lift;
       }
     }
   }
