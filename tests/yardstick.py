@@ -10,8 +10,13 @@ from layouts import INPUT_NAMES, Inputs
 from torch import Tensor
 
 
+def slope_of_tanh(x: Tensor) -> Tensor:
+    """1 / cosh(x)^2, which stays exact where 1 - tanh(x)^2 cancels, and 0 where that is 0."""
+    slope = 1 / x.cosh().square()
+    return torch.where(slope < 2.0**-53, 0, slope)
+
+
 class _ExactTanh(torch.autograd.Function):
-    """tanh whose derivative, 1 / cosh^2, stays exact where 1 - tanh^2 cancels."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -21,7 +26,7 @@ class _ExactTanh(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return gradient / x.cosh().square()
+        return gradient * slope_of_tanh(x)
 
 
 exact_tanh = _ExactTanh.apply
@@ -46,7 +51,7 @@ class RandomRounding:
 
     def __init__(self, seed: int, dtype: torch.dtype = torch.float32):
         self.queries_first = seed % 2 == 0
-        self.slope_of_tanh = seed % 4 < 2
+        self.slope_by_tanh = seed % 4 < 2
         self.dtype = dtype
         self.operation = seed << 20
 
@@ -122,10 +127,10 @@ class _VariedTanh(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         x, result = ctx.saved_tensors
         rounding = ctx.rounding
-        if rounding.slope_of_tanh:
+        if rounding.slope_by_tanh:
             slope = 1 - rounding.vary(result * result)
         else:
-            slope = 1 / x.cosh().square()
+            slope = slope_of_tanh(x)
         return rounding.vary(gradient * rounding.vary(slope)), None
 
 

@@ -12,7 +12,7 @@ namespace attn_ext {
 namespace ATTN_EXT_ISA {
 
 // Terms of dscore_weight that are summed in the compute type before they join a sum in double.
-constexpr int64_t kWeightTerms = 512;
+constexpr int64_t kWeightTerms = 16;
 // Queries whose share of dkey is summed in registers before it joins the sum in memory.
 constexpr int64_t kRunQueries = 128;
 
