@@ -17,7 +17,6 @@ def slope_of_tanh(x: Tensor) -> Tensor:
 
 
 class _ExactTanh(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
