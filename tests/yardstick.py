@@ -42,8 +42,8 @@ class RandomRounding:
     In float64 itself, what is lost cannot be told from the result: it is moved to a neighbour as
     often as gives the same mean error, unless it is short enough to be exact.
 
-    Calculations take turns in what hand-written code may choose: whether gradients are summed
-    over queries or keys first, and whether tanh has the slope 1 - tanh^2, which is exactly 0 where
+    Calculations take turns in what hand-written code may choose: the order of the features, whether
+    gradients are summed over queries or keys first, and whether tanh has the slope 1 - tanh^2, which is exactly 0 where
     tanh rounds to 1, or 1 / cosh^2.
     """
 
@@ -51,6 +51,7 @@ class RandomRounding:
         self.queries_first = seed % 2 == 0
         self.slope_by_tanh = seed % 4 < 2
         self.dtype = dtype
+        self.seed = seed
         self.operation = seed << 20
 
     def vary(self, x: Tensor) -> Tensor:
@@ -89,6 +90,11 @@ class RandomRounding:
             return self.input(self.input(x).expand(keys, *x.shape)).expand(queries, keys, *x.shape)
         by_query = self.input(self.input(x).expand(queries, *x.shape))
         return by_query.unsqueeze(1).expand(queries, keys, *x.shape)
+
+    def order(self, features: int) -> Tensor:
+        """A permutation: which keys share partial sums, and so their errors, is up to the order."""
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        return torch.randperm(features, generator=generator, device="cpu")
 
     def input(self, x: Tensor) -> Tensor:
         """The same numbers, of which only gradients are rounded."""
@@ -161,6 +167,9 @@ def formula(
         score_weight = score_weight.unsqueeze(0)
     if reverse:
         query, key, score_weight = query.flip(-1), key.flip(-1), score_weight.flip(-1)
+    if rounding is not None:
+        order = rounding.order(query.size(-1)).to(query.device)
+        query, key, score_weight = query[..., order], key[..., order], score_weight[..., order]
     context = value.new_zeros(*query.shape[:-1], value.size(-1))
     dense = value.new_zeros(inputs.dense_weights_shape)
     jagged = value.new_zeros(key.shape[:-1])
