@@ -43,8 +43,8 @@ class RandomRounding:
     often as gives the same mean error, unless it is short enough to be exact.
 
     Calculations take turns in what hand-written code may choose: the order of the features, whether
-    gradients are summed over queries or keys first, and whether tanh has the slope 1 - tanh^2, which is exactly 0 where
-    tanh rounds to 1, or 1 / cosh^2.
+    gradients are summed over queries or keys first, and whether tanh has the slope 1 - tanh^2,
+    which is exactly 0 where tanh rounds to 1, or 1 / cosh^2.
     """
 
     def __init__(self, seed: int, dtype: torch.dtype = torch.float32):
