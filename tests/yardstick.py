@@ -102,7 +102,7 @@ class RandomRounding:
 
     def softmax(self, x: Tensor) -> Tensor:
         """Over axis 1, which may be empty."""
-        powers = self((x - x.detach().amax(1, keepdim=True)).exp()) if x.size(1) else x
+        powers = _VariedExp.apply(x - x.detach().amax(1, keepdim=True), self) if x.size(1) else x
         return self(powers / self.sum(powers, 1).unsqueeze(1))
 
 
@@ -115,6 +115,22 @@ class _Varied(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         return ctx.rounding.vary(gradient), None, None
+
+
+class _VariedExp(torch.autograd.Function):
+    """Whose derivative is the rounded result: a softmax's gradient has its subnormal weights."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rounding: RandomRounding) -> Tensor:
+        ctx.rounding = rounding
+        result = rounding.vary(x.exp())
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (result,) = ctx.saved_tensors
+        return ctx.rounding.vary(ctx.rounding.vary(gradient) * result), None
 
 
 class _VariedTanh(torch.autograd.Function):
