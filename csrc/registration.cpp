@@ -175,10 +175,10 @@ struct KeyGradient {
   OptionalTensor sums;
 
   KeyGradient(bool wanted, const Tensor& like, ScalarType compute, bool zeros)
-      : result(wanted ? allocate(like, sizes_of(like), like.scalar_type(), zeros)
+      : result(wanted ? allocate_gradient(like, like.scalar_type(), zeros)
                       : nothing(like, like.scalar_type())) {
     if (wanted && like.scalar_type() != compute) {
-      sums = allocate(like, sizes_of(like), compute, false);
+      sums = allocate_gradient(like, compute, false);
     }
   }
 
@@ -205,9 +205,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Setup& setup, Backward
   const bool wants_key = grad_mask & kGradKey;
   const bool wants_value = grad_mask & kGradValue;
   const bool wants_weight = grad_mask & kGradScoreWeight;
-  Tensor dquery =
-      wants_query ? allocate(query, sizes_of(query), query.scalar_type(), !setup.coverage.queries)
-                  : nothing(query, query.scalar_type());
+  Tensor dquery = wants_query
+                      ? allocate_gradient(query, query.scalar_type(), !setup.coverage.queries)
+                      : nothing(query, query.scalar_type());
   const bool has_dcontext = call.dcontext.data != nullptr;
   const KeyGradient dkey(wants_key, key, compute, !setup.coverage.keys);
   const KeyGradient dvalue(wants_value, value, compute, !setup.coverage.keys || !has_dcontext);
@@ -327,13 +327,19 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_memory_backward(
 
 std::string cpu_isa_name() { return cpu_isa(); }
 
+void cpu_empty_cache() { release_blocks(); }
+
 }  // namespace
 }  // namespace attn_ext
 
-STABLE_TORCH_LIBRARY_FRAGMENT(attn_ext, m) { m.def("cpu_isa() -> str"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(attn_ext, m) {
+  m.def("cpu_isa() -> str");
+  m.def("cpu_empty_cache() -> ()");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(attn_ext, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&attn_ext::cpu_isa_name));
+  m.impl("cpu_empty_cache", TORCH_BOX(&attn_ext::cpu_empty_cache));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attn_ext, CPU, m) {

@@ -9,9 +9,16 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/blocks.h"
 #include "cpu/geometry.h"
-#include "cpu/pages.h"
 #include "cpu/problem.h"
+
+// Of PyTorch's stable ABI from 2.11 on, null in 2.10.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset,
+    int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorHandle* result,
+    int32_t layout, const uint8_t* opaque_metadata, int64_t opaque_metadata_size,
+    void (*deleter)(void* data, void* context), void* context);
 
 namespace attn_ext {
 
@@ -107,20 +114,50 @@ inline Integers integers_of(const OptionalTensor& tensor) {
   return result;
 }
 
+inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
 inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype,
                        bool zeros) {
   Tensor result = torch::stable::new_empty(like, sizes, dtype);
-  advise_huge_pages(result.data_ptr(), result.numel() * result.element_size());
+  return zeros ? torch::stable::zero_(result) : result;
+}
+
+// The same for gradients, which may be large: in memory that an earlier one has left (see
+// blocks.h).
+inline Tensor allocate_gradient(const Tensor& like, ScalarType dtype, bool zeros) {
+  const std::vector<int64_t> sizes = sizes_of(like);
+  std::vector<int64_t> strides(sizes.size());
+  int64_t numbers = 1;
+  for (size_t axis = sizes.size(); axis-- > 0;) {
+    strides[axis] = numbers;
+    numbers *= sizes[axis];
+  }
+  const size_t size = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+  const size_t bytes = static_cast<size_t>(numbers) * size;
+  if (torch_from_blob == nullptr || bytes < kSmallestBlock) {
+    return allocate(like, sizes, dtype, zeros);
+  }
+  const Block block = take_block(bytes);
+  AtenTensorHandle handle = nullptr;
+  const AOTITorchError error = torch_from_blob(
+      block.data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
+      [](void* data, void* context) { keep_block({data, reinterpret_cast<size_t>(context)}); },
+      reinterpret_cast<void*>(block.bytes));
+  if (error != AOTI_TORCH_SUCCESS) {
+    keep_block(block);
+    STABLE_TORCH_ERROR_CODE_CHECK(error);
+  }
+  Tensor result(handle);
   return zeros ? torch::stable::zero_(result) : result;
 }
 
 inline Tensor nothing(const Tensor& like, ScalarType dtype) {
   return allocate(like, {0}, dtype, false);
-}
-
-inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  return {sizes.begin(), sizes.end()};
 }
 
 inline std::vector<int64_t> with_last(const Tensor& tensor, int64_t last) {
