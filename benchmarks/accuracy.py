@@ -234,16 +234,10 @@ def cpuinfo() -> str:
     return path.read_text() if path.exists() else ""
 
 
-def isas() -> list[str]:
-    """The instruction sets of the CPU backend that this machine has."""
-    flags = set(cpuinfo().split())
-    return [name for name, flag in (("avx512", "avx512dq"), ("avx2", "avx2")) if flag in flags]
-
-
 def providers() -> dict[str, Provider]:
     found = {
         f"cpu, {isa}": Provider("cpu", (("ATTN_EXT_CPU_ISA", isa),))
-        for isa in (*isas(), "portable")
+        for isa in torch.ops.attn_ext.cpu_isas().split(", ")
     }
     found["reference"] = Provider("reference")
     if torch.cuda.is_available():

@@ -327,6 +327,10 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_memory_backward(
 
 std::string cpu_isa_name() { return cpu_isa(); }
 
+std::string cpu_isa_names() { return cpu_isas(); }
+
+void cpu_use_isa(const std::string& name) { use_cpu_isa(name); }
+
 void cpu_empty_cache() { release_blocks(); }
 
 }  // namespace
@@ -334,11 +338,15 @@ void cpu_empty_cache() { release_blocks(); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(attn_ext, m) {
   m.def("cpu_isa() -> str");
+  m.def("cpu_isas() -> str");
+  m.def("cpu_use_isa(str name) -> ()");
   m.def("cpu_empty_cache() -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attn_ext, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&attn_ext::cpu_isa_name));
+  m.impl("cpu_isas", TORCH_BOX(&attn_ext::cpu_isa_names));
+  m.impl("cpu_use_isa", TORCH_BOX(&attn_ext::cpu_use_isa));
   m.impl("cpu_empty_cache", TORCH_BOX(&attn_ext::cpu_empty_cache));
 }
 

@@ -1,8 +1,11 @@
 """Fixtures of the whole suite."""
 
+import itertools
 import os
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,28 +25,52 @@ def pytest_report_header() -> list[str]:
     return lines
 
 
+class Chosen(NamedTuple):
+    """What the backend fixtures choose for a test."""
+
+    backend: str
+    isa: str | None = None  # of backend "cpu" if it is not the one that it has chosen itself
+
+
 def backend_parameters(*without: str) -> list:
-    """The backends to test; those on a GPU have its marker."""
+    """The backends to test, "cpu" with each instruction set; those on a GPU have its marker."""
     marks = {"cuda": [pytest.mark.gpu]}
-    return [
-        pytest.param(name, marks=marks.get(device, []))
+    parameters = [
+        pytest.param(Chosen(name), id=name, marks=marks.get(device, []))
         for name, device in BACKEND_DEVICES.items()
         if name not in without
     ]
+    if "cpu" in BACKEND_DEVICES and backends.problem("cpu", torch.device("cpu")) is None:
+        names = torch.ops.attn_ext.cpu_isas().split(", ")
+        names.remove(torch.ops.attn_ext.cpu_isa())
+        parameters += [pytest.param(Chosen("cpu", name), id=f"cpu_{name}") for name in names]
+    return parameters
 
 
 @pytest.fixture(params=backend_parameters())
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend in turn, its device the default one; a missing backend is a visible skip."""
-    with default_device(BACKEND_DEVICES[require_backend(request.param)]):
-        yield request.param
+    with backend_in_use(request.param):
+        yield request.param.backend
 
 
 @pytest.fixture(params=backend_parameters("reference"))
 def kernel_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend with kernels of its own, its device the default one."""
-    with default_device(BACKEND_DEVICES[require_backend(request.param)]):
-        yield request.param
+    with backend_in_use(request.param):
+        yield request.param.backend
+
+
+@contextmanager
+def backend_in_use(chosen: Chosen) -> Iterator[None]:
+    with default_device(BACKEND_DEVICES[require_backend(chosen.backend)]):
+        if chosen.isa is None:
+            yield
+            return
+        before = torch.ops.attn_ext.cpu_isa()
+        torch.ops.attn_ext.cpu_use_isa(chosen.isa)
+        yield
+        torch.ops.attn_ext.cpu_use_isa(before)
 
 
 def default_device(device: str) -> AbstractContextManager:
@@ -87,27 +114,61 @@ if BACKEND_DEVICES.get("triton") == "cpu":
     interpreter._patch_lang = _patch_once
     interpreter.GridExecutor.__call__ = _launch
 
-CASES_INTERPRETED = 8
+FEW = 8  # cases of a test, where all of them would take too long or say too little
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In Triton's interpreter, CASES_INTERPRETED evenly spread cases of each test, or all.
+    """Choose among the cases of each test; ATTN_EXT_TEST_ALL=1 takes all, which is `make test-all`.
 
-    All take an hour: ATTN_EXT_TEST_ALL=1.
+    All run on the CPU backend as it is. Its other instruction sets run a few cases of the tests
+    that are marked every_isa, and Triton's interpreter a few of each test.
     """
-    if BACKEND_DEVICES.get("triton") != "cpu" or os.environ.get("ATTN_EXT_TEST_ALL") == "1":
-        return
-    cases: dict[str, list[pytest.Item]] = {}
+    everything = os.environ.get("ATTN_EXT_TEST_ALL") == "1"
+    interpreted = BACKEND_DEVICES.get("triton") == "cpu"
+    kept: set[pytest.Item] = set()
+    few: dict[tuple, list[pytest.Item]] = {}
     for item in items:
-        if "thread" in item.name:  # the interpreter has one, and is not safe with more
+        isa = isa_of(item)
+        if isa and not item.get_closest_marker("every_isa"):
             continue
-        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    kept = set()
-    for of_test in cases.values():
-        step = max(1.0, len(of_test) / CASES_INTERPRETED)
-        kept.update(of_test[int(n * step)] for n in range(min(len(of_test), CASES_INTERPRETED)))
+        if interpreted and "thread" in item.name:  # it has one, and is not safe with more
+            continue
+        if (interpreted or isa) and not everything and hasattr(item, "callspec"):
+            few.setdefault((item.nodeid.partition("[")[0], isa), []).append(item)
+        else:
+            kept.add(item)
+    for (name, _), cases in few.items():
+        kept.update(spread(cases, FEW, seed=zlib.crc32(name.encode())))
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+
+
+def isa_of(item: pytest.Item) -> str | None:
+    """The instruction set of a test if it is not the one that the CPU backend has chosen itself."""
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return next((p.isa for p in parameters if isinstance(p, Chosen)), None)
+
+
+def spread(cases: list[pytest.Item], most: int, seed: int) -> list[pytest.Item]:
+    """At most so many cases, with as many values of each parameter, then pairs of them, as can be.
+
+    The seed says where to begin, so that different tests choose differently.
+    """
+
+    def new(case: pytest.Item) -> tuple[int, int]:
+        values = sorted(case.callspec.indices.items())
+        pairs = itertools.combinations(values, 2)
+        return len({*values} - seen), len({*pairs} - seen)
+
+    begin = seed % len(cases)
+    left, found, seen = cases[begin:] + cases[:begin], [], set()
+    while left and len(found) < most:
+        best = max(left, key=new)
+        left.remove(best)
+        found.append(best)
+        values = sorted(best.callspec.indices.items())
+        seen.update(values, itertools.combinations(values, 2))
+    return found
 
 
 @pytest.fixture

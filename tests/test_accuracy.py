@@ -32,4 +32,4 @@ def test_machine_without_proc(monkeypatch: pytest.MonkeyPatch):
     """As on macOS."""
     monkeypatch.setattr(Path, "exists", lambda path: False)
     monkeypatch.setattr(Path, "read_text", lambda path: pytest.fail(f"{path} was read"))
-    assert accuracy.machine()["processor"] and accuracy.isas() == []
+    assert accuracy.machine()["processor"]

@@ -11,6 +11,8 @@ from yardstick import differentiate, yardsticks
 
 from attn_ext import backends
 
+pytestmark = pytest.mark.every_isa
+
 
 @pytest.mark.parametrize("need_weights", [False, True], ids=["context", "weights"])
 @pytest.mark.parametrize("heads", [None, 1, 3], ids=named("heads"))

@@ -26,6 +26,8 @@ from yardstick import Results
 
 import attn_ext
 
+pytestmark = pytest.mark.every_isa
+
 
 @pytest.mark.parametrize("program", [plain_decoding, decoding_with_weights])
 @pytest.mark.parametrize("heads", [None, 1, 3], ids=named("heads"))

@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from yardstick import Results
 
+pytestmark = pytest.mark.every_isa
+
 
 def input_feeding(step: Step, leaves: dict[str, Tensor]) -> Results:
     """Each query depends on the context before it, as in RNNsearch."""

@@ -23,6 +23,8 @@ from torch import Tensor
 import attn_ext
 from attn_ext import AttentionMemory, checks, layout
 
+pytestmark = pytest.mark.every_isa
+
 ROWS, BATCH = 12, 4
 HIGHEST = {torch.int32: 2**31 - 1, torch.int64: 2**63 - 1}
 CASES = range(120)

@@ -11,6 +11,8 @@ from yardstick import differentiate
 
 import attn_ext
 
+pytestmark = pytest.mark.every_isa
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("dropout_p", [0.3, 0.9], ids=named("p"))

@@ -44,6 +44,8 @@ from yardstick import differentiate
 import attn_ext
 from attn_ext import AttentionMemory, checks
 
+pytestmark = pytest.mark.every_isa
+
 INTERPRETED = BACKEND_DEVICES.get("triton") == "cpu"
 EMULATED = BACKEND_DEVICES.get("cuda") == "cpu"
 # Triton's launches are looked at by test_only_the_first_grid_axis_grows instead.

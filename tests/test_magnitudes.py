@@ -6,6 +6,8 @@ from helpers import check
 from layouts import make_inputs
 from parameters import MAIN_LAYOUTS, dtype_id, named
 
+pytestmark = pytest.mark.every_isa
+
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=dtype_id)
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from yardstick import differentiate, yardsticks
 
 import attn_ext
 
+pytestmark = pytest.mark.every_isa
+
 BATCH, KEYS = 4, 11
 
 MASKS = {

@@ -23,6 +23,8 @@ from yardstick import yardsticks
 
 from benchmarks import accuracy
 
+pytestmark = pytest.mark.every_isa
+
 EVERYTHING = os.environ.get("ATTN_EXT_TEST_ALL") == "1"
 # Prime to the numbers of magnitudes and of dtypes, so that every pair of them is tested.
 STRIDE = 5

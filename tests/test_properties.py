@@ -21,6 +21,8 @@ from torch import Tensor
 
 import attn_ext
 
+pytestmark = pytest.mark.every_isa
+
 TESTS = Path(__file__).parent
 SEEDS = range(3)
 EXAMPLES = {"triton": 5, "cuda": 50}

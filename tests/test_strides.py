@@ -7,6 +7,8 @@ from layouts import INPUT_NAMES, LAYOUTS, make_inputs, with_strides
 from parameters import MAIN_LAYOUTS, dtype_id, named
 from torch import Tensor
 
+pytestmark = pytest.mark.every_isa
+
 
 def expanded(gradient: Tensor) -> Tensor:
     """As ``sum()`` gives it: stride 0 everywhere."""

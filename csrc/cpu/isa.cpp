@@ -1,5 +1,7 @@
 #include "isa.h"
 
+#include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -17,7 +19,7 @@ struct Isa {
 };
 
 // What this machine can run, best first.
-std::vector<Isa> available_isas() {
+std::vector<Isa> find_isas() {
   std::vector<Isa> result;
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -34,32 +36,51 @@ std::vector<Isa> available_isas() {
   return result;
 }
 
-Isa choose_isa() {
-  const std::vector<Isa> available = available_isas();
-  const char* wanted = std::getenv(kVariable);
-  if (wanted == nullptr || *wanted == '\0') {
-    return available.front();
-  }
-  std::string names;
-  for (const Isa& isa : available) {
-    if (isa.name == wanted) {
-      return isa;
-    }
-    names += (names.empty() ? "" : ", ") + isa.name;
-  }
-  throw std::runtime_error(std::string(kVariable) + "=" + wanted +
-                           " names no instruction set of this machine; available: " + names);
+const std::vector<Isa>& available_isas() {
+  static const std::vector<Isa> isas = find_isas();
+  return isas;
 }
 
-// A choice that throws is made again at the next call.
+// The instruction set of that name, which `source` asks for.
+const Isa* isa_named(const std::string& name, const std::string& source) {
+  const std::vector<Isa>& available = available_isas();
+  const auto found = std::find_if(available.begin(), available.end(),
+                                  [&](const Isa& isa) { return isa.name == name; });
+  if (found == available.end()) {
+    throw std::runtime_error(source + name +
+                             " names no instruction set of this machine; available: " + cpu_isas());
+  }
+  return &*found;
+}
+
+std::atomic<const Isa*> chosen{nullptr};
+
 const Isa& chosen_isa() {
-  static const Isa isa = choose_isa();
-  return isa;
+  const Isa* isa = chosen.load(std::memory_order_acquire);
+  if (isa == nullptr) {
+    const char* wanted = std::getenv(kVariable);
+    isa = wanted == nullptr || *wanted == '\0' ? &available_isas().front()
+                                               : isa_named(wanted, std::string(kVariable) + "=");
+    chosen.store(isa, std::memory_order_release);
+  }
+  return *isa;
 }
 
 }  // namespace
 
 const char* cpu_isa() { return chosen_isa().name.c_str(); }
+
+std::string cpu_isas() {
+  std::string names;
+  for (const Isa& isa : available_isas()) {
+    names += (names.empty() ? "" : ", ") + isa.name;
+  }
+  return names;
+}
+
+void use_cpu_isa(const std::string& name) {
+  chosen.store(isa_named(name, "attn_ext: "), std::memory_order_release);
+}
 
 template <>
 const Kernels<float>& kernels() {

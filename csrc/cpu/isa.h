@@ -1,12 +1,20 @@
 // Choice of the instruction set.
 #pragma once
 
+#include <string>
+
 #include "call.h"
 
 namespace attn_ext {
 
 // Name of the kernels in use: "avx512", "avx2" or "portable".
 const char* cpu_isa();
+
+// Names of those that this machine can run, best first, with ", " between.
+std::string cpu_isas();
+
+// Has later calls use these kernels. For tests: users set ATTN_EXT_CPU_ISA.
+void use_cpu_isa(const std::string& name);
 
 #if defined(__x86_64__)
 const Kernels<float>& avx512_kernels_float();
