@@ -34,7 +34,7 @@ LOCKED_CUDA := $(LOCKED) -r requirements/locked-torch.txt -r requirements/locked
 UV ?= uv
 
 help: ## list the targets
-	@awk -F ': .*## |: ## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ': .*## |: ## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
 	@echo "TORCH=cuda|2.12.0 (or what pip takes), PYTHON=python3.12, MAX_JOBS=2, ATTN_EXT_BUILD_{CPU,CUDA}=0|1"
 
 venv: $(VENV)/.built ## make .venv: pinned packages, and this package built and installed in place
@@ -48,6 +48,15 @@ test: $(VENV)/.built ## run the tests (ARGS="-k name")
 	@# The Triton kernels, run by its interpreter: on machines without a GPU they are Python too.
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal \
 	    $(ARGS) $(INTERPRETED) || [ $$? -eq 5 ]
+
+test-all: ## all cases of all tests, an hour and more (ARGS="-k name")
+	ATTN_EXT_TEST_ALL=1 $(MAKE) test
+
+matrix: $(VENV)/.built ## test the op with other Pythons and PyTorches, and the kernels on aarch64
+	$(PY) tests/matrix.py $(ARGS)
+
+planted: $(VENV)/.built ## plant known defects, one at a time, and see which tests notice
+	$(PY) tests/planted.py $(ARGS)
 
 # With the python that is there and what it has: nothing is downloaded, nothing but build/ written.
 gpu: ## build, test and time on the GPU at hand, with $(PYTHON) as it is (ARGS="-k name")
@@ -153,6 +162,6 @@ $(VENV)/.built: $(VENV)/.editable $(SOURCES)
 	@$(PY) setup.py -q build_ext --inplace
 	@if [ -e attn_ext/_C.abi3.so ]; then touch $@; fi
 
-.PHONY: help venv train test gpu fuzz sanitize bench lint format lock clean distclean FORCE
+.PHONY: help venv train test test-all matrix planted gpu fuzz sanitize bench lint format lock clean distclean FORCE
 FORCE:
 .DELETE_ON_ERROR:

@@ -22,7 +22,7 @@ from .workloads import WORKLOADS, Workload, mixture, uniform
 
 RESULTS = Path(__file__).parent / "results"
 TABLES = {
-    "cpu": ("equal", "gnmt", "step-decoder", "one-long", "skewed"),
+    "cpu": ("equal", "gnmt", "step-decoder", "one-long", "bags", "long-source", "skewed"),
     "cuda": (
         *("at-once", "gnmt-384", "step", "one-long-512", "skewed-512", "step-decoder", "graph"),
     ),
@@ -30,7 +30,7 @@ TABLES = {
 MODES = {"cpu": ("forward", "both"), "cuda": harness.MODES}
 DEFAULT_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 # One query: nothing that a compiler could fuse across queries.
-EAGER_ONLY = ("one-long", "one-long-512", "mil")
+EAGER_ONLY = ("one-long", "one-long-512", "bags", "mil")
 # Whose calls, on a CUDA device, are also replayed as a CUDA graph: else the host would be timed.
 CAPTURED = ("step", "one-long-512", "skewed-512", "step-decoder")
 RIVALS = ("eager", "compile", "cudnn", "eager+graph", "compile+graph", "level")  # of ratios
@@ -209,6 +209,7 @@ def ratios(name: str, timings: dict[str, harness.Timing]) -> dict[str, float]:
         other = timings.get(f"{name} level" if rival == "level" else rival)
         if other is not None:
             found[f"vs_{rival}"] = other.median / timings[name].median
+            found[f"slowest_vs_{rival}"] = other.median / timings[name].high
             found[f"processor_vs_{rival}"] = other.processor / timings[name].processor
     return found
 
@@ -224,7 +225,8 @@ def memory_figures(case: harness.Case, mode: str, device: str) -> dict[str, floa
 
 def format_row(row: dict) -> str:
     versus = "".join(
-        f"  {row[f'vs_{rival}']:.2f}x {rival} ({row[f'processor_vs_{rival}']:.2f}x processor)"
+        f"  {row[f'vs_{rival}']:.2f}x {rival} ({row[f'processor_vs_{rival}']:.2f}x processor, "
+        f"slowest {row[f'slowest_vs_{rival}']:.2f}x)"
         for rival in RIVALS
         if f"vs_{rival}" in row
     )
@@ -235,7 +237,8 @@ def format_row(row: dict) -> str:
     return (
         f"  {row['provider']:14s} {row['median'] * 1e3:9.3f} ms "
         f"[{row['low'] * 1e3:.3f} .. {row['high'] * 1e3:.3f}, n={row['rounds']}; "
-        f"processor {row['processor'] * 1e3:.3f}] "
+        f"processor {row['processor'] * 1e3:.3f}, system {row['system'] * 1e3:.3f}, "
+        f"{row['faults']:.0f} page faults] "
         f"{row['elements_per_second'] / 1e9:6.2f} G elements/s "
         f"{row['peak_bytes'] / 1e6:8.1f} MB (x{row['memory_ratio']:.2f})  "
         f"error {row['share_of_error_budget']:.2f} of budget{share}{versus}{verdicts}"

@@ -4,11 +4,13 @@ import ctypes
 import functools
 import gc
 import math
+import resource
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +42,26 @@ class Timing:
     high: float
     rounds: int
     processor: float  # median of the process's processor time, which other processes do not add to
+    system: float  # of that, the operating system's, for page faults above all
+    faults: float  # median of the pages that a call had to be given
+
+
+class Spent(NamedTuple):
+    """What a call took."""
+
+    seconds: float
+    processor: float
+    system: float
+    faults: float
+
+    @staticmethod
+    def until_now() -> "Spent":
+        """By this process, seconds since some moment."""
+        use = resource.getrusage(resource.RUSAGE_SELF)
+        return Spent(time.perf_counter(), use.ru_utime + use.ru_stime, use.ru_stime, use.ru_minflt)
+
+    def since(self, start: "Spent") -> "Spent":
+        return Spent(*(now - then for now, then in zip(self, start, strict=True)))
 
 
 class Case:
@@ -59,7 +81,7 @@ class Case:
         self._runs = [providers.make_run(provider, workload, inputs) for inputs in copies]
         self._leaves = [providers.leaves(provider, inputs) for inputs in copies]
         self._calls = 0
-        self._processor = 0.0
+        self._spent: list[Spent] = []
         self._replay: tuple[str, Callable[[], object], object] | None = None
 
     def output(self, copy: int = 0) -> Tensor:
@@ -87,12 +109,13 @@ class Case:
             taken += self._elapsed(functools.partial(self.gradients, output, copy))
         return taken / calls
 
-    def timed(self, mode: str, calls: int) -> tuple[float, float]:
-        """The same, and the mean processor time of a call."""
-        self._processor = 0.0
+    def timed(self, mode: str, calls: int) -> Spent:
+        """What ``calls`` calls in a row take in the mean."""
+        self._spent = []
         taken = self.seconds(mode, calls)
         copies = len(self._runs) if self.is_captured else 1
-        return taken, self._processor / (calls * copies)
+        sums = [sum(figure) / (calls * copies) for figure in zip(*self._spent, strict=True)]
+        return Spent(*sums)._replace(seconds=taken)
 
     def release(self) -> None:
         """Free a captured graph and the memory it holds."""
@@ -104,12 +127,12 @@ class Case:
 
     def _elapsed(self, work: Callable[[], object], calls: int = 1) -> float:
         _synchronize(self.doutput)
-        start, spent = time.perf_counter(), time.process_time()
+        start = Spent.until_now()
         for _ in range(calls):
             work()
         _synchronize(self.doutput)
-        self._processor += time.process_time() - spent
-        return (time.perf_counter() - start) / calls
+        self._spent.append(Spent.until_now().since(start))
+        return self._spent[-1].seconds / calls
 
     def _replayed_seconds(self, mode: str, calls: int) -> float:
         """The same for replays of one graph that holds a call on each copy of the inputs."""
@@ -293,7 +316,7 @@ def time_cases(
         case.seconds(mode)  # not counted: first-touch and compilation
         single = min(case.seconds(mode) for _ in range(3))
         calls[name] = max(1, min(MOST_CALLS, int(ROUND_SECONDS / single)))
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+    spent: dict[str, list[Spent]] = {name: [] for name in cases}
     end = time.perf_counter() + budget
     gc.disable()
     try:
@@ -301,16 +324,20 @@ def time_cases(
             if done >= 3 and time.perf_counter() > end:
                 break
             for name, case in cases.items():
-                seconds[name].append(case.timed(mode, calls[name]))
+                spent[name].append(case.timed(mode, calls[name]))
     finally:
         gc.enable()
         for case in cases.values():
             case.release()
     timings = {}
-    for name, pairs in seconds.items():
-        taken, spent = zip(*pairs, strict=True)
+    for name, rows in spent.items():
+        seconds, *others = zip(*rows, strict=True)
         timings[name] = Timing(
-            statistics.median(taken), min(taken), max(taken), len(taken), statistics.median(spent)
+            statistics.median(seconds),
+            min(seconds),
+            max(seconds),
+            len(seconds),
+            *map(statistics.median, others),
         )
     return timings
 
@@ -363,7 +390,10 @@ def peak_memory(case: Case, mode: str, device: str) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     status = Path("/proc/self/status")
-    ctypes.CDLL(None).malloc_trim(0)  # else memory that the allocator kept would hide the peak
+    # Memory that the allocator or the CPU backend have kept would hide the peak.
+    ctypes.CDLL(None).malloc_trim(0)
+    if hasattr(torch.ops.attn_ext, "cpu_empty_cache"):
+        torch.ops.attn_ext.cpu_empty_cache()
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _status_bytes(status, "VmRSS")
     result = run()

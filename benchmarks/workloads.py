@@ -162,6 +162,8 @@ WORKLOADS = {
         Workload("gnmt", mixture(64, 1), mixture(64, 2), 1024, 1024),
         _loop("step-decoder", mixture(64, 3), 30, 512, 512),
         Workload("one-long", (100_000,), (1,), 256, 512),
+        Workload("bags", uniform(8, 500, 20_000, 8), (1,) * 8, 256, 512),
+        Workload("long-source", (4_000,) * 4, (64,) * 4, 256, 512),
         Workload("skewed", SKEWED, ONES, 256, 256, level="level"),
         Workload("level", LEVEL, ONES, 256, 256),
         Workload("at-once", (75,) * 384, (75,) * 384, 1024, 1024),

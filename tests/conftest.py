@@ -114,39 +114,49 @@ if BACKEND_DEVICES.get("triton") == "cpu":
     interpreter._patch_lang = _patch_once
     interpreter.GridExecutor.__call__ = _launch
 
-FEW = 8  # cases of a test, where all of them would take too long or say too little
+# Cases of a test, where all of them would take too long or say too little.
+FEW, FEW_INTERPRETED = 8, 3
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Choose among the cases of each test; ATTN_EXT_TEST_ALL=1 takes all, which is `make test-all`.
 
-    All run on the CPU backend as it is. Its other instruction sets run a few cases of the tests
-    that are marked every_isa, and Triton's interpreter a few of each test.
+    All run on the CPU backend as it is. A few of each test run on the reference, in Triton's
+    interpreter, in the emulation of CUDA and, of those marked every_isa, with the machine's other
+    instruction sets.
     """
-    everything = os.environ.get("ATTN_EXT_TEST_ALL") == "1"
     interpreted = BACKEND_DEVICES.get("triton") == "cpu"
+    emulated = BACKEND_DEVICES.get("cuda") == "cpu"
     kept: set[pytest.Item] = set()
-    few: dict[tuple, list[pytest.Item]] = {}
+    few: dict[tuple[str, Chosen], list[pytest.Item]] = {}
     for item in items:
-        isa = isa_of(item)
-        if isa and not item.get_closest_marker("every_isa"):
+        chosen = chosen_of(item)
+        if chosen.isa and not item.get_closest_marker("every_isa"):
             continue
-        if interpreted and "thread" in item.name:  # it has one, and is not safe with more
+        if interpreted and ("thread" in item.name or item.get_closest_marker("large")):
+            continue  # it has one thread, and is not safe with more
+        if (interpreted or emulated) and torch.float64 in parameters_of(item):
             continue
-        if (interpreted or isa) and not everything and hasattr(item, "callspec"):
-            few.setdefault((item.nodeid.partition("[")[0], isa), []).append(item)
+        if interpreted or emulated or chosen.isa or chosen.backend == "reference":
+            few.setdefault((item.nodeid.partition("[")[0], chosen), []).append(item)
         else:
             kept.add(item)
+    most = FEW_INTERPRETED if interpreted else FEW
+    if os.environ.get("ATTN_EXT_TEST_ALL") == "1":
+        most = len(items)
     for (name, _), cases in few.items():
-        kept.update(spread(cases, FEW, seed=zlib.crc32(name.encode())))
+        kept.update(spread(cases, most, seed=zlib.crc32(name.encode())))
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
 
 
-def isa_of(item: pytest.Item) -> str | None:
-    """The instruction set of a test if it is not the one that the CPU backend has chosen itself."""
-    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    return next((p.isa for p in parameters if isinstance(p, Chosen)), None)
+def chosen_of(item: pytest.Item) -> Chosen:
+    """What a backend fixture chooses for a test, nothing where it has none."""
+    return next((p for p in parameters_of(item) if isinstance(p, Chosen)), Chosen(""))
+
+
+def parameters_of(item: pytest.Item) -> list:
+    return list(item.callspec.params.values()) if hasattr(item, "callspec") else []
 
 
 def spread(cases: list[pytest.Item], most: int, seed: int) -> list[pytest.Item]:
@@ -155,19 +165,20 @@ def spread(cases: list[pytest.Item], most: int, seed: int) -> list[pytest.Item]:
     The seed says where to begin, so that different tests choose differently.
     """
 
-    def new(case: pytest.Item) -> tuple[int, int]:
-        values = sorted(case.callspec.indices.items())
-        pairs = itertools.combinations(values, 2)
-        return len({*values} - seen), len({*pairs} - seen)
+    if len(cases) <= most:
+        return cases
+
+    def met_by(case: pytest.Item) -> tuple[set, set]:
+        values = sorted((name, str(value)) for name, value in case.callspec.params.items())
+        return {*values}, {*itertools.combinations(values, 2)}
 
     begin = seed % len(cases)
     left, found, seen = cases[begin:] + cases[:begin], [], set()
-    while left and len(found) < most:
-        best = max(left, key=new)
+    while len(found) < most:
+        best = max(left, key=lambda case: [len(part - seen) for part in met_by(case)])
         left.remove(best)
         found.append(best)
-        values = sorted(best.callspec.indices.items())
-        seen.update(values, itertools.combinations(values, 2))
+        seen.update(*met_by(best))
     return found
 
 

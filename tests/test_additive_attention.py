@@ -44,7 +44,13 @@ def test_gradcheck(backend: str, layout: str, heads: int | None):
     assert torch.autograd.gradcheck(attend, leaves)
 
 
-@pytest.mark.parametrize("features", [(16, 8), (64, 64)], ids=["D=16-Dv=8", "D=64-Dv=64"])
+@pytest.mark.parametrize(
+    "features",
+    [
+        pytest.param((16, 8), id="D=16-Dv=8"),
+        pytest.param((64, 64), id="D=64-Dv=64", marks=pytest.mark.large),
+    ],
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("layout", MAIN_LAYOUTS)
 def test_dtypes(backend: str, layout: str, dtype: torch.dtype, features: tuple[int, int]):
@@ -91,14 +97,17 @@ def test_mixed_dtypes(
     check(inputs, backend)
 
 
-@pytest.mark.parametrize("value_features", [1, 7, 16, 17, 64, 100, 1000], ids=named("Dv"))
+FEATURES = [1, 7, 16, 17, 64, 100, pytest.param(1000, marks=pytest.mark.large)]
+
+
+@pytest.mark.parametrize("value_features", FEATURES, ids=named("Dv"))
 @pytest.mark.parametrize("layout", ["jagged", "one_step_mask"])
 def test_value_features(backend: str, layout: str, value_features: int):
     check(make_inputs(layout, value_features=value_features), backend)
 
 
 @pytest.mark.parametrize("heads", [None, 2], ids=named("heads"))
-@pytest.mark.parametrize("features", [1, 7, 16, 17, 64, 100, 1000], ids=named("D"))
+@pytest.mark.parametrize("features", FEATURES, ids=named("D"))
 @pytest.mark.parametrize("layout", ["jagged", "one_step_mask"])
 def test_features(backend: str, layout: str, features: int, heads: int | None):
     check(make_inputs(layout, features=features, heads=heads), backend)

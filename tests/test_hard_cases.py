@@ -351,7 +351,13 @@ def test_all_keys_masked(backend: str, layout: str):
         assert (result == 0).all(), name
 
 
-@pytest.mark.parametrize("layout", MAIN_LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(name, marks=pytest.mark.large if name == "padded_mask" else [])
+        for name in MAIN_LAYOUTS
+    ],
+)
 def test_very_negative_scores(backend: str, layout: str):
     """Real scores near -10^4 beside ignored keys: a finite sentinel would let the latter win.
 
