@@ -4,12 +4,14 @@ python -m benchmarks.bench_training                                   on a GPU
 python -m benchmarks.bench_training --device cpu --batches 8,16 --hidden 256 --vocab-size 4000
 python -m benchmarks.bench_training --help                            other sizes, text, providers
 
-One model is trained, by the steps of attn_ext.nmt, in bfloat16; only its decoder's attention is
-exchanged. The largest batch is searched for each attention; then they take turns, round after
-round. Before, loss and gradients on one batch are compared with those of float32.
+One model is trained, by the steps of attn_ext.nmt, in bfloat16, or in float32 where the device has
+none; only its decoder's attention is exchanged. The largest batch is searched for each attention;
+then they take turns, round after round. Before, loss and gradients on one batch are compared with
+those of the next wider type.
 """
 
 import argparse
+import copy
 import gc
 import json
 import math
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from attn_ext.nmt import cli, distributed
 from attn_ext.nmt.data import make_batch
 from attn_ext.nmt.model import DECODERS, ModelConfig, Seq2Seq
+from attn_ext.nmt.precision import bf16_problem
 from attn_ext.nmt.training import Trainer, TrainOptions
 
 from . import harness, providers, reach
@@ -71,21 +74,25 @@ def main() -> None:
         encoder_layers=options.layers, decoder_layers=options.layers,
     )  # fmt: skip
     backend = cli.check_backend(options.backend, device)
+    problem = bf16_problem(config, device, options.backend)
+    dtype = "float32" if problem else "bfloat16"
     print(
         f"{text.label}; {config.decoder}, {config.encoder_layers} + {config.decoder_layers} "
-        f"layers of {config.hidden}, vocabulary {config.vocab_size}; bfloat16; {device}, {backend}",
+        f"layers of {config.hidden}, vocabulary {config.vocab_size}; {dtype}; {device}, {backend}",
         flush=True,
     )
-    checked = check(config, text, device, options)
+    if problem:
+        print(f"float32 instead of bfloat16: {problem}", flush=True)
+    checked = check(config, text, device, options, dtype)
     torch.manual_seed(0)
     model = Seq2Seq(config, options.backend).to(device)
-    training = TrainOptions(bf16=True)
+    training = TrainOptions(bf16=dtype == "bfloat16")
     world = distributed.World(device=device)
     trainer = Trainer(model, text.vocabulary, text.examples, [], training, ".", world, None)
     bench = Bench(trainer, make_attentions(model, options.providers))
     report = {
         "machine": machine(options.device),
-        "dtype": "bfloat16",
+        "dtype": dtype,
         "text": text.label,
         "model": config.as_dict(),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -153,12 +160,17 @@ def _some_of(known: tuple[str, ...]) -> Callable[[str], list[str]]:
 
 
 def check(
-    config: ModelConfig, text: Text, device: torch.device, options: argparse.Namespace
+    config: ModelConfig,
+    text: Text,
+    device: torch.device,
+    options: argparse.Namespace,
+    dtype: str,
 ) -> dict[str, dict[str, float]]:
     """Loss a token and gradient norm of each provider on one batch, and its share of the budget.
 
-    The errors of the loss and of every parameter's gradient against float32 may be 3 times those of
-    eager attention in bfloat16, plus a rounding. Without dropout, whose masks may differ.
+    The errors of the loss and of every parameter's gradient may be 3 times those of eager attention
+    in the same type, plus a rounding: errors against float32 of bfloat16, and against float64 of
+    float32. Without dropout, whose masks may differ.
 
     Raises:
         AssertionError: an error is larger.
@@ -167,11 +179,13 @@ def check(
     model = Seq2Seq(replace(config, dropout=0.0), options.backend).to(device)
     batch = make_batch(text.examples[:CHECKED], text.vocabulary, device)
     attentions = make_attentions(model, options.providers)
-    exact = _differentiate(model, batch, attentions["eager"], bf16=False)
-    plain = _differentiate(model, batch, attentions["eager"], bf16=True)
-    rounding, found = harness.ROUNDING[torch.bfloat16], {}
+    bf16, model.decoder.attention = dtype == "bfloat16", attentions["eager"]
+    wider = model if bf16 else copy.deepcopy(model).double()
+    exact = _differentiate(wider, batch, wider.decoder.attention, bf16=False)
+    plain = _differentiate(model, batch, attentions["eager"], bf16)
+    rounding, found = harness.ROUNDING[getattr(torch, dtype)], {}
     for name, attention in attentions.items():
-        result = _differentiate(model, batch, attention, bf16=True)
+        result = _differentiate(model, batch, attention, bf16)
         shares = {}
         for part, truth in exact.items():
             allowed = 3 * (plain[part] - truth).norm() + rounding * truth.norm()
@@ -229,6 +243,7 @@ class Bench:
     def __init__(self, trainer: Trainer, attentions: dict[str, nn.Module]):
         self.trainer, self.attentions = trainer, attentions
         self.device = trainer.world.device
+        self.dtype = "bfloat16" if trainer.options.bf16 else "float32"  # as steps compute
 
     def cell(self, provider: str, size: int, batching: str) -> Cell:
         """``BATCHES`` batches of ``size`` sentences: as drawn, or cut from them by length."""
@@ -346,6 +361,7 @@ def bench_batching(bench: Bench, batching: str, options: argparse.Namespace) -> 
         row = {
             "batching": batching,
             "provider": name,
+            "dtype": bench.dtype,
             "batch": size,
             "limited_by": limits[name],
             "peak_bytes": bench.peak_memory(cell),
@@ -370,8 +386,8 @@ def bench_batching(bench: Bench, batching: str, options: argparse.Namespace) -> 
 
 def print_table(rows: list[dict]) -> None:
     print(
-        "  provider      batch  peak memory   target tokens/s: at eager's batch   at its own"
-        "   limited by"
+        "  provider  dtype        batch  peak memory   target tokens/s: at eager's batch"
+        "   at its own   limited by"
     )
     for row in rows:
         beside, ratio = row.get("tokens_per_second_at_eagers_batch"), "     "
@@ -379,8 +395,8 @@ def print_table(rows: list[dict]) -> None:
             ratio = f"{beside:,.0f} ({row['tokens_vs_eager_at_its_batch']:.2f}x)"
         own = f"{row['tokens_per_second']:,.0f} ({row['tokens_vs_eager']:.2f}x)"
         print(
-            f"  {row['provider']:9s} {row['batch']:9,d} {row['peak_bytes'] / 1e9:9.2f} GB "
-            f"{ratio:>35s} {own:>20s}   {row['limited_by']}"
+            f"  {row['provider']:9s} {row['dtype']:8s} {row['batch']:9,d} "
+            f"{row['peak_bytes'] / 1e9:9.2f} GB {ratio:>35s} {own:>20s}   {row['limited_by']}"
         )
         for verdict in row.get("reach", ()):
             print(f"    reach {verdict}")

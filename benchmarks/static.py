@@ -102,7 +102,10 @@ def compile_case(case, target: str):
     if "USE_PTX" in constants:
         constants["USE_PTX"] = TARGETS[target][0] == "cuda"
     names = list(case.signature)
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
+    # In order: Triton's cache on disk goes by the text of these, and the order of a set is another
+    # one in each process.
+    places = sorted(names.index(name) for name in case.aligned)
+    aligned = {(place,): [["tt.divisibility", 16]] for place in places}
     source = ASTSource(case.kernel, case.signature, constants, aligned)
     options = {
         "num_warps": case.num_warps,

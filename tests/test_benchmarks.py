@@ -16,6 +16,7 @@ import torch
 import attn_ext
 from attn_ext.nmt import corpora
 from attn_ext.nmt.cli import UsageError
+from attn_ext.nmt.model import ModelConfig
 from benchmarks import (
     bench_additive_attention,
     bench_training,
@@ -248,8 +249,22 @@ def train(monkeypatch, *arguments):
     bench_training.main()
 
 
-@pytest.mark.parametrize("decoder", ["gnmt", "rnnsearch"])
-def test_training_prints_and_writes_its_table(decoder, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("decoder", "has_bf16"), [("gnmt", None), ("rnnsearch", None), ("gnmt", False)]
+)
+def test_training_prints_and_writes_its_table(decoder, has_bf16, monkeypatch, tmp_path, capsys):
+    """In bfloat16 where this machine has it, and in float32 where it, or one made so, has not."""
+    if has_bf16 is False:
+        monkeypatch.setattr(bench_training, "bf16_problem", lambda *_: "none on this machine")
+    config = ModelConfig(300, decoder)
+    problem = bench_training.bf16_problem(config, torch.device("cpu"), None)
+    dtype = "float32" if problem else "bfloat16"
+    trained_in, step = set(), bench_training.Trainer.step
+    monkeypatch.setattr(
+        bench_training.Trainer,
+        "step",
+        lambda trainer, batch: trained_in.add(trainer.options.bf16) or step(trainer, batch),
+    )
     out = ["--out", str(tmp_path / "results"), "--decoder", decoder]
     path = tmp_path / "pairs.tsv"
     words = ["eins", "zwei", "drei"]
@@ -258,6 +273,7 @@ def test_training_prints_and_writes_its_table(decoder, monkeypatch, tmp_path, ca
     (written,) = (tmp_path / "results").glob("training_*.json")
     report = json.loads(written.read_text())
     assert report["text"].startswith(str(path)) and report["model"]["decoder"] == decoder
+    assert report["dtype"] == dtype and trained_in == {dtype == "bfloat16"}
     assert report["checked"].keys() == {"eager", "attn_ext"}
     assert all(found["share_of_error_budget"] <= 1 for found in report["checked"].values())
     rows = {(row["batching"], row["provider"]): row for row in report["rows"]}
@@ -267,7 +283,11 @@ def test_training_prints_and_writes_its_table(decoder, monkeypatch, tmp_path, ca
         for provider, batch in (("eager", 2), ("attn_ext", 3))
     }
     printed = capsys.readouterr().out
+    assert f"vocabulary 300; {dtype}; cpu" in printed.splitlines()[0]
+    assert (f"float32 instead of bfloat16: {problem}\n" in printed) == (problem is not None)
     for row in rows.values():
+        assert row["dtype"] == dtype
+        assert re.search(rf"{row['provider']} +{dtype} +{row['batch']} ", printed)
         assert f"{row['tokens_per_second']:,.0f} ({row['tokens_vs_eager']:.2f}x)" in printed
         assert all(len(cell["seconds"]) >= 3 and cell["tokens"] for cell in row["cells"])
         assert "batch_vs_eager" not in row and "reach" not in row
@@ -328,8 +348,14 @@ def test_training_text_with_a_corpus_but_no_subwords_is_synthetic(monkeypatch, t
     assert "package 'sentencepiece' is needed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("provider", ["attend_padded", "sum_product_padded"])
-def test_training_with_a_wrong_attention_stops(provider, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("provider", "problem"),
+    [("attend_padded", None), ("sum_product_padded", None), ("sum_product_padded", "no bf16")],
+    ids=["eager-bfloat16", "compile-bfloat16", "compile-float32"],
+)
+def test_training_with_a_wrong_attention_stops(provider, problem, monkeypatch, tmp_path):
+    """Found in bfloat16 on any machine: the batch that is checked has sentences of all lengths."""
+    monkeypatch.setattr(bench_training, "bf16_problem", lambda *_: problem)
     attend = getattr(providers, provider)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(providers, provider, lambda *inputs: -attend(*inputs))

@@ -1,10 +1,13 @@
 """The bars of the kernels' machine code, and what is predicted from it; no GPU is needed."""
 
+import fcntl
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,12 +52,21 @@ def test_passes_of_the_backward_are_added_by_route():
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> list[dict]:
-    """What the command finds for sm_90, bfloat16, 1024 features."""
-    result = tmp_path_factory.mktemp("static") / "static.json"
+    """What the command finds for sm_90, bfloat16, 1024 features.
+
+    It takes minutes, so of pytest-xdist's workers the first to come runs it, for all.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    result = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "static.json"
     command = [sys.executable, "-m", "benchmarks.static", "--quick", "--json", result]
     command += ["--dtype", "bf16", "--dim", "1024"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    with open(result.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not result.exists():
+            subprocess.run(
+                command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL
+            )
     return json.loads(result.read_text())["rows"]
 
 
@@ -110,6 +122,20 @@ def test_step_kernels_load_keys_and_values_16_bytes_at_a_time(kernels):
     assert [load for load in loads if load[2] != {"16"}] == []
 
 
+def test_a_kernel_is_looked_up_by_the_same_text_in_every_process(monkeypatch):
+    """Triton's cache on disk goes by the text of what is compiled; a set's order is by chance."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("kernels are interpreted, not compiled, in this process")
+    import triton
+
+    (case,) = (case for case in static.load_cases() if case.name == static.YARDSTICK)
+    texts = set()
+    monkeypatch.setattr(triton, "compile", lambda source, **_: texts.add(source.hash()))
+    for aligned in itertools.permutations(sorted(case.aligned)):
+        static.compile_case(SimpleNamespace(**{**vars(case), "aligned": aligned}), "sm_90")
+    assert len(texts) == 1
+
+
 # ---- What no row of the table has: masks, lengths, dropout, heads, returned weights ----
 
 
@@ -118,15 +144,20 @@ def test_step_kernels_load_keys_and_values_16_bytes_at_a_time(kernels):
     [(5, 7, True), (200, 300, True), (1, 7, False), (1, 300, True)],
     ids=["short", "long", "step", "long_step"],
 )
-def test_every_option_compiles(length_q: int, length_k: int, masked: bool):
+def test_every_option_compiles(
+    length_q: int, length_k: int, masked: bool, monkeypatch: pytest.MonkeyPatch
+):
     """The interpreter runs what the compiler may refuse."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("kernels are interpreted, not compiled, in this process")
     import torch
 
-    from attn_ext.triton_kernels import launch_backward, launch_forward
+    from attn_ext.triton_kernels import configurations, launch_backward, launch_forward
     from benchmarks import static_cases
 
+    # The same loop body twice instead of eight times takes a third of the time to compile; as often
+    # as the table has it, it stands in the rows above.
+    monkeypatch.setattr(configurations, "GRADIENT_ROW_TILES", 2)
     batch, heads, dim, value_dim = 3, 2, 20, 24
     query = torch.empty(batch, length_q, heads, dim, dtype=torch.bfloat16)
     key = torch.empty(batch, length_k, heads, dim, dtype=torch.bfloat16)

@@ -96,7 +96,9 @@ class Seq2Seq(nn.Module):
         return features
 
     def _losses(self, features, targets, label_smoothing):
-        log_probs = self.project(features).float().log_softmax(-1)
+        logits = self.project(features)
+        at_least = torch.promote_types(logits.dtype, torch.float32)
+        log_probs = logits.to(at_least).log_softmax(-1)
         nll = nn.functional.nll_loss(log_probs, targets, reduction="sum")
         if not label_smoothing:
             return nll, nll

@@ -8,6 +8,7 @@ Runs unchanged under `torchrun --nproc_per_node=N -m attn_ext.nmt.train ...`.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import shlex
 import sys
@@ -20,6 +21,7 @@ import torch
 from attn_ext.nmt import checkpoint, cli, corpora, data, distributed, evaluation
 from attn_ext.nmt.cli import UsageError
 from attn_ext.nmt.model import DECODERS, ENCODER_CELLS, ModelConfig, Seq2Seq
+from attn_ext.nmt.precision import bf16_problem
 from attn_ext.nmt.training import METRICS_FILE, NO_LIMIT, RESULT_PATTERNS, Trainer, TrainOptions
 from attn_ext.nmt.vocab import Vocabulary
 
@@ -136,7 +138,7 @@ def main(arguments=None):
     except UsageError:
         if world.is_main:
             raise
-        return 2  # the main process says it
+        return 0  # the main process says it: a failure here could have torchrun end it first
     finally:
         distributed.leave(world)
 
@@ -155,6 +157,8 @@ class Setting(NamedTuple):
 def _prepare(given, folder, world):
     """Check everything that the user chose, in the order of what it costs."""
     cli.check_backend(given.get("backend"), world.device)
+    if "resume" not in given:
+        _train_options(given, None, world)  # what cannot be computed here: before a folder is made
     created = _take_folder(folder, given)
     try:
         path, saved = folder / checkpoint.CHECKPOINT_FILE, None
@@ -324,14 +328,22 @@ def _train_options(given, saved, world):
         chosen.setdefault("minutes", 0.0)
     elif "minutes" in chosen:
         chosen["max_steps"] = NO_LIMIT
+    config = _model_config(given, saved, VOCAB_SIZE)  # of which sizes do not matter here
+    problem = functools.partial(bf16_problem, config, world.device, given.get("backend"))
     if saved is None:
-        chosen.setdefault(
-            "bf16", world.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        )  # fmt: skip
+        if given.get("bf16") and (reason := problem()):
+            raise UsageError(f"--bf16: {reason}; leave --bf16 out to train in float32")
+        chosen.setdefault("bf16", world.device.type == "cuda" and problem() is None)
         return TrainOptions(**chosen)
     before = checkpoint.rebuild(
         TrainOptions, saved["options"], Path(given["out"]) / checkpoint.CHECKPOINT_FILE
     )
+    if before.bf16 and (reason := problem()):
+        raise UsageError(
+            f"the run in {given['out']} was begun in bfloat16, and {reason}; resume it on a "
+            "machine that can, as in float32 it would be another run, or train anew with "
+            "--overwrite or another --out"
+        )
     for name, value in chosen.items():
         if name not in TrainOptions.MUTABLE and value != getattr(before, name):
             _refuse(given, name, getattr(before, name))

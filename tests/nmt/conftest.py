@@ -4,12 +4,20 @@ import contextlib
 
 import pytest
 import torch
-from nursery import Nursery
+from nursery import Nursery, few_pictures
 from toy_data import synthetic_pairs
 
 from attn_ext.nmt import data
 from attn_ext.nmt.model import ModelConfig, Seq2Seq
 from attn_ext.nmt.vocab import Vocabulary
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pictures():
+    """One at the end of a training, which takes as long as all of its steps, instead of four."""
+    with pytest.MonkeyPatch.context() as patch:
+        few_pictures(patch.setattr)
+        yield
 
 
 @pytest.fixture(scope="session")

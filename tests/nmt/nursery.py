@@ -43,7 +43,7 @@ class Nursery:
         )  # fmt: skip
 
     def run(self, tool, *arguments, timeout=TIMEOUT, **faults):
-        """`python -m attn_ext.nmt.TOOL ARGUMENTS`, or "write" PATH TEXT for `atomic_write`.
+        """`python -m attn_ext.nmt.TOOL ARGUMENTS`, or another of the tools that `serve` names.
 
         Args:
             timeout: whole seconds after which the test fails, with what the run has said by then.
@@ -159,6 +159,20 @@ def environment(**variables):
     os.environ.update(variables)
 
 
+def at_step(number, with_signal=signal.SIGKILL):
+    """A signal to this process as it begins a step."""
+    from attn_ext.nmt import training
+
+    step = training.Trainer.step
+
+    def signalled(trainer, *arguments, **keywords):
+        if trainer.progress.step + 1 == number:
+            os.kill(os.getpid(), with_signal)
+        return step(trainer, *arguments, **keywords)
+
+    training.Trainer.step = signalled
+
+
 def hang():
     print("before it hangs", flush=True)
     while True:
@@ -180,6 +194,20 @@ def die_while_fetching():
 # -- the process ------------------------------------------------------------------------------
 
 
+def few_pictures(set_attribute):
+    """Draw one at the end of a training: test_offline has all of them drawn."""
+    from attn_ext.nmt import evaluation
+
+    set_attribute(evaluation, "PICTURES", 1)
+
+
+def run_several(arguments):
+    """torchrun, whose own processes begin anew."""
+    from torch.distributed import run
+
+    run.main(arguments)
+
+
 def serve(folder):
     import matplotlib.figure  # noqa: F401
     import sacrebleu  # noqa: F401
@@ -189,7 +217,9 @@ def serve(folder):
     from attn_ext.nmt import cli, plot, train, translate
 
     mains = {"train": train.main, "translate": translate.main, "plot": plot.main}
-    mains["write"] = lambda arguments: cli.atomic_write(*arguments)
+    mains["write"] = lambda arguments: cli.atomic_write(*arguments)  # path, text
+    mains["torchrun"] = run_several
+    few_pictures(setattr)
     for line in sys.stdin:
         call = json.loads(line)
         child = os.fork()
@@ -197,6 +227,9 @@ def serve(folder):
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             for number, name in ((1, "output"), (2, "error")):
                 os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            # As a person starts it, even where a shell had the tests in its background, whose
+            # programs ignore Ctrl-C.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             faulthandler.register(signal.SIGQUIT, chain=True)  # says where it was, and ends it
             main = functools.partial(mains[call["tool"]], call["arguments"])
             os._exit(status_of(functools.partial(cli.run, main), call["faults"]))

@@ -90,3 +90,13 @@ def test_write_that_fails_says_why(tmp_path, monkeypatch, reason, line, n):
     else:
         assert error.value is reason
     assert not list(tmp_path.iterdir())
+
+
+def test_file_of_another_version_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "model.pt"
+    with monkeypatch.context() as later:
+        later.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+        checkpoint.save(path, "model", CONTENT)
+    with pytest.raises(checkpoint.UsageError) as error:
+        checkpoint.load(path, "model")
+    assert str(error.value) == f"{path} has format 4; this version reads format 3"

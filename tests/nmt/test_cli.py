@@ -1,5 +1,6 @@
 """The command lines: what a person sees."""
 
+import contextlib
 import errno
 import importlib
 import io
@@ -12,14 +13,21 @@ import pytest
 import torch
 from toy_data import TINY_RUN, synthetic_pairs
 
-from attn_ext.nmt import checkpoint, cli, plot, train, translate
+from attn_ext.nmt import checkpoint, cli, evaluation, plot, train, translate
 
 
 @pytest.fixture(scope="module")
-def trained(tsv, tmp_path_factory):
+def training(tsv, tmp_path_factory):
+    """The folder of a run, and what it printed."""
     out = tmp_path_factory.mktemp("run") / "out"
-    train.main(["--data", str(tsv), "--out", str(out), *TINY_RUN, "--max-steps", "3"])
-    return out
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        train.main(["--data", str(tsv), "--out", str(out), *TINY_RUN, "--max-steps", "3"])
+    return out, output.getvalue()
+
+
+@pytest.fixture
+def trained(training):
+    return training[0]
 
 
 def status(main, arguments):
@@ -33,12 +41,11 @@ class Input:
         self.buffer = io.BytesIO(content)
 
 
-def test_end_of_training_shows_the_result(tsv, tmp_path, capsys):
-    train.main(["--data", str(tsv), "--out", str(tmp_path), *TINY_RUN, "--max-steps", "2"])
-    output = capsys.readouterr().out
+def test_end_of_training_shows_the_result(training):
+    out, output = training
     for text in ("BLEU", "chrF", "untrained", "source copied", "reference ", "attention-1.png"):
         assert text in output
-    assert f"python -m attn_ext.nmt.translate --model {tmp_path} < in.txt > out.txt" in output
+    assert f"python -m attn_ext.nmt.translate --model {out} < in.txt > out.txt" in output
 
 
 @pytest.mark.parametrize("beam", ["1", "3"])
@@ -208,3 +215,15 @@ class TestWaitWithoutSpinning:
         cli.os.environ[name] = "2"
         cli.wait_without_spinning()
         assert not started
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", Input("\ufeffrot\n\ufeffhaus\n".encode()))
+    assert list(translate._input_lines()) == ["rot", "\ufeffhaus"]
+
+
+def test_scores_are_those_that_the_signatures_name():
+    """A short translation shares no four words with its reference: BLEU has to show it."""
+    outputs, references = ["rotes haus"], ["rotes haus"]
+    assert "eff:no" in evaluation.signatures()["bleu"]
+    assert evaluation.bleu_chrf(outputs, references) == {"bleu": 0.0, "chrf": 100.0}

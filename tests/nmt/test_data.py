@@ -131,3 +131,16 @@ def test_which_of_equal_held_out_sources_is_kept_does_not_depend_on_order():
     pairs += [own._replace(source=own.source + mark, target="x" + mark) for mark in ".!"]
     splits = [set(data.split_pairs(order).dev) for order in (pairs, pairs[::-1])]
     assert splits[0] == splits[1]
+
+
+def test_what_dev_holds_is_not_in_test():
+    """The model is chosen by dev; a sentence of both would make test look better than it is."""
+    pairs = component_pairs()
+    split = data.split_pairs(pairs)
+    held_out = split.dev[0].group, split.test[0].group
+    pairs += [
+        Pair(f"Only held out, {n}", "Nicht gelernt", group) for group in held_out for n in "12"
+    ]
+    split = data.split_pairs(pairs)
+    holding = [[pair.source.startswith("Only held") for pair in part] for part in split]
+    assert list(map(sum, holding)) == [0, 1, 0]

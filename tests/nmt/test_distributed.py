@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import ddp_worker
@@ -11,22 +8,20 @@ import torch
 from attn_ext.nmt.distributed import World
 from attn_ext.nmt.model import DECODERS
 
+TWO_PROCESSES = ("--standalone", "--nproc_per_node=2")
+
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
+def two_processes(nursery, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         ddp_worker.__file__, str(folder)],
-        capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = nursery.run("torchrun", *TWO_PROCESSES, ddp_worker.__file__, folder)
+    assert done.status == 0, done.error
     return folder
 
 
-def losses(run: Path):
+def of_steps(run: Path, name: str):
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [record["loss"] for record in records if "loss" in record]
+    return [record[name] for record in records if name in record]
 
 
 @pytest.mark.parametrize("decoder", sorted(DECODERS))
@@ -38,20 +33,18 @@ def test_two_processes_agree_with_each_other_and_with_one(two_processes, tmp_pat
     for name in first:
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], alone[name], rtol=1e-3, atol=1e-4)
-    # Tokens are weighed across the ranks, so the losses are those of the whole batch.
-    assert losses(run) == pytest.approx(losses(tmp_path / f"{decoder}-1"), rel=1e-4)
+    # Tokens are weighed across the ranks: losses and gradients are those of the whole batch.
+    for name in ("loss", "grad_norm"):
+        expected = of_steps(tmp_path / f"{decoder}-1", name)
+        assert of_steps(run, name) == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_mistake_is_told_once(tmp_path):
-    data = tmp_path / "pairs.tsv"
+def test_a_mistake_is_told_once(nursery, tmp_path):
+    data, out = tmp_path / "pairs.tsv", tmp_path / "out"
     data.write_text("a\tb\nc\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         "-m", "attn_ext.nmt.train", "--data", str(data), "--out", str(tmp_path / "out"),
-         "--device", "cpu"],
-        capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode
-    assert done.stderr.count("error: ") == 1
-    assert "line 2: expected source<TAB>target" in done.stderr
-    assert not (tmp_path / "out").exists()
+    train = ["-m", "attn_ext.nmt.train", "--data", data, "--out", out, "--device", "cpu"]
+    done = nursery.run("torchrun", *TWO_PROCESSES, *train)
+    assert done.status
+    assert done.error.count("error: ") == 1
+    assert "line 2: expected source<TAB>target" in done.error
+    assert not out.exists()

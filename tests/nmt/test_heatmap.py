@@ -26,7 +26,9 @@ def test_labels():
     ]  # fmt: skip
 
 
-def test_long_sentences_make_no_huge_picture(tmp_path):
+def test_long_sentences_make_no_huge_picture(tmp_path, monkeypatch):
+    assert heatmap.LARGEST_SIDE <= 40
+    monkeypatch.setattr(heatmap, "LARGEST_SIDE", 10.0)  # the largest takes seconds to draw
     pieces = ["▁wort"] * 700
     path = tmp_path / "x.png"
     heatmap.draw(path, pieces, pieces, torch.rand(700, 700), title="wort " * 700)

@@ -75,8 +75,15 @@ def test_the_guard_would_tell(code, tmp_path, monkeypatch):
     assert done.returncode == 99 and "GUARD" in done.stderr
 
 
-def test_imports():
-    done = guarded(IMPORTS)
+@pytest.fixture(scope="module")
+def whole_run(tsv, tmp_path_factory):
+    """All modules imported, a model trained and used, in one process: how it ended, its folder."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    return guarded(IMPORTS + RUN, json.dumps([str(tsv), str(out), TINY_RUN])), out
+
+
+def test_imports(whole_run):
+    done, _ = whole_run
     assert done.returncode == 0, done.stderr
     files = {path for package in PACKAGES for path in package.rglob("*.py")}
     assert len(files) > 40
@@ -84,11 +91,11 @@ def test_imports():
     assert {path.stem for path in files} - {"__init__"} <= modules
 
 
-def test_training_translating_and_drawing(tsv, tmp_path):
-    arguments = json.dumps([str(tsv), str(tmp_path / "out"), TINY_RUN])
-    done = guarded(RUN, arguments)
+def test_training_translating_and_drawing(whole_run):
+    done, out = whole_run
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("done\n") and (tmp_path / "out" / "x.png").exists()
+    assert done.stdout.endswith("done\n") and (out / "x.png").exists()
+    assert len(list(out.glob("attention-*.png"))) > 1  # other tests draw but one
 
 
 # -- what the sources may not call -------------------------------------------------------------

@@ -94,3 +94,62 @@ def test_translate_keeps_order_and_empty_lines(model, vocabulary, beam):
     assert [text for text, _, _ in together][1] == ""
     for text, result in zip(texts, together, strict=True):
         assert translate(model, vocabulary, [text], beam)[0] == result
+
+
+class Chain:
+    """A model whose next token follows from the last one alone, by a table of logits."""
+
+    def __init__(self, table):
+        self.log_probs, self.decoder = table.log_softmax(-1), self
+
+    def encode(self, source):
+        return source
+
+    def start(self, states, rows):
+        return None
+
+    def step(self, tokens, state, attend):
+        return tokens, state, None
+
+    def select(self, state, rows):
+        return state
+
+    def embed(self, tokens):
+        return tokens
+
+    def project(self, tokens):
+        return self.log_probs[tokens]
+
+
+def plain_beam_search(log_probs, beam, alpha, limit):
+    """The search of one sentence, which ends at `limit` or when `beam` hypotheses have ended."""
+    going, ended = [(0.0, [BOS])], []
+    for length in range(1, limit + 1):
+        longer = [
+            (total + log_prob, [*tokens, token])
+            for total, tokens in going
+            for token, log_prob in enumerate(log_probs[tokens[-1]].tolist())
+        ]
+        longer.sort(reverse=True)
+        ends = [(total, tokens[1:-1]) for total, tokens in longer[:beam] if tokens[-1] == EOS]
+        ended += [(total / length**alpha, tokens) for total, tokens in ends]
+        going = [one for one in longer if one[1][-1] != EOS][:beam]
+        if len(ended) >= beam:
+            break
+    return max(ended) if ended else (going[0][0] / limit**alpha, going[0][1][1:])
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("beam", [1, 2, 3])
+def test_search_ends_early_only_where_nothing_better_can_come(monkeypatch, beam, alpha):
+    """And `beam` hypotheses go on, however many end."""
+    monkeypatch.setattr("attn_ext.nmt.search.make_attend", lambda *_: None)
+    limits = [3, 6, 9]
+    sources = data.Jagged.from_lists([[EOS]] * len(limits))
+    for seed in range(30):
+        chain = Chain(2 * torch.randn(6, 6, generator=torch.Generator().manual_seed(seed)))
+        found = search(chain, sources, BOS, EOS, beam, alpha, limits)
+        for limit, hypothesis in zip(limits, found, strict=True):
+            score, tokens = plain_beam_search(chain.log_probs, beam, alpha, limit)
+            assert hypothesis.tokens == tokens
+            assert hypothesis.score == pytest.approx(score, abs=1e-4)

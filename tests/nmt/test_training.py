@@ -3,10 +3,8 @@
 import json
 import math
 import os
+import re
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from toy_data import TINY_RUN
 from attn_ext import backends
 from attn_ext.nmt import checkpoint, train, training
 from attn_ext.nmt.cli import UsageError
+from attn_ext.nmt.distributed import World
 from attn_ext.nmt.training import Trainer
 
 
@@ -79,59 +78,30 @@ def test_resumed_run_repeats_the_uninterrupted_one(uninterrupted, tsv, tmp_path,
     assert_same_run(uninterrupted, out)
 
 
-def start(tsv, out, *options):
-    command = [sys.executable, "-m", "attn_ext.nmt.train", "--data", str(tsv), "--out", str(out)]
-    return subprocess.Popen(
-        [*command, *TINY_RUN, *STEPS, "--decoder", "rnnsearch", *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as this process: sums have the same order
-    )
-
-
-def wait_for_step(process, out, step):
-    """Until the metrics of a running process show this step."""
-    path = out / "metrics.jsonl"
-    for _ in range(6000):
-        if path.exists() and f'{{"step": {step}, ' in path.read_text():
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-    raise AssertionError("the training did not get on")
-
-
-def test_kill_loses_at_most_the_steps_since_the_checkpoint(uninterrupted, tsv, tmp_path):
+def test_kill_loses_at_most_the_steps_since_the_checkpoint(uninterrupted, nursery, tsv, tmp_path):
     out = tmp_path / "out"
-    process = start(tsv, out, "--max-steps", "100000")
-    wait_for_step(process, out, 13)
-    process.kill()
-    process.communicate()
+    options = [*TINY_RUN, *STEPS, "--decoder", "rnnsearch", "--max-steps", 100000]
+    done = nursery.run("train", "--data", tsv, "--out", out, *options, at_step={"number": 14})
+    assert done.status == -signal.SIGKILL
     step = checkpoint.load(out / "checkpoint.pt", "checkpoint")["progress"]["step"]
-    assert step >= 10
+    assert 10 <= step < 14 and max(metrics(out))[0] == 13
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 9999, "loss"')  # as a kill inside a write leaves it
-    resumed_to = max(30, step)
-    run(None, out, "--resume", "--max-steps", str(resumed_to), "--device", "cpu")
-    if resumed_to == 30:
-        assert_same_run(uninterrupted, out)
-    else:  # the kill came late; the steps before it are still the same
-        ours, theirs = metrics(out), metrics(uninterrupted)
-        assert all(ours[key] == theirs[key] for key in theirs)
+    run(None, out, "--resume", "--max-steps", "30", "--device", "cpu")
+    assert_same_run(uninterrupted, out)
 
 
-def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(tsv, tmp_path):
+def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(nursery, tsv, tmp_path):
     out = tmp_path / "out"
-    process = start(tsv, out, "--max-steps", "100000", "--checkpoint-every", "100000")
-    wait_for_step(process, out, 3)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    last = output.strip().splitlines()[-1]
-    assert last.startswith("interrupted after step") and last.endswith("--resume")
-    assert "Traceback" not in output
+    options = [*TINY_RUN, "--max-steps", 100000, "--checkpoint-every", 100000]
+    ctrl_c = {"number": 4, "with_signal": signal.SIGINT}
+    done = nursery.run("train", "--data", tsv, "--out", out, *options, at_step=ctrl_c)
+    assert done.status == 130
+    last = done.output.strip().splitlines()[-1]
+    assert last.startswith("interrupted after step 4") and last.endswith("--resume")
+    assert "Traceback" not in done.output + done.error
     step = checkpoint.load(out / "checkpoint.pt", "checkpoint")["progress"]["step"]
-    assert step == max(step for step, _ in metrics(out)) >= 3
+    assert step == max(step for step, _ in metrics(out)) == 4
 
 
 class TestRefuses:
@@ -319,3 +289,44 @@ def test_umask_is_respected(uninterrupted):
     mask = os.umask(0)
     os.umask(mask)
     assert (uninterrupted / "model.pt").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_dev_loss_is_measured_without_dropout(model, examples, vocabulary):
+    def loss():
+        return training.evaluate_loss(
+            model, examples, vocabulary, training.TrainOptions(), torch.device("cpu")
+        )
+
+    before = loss()
+    assert model.dropout.p > 0
+    model.train()
+    assert loss() == before
+
+
+def test_a_resumed_run_remembers_the_vocabulary_size_asked_for(tsv, tmp_path):
+    out = {"out": str(tmp_path)}
+    _, started = train._load_data({**out, "data": str(tsv), "vocab_size": 320}, None, World())
+    _, resumed = train._load_data(out, {"identity": started}, World())
+    assert resumed == started
+
+
+@pytest.mark.parametrize("pair", ["ein\t{}", "{}\tein"], ids=["target", "source"])
+def test_long_sentences_are_not_trained_on(tsv, tmp_path, monkeypatch, capsys, pair):
+    data = tmp_path / "pairs.tsv"
+    long = pair.format("zwei drei " * train.MAX_LENGTH)
+    data.write_text(tsv.read_text() + f"{long}\n{long} vier\n")  # one may be held out
+
+    def stop(*_):
+        raise UsageError("stopped")
+
+    monkeypatch.setattr(Trainer, "run", stop)
+    with pytest.raises(UsageError, match="stopped"):
+        run(data, tmp_path / "out")
+    assert re.search(r"\([12] too long\)", capsys.readouterr().out)
+
+
+def test_learning_rate_rises_and_falls():
+    options = training.TrainOptions(learning_rate=0.5, warmup=4)
+    rates = [training.learning_rate(step, options) for step in (1, 2, 4, 16, 64)]
+    assert rates == pytest.approx([0.125, 0.25, 0.5, 0.25, 0.125])
+    assert training.learning_rate(1, training.TrainOptions(learning_rate=0.5, warmup=0)) == 0.5
