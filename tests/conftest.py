@@ -125,12 +125,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     interpreter, in the emulation of CUDA and, of those marked every_isa, with the machine's other
     instruction sets.
     """
+    everything = os.environ.get("ATTN_EXT_TEST_ALL") == "1"
     interpreted = BACKEND_DEVICES.get("triton") == "cpu"
     emulated = BACKEND_DEVICES.get("cuda") == "cpu"
     kept: set[pytest.Item] = set()
     few: dict[tuple[str, Chosen], list[pytest.Item]] = {}
     for item in items:
         chosen = chosen_of(item)
+        if item.get_closest_marker("nightly") and not everything:
+            continue
         if chosen.isa and not item.get_closest_marker("every_isa"):
             continue
         if interpreted and ("thread" in item.name or item.get_closest_marker("large")):
@@ -141,9 +144,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             few.setdefault((item.nodeid.partition("[")[0], chosen), []).append(item)
         else:
             kept.add(item)
-    most = FEW_INTERPRETED if interpreted else FEW
-    if os.environ.get("ATTN_EXT_TEST_ALL") == "1":
-        most = len(items)
+    most = len(items) if everything else FEW_INTERPRETED if interpreted else FEW
     for (name, _), cases in few.items():
         kept.update(spread(cases, most, seed=zlib.crc32(name.encode())))
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])

@@ -141,8 +141,12 @@ def test_a_kernel_is_looked_up_by_the_same_text_in_every_process(monkeypatch):
 
 @pytest.mark.parametrize(
     ("length_q", "length_k", "masked"),
-    [(5, 7, True), (200, 300, True), (1, 7, False), (1, 300, True)],
-    ids=["short", "long", "step", "long_step"],
+    [
+        pytest.param(5, 7, True, id="short"),
+        pytest.param(1, 300, True, id="long_step"),
+        pytest.param(200, 300, True, id="long", marks=pytest.mark.nightly),
+        pytest.param(1, 7, False, id="step", marks=pytest.mark.nightly),
+    ],
 )
 def test_every_option_compiles(
     length_q: int, length_k: int, masked: bool, monkeypatch: pytest.MonkeyPatch
