@@ -68,7 +68,8 @@ class GuardedMemory(TorchDispatchMode):
             with self:
                 return function.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
         result = function(*args, **kwargs)
-        if function not in (aten.new_empty.default, aten.empty.memory_format):
+        new = (aten.new_empty.default, aten.empty.memory_format, aten.new_zeros.default)
+        if function not in new:
             return result
         guarded = _Guarded(result, self._zone)
         guarded.tensor.zero_()

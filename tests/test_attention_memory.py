@@ -170,3 +170,10 @@ def test_max_seqlen(backend: str, max_seqlen_k: int):
     inputs, queries = make_steps("jagged_one_step")
     inputs = inputs.with_keywords(max_seqlen_k=max_seqlen_k)
     check_program(inputs, queries, backend, decoding_with_weights)
+
+
+def test_a_step_of_large_queries_among_small_ones(backend: str):
+    """All steps of a sequence are one pass, whose route the largest of its queries chooses."""
+    inputs, queries = make_steps("jagged_one_step", features=40)
+    queries[1] *= 50
+    check_program(inputs, queries, backend, decoding_with_weights)

@@ -225,3 +225,14 @@ def test_everything_masked_gives_zeros(backend: str):
     module.mask = torch.ones(B, TK, dtype=torch.bool)
     context, weights = module(torch.randn(TQ, B, QUERY_DIM), torch.randn(TK, B, KEY_DIM))
     assert (context == 0).all() and (weights == 0).all()
+
+
+def test_joeynmt_notices_a_mask_that_is_filled_anew(backend: str):
+    module = compat.JoeyNMTBahdanauAttention(D, KEY_DIM, QUERY_DIM, backend=backend)
+    states, query = torch.randn(B, TK, KEY_DIM), torch.randn(B, 1, QUERY_DIM)
+    mask = torch.ones(B, 1, TK, dtype=torch.bool)
+    module.compute_proj_keys(states)
+    module(query, mask, states)
+    mask[:, :, 1:] = False
+    _, weights = module(query, mask, states)
+    assert (weights[:, :, 0] == 1).all() and (weights[:, :, 1:] == 0).all()

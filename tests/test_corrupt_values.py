@@ -192,3 +192,18 @@ def test_key_lengths(kernel_backend: str, case: int, kind: str):
     queries = (BATCH, 3) if kind == "all_steps" else (BATCH,)
     tensors = random_tensors(numbers, queries, (BATCH, ROWS))
     check_inside(tensors, keywords, attend)
+
+
+@pytest.mark.parametrize("offsets", [[150, 150, 200], [190, 0, 100], [70, 200, 80]], ids=str)
+def test_offsets_that_start_late(kernel_backend: str, offsets: list[int]):
+    """By tiles and more after the first row: no tile of a sequence may come before its first."""
+    shapes = dict(zip(INPUT_NAMES, ((8, 5), (200, 5), (200, 3), (5,))))
+    tensors = {name: torch.randn(shape).requires_grad_() for name, shape in shapes.items()}
+    keywords = {
+        "cu_seqlens_q": torch.tensor([0, 4, 8]),
+        "cu_seqlens_k": torch.tensor(offsets),
+        "max_seqlen_q": 4,
+        "max_seqlen_k": 60,
+        "need_weights": True,
+    }
+    check_inside(tensors, keywords, attend_at_once(kernel_backend))

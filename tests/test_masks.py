@@ -124,3 +124,11 @@ def test_weights_sum_to_one_or_zero(backend: str):
     for b, (queries, columns) in enumerate(zip(inputs.query_rows, inputs.columns)):
         expected[b, :, : queries[0].stop - queries[0].start] = float(len(columns) > 0)
     torch.testing.assert_close(sums, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("layout", ["padded_mask", "one_step_mask"])
+def test_a_single_key_is_ignored_amid_others(backend: str, layout: str):
+    mask = torch.eye(5, dtype=torch.bool)[1:4]
+    check(
+        make_inputs(layout, lengths_q=(2,) * 3, lengths_k=(5,) * 3, key_padding_mask=mask), backend
+    )

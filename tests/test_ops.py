@@ -1,13 +1,15 @@
 """The torch.library ops: opcheck, fake kernels, corrupt offsets, instruction sets, peak memory."""
 
+import functools
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import call, incoming_gradients, require_backend
+from helpers import call, check, incoming_gradients, require_backend
 from layouts import LAYOUTS, ONE_STEP_LAYOUTS, Inputs, make_inputs
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -217,56 +219,30 @@ def test_corrupt_lengths_stay_inside_the_tensors(index_dtype: torch.dtype):
 
 # ---- Instruction sets ----
 
-# What runs other code on another instruction set: every layout, dtype, odd size and magnitude.
-KERNEL_TESTS = (
-    "cpu and (test_layouts or test_dtypes or test_features or test_value_features or "
-    "test_sizes or test_one_step_sizes or test_magnitudes or that_cancel or test_strides or "
-    "test_dropout_in_every_layout or test_thread_count or test_corrupt_values)"
-)
-KERNEL_FILES = (
-    "additive_attention",
-    "attention_memory",
-    "corrupt_values",
-    "dropout",
-    "hard_cases",
-    "magnitudes",
-    "strides",
-)
+CHOOSE_ISA = """
+import os, torch, attn_ext
+try:
+    torch.ops.attn_ext.cpu_isa()
+except RuntimeError as error:
+    print(error)
+os.environ["ATTN_EXT_CPU_ISA"] = "portable"  # a refused choice is made again
+print(torch.ops.attn_ext.cpu_isa())
+"""
 
 
-def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        cwd=TESTS.parent,
-        capture_output=True,
-        text=True,
-    )
+def run_python(program: str, **environment: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
 
 
-PRINT_ISA = "import attn_ext, torch; print(torch.ops.attn_ext.cpu_isa())"
-
-
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
-def test_instruction_sets(isa: str):
-    """The kernel tests once more, for each instruction set of this machine but the default."""
-    if isa == torch.ops.attn_ext.cpu_isa():
-        pytest.skip(f"{isa} is what all other tests run on")
-    probe = run_python("-c", PRINT_ISA, ATTN_EXT_CPU_ISA=isa)
-    if "names no instruction set of this machine" in probe.stderr:
-        pytest.skip(f"this machine has no {isa}")
-    assert probe.stdout.strip() == isa, probe.stderr
-    files = [str(TESTS / f"test_{name}.py") for name in KERNEL_FILES]
-    options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-k", KERNEL_TESTS]
-    run = run_python("-m", "pytest", *options, *files, ATTN_EXT_CPU_ISA=isa)
-    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
-
-
-def test_unknown_instruction_set():
-    run = run_python("-c", PRINT_ISA, ATTN_EXT_CPU_ISA="sse9")
-    assert run.returncode != 0
-    assert "ATTN_EXT_CPU_ISA=sse9 names no instruction set of this machine" in run.stderr
-    assert "portable" in run.stderr
+def test_instruction_set_of_the_environment():
+    refusal, isa = run_python(CHOOSE_ISA, ATTN_EXT_CPU_ISA="sse9").splitlines()
+    expected = "ATTN_EXT_CPU_ISA=sse9 names no instruction set of this machine; available: "
+    assert refusal == expected + torch.ops.attn_ext.cpu_isas()
+    assert isa == "portable"
 
 
 # ---- Memory ----
@@ -304,7 +280,57 @@ def test_peak_memory(step: bool):
     The memory keeps a step's scores and weights until backward, and stacks them for its one pass:
     of size Tq * Tk and Tq * D.
     """
-    run = run_python("-c", PEAK_MEMORY.format(step=step))
-    assert run.returncode == 0, run.stderr
+    peak = int(run_python(PEAK_MEMORY.format(step=step)))
     cube = 4 * 256 * 256 * 1024 * 4
-    assert int(run.stdout) < cube / 8, f"{int(run.stdout) / 2**20:.0f} MiB"
+    assert peak < cube / 8, f"{peak / 2**20:.0f} MiB"
+
+
+@pytest.mark.parametrize(
+    ("version", "problem"),
+    [
+        ("3.5.1", "triton 3.5.1 is older than 3.6; pip install 'triton>=3.6'"),
+        ("3.6.0", None),
+        ("3.10.0", None),
+        ("4.0.0+git1234", None),
+    ],
+)
+def test_versions_of_triton(monkeypatch: pytest.MonkeyPatch, version: str, problem: str | None):
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))
+    assert backends._triton_problem.__wrapped__() == problem
+
+
+@pytest.mark.parametrize(
+    ("lengths_q", "lengths_k", "features"),
+    [((20, 0, 3), (1500, 2, 700), 64), ((300, 2), (1500, 3), 4)],
+    ids=["ranges_of_keys", "blocks_of_queries"],
+)
+def test_long_sequences_with_dropout(
+    lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], features: int
+):
+    """Their parts are merged, and each has its own part of the mask: backward has other ones."""
+    lengths = {"lengths_q": lengths_q, "lengths_k": lengths_k}
+    inputs = make_inputs("jagged", features=features, dtype=torch.float64, poison=False, **lengths)
+    incoming = incoming_gradients(inputs, need_weights=True)
+    results = []
+    for backend in ("cpu", "reference"):
+        torch.manual_seed(0)
+        keywords = {"backend": backend, "need_weights": True, "dropout_p": 0.3}
+        attend = functools.partial(call, inputs, **keywords)
+        results.append(differentiate(attend, inputs.leaves, incoming))
+    for name, expected in results[1].items():
+        torch.testing.assert_close(results[0][name], expected, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("layout", ["jagged", "jagged_one_step"])
+def test_rows_of_nobody_where_every_sequence_has_rows(layout: str):
+    """They alone ask for zeros then, of the context and of the gradients."""
+    check(make_inputs(layout, lengths_q=(3, 2), lengths_k=(4, 5)), "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_results_are_rounded_to_nearest(dtype: torch.dtype):
+    """As PyTorch rounds: the mean of two numbers of few bits, which float32 holds exactly."""
+    zeros, values = torch.zeros(1, 2, 4, dtype=dtype), torch.randn(1, 2, 1000).to(dtype)
+    context = attn_ext.additive_attention(zeros, zeros, values, zeros[0, 0], backend="cpu")
+    expected = values.float().mean(1).to(dtype)
+    assert torch.equal(context, expected[:, None].expand_as(context))

@@ -242,3 +242,16 @@ def test_budget_refuses_more_than_it_allows(name: str, dtype: torch.dtype):
         assert_within_budget(name, eager * torch.nan, exact, eager)
     with pytest.raises(AssertionError, match="shape"):
         assert_within_budget(name, eager[:2], exact, eager)
+
+
+def test_no_gradient_is_nan_on_its_way():
+    """Nor where no key is left: PyTorch's anomaly detection, which looks at all, has no complaint.
+
+    Such NaN would be masked before it reached an input.
+    """
+    inputs = make_inputs("padded_mask", poison=False)
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in inputs.leaves.items()}
+    with torch.autograd.set_detect_anomaly(True):
+        context, weights = call(inputs, leaves, backend="reference", need_weights=True)
+        (context.square().sum() + weights.square().sum()).backward()
+    assert all(leaf.grad.isfinite().all() for leaf in leaves.values())

@@ -356,3 +356,15 @@ def test_dual_level_without_tangents(kernel_backend: str):
     with torch.autograd.forward_ad.dual_level():
         actual, _ = call(inputs, inputs.leaves, backend=kernel_backend)
     assert torch.equal(actual, expected)
+
+
+def test_vmap_over_the_axis_before_the_heads(kernel_backend: str):
+    """Where the calls go themselves when they become more heads."""
+    inputs = double_inputs("padded_lengths", heads=2)
+    *rows, score_weight = inputs.leaves.values()
+    rows = [torch.stack([tensor, -tensor, tensor / 2], 2) for tensor in rows]
+
+    def run(backend: str):
+        return vmap(loss_of(inputs, backend), (2, 2, 2, None))(*rows, score_weight)
+
+    assert_same(run(kernel_backend), run("reference"))

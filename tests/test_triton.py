@@ -3,6 +3,8 @@
 Run by ``make test`` in Triton's interpreter (TRITON_INTERPRET=1), and on a GPU by ``make gpu``.
 """
 
+import importlib
+
 import pytest
 import torch
 from helpers import BACKEND_DEVICES, check, require_backend
@@ -178,3 +180,31 @@ def test_corrupt_offsets_stay_inside(monkeypatch: pytest.MonkeyPatch):
     for whole in guarded.values():
         around = torch.cat([whole.detach()[:32], whole.detach()[32 + rows :]])
         assert around.isnan().all()
+
+
+def test_the_longest_sequence_is_read_where_no_bound_is_given(monkeypatch: pytest.MonkeyPatch):
+    """On a GPU, where the host has not seen the offsets: tiles and workspaces follow its length."""
+    from attn_ext.triton_kernels import problem
+
+    bounds = []
+    monkeypatch.setattr(attn_ext.layout, "can_read_values", lambda tensor: False)
+    monkeypatch.setattr(attn_ext.checks, "can_read_values", lambda tensor: False)
+    describe = problem.describe
+
+    def note(*arguments):
+        described = describe(*arguments)
+        bounds.append((described.max_q, described.max_k))
+        return described
+
+    for launchers in ("launch_forward", "launch_backward"):
+        module = importlib.import_module(f"attn_ext.triton_kernels.{launchers}")
+        monkeypatch.setattr(module, "describe", note)
+    results_of(make_inputs("jagged", poison=False, **TILES))
+    assert bounds == [(9, 20), (9, 20)]
+
+
+def test_large_numbers_among_the_second_features_of_pairs():
+    """Features d and d + half are read together; the magnitudes of both choose the route."""
+    inputs = make_inputs("padded", features=40)
+    inputs.leaves["query"][..., 30] *= 60
+    check(inputs, "triton")

@@ -195,3 +195,10 @@ def test_a_failed_launch_is_reported_once():
             call(inputs, inputs.leaves, backend="cuda")
     assert ctypes.CDLL(str(emulated_cuda.build())).emulated_last_error() == 0
     call(inputs, inputs.leaves, backend="cuda")
+
+
+@pytest.mark.parametrize("layout", ["padded_mask", "one_step_mask"])
+def test_mask_of_more_keys_than_threads(layout: str):
+    """Each thread of a block lists a slice of the keys, here two."""
+    inputs = make_inputs(layout, lengths_q=(2, 1), lengths_k=(500, 512), features=4)
+    check(inputs, "cuda")
