@@ -179,7 +179,8 @@ def check(
     model = Seq2Seq(replace(config, dropout=0.0), options.backend).to(device)
     batch = make_batch(text.examples[:CHECKED], text.vocabulary, device)
     attentions = make_attentions(model, options.providers)
-    bf16, model.decoder.attention = dtype == "bfloat16", attentions["eager"]
+    bf16 = dtype == "bfloat16"
+    model.decoder.attention = attentions["eager"]
     wider = model if bf16 else copy.deepcopy(model).double()
     exact = _differentiate(wider, batch, wider.decoder.attention, bf16=False)
     plain = _differentiate(model, batch, attentions["eager"], bf16)

@@ -37,7 +37,7 @@ TABLE = {
         ("step-decoder", "forward"): _peers(compile=3, eager=6),
         ("step-decoder", "both"): _peers(compile=3, eager=6),
         ("one-long", "forward"): _peers(eager=4),
-        ("one-long", "both"): (*_peers(eager=4), Reach("slowest_vs_eager", 1)),
+        ("one-long", "both"): (*_peers(eager=4), Reach("slowest_round_vs_eager", 1)),
         ("skewed", "forward"): (SKEW,),
         ("skewed", "both"): (SKEW,),
     },

@@ -174,11 +174,11 @@ struct KeyGradient {
   Tensor result;
   OptionalTensor sums;
 
-  KeyGradient(bool wanted, const Tensor& like, ScalarType compute, bool zeros)
-      : result(wanted ? allocate_gradient(like, like.scalar_type(), zeros)
+  KeyGradient(bool wanted, const Tensor& like, ScalarType compute, bool zeros, bool deterministic)
+      : result(wanted ? allocate_gradient(like, like.scalar_type(), zeros, deterministic)
                       : nothing(like, like.scalar_type())) {
     if (wanted && like.scalar_type() != compute) {
-      sums = allocate_gradient(like, compute, false);
+      sums = allocate_gradient(like, compute, false, deterministic);
     }
   }
 
@@ -199,18 +199,20 @@ template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Setup& setup, BackwardCall<T> call,
                                                     const Tensor& query, const Tensor& key,
                                                     const Tensor& value, const Tensor& score_weight,
-                                                    int64_t grad_mask, bool from_steps) {
+                                                    int64_t grad_mask, bool deterministic,
+                                                    bool from_steps) {
   const ScalarType compute = compute_type(query);
   const bool wants_query = grad_mask & kGradQuery;
   const bool wants_key = grad_mask & kGradKey;
   const bool wants_value = grad_mask & kGradValue;
   const bool wants_weight = grad_mask & kGradScoreWeight;
-  Tensor dquery = wants_query
-                      ? allocate_gradient(query, query.scalar_type(), !setup.coverage.queries)
-                      : nothing(query, query.scalar_type());
+  Tensor dquery = wants_query ? allocate_gradient(query, query.scalar_type(),
+                                                  !setup.coverage.queries, deterministic)
+                              : nothing(query, query.scalar_type());
   const bool has_dcontext = call.dcontext.data != nullptr;
-  const KeyGradient dkey(wants_key, key, compute, !setup.coverage.keys);
-  const KeyGradient dvalue(wants_value, value, compute, !setup.coverage.keys || !has_dcontext);
+  const KeyGradient dkey(wants_key, key, compute, !setup.coverage.keys, deterministic);
+  const KeyGradient dvalue(wants_value, value, compute, !setup.coverage.keys || !has_dcontext,
+                           deterministic);
   Tensor dscore_weight = weight_gradient(wants_weight, score_weight);
   if (wants_query) {
     call.dquery = rows_of(dquery);
@@ -245,14 +247,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
     const OptionalTensor& key_lengths, const OptionalTensor& key_padding_mask, int64_t max_seqlen_q,
     int64_t max_seqlen_k, double dropout_p, const OptionalTensor& dropout_seed,
-    int64_t weights_layout, int64_t grad_mask, bool /*deterministic*/,
-    const std::string& /*backend*/) {
+    int64_t weights_layout, int64_t grad_mask, bool deterministic, const std::string& /*backend*/) {
   const Setup setup = describe(
       query, key, value, score_weight, {}, {},
       {cu_seqlens_q, cu_seqlens_k, key_lengths, key_padding_mask, max_seqlen_q, max_seqlen_k},
       dropout_p, dropout_seed, weights_layout);
   const auto run = [&](auto call) {
-    return backward(setup, call, query, key, value, score_weight, grad_mask, false);
+    return backward(setup, call, query, key, value, score_weight, grad_mask, deterministic, false);
   };
   const bool by_key = setup.problem.weights_by_key;
   return computes_in_double(query) ? run(incoming<double>(dcontext, dweights, stats, by_key))
@@ -281,7 +282,7 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_step_backward(
     const OptionalTensor& cu_seqlens_k, const OptionalTensor& key_lengths,
     const OptionalTensor& key_padding_mask, int64_t max_seqlen_k, double dropout_p,
     const OptionalTensor& dropout_seed, int64_t weights_layout, int64_t grad_mask,
-    bool /*deterministic*/, const std::string& /*backend*/) {
+    bool deterministic, const std::string& /*backend*/) {
   const Setup setup =
       describe(query, key, value, score_weight, exp_key, key_bound,
                {{}, cu_seqlens_k, key_lengths, key_padding_mask, query.size(1), max_seqlen_k},
@@ -294,7 +295,8 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_step_backward(
     call.step_weights = rows_of(weights);
     call.needs_scores = grad_mask & (kGradKey | kGradScoreWeight);
     const int64_t now = grad_mask & kGradQuery;
-    return std::get<0>(backward(setup, call, query, key, value, score_weight, now, false));
+    return std::get<0>(
+        backward(setup, call, query, key, value, score_weight, now, deterministic, false));
   };
   const bool by_key = setup.problem.weights_by_key;
   Tensor dquery = computes_in_double(query)
@@ -309,7 +311,7 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_memory_backward(
     const OptionalTensor& exp_key, const OptionalTensor& key_bound,
     const OptionalTensor& cu_seqlens_k, const OptionalTensor& key_lengths,
     const OptionalTensor& key_padding_mask, int64_t max_seqlen_k, int64_t grad_mask,
-    bool /*deterministic*/, const std::string& /*backend*/) {
+    bool deterministic, const std::string& /*backend*/) {
   const Setup setup =
       describe(query, key, value, score_weight, exp_key, key_bound,
                {{}, cu_seqlens_k, key_lengths, key_padding_mask, query.size(0), max_seqlen_k}, 0,
@@ -318,7 +320,8 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_memory_backward(
     call.dcontext = step_rows_of(dcontext);
     call.step_dscores = step_score_rows_of(dscores);
     call.step_weights = step_score_rows_of(weights);
-    return backward(setup, call, query, key, value, score_weight, grad_mask & ~kGradQuery, true);
+    return backward(setup, call, query, key, value, score_weight, grad_mask & ~kGradQuery,
+                    deterministic, true);
   };
   const auto [dquery, dkey, dvalue, dscore_weight] =
       computes_in_double(query) ? run(BackwardCall<double>{}) : run(BackwardCall<float>{});
@@ -331,7 +334,7 @@ std::string cpu_isa_names() { return cpu_isas(); }
 
 void cpu_use_isa(const std::string& name) { use_cpu_isa(name); }
 
-void cpu_empty_cache() { release_blocks(); }
+void cpu_empty_cache() { release_kept_memory(); }
 
 }  // namespace
 }  // namespace attn_ext

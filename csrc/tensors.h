@@ -9,8 +9,8 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/blocks.h"
 #include "cpu/geometry.h"
+#include "cpu/kept_memory.h"
 #include "cpu/problem.h"
 
 // Of PyTorch's stable ABI from 2.11 on, null in 2.10.
@@ -125,9 +125,10 @@ inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, Sc
   return zeros ? torch::stable::zero_(result) : result;
 }
 
-// The same for gradients, which may be large: in memory that an earlier one has left (see
-// blocks.h).
-inline Tensor allocate_gradient(const Tensor& like, ScalarType dtype, bool zeros) {
+// The same for gradients, which may be large: in memory that an earlier one has left, unless
+// `deterministic` calls want PyTorch to fill new memory, of which this is none.
+inline Tensor allocate_gradient(const Tensor& like, ScalarType dtype, bool zeros,
+                                bool deterministic) {
   const std::vector<int64_t> sizes = sizes_of(like);
   std::vector<int64_t> strides(sizes.size());
   int64_t numbers = 1;
@@ -137,21 +138,19 @@ inline Tensor allocate_gradient(const Tensor& like, ScalarType dtype, bool zeros
   }
   const size_t size = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
   const size_t bytes = static_cast<size_t>(numbers) * size;
-  if (torch_from_blob == nullptr || bytes < kSmallestBlock) {
+  const bool may_be_kept = kKeepsMemory && torch_from_blob != nullptr && !deterministic;
+  const Memory memory =
+      may_be_kept && bytes >= kSmallestKept ? take_memory(bytes) : Memory{nullptr, 0};
+  if (memory.data == nullptr) {
     return allocate(like, sizes, dtype, zeros);
   }
-  const Block block = take_block(bytes);
   AtenTensorHandle handle = nullptr;
-  const AOTITorchError error = torch_from_blob(
-      block.data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0,
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+      memory.data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
-      [](void* data, void* context) { keep_block({data, reinterpret_cast<size_t>(context)}); },
-      reinterpret_cast<void*>(block.bytes));
-  if (error != AOTI_TORCH_SUCCESS) {
-    keep_block(block);
-    STABLE_TORCH_ERROR_CODE_CHECK(error);
-  }
+      [](void* data, void* context) { keep_memory({data, reinterpret_cast<size_t>(context)}); },
+      reinterpret_cast<void*>(memory.bytes)));
   Tensor result(handle);
   return zeros ? torch::stable::zero_(result) : result;
 }

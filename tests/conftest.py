@@ -22,6 +22,8 @@ def pytest_report_header() -> list[str]:
     for name, device in BACKEND_DEVICES.items():
         problem = backends.problem(name, torch.device(device))
         lines.append(f"backend {name}: {'tested' if problem is None else f'SKIPPED, {problem}'}")
+    if os.environ.get("ATTN_EXT_TEST_ALL") != "1":
+        lines.append("a few cases of some tests (see tests/conftest.py); ATTN_EXT_TEST_ALL=1: all")
     return lines
 
 
@@ -114,7 +116,7 @@ if BACKEND_DEVICES.get("triton") == "cpu":
     interpreter._patch_lang = _patch_once
     interpreter.GridExecutor.__call__ = _launch
 
-# Cases of a test, where all of them would take too long or say too little.
+# Cases of a test where all of them would take too long or say too little, and in the interpreter.
 FEW, FEW_INTERPRETED = 8, 3
 
 
@@ -136,16 +138,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             continue
         if chosen.isa and not item.get_closest_marker("every_isa"):
             continue
-        if interpreted and ("thread" in item.name or item.get_closest_marker("large")):
-            continue  # it has one thread, and is not safe with more
-        if (interpreted or emulated) and torch.float64 in parameters_of(item):
+        if interpreted and "thread" in item.name:  # it has one, and is not safe with more
             continue
+        if interpreted and item.get_closest_marker("large") and not everything:
+            continue
+        if (interpreted or emulated) and torch.float64 in parameters_of(item):
+            continue  # they would skip it
         if interpreted or emulated or chosen.isa or chosen.backend == "reference":
             few.setdefault((item.nodeid.partition("[")[0], chosen), []).append(item)
         else:
             kept.add(item)
-    most = len(items) if everything else FEW_INTERPRETED if interpreted else FEW
     for (name, _), cases in few.items():
+        own = cases[0].get_closest_marker("few")
+        counts = {"interpreted": FEW_INTERPRETED, "others": FEW, **(own.kwargs if own else {})}
+        most = len(cases) if everything else counts["interpreted" if interpreted else "others"]
         kept.update(spread(cases, most, seed=zlib.crc32(name.encode())))
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]

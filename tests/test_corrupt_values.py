@@ -23,7 +23,8 @@ from torch import Tensor
 import attn_ext
 from attn_ext import AttentionMemory, checks, layout
 
-pytestmark = pytest.mark.every_isa
+# Where there is no GPU, nothing else shows that its kernels touch nothing outside their tensors.
+pytestmark = [pytest.mark.every_isa, pytest.mark.few(interpreted=8, others=120)]
 
 ROWS, BATCH = 12, 4
 HIGHEST = {torch.int32: 2**31 - 1, torch.int64: 2**63 - 1}

@@ -17,7 +17,7 @@ import pytest
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
 ROOT = Path(__file__).resolve().parents[1]
-# Each takes nvcc as long as the others; what they show hardly differs.
+# Each takes nvcc as long as the others.
 ARCHS = ("sm_90", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("sm_80", "sm_100")))
 FILES = [path.name for path in emulated_cuda.cuda_sources()]
 # setup.py's, with those that torch adds to them.

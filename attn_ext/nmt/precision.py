@@ -17,17 +17,20 @@ def bf16_problem(config, device, backend=None):
 
     Args:
         config: ModelConfig; its sizes do not matter.
-        device: where to train.
+        device: where this process is to train; others may be unlike it.
         backend: of `attn_ext`, as for Seq2Seq.
+
+    Raises:
+        RuntimeError: it cannot be trained in float32 either.
     """
     if device.type == "cuda":
-        # Some only emulate it, in which nothing is gained.
+        # Emulated, it would be slower than float32.
         has_it = torch.cuda.is_bf16_supported(including_emulation=False)
         return None if has_it else "this GPU has no bfloat16"
     try:
-        with torch.random.fork_rng(devices=[]):
-            _train_and_evaluate(config, device, backend)
+        _train_and_evaluate(config, device, backend, bf16=True)
     except RuntimeError as error:
+        _train_and_evaluate(config, device, backend, bf16=False)
         return (
             f"PyTorch cannot train decoder {config.decoder} with encoder cell "
             f"{config.encoder_cell} in bfloat16 on this CPU ({_first_sentence(error)})"
@@ -35,15 +38,16 @@ def bf16_problem(config, device, backend=None):
     return None
 
 
-def _train_and_evaluate(config, device, backend):
+@torch.random.fork_rng(devices=[])
+def _train_and_evaluate(config, device, backend, bf16):
     sizes = {"vocab_size": 8, "embedding": 8, "hidden": 8}
     tiny = ModelConfig(**sizes, decoder=config.decoder, encoder_cell=config.encoder_cell)
     model = Seq2Seq(tiny, backend).to(device)
     batch = make_batch([([3, 4], [5, 6])] * 2, SimpleNamespace(bos=1, eos=2), device)
-    with torch.autocast(device.type, torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         loss, _ = model(batch)
     loss.backward()
-    with torch.autocast(device.type, torch.bfloat16), torch.no_grad():
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16), torch.no_grad():
         model.eval()(batch)
 
 

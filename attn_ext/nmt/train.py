@@ -158,7 +158,9 @@ def _prepare(given, folder, world):
     """Check everything that the user chose, in the order of what it costs."""
     cli.check_backend(given.get("backend"), world.device)
     if "resume" not in given:
-        _train_options(given, None, world)  # what cannot be computed here: before a folder is made
+        _train_options(
+            given, None, world
+        )  # a refusal, of --bf16 say, comes before a folder is made
     created = _take_folder(folder, given)
     try:
         path, saved = folder / checkpoint.CHECKPOINT_FILE, None

@@ -15,9 +15,11 @@ namespace ATTN_EXT_ISA {
 constexpr int64_t kWeightTerms = 16;
 // Queries whose share of dkey is summed in registers before it joins the sum in memory.
 constexpr int64_t kRunQueries = 128;
-// Keys whose share of dquery is summed before it joins the sum of all keys. Added one by one to a
-// sum of 100,000 keys, terms lose digits to it: the more, the fewer keys a register tile holds.
+// Keys whose share of dquery is summed before it joins the sum of all keys. What a register tile
+// adds to a large sum is rounded to that sum's last place; so it is added to a small one, and how
+// often the large one rounds does not depend on how few keys a tile holds.
 constexpr int64_t kRunKeys = 4 * kGradientTile;
+static_assert(kGradientTile % kGradientKeys == 0, "runs end where tiles do");
 
 // The features [col, col + cols) of one unit against tiles of its keys.
 template <class T>
@@ -40,7 +42,7 @@ class GradientBlock {
         dweight_total_(dweight),
         scratch_(scratch) {
     const int64_t padded = steps_ * kStep<T>;
-    dquery_ = scratch.take<T>(query_numbers());
+    dquery_ = scratch.take<T>(dquery_size());
     dkey_ = scratch.take<T>(steps_ * step_stride<T>(tile_keys_));
     row_ = scratch.take<T>(padded);
     dweight_ = scratch.take<T>(padded);
@@ -48,7 +50,7 @@ class GradientBlock {
     for (int64_t i = 0; i < unit.query_count; ++i) {
       shifts_[i] = {0, 0, 0};
     }
-    pad_row<T>(dquery_, 0, query_numbers(), 0);
+    pad_row<T>(dquery_, 0, dquery_size(), 0);
     pad_row<T>(dweight_, 0, padded, 0);
   }
 
@@ -56,17 +58,17 @@ class GradientBlock {
     read_scores(first, count);
     const bool has_runs = call_.dquery.data != nullptr && count > kRunKeys;
     if (has_runs) {
-      dquery_total_ = scratch_.take<T>(query_numbers());
-      pad_row<T>(dquery_total_, 0, query_numbers(), 0);
+      dquery_total_ = scratch_.take<T>(dquery_size());
+      pad_row<T>(dquery_total_, 0, dquery_size(), 0);
     }
     for (int64_t j = 0; j < count; j += tile_keys_) {
       run_tile(first + j, smaller(tile_keys_, count - j));
       if (has_runs && (j + tile_keys_) % kRunKeys == 0) {
-        add_queries();
+        flush_dquery();
       }
     }
     if (has_runs) {
-      add_queries();
+      flush_dquery();
       dquery_ = dquery_total_;
     }
     if (call_.dquery.data != nullptr) {
@@ -223,14 +225,14 @@ class GradientBlock {
                : static_cast<T>(shift.left_out);
   }
 
-  int64_t query_numbers() const { return steps_ * step_stride<T>(unit_.query_count); }
+  int64_t dquery_size() const { return steps_ * step_stride<T>(unit_.query_count); }
 
   // Moves what dquery_ holds into the sum of all keys.
-  void add_queries() {
-    for (int64_t n = 0; n < query_numbers(); ++n) {
+  void flush_dquery() {
+    for (int64_t n = 0; n < dquery_size(); ++n) {
       dquery_total_[n] += dquery_[n];
     }
-    pad_row<T>(dquery_, 0, query_numbers(), 0);
+    pad_row<T>(dquery_, 0, dquery_size(), 0);
   }
 
   bool wants_keys() const { return call_.dkey.data != nullptr || call_.partial_dweight != nullptr; }

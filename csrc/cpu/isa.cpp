@@ -36,8 +36,9 @@ std::vector<Isa> find_isas() {
   return result;
 }
 
+// Never destroyed: threads may compute until the process ends.
 const std::vector<Isa>& available_isas() {
-  static const std::vector<Isa> isas = find_isas();
+  static const std::vector<Isa>& isas = *new std::vector<Isa>(find_isas());
   return isas;
 }
 

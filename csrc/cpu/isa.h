@@ -13,7 +13,7 @@ const char* cpu_isa();
 // Names of those that this machine can run, best first, with ", " between.
 std::string cpu_isas();
 
-// Has later calls use these kernels. For tests: users set ATTN_EXT_CPU_ISA.
+// Has later calls use these kernels; none may be under way. For tests: users set ATTN_EXT_CPU_ISA.
 void use_cpu_isa(const std::string& name);
 
 #if defined(__x86_64__)
