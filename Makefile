@@ -49,7 +49,7 @@ test: $(VENV)/.built ## run the tests (ARGS="-k name")
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal \
 	    $(ARGS) $(INTERPRETED) || [ $$? -eq 5 ]
 
-test-all: ## all cases of all tests, an hour and more (ARGS="-k name")
+test-all: ## all cases of all tests, which takes long (ARGS="-k name")
 	ATTN_EXT_TEST_ALL=1 $(MAKE) test
 
 matrix: $(VENV)/.built ## test the op with other Pythons and PyTorches, and the kernels on aarch64

@@ -46,9 +46,9 @@ def selected(points: list[accuracy.Point]) -> list[accuracy.Point]:
 def points_of_grid() -> Iterator:
     for point in selected(accuracy.grid()):
         dtype = str(point.dtype).removeprefix("torch.")
-        yield pytest.param(
-            point, id=f"{point.magnitude:g}-{dtype}-D={point.features}-Tk={point.keys}"
-        )
+        name = f"{point.magnitude:g}-{dtype}-D={point.features}-Tk={point.keys}"
+        is_huge = point.elements > 16 * EXPENSIVE  # takes 20 seconds
+        yield pytest.param(point, id=name, marks=pytest.mark.nightly if is_huge else ())
 
 
 @pytest.fixture(scope="module")
