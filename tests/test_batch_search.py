@@ -5,6 +5,7 @@ import types
 import pytest
 import torch
 
+from attn_ext.nmt.training import TrainOptions
 from benchmarks import bench_training
 
 
@@ -39,6 +40,7 @@ def problem_of(error):
         step=step,
         optimizer=optimizer,
         world=types.SimpleNamespace(device=torch.device("cpu")),
+        options=TrainOptions(),
         model=types.SimpleNamespace(decoder=types.SimpleNamespace(attention=None)),
     )
     cell = bench_training.Cell("eager", 1, [[0]], 1)

@@ -29,6 +29,7 @@ EXAMPLES = {"triton": 5, "cuda": 50}
 EXAMPLES_ON_CPU = 100
 
 
+@pytest.mark.few(interpreted=1, others=1)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_properties_hold(backend: str, seed: int):
     """All properties of all calls; a failure shows the smallest call that fails."""
