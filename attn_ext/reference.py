@@ -97,7 +97,7 @@ def attend(
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    if not torch.amp.is_autocast_available(device_type):
+    if device_type == "meta":  # which autocast does not know
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
 
