@@ -154,6 +154,7 @@ def test_empty_features(
     check(inputs, backend)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("heads", [None, 2], ids=named("heads"))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_uneven_sequences(backend: str, layout: str, heads: int | None):

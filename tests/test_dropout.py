@@ -110,6 +110,7 @@ def test_dropout_does_not_depend_on_the_layout_or_padding(backend: str):
     assert torch.equal(*masks)
 
 
+@pytest.mark.few(interpreted=1)  # a minute each there
 @pytest.mark.parametrize("heads", [None, 2], ids=named("heads"))
 def test_dropout_does_not_depend_on_tile_sizes(backend: str, heads: int | None):
     """The mask is that of a seed and a position, in sequences of many tiles too."""
