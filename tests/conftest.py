@@ -171,7 +171,6 @@ def spread(cases: list[pytest.Item], most: int, seed: int) -> list[pytest.Item]:
 
     The seed says where to begin, so that different tests choose differently.
     """
-
     if len(cases) <= most:
         return cases
 

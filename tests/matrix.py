@@ -230,8 +230,7 @@ def test_pair(python: str, torch: str, pythons: dict[str, str], wheel: Path, kee
             else:
                 row = Row([LACKING])
             cells.append(row)
-        once = ("-k", "not test_instruction_sets")  # which would run KERNELS again
-        cells.append(run_tests(log, own, *once, *PYTORCH))
+        cells.append(run_tests(log, own, *PYTORCH))
         few = ("-k", "test_layouts or test_dtypes")
         cells.append(run_tests(log, own, *few, *INTERPRETED, TRITON_INTERPRET="1"))
         texts = [cell.cells[0] for cell in cells]

@@ -34,9 +34,9 @@ def test_two_processes_agree_with_each_other_and_with_one(two_processes, tmp_pat
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], alone[name], rtol=1e-3, atol=1e-4)
     # Tokens are weighed across the ranks: losses and gradients are those of the whole batch.
-    for name in ("loss", "grad_norm"):
+    for name, tolerance in (("loss", 1e-4), ("grad_norm", 1e-3)):
         expected = of_steps(tmp_path / f"{decoder}-1", name)
-        assert of_steps(run, name) == pytest.approx(expected, rel=1e-3)
+        assert of_steps(run, name) == pytest.approx(expected, rel=tolerance)
 
 
 def test_a_mistake_is_told_once(nursery, tmp_path):
