@@ -117,7 +117,7 @@ if BACKEND_DEVICES.get("triton") == "cpu":
     interpreter.GridExecutor.__call__ = _launch
 
 # Cases of a test where all of them would take too long or say too little, and in the interpreter.
-FEW, FEW_INTERPRETED = 8, 3
+FEW, FEW_INTERPRETED = 6, 2
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

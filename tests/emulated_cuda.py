@@ -38,7 +38,7 @@ def torch_include() -> Path:
 def cached(name: str, command: list[str], *folders: Path) -> Path:
     """What ``command -o FILE`` makes, again only after a change of it or of a file it may read."""
     digest = hashlib.sha256(repr((command, torch.__version__)).encode())
-    files = [ROOT / "csrc" / "arithmetic.h"]
+    files = sorted((ROOT / "csrc").glob("*.h"))
     for folder in (ROOT / "csrc" / "cuda", *folders):
         files += sorted(folder.glob("*"))
     for path in files:
@@ -62,13 +62,16 @@ def build(*definitions: str) -> Path:
     flags = [
         *(compiler, "-std=c++17", "-O2", "-fPIC", "-mf16c", "-mfma", "-fvisibility=hidden"),
         *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
-        *("-DUSE_CUDA", TARGET, "-DATTN_EXT_CUDA_KEY=CPU", *definitions),
+        *("-DUSE_CUDA", TARGET, "-DATTN_EXT_CUDA_KEY=CPU"),
         *(f"-I{EMULATION}", f"-isystem{torch_include()}"),
     ]
-    sources = [*cuda_sources(), EMULATION / "emulation.cpp", ROOT / "csrc/cuda/registration.cpp"]
+    host = ROOT / "csrc/cuda/registration.cpp"  # all that definitions are about
     objects = [
-        cached(f"{path.name}.o", [*flags, "-x", "c++", "-c", str(path)], EMULATION)
-        for path in sources
+        cached(f"{path.name}.o", [*flags, *options, "-x", "c++", "-c", str(path)], EMULATION)
+        for path, options in (
+            *((path, ()) for path in (*cuda_sources(), EMULATION / "emulation.cpp")),
+            (host, definitions),
+        )
     ]
     libraries = Path(torch.__file__).parent / "lib"
     link = [compiler, "-shared", "-Wl,-Bsymbolic", *map(str, objects), f"-L{libraries}"]

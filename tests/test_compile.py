@@ -306,6 +306,7 @@ def test_export(model: Model, tmp_path):
         torch.testing.assert_close(loaded(*inputs), model(*inputs))
 
 
+@pytest.mark.nightly  # half a minute of a C++ compiler; what is exported is the same above
 def test_ahead_of_time(model: Model, tmp_path):
     package = str(tmp_path / "model.pt2")
     torch._inductor.aoti_compile_and_package(export(model), package_path=package)

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.every_isa
 
 EVERYTHING = os.environ.get("ATTN_EXT_TEST_ALL") == "1"
 # Prime to the numbers of magnitudes and of dtypes, so that every pair of them is tested.
-STRIDE = 5
+STRIDE = 11
 # From here on a point takes seconds: STRIDE times as few.
 EXPENSIVE = 1 << 22
 # The interpreter and emulated threads compute small points; see benchmarks.accuracy.

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.every_isa
 TESTS = Path(__file__).parent
 SEEDS = range(3)
 EXAMPLES = {"triton": 5, "cuda": 50}
-EXAMPLES_ON_CPU = 100
+EXAMPLES_ON_CPU = 60
 
 
 @pytest.mark.few(interpreted=1, others=1)
