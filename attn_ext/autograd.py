@@ -21,22 +21,23 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        output = _recorded_further_out(ops.forward, arguments)
         query, key, value, score_weight, _, _, *offsets = arguments[:_TENSORS]
-        *ctx.bounds, ctx.dropout_p, dropout_seed, ctx.weights_layout, _, _ = arguments[_TENSORS:]
+        *ctx.bounds, ctx.dropout_p, dropout_seed, ctx.weights_layout, _ = arguments[_TENSORS:-2]
         ctx.choice = arguments[-2:]
-        ctx.save_for_backward(query, key, value, score_weight, output[2], dropout_seed, *offsets)
-        ctx.mark_non_differentiable(output[2])
+        keeps = ops.keeps_scores(query, key, value, offsets[0], ctx.bounds[1], ctx.choice[1])
+        output = _recorded_further_out(ops.forward, (*arguments[:-3], keeps, *ctx.choice))
+        ctx.save_for_backward(query, key, value, score_weight, *output[2:], dropout_seed, *offsets)
+        ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
         return output
 
     @staticmethod
-    def backward(ctx, dcontext, dweights, dstats):
-        no_gradient = (None,) * 13
+    def backward(ctx, dcontext, dweights, dstats, dscores):
+        no_gradient = (None,) * 14
         if dcontext is None and dweights is None:
             return (None,) * 4 + no_gradient
         wanted = ctx.needs_input_grad[:4]
-        query, key, value, score_weight, stats, dropout_seed, *offsets = ctx.saved_tensors
+        query, key, value, score_weight, stats, scores, dropout_seed, *offsets = ctx.saved_tensors
         gradients = backward(
             dcontext,
             dweights if ctx.weights_layout else None,
@@ -45,6 +46,7 @@ class _Forward(torch.autograd.Function):
             value,
             score_weight,
             stats,
+            scores,
             *offsets,
             *ctx.bounds,
             ctx.dropout_p,

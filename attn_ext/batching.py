@@ -12,15 +12,15 @@ from . import ops
 
 # The head axis of each leading argument that has one, and of each result.
 HEAD_AXES = {
-    # query, key, value, score_weight, exp_key, key_bound -> context, weights, stats
-    ops.forward: ((2, 2, 2, 0, 2, 2), (2, 1, 2)),
-    # dcontext, dweights, query, key, value, score_weight, stats -> their gradients
-    ops.backward: ((2, 1, 2, 2, 2, 0, 2), (2, 2, 2, 0)),
+    # query, key, value, score_weight, exp_key, key_bound -> context, weights, stats, scores
+    ops.forward: ((2, 2, 2, 0, 2, 2), (2, 1, 2, 2)),
+    # dcontext, dweights, query, key, value, score_weight, stats, scores -> their gradients
+    ops.backward: ((2, 1, 2, 2, 2, 0, 2, 2), (2, 2, 2, 0)),
     # key -> exp_key, key_bound
     ops.prepare: ((2,), (2, 2)),
-    # dcontext, dweights, query, key, value, score_weight, exp_key, key_bound, stats
-    # -> dquery, dscores, weights
-    ops.step_backward: ((2, 1, 2, 2, 2, 0, 2, 2, 2), (2, 2, 2)),
+    # dcontext, dweights, query, key, value, score_weight, exp_key, key_bound, stats,
+    # scores -> dquery, dscores, weights
+    ops.step_backward: ((2, 1, 2, 2, 2, 0, 2, 2, 2, 2), (2, 2, 2)),
     # query, dscores, weights, dcontext, key, value, score_weight, exp_key, key_bound
     # -> dkey, dvalue, dscore_weight
     ops.memory_backward: ((2, 3, 3, 2, 2, 2, 0, 2, 2), (2, 2, 0)),

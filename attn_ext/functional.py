@@ -176,7 +176,7 @@ def attend(
     if backend == "reference":
         return reference.attend(queries, keys, dropout_p, seed, need_weights)
     weights_layout = layout.weights_layout(queries, keys) if need_weights else 0
-    context, weights, _ = autograd.forward(
+    context, weights, *_ = autograd.forward(
         queries.query,
         keys.key,
         keys.value,
@@ -192,6 +192,7 @@ def attend(
         dropout_p,
         seed,
         weights_layout,
+        False,  # autograd decides whether scores are kept
         deterministic,
         backend,
     )

@@ -112,8 +112,13 @@ class AttentionMemory:
         seed = None
         if self._dropout_p > 0:
             seed = reference.draw_seed(queries.query.device)
+        query, keys = queries.query, self._keys
+        differentiable = query.requires_grad or self._token.requires_grad
+        keeps_scores = (differentiable and torch.is_grad_enabled()) and ops.keeps_scores(
+            query, keys.key, keys.value, None, keys.max_seqlen, self._choice[1]
+        )
         context, weights = _Attend.apply(
-            queries.query, self._token, self._steps, self._dropout_p, seed, weights_layout
+            query, self._token, self._steps, self._dropout_p, seed, weights_layout, keeps_scores
         )
         context = queries.restore_context(context)
         if not need_weights:
@@ -220,10 +225,10 @@ class _Attend(torch.autograd.Function):
     """One step: only the query's gradient is computed in its backward."""
 
     @staticmethod
-    def forward(ctx, query, token, steps, dropout_p, seed, weights_layout):
+    def forward(ctx, query, token, steps, dropout_p, seed, weights_layout, keeps_scores):
         steps.check_unchanged()
         keys = steps.keys
-        context, weights, stats = autograd.forward(
+        context, weights, *kept = autograd.forward(
             query,
             *steps.inputs,
             *steps.prepared,
@@ -234,10 +239,11 @@ class _Attend(torch.autograd.Function):
             dropout_p,
             seed,
             weights_layout,
+            keeps_scores,
             *steps.choice,
         )
         ctx.steps, ctx.dropout_p, ctx.weights_layout = steps, dropout_p, weights_layout
-        ctx.save_for_backward(query, stats, seed)
+        ctx.save_for_backward(query, *kept, seed)
         ctx.set_materialize_grads(False)
         return context, weights
 
@@ -250,9 +256,9 @@ class _Attend(torch.autograd.Function):
         if collects:
             grad_mask |= steps.grad_mask
         if (dcontext is None and dweights is None) or not grad_mask:
-            return (None,) * 6
+            return (None,) * 7
         steps.check_unchanged()
-        query, stats, seed = ctx.saved_tensors
+        query, stats, scores, seed = ctx.saved_tensors
         dquery, dscores, weights = autograd.step_backward(
             dcontext,
             dweights,
@@ -260,6 +266,7 @@ class _Attend(torch.autograd.Function):
             *steps.inputs,
             *steps.prepared,
             stats,
+            scores,
             *steps.key_layout,
             steps.keys.max_seqlen,
             ctx.dropout_p,
@@ -272,4 +279,4 @@ class _Attend(torch.autograd.Function):
             if dcontext is None:
                 dcontext = query.new_zeros((*query.shape[:-1], steps.inputs[1].size(-1)))
             steps.leave(query, dscores, weights, dcontext)
-        return dquery if ctx.needs_input_grad[0] else None, None, None, None, None, None
+        return dquery if ctx.needs_input_grad[0] else None, *(None,) * 6

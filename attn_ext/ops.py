@@ -20,16 +20,18 @@ _DROPOUT = "float dropout_p, Tensor? dropout_seed"
 _CHOICE = "bool deterministic, str backend"
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor score_weight"
 _PREPARED = "Tensor? exp_key, Tensor? key_bound"  # None: the backend prepares nothing
+_KEPT = "Tensor stats, Tensor scores"  # what forward leaves for backward
 _GRADS = "Tensor? dcontext, Tensor? dweights"
 
 _SCHEMAS = {
     "additive_attention_forward": f"({_INPUTS}, Tensor? exp_key, Tensor? key_bound, {_LAYOUT}, "
-    f"{_DROPOUT}, int weights_layout, {_CHOICE}) -> (Tensor context, Tensor weights, Tensor stats)",
-    "additive_attention_backward": f"({_GRADS}, {_INPUTS}, Tensor stats, {_LAYOUT}, {_DROPOUT}, "
+    f"{_DROPOUT}, int weights_layout, bool keep_scores, {_CHOICE}) "
+    "-> (Tensor context, Tensor weights, Tensor stats, Tensor scores)",
+    "additive_attention_backward": f"({_GRADS}, {_INPUTS}, {_KEPT}, {_LAYOUT}, {_DROPOUT}, "
     f"int weights_layout, int grad_mask, {_CHOICE}) "
     "-> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dscore_weight)",
     "additive_attention_prepare": "(Tensor key) -> (Tensor exp_key, Tensor key_bound)",  # CPU
-    "additive_attention_step_backward": f"({_GRADS}, {_INPUTS}, {_PREPARED}, Tensor stats, "
+    "additive_attention_step_backward": f"({_GRADS}, {_INPUTS}, {_PREPARED}, {_KEPT}, "
     f"{_KEY_LAYOUT}, SymInt max_seqlen_k, {_DROPOUT}, int weights_layout, int grad_mask, "
     f"{_CHOICE}) -> (Tensor dquery, Tensor dscores, Tensor weights)",
     "additive_attention_memory_backward": "(Tensor query, Tensor dscores, Tensor weights, "
@@ -53,6 +55,39 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def keeps_scores(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor | None,
+    max_seqlen_k: int,
+    backend: str,
+) -> bool:
+    """Whether a forward whose gradient may be asked for keeps its scores for backward.
+
+    They take at most half of the memory of the inputs; else backward computes them again, a part at
+    a time, as it does on accelerators.
+    """
+    if backend != "cpu":
+        return False
+    if _has_one_step(query, cu_seqlens_q):
+        return True
+    places, rows, heads, _ = query.shape
+    scores = places * rows * heads * max_seqlen_k * compute_dtype(query.dtype).itemsize
+    inputs = sum(tensor.numel() * tensor.element_size() for tensor in (query, key, value))
+    fit = 2 * scores <= inputs
+    if isinstance(fit, torch.SymBool):  # torch.compile may not know max_seqlen_k
+        from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+        return guard_or_false(fit)
+    return fit
+
+
+def _has_one_step(query: Tensor, cu_seqlens_q: Tensor | None) -> bool:
+    """Whether each sequence has one query; then what is kept of a score is by key."""
+    return cu_seqlens_q is None and query.size(1) == 1
+
+
 @torch.library.register_fake("attn_ext::additive_attention_forward")
 def _forward_fake(
     query,
@@ -70,16 +105,22 @@ def _forward_fake(
     dropout_p,
     dropout_seed,
     weights_layout,
+    keep_scores,
     deterministic,
     backend,
 ):
     rows, heads = query.shape[:2], query.size(2)
     batch = query.size(0) if cu_seqlens_q is None else cu_seqlens_q.size(0) - 1
     weights_shape = ((0,), (batch, heads, max_seqlen_q, max_seqlen_k), (key.size(1), heads))
+    scores_shape: tuple = (0,)
+    if keep_scores:
+        one_step = _has_one_step(query, cu_seqlens_q)
+        scores_shape = key.shape[:3] if one_step else (*rows, heads, max_seqlen_k)
     return (
         value.new_empty((*rows, heads, value.size(-1))),
         value.new_empty(weights_shape[weights_layout]),
         query.new_empty((*rows, heads, 2), dtype=compute_dtype(query.dtype)),
+        query.new_empty(scores_shape, dtype=compute_dtype(query.dtype)),
     )
 
 
@@ -89,7 +130,7 @@ def _gradient(like: Tensor, wanted: int) -> Tensor:
 
 @torch.library.register_fake("attn_ext::additive_attention_backward")
 def _backward_fake(dcontext, dweights, query, key, value, score_weight, *rest):
-    grad_mask = rest[-3]
+    *_, grad_mask, _, _ = rest
     inputs = (query, key, value, score_weight)
     return tuple(_gradient(tensor, grad_mask & 1 << bit) for bit, tensor in enumerate(inputs))
 
@@ -104,12 +145,13 @@ def _prepare_fake(key):
 def _step_backward_fake(dcontext, dweights, query, key, value, score_weight, *rest):
     dtype = compute_dtype(key.dtype)
     by_key = (key.new_empty(key.shape[:-1], dtype=dtype) for _ in range(2))
-    return _gradient(query, rest[-3] & 1), *by_key
+    *_, grad_mask, _, _ = rest
+    return _gradient(query, grad_mask & 1), *by_key
 
 
 @torch.library.register_fake("attn_ext::additive_attention_memory_backward")
 def _memory_backward_fake(query, dscores, weights, dcontext, key, value, score_weight, *rest):
-    grad_mask = rest[-3]
+    *_, grad_mask, _, _ = rest
     inputs = (key, value, score_weight)
     return tuple(_gradient(tensor, grad_mask & 2 << bit) for bit, tensor in enumerate(inputs))
 

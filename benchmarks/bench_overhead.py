@@ -74,7 +74,7 @@ def parts() -> dict[str, Call]:
     keys = layout.check_key_side(key, value, score_weight, None, None, None, None)
     queries = layout.check_query_side(query, keys)
     tensors = queries.query, keys.key, keys.value, keys.score_weight
-    rest = (*[None] * 6, LENGTH, LENGTH, 0.0, None, 0, False, "cpu")
+    rest = (*[None] * 6, LENGTH, LENGTH, 0.0, None, 0, False, False, "cpu")
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     context = autograd.forward(*leaves, *rest)[0]
 

@@ -143,11 +143,14 @@ def launches_of(
     inputs = (query, key, key, score_weight)
     layout = (cu_q, cu_k, None, None, length_q, length_k)
     stats = query.new_empty((*query.shape[:3], 2), dtype=torch.float32)
+    kept = stats, stats.new_empty(0)
     with noted_launches() as forward:
-        launch_forward.additive_attention_forward(*inputs, None, None, *layout, 0.0, None, 0, False)
+        launch_forward.additive_attention_forward(
+            *inputs, None, None, *layout, 0.0, None, 0, False, False
+        )
     with noted_launches() as backward:
         launch_backward.additive_attention_backward(
-            query, None, *inputs, stats, *layout, 0.0, None, 0, 15, False
+            query, None, *inputs, *kept, *layout, 0.0, None, 0, 15, False
         )
     memory: list = []
     if length_q == 1:

@@ -1,73 +1,14 @@
-// Scalar arithmetic that every C++ and CUDA backend shares, so that they agree on dropout bits and
-// on which magnitudes the factored form may see. What only the CUDA backend computes scalar by
-// scalar stands here too: the host compiles it for tests.
+// Scalar arithmetic that every C++ and CUDA backend shares, so that they agree on dropout bits.
+// What only the CUDA backend computes scalar by scalar stands here too: the host compiles it for
+// tests.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define ATTN_EXT_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define ATTN_EXT_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "route.h"
 
 namespace attn_ext {
-
-// The factored form is tanh(q + k) = (z - 1) / (z + 1) with z = A B, A = exp(2q), B = exp(2k), and
-// takes one reciprocal for two features: with x = z + 1,
-//   w0 tanh0 + w1 tanh1 = (w0 (z0 - 1) x1 + w1 (z1 - 1) x0) / (x0 x1).
-// Numerator and denominator grow as the product of four exponentials: with each exponent 2 log2(e)
-// |q| up to kExponent they stay finite and normal for weights up to 2^17.
-template <class T>
-struct FactoredRange;
-
-template <>
-struct FactoredRange<float> {
-  static constexpr int kExponent = 27;        // 4 * 27 + 17 + 1 < 127
-  static constexpr float kLargest = 9.3574f;  // kExponent ln(2) / 2
-};
-
-template <>
-struct FactoredRange<double> {
-  static constexpr int kExponent = 250;  // 4 * 250 + 17 + 1 < 1023
-  static constexpr double kLargest = 86.643;
-};
-
-// The largest root of sum w^2 for which scores are factored. Errors of tanh, somewhat larger than
-// the plain formula's and other ones for each key, add up to about that times epsilon: beyond, they
-// would be seen in the softmax, and a head takes the exact route.
-constexpr double kLargestWeightNorm = 16;
-
-// Below this sum of magnitudes a tile's tanh values are all small, and the factored form, whose
-// error is up to some units of the type's epsilon however small tanh is, would lose their relative
-// accuracy: such a tile takes the exact route.
-constexpr double kSmallestMagnitudeSum = 0.25;
-
-// The same for gradients, as the weights' is a sum of tanh itself, and may cancel.
-constexpr double kSmallestGradientSum = 0.5;
-
-// Whether rows with these largest magnitudes may meet in the factored form. NaN answers false.
-template <class T>
-ATTN_EXT_HOST_DEVICE bool in_factored_range(T query_bound, T key_bound) {
-  return query_bound <= FactoredRange<T>::kLargest && key_bound <= FactoredRange<T>::kLargest &&
-         query_bound + key_bound >= T(kSmallestMagnitudeSum);
-}
-
-// exp(2 |q + k|) from which tanh counts as saturated (|q + k| = 1), and up to which as small (1/4).
-// Where few features lie between, the error of the factored form, relative to sum |w|, would show.
-constexpr double kSaturatedProduct = 7.38905610;
-constexpr double kSmallProduct = 1.64872127;
-// The part of sum |w| that features between the two need for factored scores.
-constexpr double kInformativePart = 0.125;
-
-// Whether tanh(q + k) can be neither nearly 0 nor nearly +-1, given the extremes of exp(2(q + k)).
-ATTN_EXT_HOST_DEVICE bool can_inform(float smallest, float largest) {
-  return smallest <= static_cast<float>(kSaturatedProduct) &&
-         largest >= static_cast<float>(1 / kSaturatedProduct) &&
-         (largest >= static_cast<float>(kSmallProduct) ||
-          smallest <= static_cast<float>(1 / kSmallProduct));
-}
 
 // 2^x and 1 / x, on a GPU by the instruction, whose error is some units of the last place.
 ATTN_EXT_HOST_DEVICE float fast_exp2(float x) {

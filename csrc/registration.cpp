@@ -2,29 +2,18 @@
 // the drivers.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "cpu/driver.h"
 #include "cpu/geometry.h"
+#include "cpu/gradient_tensor.h"
 #include "cpu/isa.h"
-#include "tensors.h"
 
 namespace attn_ext {
 namespace {
-
-enum GradMask : int64_t { kGradQuery = 1, kGradKey = 2, kGradValue = 4, kGradScoreWeight = 8 };
-
-// The arguments that say which rows make up which sequence.
-struct SequenceArguments {
-  OptionalTensor cu_seqlens_q;
-  OptionalTensor cu_seqlens_k;
-  OptionalTensor key_lengths;
-  OptionalTensor key_padding_mask;
-  int64_t max_seqlen_q = 0;
-  int64_t max_seqlen_k = 0;
-};
 
 // With `step_major`, query is [S, B, H, D]: its rows are the steps.
 Layout layout_of(const Tensor& query, const Tensor& key, const SequenceArguments& arguments,
@@ -40,12 +29,7 @@ Layout layout_of(const Tensor& query, const Tensor& key, const SequenceArguments
   STD_TORCH_CHECK(layout.key_lengths.data == nullptr || layout.key_lengths.size == key.size(0),
                   "attn_ext: key_lengths has another batch size than key");
   if (arguments.key_padding_mask.has_value()) {
-    const Tensor& mask = *arguments.key_padding_mask;
-    STD_TORCH_CHECK(mask.size(0) == key.size(0) && mask.size(1) == key.size(1),
-                    "attn_ext: key_padding_mask has another shape than key");
-    layout.mask.data = static_cast<const bool*>(mask.data_ptr());
-    layout.mask.batch = mask.stride(0);
-    layout.mask.row = mask.stride(1);
+    layout.mask = mask_of(*arguments.key_padding_mask, key.size(0), key.size(1));
   }
   layout.max_queries = arguments.max_seqlen_q;
   layout.max_keys = arguments.max_seqlen_k;
@@ -72,23 +56,12 @@ void describe_tensors(const Tensor& query, const Tensor& key, const Tensor& valu
   problem.key = rows_of(key);
   problem.value = rows_of(value);
   problem.score_weight = score_weight_rows(score_weight);
+  problem.is_short = is_short(query) && is_short(key) && is_short(value) && is_short(score_weight);
   if (exp_key.has_value()) {
     STD_TORCH_CHECK(key_bound.has_value(), "attn_ext: exp_key comes with key_bound");
     problem.exp_key = rows_of(*exp_key);
     problem.key_bound = rows_of(*key_bound);
   }
-}
-
-void describe_dropout(double dropout_p, const OptionalTensor& seed, Dropout& dropout) {
-  if (dropout_p <= 0) {
-    return;
-  }
-  STD_TORCH_CHECK(seed.has_value(), "attn_ext: dropout needs dropout_seed");
-  const uint64_t bits = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()));
-  dropout.active = true;
-  dropout.threshold = dropout_p * (1 << 24);
-  dropout.keep_scale = dropout_p < 1 ? 1 / (1 - dropout_p) : 0;
-  dropout.seed = {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)};
 }
 
 Setup describe(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -102,8 +75,9 @@ Setup describe(const Tensor& query, const Tensor& key, const Tensor& value,
   if (step_major) {
     setup.problem.query = step_rows_of(query);
   }
-  describe_dropout(dropout_p, dropout_seed, setup.problem.dropout);
+  setup.problem.dropout = dropout_of(dropout_p, dropout_seed);
   setup.problem.weights_by_key = weights_layout == 2;
+  setup.problem.scores_by_key = !sequences.cu_seqlens_q.has_value() && layout.query_rows == 1;
   setup.coverage = describe_sequences(layout, setup.problem);
   setup.batch = static_cast<int64_t>(setup.problem.sequences.size());
   setup.longest_query =
@@ -112,61 +86,83 @@ Setup describe(const Tensor& query, const Tensor& key, const Tensor& value,
   return setup;
 }
 
-// Allocates the weights a forward is to return, and where its scores wait if the weights are
-// narrower.
-template <class T>
 Tensor allocate_weights(const Setup& setup, const Tensor& key, const Tensor& value,
-                        int64_t weights_layout, ForwardCall<T>& call, OptionalTensor& scores) {
-  const ScalarType dtype = value.scalar_type();
+                        int64_t weights_layout) {
   if (weights_layout == 0) {
-    return nothing(value, dtype);
+    return nothing(value, value.scalar_type());
   }
-  const bool by_key = weights_layout == 2;
   const int64_t heads = setup.problem.heads;
   const std::vector<int64_t> sizes =
-      by_key ? std::vector<int64_t>{key.size(1), heads}
-             : std::vector<int64_t>{setup.batch, heads, setup.longest_query, setup.longest_key};
-  Tensor weights = allocate(value, sizes, dtype, true);
-  call.weights = weight_rows(weights, by_key);
-  call.scores = call.weights;
-  const ScalarType compute = sizeof(T) == sizeof(float) ? ScalarType::Float : ScalarType::Double;
-  if (dtype != compute) {
-    scores = allocate(value, sizes, compute, false);
-    call.scores = weight_rows(*scores, by_key);
-  }
-  return weights;
+      weights_layout == 2
+          ? std::vector<int64_t>{key.size(1), heads}
+          : std::vector<int64_t>{setup.batch, heads, setup.longest_query, setup.longest_key};
+  return allocate(value, sizes, value.scalar_type(), true);
 }
 
+// Whether forward computes a score for every number of allocate_scores().
+bool fills_scores(const Setup& setup) {
+  if (setup.problem.scores_by_key) {
+    return setup.coverage.keys;
+  }
+  const auto& sequences = setup.problem.sequences;
+  return setup.coverage.queries && std::all_of(sequences.begin(), sequences.end(), [&](auto& each) {
+           return each.key_count == setup.longest_key;
+         });
+}
+
+// [.., Nk, H] where each sequence has one query, else [.., Nq, H, max_seqlen_k].
+Tensor allocate_scores(const Setup& setup, const Tensor& query, const Tensor& key, bool zeros) {
+  const std::vector<int64_t> sizes =
+      setup.problem.scores_by_key
+          ? std::vector<int64_t>{key.size(0), key.size(1), key.size(2)}
+          : std::vector<int64_t>{query.size(0), query.size(1), query.size(2), setup.longest_key};
+  return allocate(query, sizes, compute_type(query), zeros);
+}
+
+using ForwardResults = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> forward(const Setup& setup, const Tensor& query,
-                                           const Tensor& key, const Tensor& value,
-                                           int64_t weights_layout) {
+ForwardResults forward(const Setup& setup, const Tensor& query, const Tensor& key,
+                       const Tensor& value, int64_t weights_layout, bool keep_scores) {
   const bool zeros = !setup.coverage.queries;
   Tensor context = allocate(query, with_last(query, value.size(3)), value.scalar_type(), zeros);
   Tensor stats = allocate(query, with_last(query, 2), compute_type(query), zeros);
+  Tensor weights = allocate_weights(setup, key, value, weights_layout);
+  const bool needs_scores = keep_scores || weights_layout != 0;
+  Tensor scores = nothing(query, compute_type(query));
   ForwardCall<T> call;
-  OptionalTensor scores;
-  Tensor weights = allocate_weights<T>(setup, key, value, weights_layout, call, scores);
   call.problem = &setup.problem;
   call.context = rows_of(context);
   call.stats = rows_of(stats);
+  if (weights_layout != 0) {
+    call.weights = weight_rows(weights, setup.problem.weights_by_key);
+  }
+  if (needs_scores) {
+    scores = allocate_scores(setup, query, key, keep_scores && !fills_scores(setup));
+    call.scores = rows_of(scores);
+  }
+  call.keeps_scores = keep_scores;
   run_forward<T>(call);
-  return {context, weights, stats};
+  if (needs_scores && !keep_scores) {
+    scores = nothing(query, compute_type(query));
+  }
+  return {context, weights, stats, scores};
 }
 
-std::tuple<Tensor, Tensor, Tensor> additive_attention_forward(
+ForwardResults additive_attention_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& score_weight,
     const OptionalTensor& exp_key, const OptionalTensor& key_bound,
     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
     const OptionalTensor& key_lengths, const OptionalTensor& key_padding_mask, int64_t max_seqlen_q,
     int64_t max_seqlen_k, double dropout_p, const OptionalTensor& dropout_seed,
-    int64_t weights_layout, bool /*deterministic*/, const std::string& /*backend*/) {
+    int64_t weights_layout, bool keep_scores, bool /*deterministic*/,
+    const std::string& /*backend*/) {
   const Setup setup = describe(
       query, key, value, score_weight, exp_key, key_bound,
       {cu_seqlens_q, cu_seqlens_k, key_lengths, key_padding_mask, max_seqlen_q, max_seqlen_k},
       dropout_p, dropout_seed, weights_layout);
-  return computes_in_double(query) ? forward<double>(setup, query, key, value, weights_layout)
-                                   : forward<float>(setup, query, key, value, weights_layout);
+  const auto run = computes_in_double(query) ? forward<double> : forward<float>;
+  return run(setup, query, key, value, weights_layout, keep_scores);
 }
 
 // Key-side gradients that gather over several waves do so in the compute type.
@@ -229,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Setup& setup, Backward
 // The incoming gradients and what forward left.
 template <class T>
 BackwardCall<T> incoming(const OptionalTensor& dcontext, const OptionalTensor& dweights,
-                         const Tensor& stats, bool by_key) {
+                         const Tensor& stats, const Tensor& scores, bool by_key) {
   BackwardCall<T> call;
   if (dcontext.has_value()) {
     call.dcontext = rows_of(*dcontext);
@@ -238,13 +234,16 @@ BackwardCall<T> incoming(const OptionalTensor& dcontext, const OptionalTensor& d
     call.dweights = weight_rows(*dweights, by_key);
   }
   call.stats = rows_of(stats);
+  if (scores.dim() > 1) {
+    call.scores = rows_of(scores);
+  }
   return call;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
     const OptionalTensor& dcontext, const OptionalTensor& dweights, const Tensor& query,
     const Tensor& key, const Tensor& value, const Tensor& score_weight, const Tensor& stats,
-    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+    const Tensor& scores, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
     const OptionalTensor& key_lengths, const OptionalTensor& key_padding_mask, int64_t max_seqlen_q,
     int64_t max_seqlen_k, double dropout_p, const OptionalTensor& dropout_seed,
     int64_t weights_layout, int64_t grad_mask, bool deterministic, const std::string& /*backend*/) {
@@ -256,8 +255,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
     return backward(setup, call, query, key, value, score_weight, grad_mask, deterministic, false);
   };
   const bool by_key = setup.problem.weights_by_key;
-  return computes_in_double(query) ? run(incoming<double>(dcontext, dweights, stats, by_key))
-                                   : run(incoming<float>(dcontext, dweights, stats, by_key));
+  return computes_in_double(query)
+             ? run(incoming<double>(dcontext, dweights, stats, scores, by_key))
+             : run(incoming<float>(dcontext, dweights, stats, scores, by_key));
 }
 
 std::tuple<Tensor, Tensor> additive_attention_prepare(const Tensor& key) {
@@ -279,7 +279,7 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_step_backward(
     const OptionalTensor& dcontext, const OptionalTensor& dweights, const Tensor& query,
     const Tensor& key, const Tensor& value, const Tensor& score_weight,
     const OptionalTensor& exp_key, const OptionalTensor& key_bound, const Tensor& stats,
-    const OptionalTensor& cu_seqlens_k, const OptionalTensor& key_lengths,
+    const Tensor& scores, const OptionalTensor& cu_seqlens_k, const OptionalTensor& key_lengths,
     const OptionalTensor& key_padding_mask, int64_t max_seqlen_k, double dropout_p,
     const OptionalTensor& dropout_seed, int64_t weights_layout, int64_t grad_mask,
     bool deterministic, const std::string& /*backend*/) {
@@ -300,8 +300,8 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_step_backward(
   };
   const bool by_key = setup.problem.weights_by_key;
   Tensor dquery = computes_in_double(query)
-                      ? run(incoming<double>(dcontext, dweights, stats, by_key))
-                      : run(incoming<float>(dcontext, dweights, stats, by_key));
+                      ? run(incoming<double>(dcontext, dweights, stats, scores, by_key))
+                      : run(incoming<float>(dcontext, dweights, stats, scores, by_key));
   return {dquery, dscores, weights};
 }
 

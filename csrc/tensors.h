@@ -1,4 +1,5 @@
-// PyTorch tensors as the CPU backend sees them, and the allocation of its outputs.
+// PyTorch tensors as kernels see them, and the allocation of outputs, for all backends of the
+// stable ABI.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -9,16 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/geometry.h"
-#include "cpu/kept_memory.h"
-#include "cpu/problem.h"
-
-// Of PyTorch's stable ABI from 2.11 on, null in 2.10.
-extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
-    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset,
-    int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorHandle* result,
-    int32_t layout, const uint8_t* opaque_metadata, int64_t opaque_metadata_size,
-    void (*deleter)(void* data, void* context), void* context);
+#include "view.h"
 
 namespace attn_ext {
 
@@ -41,6 +33,8 @@ inline DType dtype_of(const Tensor& tensor) {
   }
 }
 
+inline bool is_short(const Tensor& tensor) { return tensor.element_size() == 2; }
+
 inline bool computes_in_double(const Tensor& query) {
   return query.scalar_type() == ScalarType::Double;
 }
@@ -49,16 +43,18 @@ inline ScalarType compute_type(const Tensor& query) {
   return computes_in_double(query) ? ScalarType::Double : ScalarType::Float;
 }
 
+inline Rows view(const Tensor& tensor, int64_t batch, int64_t row, int64_t head, int64_t col) {
+  Rows rows{tensor.data_ptr(), dtype_of(tensor), batch, row, head, col};
+  const int64_t granule = rows.dtype == DType::kFloat32 ? 4 : 8;  // numbers in 16 bytes
+  rows.vectors = reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && col == 1 &&
+                 batch % granule == 0 && row % granule == 0 && head % granule == 0;
+  return rows;
+}
+
 // [batch, row, head, col]; the last dimension may be missing.
 inline Rows rows_of(const Tensor& tensor) {
-  Rows rows;
-  rows.data = tensor.data_ptr();
-  rows.dtype = dtype_of(tensor);
-  rows.batch = tensor.stride(0);
-  rows.row = tensor.stride(1);
-  rows.head = tensor.stride(2);
-  rows.col = tensor.dim() > 3 ? tensor.stride(3) : 0;
-  return rows;
+  return view(tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2),
+              tensor.dim() > 3 ? tensor.stride(3) : 0);
 }
 
 // [step, batch, head, col], the step being the row.
@@ -70,35 +66,19 @@ inline Rows step_rows_of(const Tensor& tensor) {
 
 // [step, batch, row, head], the step being the column.
 inline Rows step_score_rows_of(const Tensor& tensor) {
-  Rows rows;
-  rows.data = tensor.data_ptr();
-  rows.dtype = dtype_of(tensor);
-  rows.col = tensor.stride(0);
-  rows.batch = tensor.stride(1);
-  rows.row = tensor.stride(2);
-  rows.head = tensor.stride(3);
-  return rows;
+  return view(tensor, tensor.stride(1), tensor.stride(2), tensor.stride(3), tensor.stride(0));
 }
 
+// [head, col].
 inline Rows score_weight_rows(const Tensor& score_weight) {
-  Rows rows;
-  rows.data = score_weight.data_ptr();
-  rows.dtype = dtype_of(score_weight);
-  rows.head = score_weight.stride(0);
-  rows.col = score_weight.stride(1);
-  return rows;
+  return view(score_weight, 0, 0, score_weight.stride(0), score_weight.stride(1));
 }
 
 // Dense weights are [B, H, max_seqlen_q, max_seqlen_k], those by key [Nk, H].
 inline Rows weight_rows(const Tensor& weights, bool by_key) {
-  Rows rows;
-  rows.data = weights.data_ptr();
-  rows.dtype = dtype_of(weights);
-  rows.batch = by_key ? 0 : weights.stride(0);
-  rows.head = weights.stride(1);
-  rows.row = by_key ? 0 : weights.stride(2);
-  rows.col = by_key ? weights.stride(0) : weights.stride(3);
-  return rows;
+  return by_key ? view(weights, 0, 0, weights.stride(1), weights.stride(0))
+                : view(weights, weights.stride(0), weights.stride(2), weights.stride(1),
+                       weights.stride(3));
 }
 
 inline Integers integers_of(const OptionalTensor& tensor) {
@@ -114,44 +94,42 @@ inline Integers integers_of(const OptionalTensor& tensor) {
   return result;
 }
 
+// The arguments that say which rows make up which sequence.
+struct SequenceArguments {
+  OptionalTensor cu_seqlens_q;
+  OptionalTensor cu_seqlens_k;
+  OptionalTensor key_lengths;
+  OptionalTensor key_padding_mask;
+  int64_t max_seqlen_q = 0;
+  int64_t max_seqlen_k = 0;
+};
+
+inline Mask mask_of(const Tensor& mask, int64_t sequences, int64_t rows) {
+  STD_TORCH_CHECK(mask.size(0) == sequences && mask.size(1) == rows,
+                  "attn_ext: key_padding_mask has another shape than key");
+  return {static_cast<const bool*>(mask.data_ptr()), mask.stride(0), mask.stride(1)};
+}
+
+inline Dropout dropout_of(double p, const OptionalTensor& seed) {
+  Dropout dropout;
+  if (p > 0) {
+    STD_TORCH_CHECK(seed.has_value(), "attn_ext: dropout needs dropout_seed");
+    dropout.active = true;
+    dropout.seed = static_cast<const int64_t*>(seed->data_ptr());
+    dropout.threshold = p * (1 << 24);
+    dropout.keep_scale = p < 1 ? 1 / (1 - p) : 0;
+  }
+  return dropout;
+}
+
 inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes();
   return {sizes.begin(), sizes.end()};
 }
 
 inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype,
-                       bool zeros) {
+                       bool zeros = false) {
   Tensor result = torch::stable::new_empty(like, sizes, dtype);
-  return zeros ? torch::stable::zero_(result) : result;
-}
-
-// The same for gradients, which may be large: in memory that an earlier one has left, unless
-// `deterministic` calls want PyTorch to fill new memory, of which this is none.
-inline Tensor allocate_gradient(const Tensor& like, ScalarType dtype, bool zeros,
-                                bool deterministic) {
-  const std::vector<int64_t> sizes = sizes_of(like);
-  std::vector<int64_t> strides(sizes.size());
-  int64_t numbers = 1;
-  for (size_t axis = sizes.size(); axis-- > 0;) {
-    strides[axis] = numbers;
-    numbers *= sizes[axis];
-  }
-  const size_t size = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
-  const size_t bytes = static_cast<size_t>(numbers) * size;
-  const bool may_be_kept = kKeepsMemory && torch_from_blob != nullptr && !deterministic;
-  const Memory memory =
-      may_be_kept && bytes >= kSmallestKept ? take_memory(bytes) : Memory{nullptr, 0};
-  if (memory.data == nullptr) {
-    return allocate(like, sizes, dtype, zeros);
-  }
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
-      memory.data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
-      [](void* data, void* context) { keep_memory({data, reinterpret_cast<size_t>(context)}); },
-      reinterpret_cast<void*>(memory.bytes)));
-  Tensor result(handle);
   return zeros ? torch::stable::zero_(result) : result;
 }
 

@@ -355,8 +355,8 @@ CPU = [
     ),
     Defect(
         "cpu-large-weights",
-        "csrc/cpu/scores.h",
-        "sum_of_lanes<T>(weight_squares) <= T(kLargestWeightNorm * kLargestWeightNorm)",
+        "csrc/cpu/kernels_impl.h",
+        "squares <= kLargestWeightNorm * kLargestWeightNorm",
         "true",
         "tests/test_magnitudes.py tests/test_arithmetic.py",
         "Large score weights lose digits that the plain formula keeps.",
@@ -458,9 +458,8 @@ CUDA = [
     Defect(
         "cuda-dropout-wave",
         "csrc/cuda/geometry.cuh",
-        "dropout_keeps(span.position(j), span.first_query + i, head, span.number, seed,\n"
-        "                       dropout.threshold)",
-        "dropout_keeps(span.position(j), i, head, span.number, seed, dropout.threshold)",
+        "dropout.keeps(span.position(j), span.first_query + i, head, span.number)",
+        "dropout.keeps(span.position(j), i, head, span.number)",
         "tests/test_dropout.py::test_dropout_in_every_layout",
         "From a wave's second on, queries drop what other queries should.",
     ),

@@ -178,6 +178,18 @@ def guarded(rows: Tensor) -> Tensor:
     return buffer[100:-100]
 
 
+def forward_and_backward(tensors: tuple, layout: tuple, tail: tuple) -> list[Tensor]:
+    """Results of forward and gradients, with and without scores that forward keeps."""
+    results = []
+    for keeps in (False, True):
+        forward = ops.forward(*tensors, None, None, *layout, *tail, keeps, True, "cpu")
+        context, weights, *kept = forward
+        incoming = torch.ones_like(context), torch.ones_like(weights)
+        gradients = ops.backward(*incoming, *tensors, *kept, *layout, *tail, 15, True, "cpu")
+        results += [context, weights, kept[0], *gradients]
+    return results
+
+
 @pytest.mark.parametrize("index_dtype", HUGE, ids=str)
 @pytest.mark.parametrize("corrupt", CORRUPT)
 @pytest.mark.parametrize("bound", [0, 4, 7, 1000], ids=lambda bound: f"max_seqlen={bound}")
@@ -195,10 +207,7 @@ def test_corrupt_offsets_stay_inside_the_tensors(
         ((query[0, :2, None], *inputs[1:]), (None, offsets, None, None, 1, bound)),
     )
     for tensors, layout in layouts:
-        context, weights, stats = ops.forward(*tensors, None, None, *layout, *tail, True, "cpu")
-        incoming = torch.ones_like(context), torch.ones_like(weights)
-        gradients = ops.backward(*incoming, *tensors, stats, *layout, *tail, 15, True, "cpu")
-        for result in (context, weights, stats, *gradients):
+        for result in forward_and_backward(tensors, layout, tail):
             assert result.isfinite().all()
 
 
@@ -209,10 +218,8 @@ def test_corrupt_lengths_stay_inside_the_tensors(index_dtype: torch.dtype):
     query, key = (guarded(torch.randn(4, 5, 2, 16)) for _ in range(2))
     tensors = (query, key, guarded(torch.randn(4, 5, 2, 6)), torch.randn(2, 16))
     layout, tail = (None, None, lengths, None, 5, 5), (0.0, None, 1)
-    context, weights, stats = ops.forward(*tensors, None, None, *layout, *tail, True, "cpu")
-    incoming = torch.ones_like(context), torch.ones_like(weights)
-    gradients = ops.backward(*incoming, *tensors, stats, *layout, *tail, 15, True, "cpu")
-    for result in (context, weights, stats, *gradients):
+    context, *others = forward_and_backward(tensors, layout, tail)
+    for result in (context, *others):
         assert result.isfinite().all()
     assert (context[2:] == 0).all() and (context[:2] != 0).any()
 

@@ -47,7 +47,8 @@ def test_passes_of_the_backward_are_added_by_route():
     assert (only.routes, only.element.slots) == ((), 5)
 
 
-# ---- The kernels: one run of the command, whatever TRITON_INTERPRET says here. ----
+# ---- The kernels: one run of the command, whatever TRITON_INTERPRET says here. Two minutes of
+# compiling for what is about speed alone, so nightly. ----
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,7 @@ def rows(tmp_path_factory) -> list[dict]:
     return json.loads(result.read_text())["rows"]
 
 
+@pytest.mark.nightly
 def test_the_yardstick_is_what_torch_compile_emits(rows):
     """libdevice.tanh takes 20.75 slots there; versions of ptxas differ by a tenth."""
     (tanh,) = (row for row in rows if row["kernel"] == "libdevice.tanh")
@@ -84,6 +86,7 @@ def kernels(rows) -> list[dict]:
     return [row for row in rows if row["kernel"] != static.YARDSTICK]
 
 
+@pytest.mark.nightly
 def test_nothing_spills_where_the_time_goes(kernels):
     """Kernels whose registers are limited, for more of them to run at a time, may spill between."""
     assert kernels
@@ -92,6 +95,7 @@ def test_nothing_spills_where_the_time_goes(kernels):
     assert max(row["spills"] for row in kernels) < 500
 
 
+@pytest.mark.nightly
 def test_every_main_loop_is_found(kernels):
     """A kernel whose row states elements has a loop that takes reciprocals for them."""
     cases = [case for case in kernels if case["per_element"]]
@@ -99,6 +103,7 @@ def test_every_main_loop_is_found(kernels):
     assert [case["kernel"] for case in cases if case["element"] is None] == []
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("pass_", "slots", "mufu"), [("forward", 4.5, 0.6), ("backward", 12, 1.2)])
 def test_all_at_once_kernels_issue_little(kernels, pass_, slots, mufu):
     """The backward is the sum over its passes. tanh itself takes 20.75 slots and 2 MUFU."""
@@ -110,6 +115,7 @@ def test_all_at_once_kernels_issue_little(kernels, pass_, slots, mufu):
         assert row["element"]["mufu"] <= mufu, row
 
 
+@pytest.mark.nightly
 def test_step_kernels_load_keys_and_values_16_bytes_at_a_time(kernels):
     found = [row for row in kernels if (row["regime"], row["pass_"]) == ("step", "forward")]
     loads = [
@@ -171,14 +177,16 @@ def test_every_option_compiles(
     lengths = None if masked else torch.ones(batch, dtype=torch.int64)
     layout = (None, None, lengths, mask, length_q, length_k)
     dropout = (0.3, torch.zeros(1, dtype=torch.int64), 1)
-    stats = torch.empty(*query.shape[:3], 2)
+    kept = torch.empty(*query.shape[:3], 2), torch.empty(0)
     dcontext = torch.empty(*query.shape[:3], value_dim)
     dweights = torch.empty(batch, heads, length_q, length_k)
     with static_cases.noted_launches() as launches:
-        launch_forward.additive_attention_forward(*inputs, None, None, *layout, *dropout, False)
+        launch_forward.additive_attention_forward(
+            *inputs, None, None, *layout, *dropout, False, False
+        )
         for incoming, grad_mask in ((dcontext, 15), (None, 1)):
             launch_backward.additive_attention_backward(
-                incoming, dweights, *inputs, stats, *layout, *dropout, grad_mask, False
+                incoming, dweights, *inputs, *kept, *layout, *dropout, grad_mask, False
             )
         if length_q == 1:
             steps = torch.empty(4, batch, heads, dim, dtype=torch.bfloat16)

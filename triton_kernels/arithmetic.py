@@ -13,12 +13,6 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-# Exponents 2 log2(e) |q| up to 31 keep x0 x1 < 2^126, so that its reciprocal is a normal number.
-LARGEST_MAGNITUDE = tl.constexpr(31 * 0.6931471805599453 / 2)
-# Below these sums of magnitudes tanh is so small that the fractions' absolute error would show: in
-# scores, and in the gradient of score weights, which is a sum of tanh.
-SMALLEST_MAGNITUDE_SUM = tl.constexpr(0.25)
-SMALLEST_GRADIENT_SUM = tl.constexpr(0.5)
 
 
 @triton.jit
@@ -129,13 +123,6 @@ def weighted_sum(weights, value):
         high = weights.to(value.dtype)
         low = (weights - high.to(tl.float32)).to(value.dtype)
         return product(high, value) + product(low, value)
-
-
-@triton.jit
-def in_factored_range(query_bound, key_bound, SMALLEST_SUM: tl.constexpr):
-    """Whether rows with these largest magnitudes may meet in the factored form; NaN: no."""
-    small_enough = (query_bound <= LARGEST_MAGNITUDE) & (key_bound <= LARGEST_MAGNITUDE)
-    return small_enough & (query_bound + key_bound >= SMALLEST_SUM)
 
 
 @triton.jit

@@ -12,7 +12,6 @@ What it does with one tile is in ``gradient_tile``.
 import triton
 import triton.language as tl
 
-from .arithmetic import SMALLEST_GRADIENT_SUM, in_factored_range
 from .gradient_tile import (
     TILE_ROWS,
     Gradients,
@@ -23,6 +22,7 @@ from .gradient_tile import (
     load_weights_times_4,
     tile_gradients,
 )
+from .route import SMALLEST_GRADIENT_SUM, in_factored_range
 from .rows import attended_keys, find_tile, sequence_rows
 
 SIZES = [

@@ -52,6 +52,7 @@ def additive_attention_backward(
     value: Tensor,
     score_weight: Tensor,
     stats: Tensor,
+    scores: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     key_lengths: Tensor | None,

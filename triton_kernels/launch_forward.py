@@ -46,8 +46,9 @@ def additive_attention_forward(
     dropout_p: float,
     dropout_seed: Tensor | None,
     weights_layout: int,
+    keep_scores: bool,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     problem = describe(
         query,
         key,
@@ -64,6 +65,7 @@ def additive_attention_forward(
     rows = query.shape[:3]
     context = value.new_empty((*rows, problem.value_dim))
     stats = query.new_empty((*rows, 2), dtype=torch.float32)
+    no_scores = stats.new_empty((0,))  # backward computes them again
     weights_shape = {
         0: (0,),
         DENSE_WEIGHTS: (problem.batch, problem.heads, max_seqlen_q, max_seqlen_k),
@@ -71,9 +73,9 @@ def additive_attention_forward(
     }[weights_layout]
     weights = value.new_zeros(weights_shape)
     if context.numel() == 0 and weights.numel() == 0:
-        return context, weights, stats.zero_()
+        return context, weights, stats.zero_(), no_scores
     if problem.all_rows_k == 0 or problem.batch == 0:
-        return context.zero_(), weights, stats.zero_()
+        return context.zero_(), weights, stats.zero_(), no_scores
     inputs = [rows_of(tensor) for tensor in (query, key, value, score_weight)]
     forward = _step_forward if problem.is_one_step else _forward
     with on_device(query):
@@ -106,7 +108,7 @@ def additive_attention_forward(
                 BLOCK_K=tiles.keys,
                 num_warps=tiles.warps,
             )
-    return context, weights, stats
+    return context, weights, stats, no_scores
 
 
 def _forward(

@@ -131,6 +131,7 @@ def additive_attention_step_backward(
     exp_key: Tensor | None,
     key_bound: Tensor | None,
     stats: Tensor,
+    scores: Tensor,
     cu_seqlens_k: Tensor | None,
     key_lengths: Tensor | None,
     key_padding_mask: Tensor | None,

@@ -3,24 +3,17 @@
 import triton
 import triton.language as tl
 
-from .arithmetic import (
+from .arithmetic import as_float32, exp_twice, tanh_and_derivative, weighted_pair
+from .route import (
+    INFORMATIVE_SHARE,
+    LARGEST_WEIGHT_NORM,
+    SATURATED_MAGNITUDE,
+    SMALL_MAGNITUDE,
     SMALLEST_MAGNITUDE_SUM,
-    as_float32,
-    exp_twice,
     in_factored_range,
-    tanh_and_derivative,
-    weighted_pair,
 )
 
-# |q + k| up to which tanh counts as nearly 0, and from which as nearly 1.
-SMALL_MAGNITUDE = tl.constexpr(0.25)
-SATURATED_MAGNITUDE = tl.constexpr(1.0)
-# The part of sum |w| that has to meet a tanh between the two, and blocks of features looked at.
-INFORMATIVE_SHARE = tl.constexpr(1 / 32)
-SAMPLED_BLOCKS = tl.constexpr(4)
-# The largest root of sum w^2 for which scores are factored: errors of tanh, other ones for each
-# key, add up to about that times epsilon, which the softmax would show.
-LARGEST_WEIGHT_NORM = tl.constexpr(16.0)
+SAMPLED_BLOCKS = tl.constexpr(4)  # of features, that are looked at for informative ones
 
 
 @triton.constexpr_function

@@ -10,14 +10,9 @@ import triton
 import triton.language as tl
 
 from .arithmetic import dropout_scales, tanh_and_derivative
+from .route import INFORMATIVE_SHARE, LARGEST_WEIGHT_NORM, SATURATED_MAGNITUDE, SMALL_MAGNITUDE
 from .rows import are_attended, attended_keys, find_tile
-from .scores import (
-    INFORMATIVE_SHARE,
-    LARGEST_WEIGHT_NORM,
-    SATURATED_MAGNITUDE,
-    SMALL_MAGNITUDE,
-    load_weights,
-)
+from .scores import load_weights
 
 SIZES = ["batch", "rows_k", "max_seqlen_k", "threshold", "tiles"]
 # Tiles of keys and values are on their way while the one before is worked on.

@@ -141,26 +141,46 @@ void finish_scores(const BackwardCall<T>& call, const UnitBlock& range) {
   }
 }
 
-// Recomputes the scores of a unit for a range of keys and turns them into alpha and dalpha.
+// Scores of a unit for a range of keys, as forward computed them.
+template <class T>
+void compute_scores(const ScoreRows<T>& rows, Scratch& scratch) {
+  const BackwardCall<T>& call = rows.call;
+  const UnitBlock& range = rows.range;
+  const Problem& problem = *call.problem;
+  const Unit& unit = rows.unit;
+  const ScoreWeights<T>& weights = call.score_weights[unit.head];
+  const QueryBlock<T> queries =
+      pack_queries<T>(query_rows(problem.query, rows.sequence, unit.head), rows.query(0),
+                      range.query_count, 0, problem.dim, scratch);
+  const ScoreRoom<T> room(problem.dim, scratch);
+  Informative<T> informative(queries, steps_of<T>(problem.dim), weights.data,
+                             weights.least_informative, scratch);
+  score_block<T>(queries, key_side(problem, rows.sequence, unit.head), range.key, range.key_count,
+                 problem, weights, informative, rows.alpha(0), unit.ld, room);
+}
+
+// alpha and dalpha of a unit for a range of keys, from scores that forward kept or new ones.
 template <class T>
 void score_item(const BackwardCall<T>& call, const UnitBlock& range) {
   Scratch scratch;
   const Problem& problem = *call.problem;
   const ScoreRows<T> rows(call, range);
   const Unit& unit = rows.unit;
-  const T* weights = score_weights(call, unit.head);
-  const QueryBlock<T> queries =
-      pack_queries<T>(query_rows(problem.query, rows.sequence, unit.head), rows.query(0),
-                      range.query_count, 0, problem.dim, weights, scratch);
-  const ScoreRoom<T> room(problem.dim, scratch);
-  score_block<T>(queries, key_side(problem, rows.sequence, unit.head), range.key, range.key_count,
-                 problem.dim, weights, rows.alpha(0), unit.ld, room);
+  const bool kept = call.scores.data != nullptr;
+  if (!kept) {
+    compute_scores<T>(rows, scratch);
+  }
   const RowSource stats = query_rows(call.stats, rows.sequence, unit.head);
   const int64_t padded = round_up(range.key_count, kLanes<T>);
   T* row = scratch.take<T>(padded);
   for (int64_t i = 0; i < range.query_count; ++i) {
     const T* stat = static_cast<const T*>(stats.data) + stats.offset(rows.query(i));
-    __builtin_memcpy(row, rows.alpha(i), range.key_count * sizeof(T));
+    if (kept) {
+      read_along_keys<T>(score_row(call.scores, problem, rows.sequence, unit.head, rows.query(i)),
+                         range.key, range.key_count, row);
+    } else {
+      __builtin_memcpy(row, rows.alpha(i), range.key_count * sizeof(T));
+    }
     pad_row<T>(row, range.key_count, padded, static_cast<T>(-__builtin_inf()));
     exponentiate_row<T>(row, padded, shift_of(stat[0]), 1 / stat[1]);
     __builtin_memcpy(rows.alpha(i), row, range.key_count * sizeof(T));

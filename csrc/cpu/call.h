@@ -9,16 +9,26 @@ namespace attn_ext {
 // Row length of partial sums: any kernel's padded row fits.
 constexpr int64_t padded_columns(int64_t columns) { return (columns + 63) / 64 * 64; }
 
+// The score weights of a head, and what decides whether they may meet factored rows.
+template <class T>
+struct ScoreWeights {
+  const T* data = nullptr;  // [padded_columns(dim)], padded by 0
+  T sum = 0;
+  T least_informative = 0;  // of sum |w|
+  bool fit = false;
+};
+
 template <class T>
 struct ForwardCall {
   const Problem* problem = nullptr;
   Rows context;
   Rows stats;
-  Rows weights;                     // data is null unless asked for
-  Rows scores;                      // as weights, in T: where scores wait for their row's softmax
-  const T* score_weight = nullptr;  // [heads, padded_columns(dim)], padded by 0
-  T* partial_sums = nullptr;        // [partial_rows, padded_columns(value_dim)]
-  T* partial_stats = nullptr;       // [partial_rows, 2]
+  Rows weights;               // data is null unless asked for
+  Rows scores;                // in T, for backward or until their row's softmax is known
+  bool keeps_scores = false;  // for backward
+  const ScoreWeights<T>* score_weights = nullptr;  // [heads]
+  T* partial_sums = nullptr;                       // [partial_rows, padded_columns(value_dim)]
+  T* partial_stats = nullptr;                      // [partial_rows, 2]
 };
 
 // A row's delta = sum alpha dalpha / sum alpha. The division by what is 1 up to rounding makes sum
@@ -36,6 +46,7 @@ struct BackwardCall {
   Rows dcontext;  // data is null where it counts as 0
   Rows dweights;
   Rows stats;
+  Rows scores;  // in T, what forward kept; data is null where it kept none
   Rows dquery;  // data of a gradient is null unless asked for
   Rows dkey;
   Rows dvalue;
@@ -44,10 +55,10 @@ struct BackwardCall {
   Rows step_dscores;  // in T, [.., Nk, H] per step: outputs of a step's backward, inputs of a
                       // memory's
   Rows step_weights;
-  bool needs_scores = false;        // s, for dquery, dkey or dscore_weight
-  bool needs_weights = false;       // alpha, for dvalue
-  const T* score_weight = nullptr;  // [heads, padded_columns(dim)], padded by 0
-  T* alpha = nullptr;               // the wave's scores, [query, key] of each unit
+  bool needs_scores = false;                       // s, for dquery, dkey or dscore_weight
+  bool needs_weights = false;                      // alpha, for dvalue
+  const ScoreWeights<T>* score_weights = nullptr;  // [heads]
+  T* alpha = nullptr;                              // the wave's scores, [query, key] of each unit
   T* dscores = nullptr;
   Delta<T>* deltas = nullptr;
   T* partial_dquery = nullptr;        // [partial_rows, padded_columns(dim)]
@@ -55,16 +66,10 @@ struct BackwardCall {
   double* dscore_weight = nullptr;    // [heads, dim]
 };
 
-// The padded score weights of one head.
-template <class Call>
-inline auto score_weights(const Call& call, int64_t head) {
-  return call.score_weight + head * padded_columns(call.problem->dim);
-}
-
 template <class T>
 struct Kernels {
-  // One head of score_weight as a row, and a contiguous [heads, dim] back.
-  void (*read_weights)(const Rows& score_weight, int64_t head, int64_t dim, T* row);
+  // One head of score_weight, and its row of padded_columns(dim); a contiguous [heads, dim] back.
+  ScoreWeights<T> (*read_weights)(const Rows& score_weight, int64_t head, int64_t dim, T* row);
   void (*write_weights)(const double* source, int64_t count, const Rows& target);
   void (*forward_item)(const ForwardCall<T>&, const ForwardItem&);
   void (*forward_merge)(const ForwardCall<T>&, const ForwardMerge&);

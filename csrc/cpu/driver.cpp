@@ -12,16 +12,20 @@ namespace {
 constexpr int64_t kPrepareRows = 64;  // rows of an item of run_prepare
 constexpr double kExpCost = 4;  // of an exponential read from and written to memory, in triples
 
+// The score weights of all heads, and the rows that they point to.
 template <class T>
-Buffer<T> read_score_weight(const Problem& problem) {
-  const int64_t columns = padded_columns(problem.dim);
-  Buffer<T> rows(problem.heads * columns);
-  std::fill_n(rows.get(), problem.heads * columns, T(0));
-  for (int64_t head = 0; head < problem.heads; ++head) {
-    kernels<T>().read_weights(problem.score_weight, head, problem.dim, rows.get() + head * columns);
+struct AllScoreWeights {
+  Buffer<T> rows;
+  Buffer<ScoreWeights<T>> heads;
+
+  explicit AllScoreWeights(const Problem& problem)
+      : rows(problem.heads * padded_columns(problem.dim)), heads(problem.heads) {
+    for (int64_t head = 0; head < problem.heads; ++head) {
+      T* row = rows.get() + head * padded_columns(problem.dim);
+      heads.get()[head] = kernels<T>().read_weights(problem.score_weight, head, problem.dim, row);
+    }
   }
-  return rows;
-}
+};
 
 // Runs function(call, item) for each item.
 template <class Call, class Item>
@@ -111,10 +115,10 @@ void run_forward(ForwardCall<T> call) {
   const Problem& problem = *call.problem;
   const Kernels<T>& kernel = kernels<T>();
   const ForwardPlan plan = plan_forward(problem);
-  const Buffer<T> score_weight = read_score_weight<T>(problem);
+  const AllScoreWeights<T> score_weights(problem);
   Buffer<T> partial_sums(plan.partial_rows * padded_columns(problem.value_dim));
   Buffer<T> partial_stats(plan.partial_rows * 2);
-  call.score_weight = score_weight.get();
+  call.score_weights = score_weights.heads.get();
   call.partial_sums = partial_sums.get();
   call.partial_stats = partial_stats.get();
   run_phase(call, plan.items, plan.cost, kernel.forward_item);
@@ -125,11 +129,11 @@ template <class T>
 void run_backward(BackwardCall<T> call, bool from_steps, const Rows& dscore_weight_out) {
   const Problem& problem = *call.problem;
   const Kernels<T>& kernel = kernels<T>();
-  const Buffer<T> score_weight = read_score_weight<T>(problem);
+  const AllScoreWeights<T> score_weights(problem);
   const int64_t weights = problem.heads * problem.dim;
   Buffer<double> dscore_weight(weights);
   std::fill_n(dscore_weight.get(), weights, 0.0);
-  call.score_weight = score_weight.get();
+  call.score_weights = score_weights.heads.get();
   call.dscore_weight = dscore_weight_out.data != nullptr ? dscore_weight.get() : nullptr;
   WaveBuffers<T> buffers;
   BackwardPlan plan(problem);

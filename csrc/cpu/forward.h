@@ -95,7 +95,7 @@ template <class T>
 void finish_weights(const ForwardCall<T>& call, const Sequence& sequence, int64_t head,
                     int64_t query, T largest, T total, T* row, uint8_t* keeps) {
   const Problem& problem = *call.problem;
-  const RowSource scores = weight_row(call.scores, problem, sequence, head, query);
+  const RowSource scores = score_row(call.scores, problem, sequence, head, query);
   const RowSource weights = weight_row(call.weights, problem, sequence, head, query);
   for (int64_t j = 0; j < sequence.key_count; j += kKeyChunk) {
     const int64_t count = smaller(kKeyChunk, sequence.key_count - j);
@@ -143,8 +143,8 @@ struct ForwardBlock {
     for (int64_t i = 0; i < item.query_count; ++i) {
       T* row = scores + i * ld;
       const int64_t query = item.query + i;
-      if (call.weights.data != nullptr && !one_chunk()) {
-        write_along_keys<T>(weight_row(call.scores, problem, sequence, item.head, query), first,
+      if (call.keeps_scores || (call.weights.data != nullptr && !one_chunk())) {
+        write_along_keys<T>(score_row(call.scores, problem, sequence, item.head, query), first,
                             count, row);
       }
       pad_row<T>(row, count, padded, static_cast<T>(-__builtin_inf()));
@@ -188,20 +188,22 @@ void forward_item(const ForwardCall<T>& call, const ForwardItem& item) {
   Scratch scratch;
   const Problem& problem = *call.problem;
   const Sequence& sequence = problem.sequences[item.sequence];
-  const T* weights = score_weights(call, item.head);
+  const ScoreWeights<T>& weights = call.score_weights[item.head];
   const QueryBlock<T> queries =
       pack_queries<T>(query_rows(problem.query, sequence, item.head), item.query, item.query_count,
-                      0, problem.dim, weights, scratch);
+                      0, problem.dim, scratch);
   const KeySide keys = key_side(problem, sequence, item.head);
   const RowSource value = key_rows(problem.value, sequence, item.head);
   ForwardBlock<T> block(call, item, scratch);
   const ScoreRoom<T> score_room(problem.dim, scratch);
+  Informative<T> informative(queries, steps_of<T>(problem.dim), weights.data,
+                             weights.least_informative, scratch);
   const PanelRoom<T> value_room(smaller(kValueTile, item.key_count), problem.value_dim, scratch);
   for (int64_t j = 0; j < item.key_count; j += kKeyChunk) {
     const int64_t first = item.key + j;
     const int64_t count = smaller(kKeyChunk, item.key_count - j);
-    score_block<T>(queries, keys, first, count, problem.dim, weights, block.scores, block.ld,
-                   score_room);
+    score_block<T>(queries, keys, first, count, problem, weights, informative, block.scores,
+                   block.ld, score_room);
     block.normalise(first, count);
     add_weighted_values<T>(value, first, count, problem.value_dim, block.scores, block.ld,
                            item.query_count, block.softmax.sums, value_room);

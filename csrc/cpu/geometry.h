@@ -5,25 +5,6 @@
 
 namespace attn_ext {
 
-// A vector of int32 or int64; data is null where the argument was not given.
-struct Integers {
-  const void* data = nullptr;
-  bool wide = false;
-  int64_t size = 0;
-  int64_t stride = 1;
-
-  int64_t at(int64_t n) const {
-    return wide ? static_cast<const int64_t*>(data)[n * stride]
-                : static_cast<const int32_t*>(data)[n * stride];
-  }
-};
-
-struct Mask {
-  const bool* data = nullptr;  // [B, Nk], true = ignore
-  int64_t batch = 0;
-  int64_t row = 0;
-};
-
 struct Layout {
   int64_t query_batch = 0;  // extents of query and key
   int64_t query_rows = 0;

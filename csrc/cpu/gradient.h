@@ -34,13 +34,14 @@ class GradientBlock {
         steps_(steps_of<T>(item.cols)),
         tile_keys_(unit.query_count < 4 ? kGradientKeys : kGradientTile),
         queries_(pack_queries<T>(query_rows(call.problem->query, sequence_, unit.head), unit.query,
-                                 unit.query_count, item.col, item.cols, nullptr, scratch)),
+                                 unit.query_count, item.col, item.cols, scratch)),
         side_(key_side(*call.problem, sequence_, unit.head)),
         room_(tile_keys_, item.cols, scratch),
         exact_key_(tile_keys_, item.cols, scratch),
         exact_query_(unit.query_count, item.cols, scratch),
         dweight_total_(dweight),
-        scratch_(scratch) {
+        scratch_(scratch),
+        informative_(queries_, steps_, nullptr, T(0), scratch) {
     const int64_t padded = steps_ * kStep<T>;
     dquery_ = scratch.take<T>(dquery_size());
     dkey_ = scratch.take<T>(steps_ * step_stride<T>(tile_keys_));
@@ -124,15 +125,20 @@ class GradientBlock {
   void run_tile(int64_t first, int64_t keys) {
     const KeyBlock<T> block = key_block<T>(side_, first, keys, item_.col, item_.cols, room_);
     exact_keys_ready_ = false;
-    informative_ = is_informative<T>(queries_.exponentials, unit_.query_count, block.exponentials,
-                                     keys, steps_, nullptr, T(0));
+    const T key_bound = largest_bound(block.bounds, keys);
+    const bool informative = call_.problem->is_short || informative_(block.exponentials, keys);
     if (wants_keys()) {
       pad_row<T>(dkey_, 0, steps_ * step_stride<T>(keys), 0);
     }
-    for (int64_t p = 0; p < steps_; ++p) {
-      for (int64_t j = 0; j < keys; j += kGradientKeys) {
-        run_keys(block, p, first, keys, j, smaller(kGradientKeys, keys - j));
+    for (int64_t i = 0; i < unit_.query_count;) {
+      const Route route = route_of(i, key_bound, informative);
+      int64_t end = i + 1;
+      while (end < smaller(unit_.query_count, i + kRunQueries) &&
+             route_of(end, key_bound, informative) == route) {
+        ++end;
       }
+      run_queries(route, i, end - i, block.exponentials, first, keys);
+      i = end;
     }
     if (call_.dkey.data != nullptr) {
       write_keys(first, keys);
@@ -143,62 +149,47 @@ class GradientBlock {
     }
   }
 
-  // Step p of keys [j, j + cols) of a tile against all queries, in runs of one route.
-  void run_keys(const KeyBlock<T>& block, int64_t p, int64_t first, int64_t keys, int64_t j,
-                int64_t cols) {
-    const T key_bound = largest_bound(block.bounds + j, cols);
-    const int64_t rows = unit_.query_count;
-    for (int64_t i = 0; i < rows;) {
-      const Route route = route_of(i, key_bound);
-      const bool factored = route == Route::kFactored;
-      int64_t end = i + 1;
-      while (end < smaller(rows, i + kRunQueries) && route_of(end, key_bound) == route) {
-        ++end;
-      }
-      if (route == Route::kSmall && p == 0) {
-        add_shifted(i, end, first + j, cols);
-      }
-      Panel<T> a = queries_.exponentials;
-      Panel<T> b = block.exponentials;
-      if (!factored) {
-        a = exact_queries();
-        b = exact_keys(first, keys);
-      }
-      const StepRows<T> a_step = a.at(p);
-      const StepRows<T> b_step = b.at(p);
-      const GradientOperands<T> operands{a_step.data + i * a_step.row,
-                                         a_step.row,
-                                         b_step.data + j * b_step.row,
-                                         b_step.row,
-                                         scores_.at(i, first + j),
-                                         scores_.ld,
-                                         end - i,
-                                         dquery_ + p * step_stride<T>(rows) + i * kStep<T>,
-                                         dkey_ + p * step_stride<T>(keys) + j * kStep<T>,
-                                         dweight_ + p * kStep<T>};
-      const bool query = call_.dquery.data != nullptr;
-      if (factored) {
-        gradient_keys<T, FactoredSlope>(query, wants_keys(), cols, operands);
-      } else if (route == Route::kSmall) {
-        gradient_keys<T, SmallSlope>(query, wants_keys(), cols, operands);
-      } else {
-        gradient_keys<T, ExactSlope>(query, wants_keys(), cols, operands);
-      }
-      i = end;
-    }
-  }
-
   // Where every tanh is small, 1 - t^2 is nearly 1, and as sum_j s_ij = 0 what remains of
   // sum_j s_ij (1 - t_ijd^2) is little more than the rounding errors of that 0: there the sum
   // leaves out the 1.
   enum class Route { kFactored, kExact, kSmall };
 
-  Route route_of(int64_t i, T key_bound) const {
+  Route route_of(int64_t i, T key_bound, bool informative) const {
     if (queries_.bounds[i] + key_bound < T(kSmallestGradientSum)) {
       return Route::kSmall;
     }
-    return informative_ && in_factored_range(queries_.bounds[i], key_bound) ? Route::kFactored
-                                                                            : Route::kExact;
+    return informative && in_factored_range(queries_.bounds[i], key_bound, kSmallestGradientSum)
+               ? Route::kFactored
+               : Route::kExact;
+  }
+
+  // Queries [i, i + rows), all of one route, against a tile of keys.
+  void run_queries(Route route, int64_t i, int64_t rows, const Panel<T>& key_exponentials,
+                   int64_t first, int64_t keys) {
+    const bool factored = route == Route::kFactored;
+    const int64_t query_step = step_stride<T>(unit_.query_count);
+    const GradientOperands<T> operands{
+        (factored ? queries_.exponentials : exact_queries()).from_row(i),
+        factored ? key_exponentials : exact_keys(first, keys),
+        scores_.at(i, first),
+        scores_.ld,
+        rows,
+        keys,
+        steps_,
+        dquery_ + i * kStep<T>,
+        query_step,
+        dkey_,
+        step_stride<T>(keys),
+        dweight_};
+    const bool query = call_.dquery.data != nullptr;
+    if (factored) {
+      gradient_products<T, FactoredSlope>(query, wants_keys(), operands);
+    } else if (route == Route::kSmall) {
+      add_shifted(i, i + rows, first, keys);
+      gradient_products<T, SmallSlope>(query, wants_keys(), operands);
+    } else {
+      gradient_products<T, ExactSlope>(query, wants_keys(), operands);
+    }
   }
 
   // Notes what the shift leaves out of queries [begin, end) for keys [key, key + keys).
@@ -272,7 +263,7 @@ class GradientBlock {
 
   // out = w (4 sums + shift) / lift for row r of `rows` rows of sums, which are of quarters.
   void final_row(const T* data, int64_t r, int64_t rows, T shift, T* out) const {
-    const T* weight = score_weights(call_, unit_.head) + item_.col;
+    const T* weight = call_.score_weights[unit_.head].data + item_.col;
     const T unlift = 1 / scores_.lift;
     for (int64_t c = 0; c < item_.cols; c += kStep<T>) {
       const T* sums = data + c / kStep<T> * step_stride<T>(rows) + r * kStep<T>;
@@ -343,6 +334,7 @@ class GradientBlock {
   const PanelRoom<T> exact_query_;
   double* const dweight_total_;
   Scratch& scratch_;
+  Informative<T> informative_;
   Scores scores_;
   T* dweight_;
   T* dquery_;
@@ -351,7 +343,6 @@ class GradientBlock {
   T* row_;
   Shift* shifts_;
   int64_t weight_terms_ = 0;
-  bool informative_ = false;
   bool exact_queries_ready_ = false;
   bool exact_keys_ready_ = false;
 };

@@ -18,31 +18,34 @@ struct GradientTerms {
   Vec<T> weight;
   Vec<T> key;
   Vec<T> query;
+
+  ATTN_EXT_INLINE GradientTerms operator+(const GradientTerms& other) const {
+    return {weight + other.weight, key, query + other.query};
+  }
 };
 
-// From a = exp(2q), b = exp(2k): with z = ab, u = 1 / (z + 1) and v = z u = 1 - u, tanh = (z - 1) u
-// and (1 - tanh^2) / 4 = u v, taken from the smaller of both, which keeps its relative accuracy
-// where tanh is saturated. One reciprocal serves two features.
+// From a = exp(2q), b = exp(2k): with z = ab, u = 1 / (1 + z) and v = z u, tanh = v - u and
+// (1 - tanh^2) / 4 = u v, taken from the smaller of both, which keeps its relative accuracy where
+// tanh is saturated. One division serves two features. Sums take their terms rounded: those of
+// equal keys, whose s are opposite, then cancel exactly, and additions are left to the adders that
+// most machines have beside their multipliers.
 template <class T>
 struct FactoredSlope {
   static ATTN_EXT_INLINE void eval(Vec<T> a0, Vec<T> a1, Vec<T> b0, Vec<T> b1, Vec<T> s,
                                    GradientTerms<T>& t0, GradientTerms<T>& t1) {
-    const Vec<T> z0 = a0 * b0;
-    const Vec<T> z1 = a1 * b1;
+    const Vec<T> z0 = (a0 * b0);
+    const Vec<T> z1 = (a1 * b1);
     const Vec<T> x0 = z0 + 1;
     const Vec<T> x1 = z1 + 1;
-    const Vec<T> inverse = reciprocal<T>(x0 * x1);
+    const Vec<T> inverse = quotient<T>(splat<T>(1), x0 * x1);
     t0 = terms(z0, x1 * inverse, s);
     t1 = terms(z1, x0 * inverse, s);
   }
 
   static ATTN_EXT_INLINE GradientTerms<T> terms(Vec<T> z, Vec<T> u, Vec<T> s) {
-    const Vec<T> v = z * u;
+    const Vec<T> v = (z * u);
     const Vec<T> key = rounded<T>(s * quarter_slope<T>(u < v ? u : v));
-    // Not s u (z - 1): where s is tiny, s u would vanish.
-    const Vec<T> weight = s * ((z - 1) * u);
-    // With two keys a register tile, terms of equal keys, whose s are opposite, cancel exactly.
-    return {kGradientKeys == 2 ? rounded<T>(weight) : weight, key, key};
+    return {rounded<T>(s * (v - u)), key, key};
   }
 };
 
@@ -70,100 +73,104 @@ using ExactSlope = UnfactoredSlope<T, false>;
 template <class T>
 using SmallSlope = UnfactoredSlope<T, true>;
 
-// One step of features of `rows` queries against K keys. Rows of a, dq, dk are kStep apart; to dq,
-// dk and dw the sums of GradientTerms are added.
+// `rows` queries against `keys` keys, with the same rule, over `steps` steps of features. To dq, dk
+// and dw the sums of GradientTerms are added.
 template <class T>
 struct GradientOperands {
-  const T* a;
-  int64_t a_row;
-  const T* b;
-  int64_t b_row;
-  const T* s;
+  Panel<T> a;  // queries, [rows, steps]
+  Panel<T> b;  // keys, [keys, steps]
+  const T* s;  // [rows, keys]
   int64_t s_row;
   int64_t rows;
-  T* dq;
-  T* dk;
-  T* dw;
+  int64_t keys;
+  int64_t steps;
+  T* dq;  // [steps, rows, kStep]
+  int64_t dq_step;
+  T* dk;  // [steps, keys, kStep]
+  int64_t dk_step;
+  T* dw;  // [steps, kStep]
 };
 
+// Step p, all queries and keys [j, j + K).
 template <class T, template <class> class Rule, int K, bool kQuery, bool kKey>
-void gradient_tile(const GradientOperands<T>& o) {
+ATTN_EXT_INLINE void gradient_tile(const GradientOperands<T>& o, int64_t p, int64_t j) {
   constexpr int lanes = kLanes<T>;
+  const StepRows<T> a = o.a.at(p);
+  const StepRows<T> b = o.b.at(p);
   Vec<T> b0[K];
   Vec<T> b1[K];
   Vec<T> dk0[K] = {};
   Vec<T> dk1[K] = {};
 #pragma GCC unroll 4
-  for (int j = 0; j < K; ++j) {
-    b0[j] = load<T>(o.b + j * o.b_row);
-    b1[j] = load<T>(o.b + j * o.b_row + lanes);
+  for (int n = 0; n < K; ++n) {
+    b0[n] = load<T>(b.data + (j + n) * b.row);
+    b1[n] = load<T>(b.data + (j + n) * b.row + lanes);
   }
   Vec<T> dw0{};
   Vec<T> dw1{};
+  T* dq = o.dq + p * o.dq_step;
+  const T* s = o.s + j;
   for (int64_t i = 0; i < o.rows; ++i) {
-    const Vec<T> a0 = load<T>(o.a + i * o.a_row);
-    const Vec<T> a1 = load<T>(o.a + i * o.a_row + lanes);
-    Vec<T> dq0{};
-    Vec<T> dq1{};
-    Vec<T> row_dw0{};
-    Vec<T> row_dw1{};
+    const Vec<T> a0 = load<T>(a.data + i * a.row);
+    const Vec<T> a1 = load<T>(a.data + i * a.row + lanes);
+    GradientTerms<T> sum0;
+    GradientTerms<T> sum1;
 #pragma GCC unroll 4
-    for (int j = 0; j < K; ++j) {
+    for (int n = 0; n < K; ++n) {
       GradientTerms<T> t0;
       GradientTerms<T> t1;
-      Rule<T>::eval(a0, a1, b0[j], b1[j], splat<T>(o.s[i * o.s_row + j]), t0, t1);
+      Rule<T>::eval(a0, a1, b0[n], b1[n], splat<T>(s[i * o.s_row + n]), t0, t1);
       if constexpr (kKey) {
-        dk0[j] += t0.key;
-        dk1[j] += t1.key;
-        row_dw0 += t0.weight;
-        row_dw1 += t1.weight;
+        dk0[n] += t0.key;
+        dk1[n] += t1.key;
       }
-      if constexpr (kQuery) {
-        dq0 += t0.query;
-        dq1 += t1.query;
-      }
+      // Not from 0 on: adding to 0 is an operation too.
+      sum0 = n == 0 ? t0 : sum0 + t0;
+      sum1 = n == 0 ? t1 : sum1 + t1;
     }
-    dw0 += row_dw0;
-    dw1 += row_dw1;
+    if constexpr (kKey) {
+      dw0 += sum0.weight;
+      dw1 += sum1.weight;
+    }
     if constexpr (kQuery) {
-      T* dq = o.dq + i * kStep<T>;
-      store<T>(dq, load<T>(dq) + dq0);
-      store<T>(dq + lanes, load<T>(dq + lanes) + dq1);
+      store<T>(dq, load<T>(dq) + sum0.query);
+      store<T>(dq + lanes, load<T>(dq + lanes) + sum1.query);
+      dq += kStep<T>;
     }
   }
   if constexpr (kKey) {
+    T* dk = o.dk + p * o.dk_step + j * kStep<T>;
 #pragma GCC unroll 4
-    for (int j = 0; j < K; ++j) {
-      T* dk = o.dk + j * kStep<T>;
-      store<T>(dk, load<T>(dk) + dk0[j]);
-      store<T>(dk + lanes, load<T>(dk + lanes) + dk1[j]);
+    for (int n = 0; n < K; ++n, dk += kStep<T>) {
+      store<T>(dk, load<T>(dk) + dk0[n]);
+      store<T>(dk + lanes, load<T>(dk + lanes) + dk1[n]);
     }
-    store<T>(o.dw, load<T>(o.dw) + dw0);
-    store<T>(o.dw + lanes, load<T>(o.dw + lanes) + dw1);
+    T* dw = o.dw + p * kStep<T>;
+    store<T>(dw, load<T>(dw) + dw0);
+    store<T>(dw + lanes, load<T>(dw + lanes) + dw1);
   }
 }
 
-template <class T, template <class> class Rule, int K>
-void gradient_tile_for(bool query, bool key, const GradientOperands<T>& operands) {
-  const auto kernel = !key    ? gradient_tile<T, Rule, K, true, false>
-                      : query ? gradient_tile<T, Rule, K, true, true>
-                              : gradient_tile<T, Rule, K, false, true>;
-  kernel(operands);
+template <class T, template <class> class Rule, bool kQuery, bool kKey>
+void gradient_tiles(const GradientOperands<T>& o) {
+  for (int64_t p = 0; p < o.steps; ++p) {
+    int64_t j = 0;
+    for (; j + kGradientKeys <= o.keys; j += kGradientKeys) {
+      gradient_tile<T, Rule, kGradientKeys, kQuery, kKey>(o, p, j);
+    }
+    for (; j < o.keys; ++j) {
+      gradient_tile<T, Rule, 1, kQuery, kKey>(o, p, j);
+    }
+  }
 }
 
-// gradient_tile for any keys <= kGradientKeys.
+// With or without dquery, and with or without dkey and dscore_weight.
 template <class T, template <class> class Rule>
-void gradient_keys(bool query, bool key, int64_t keys, GradientOperands<T> operands) {
-  if (keys == kGradientKeys) {
-    gradient_tile_for<T, Rule, kGradientKeys>(query, key, operands);
-    return;
-  }
-  for (int64_t j = 0; j < keys; ++j) {
-    gradient_tile_for<T, Rule, 1>(query, key, operands);
-    operands.b += operands.b_row;
-    operands.s += 1;
-    operands.dk += kStep<T>;
-  }
+void gradient_products(bool query, bool key, const GradientOperands<T>& operands) {
+  const auto tiles = !key    ? gradient_tiles<T, Rule, true, false>
+                     : query ? gradient_tiles<T, Rule, true, true>
+                             : gradient_tiles<T, Rule, false, true>;
+  tiles(operands);
 }
 
 }  // namespace ATTN_EXT_ISA

@@ -2,24 +2,11 @@
 // in elements, and the geometry of every sequence. Nothing here depends on the instruction set.
 #pragma once
 
-#include <cstdint>
 #include <vector>
 
-#include "../arithmetic.h"
+#include "../view.h"
 
 namespace attn_ext {
-
-enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kFloat64 };
-
-// A strided view of element (batch, row, head, col).
-struct Rows {
-  void* data = nullptr;
-  DType dtype = DType::kFloat32;
-  int64_t batch = 0;
-  int64_t row = 0;
-  int64_t head = 0;
-  int64_t col = 0;
-};
 
 // One sequence: where its rows start and which of its keys take part.
 struct Sequence {
@@ -34,13 +21,6 @@ struct Sequence {
   const int64_t* key_index;  // their positions if they are not, else null
 };
 
-struct Dropout {
-  bool active = false;
-  double threshold = 0;   // p * 2^24
-  double keep_scale = 1;  // 1 / (1 - p)
-  PhiloxKey seed{0, 0};
-};
-
 struct Problem {
   std::vector<Sequence> sequences;
   std::vector<int64_t> key_indices;  // storage behind Sequence::key_index
@@ -50,11 +30,13 @@ struct Problem {
   Rows query;
   Rows key;
   Rows value;
-  Rows score_weight;  // head, col
-  Rows exp_key;       // optional: exp(2 key), in the compute type
-  Rows key_bound;     // with exp_key: the largest |key| of each row
+  Rows score_weight;      // head, col
+  Rows exp_key;           // optional: exp(2 key), in the compute type
+  Rows key_bound;         // with exp_key: the largest |key| of each row
+  bool is_short = false;  // all four inputs are 16-bit floats, and so are all results
   Dropout dropout;
   bool weights_by_key = false;  // weights are [Nk, H]; else [B, H, max_seqlen_q, max_seqlen_k]
+  bool scores_by_key = false;   // kept scores are [.., Nk, H]; else [.., Nq, H, max_seqlen_k]
 };
 
 }  // namespace attn_ext

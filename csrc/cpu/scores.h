@@ -55,61 +55,80 @@ KeyBlock<T> key_block(const KeySide& side, int64_t first, int64_t keys, int64_t 
   return {{room.data, kStep<T>, step_stride<T>(keys)}, room.bounds};
 }
 
-// exp(2 |q + k|) from which tanh counts as saturated (|q + k| = 1), and up to which as small (1/4).
-constexpr double kSaturatedExponential = 7.38905610;
-constexpr double kSmallExponential = 1.64872127;
-// Of all |w|, the part that informative features must have for the factored form: its error is
-// relative to sum |w|, that of the plain formula to sum |w tanh|.
-constexpr double kInformativeShare = 0.125;
-
 // Smallest and largest of `rows` rows, lane by lane, for half a step of features.
 template <class T>
 struct Extremes {
   Vec<T> smallest;
   Vec<T> largest;
 
-  Extremes(const Panel<T>& panel, int64_t rows, int64_t p, int64_t half) {
+  static Extremes of(const Panel<T>& panel, int64_t rows, int64_t p, int64_t half) {
     const StepRows<T> step = panel.at(p);
     const T* data = step.data + half;
-    smallest = largest = load<T>(data);
+    Extremes result{load<T>(data), load<T>(data)};
     for (int64_t i = 1; i < rows; ++i) {
       const Vec<T> next = load<T>(data + i * step.row);
-      smallest = next < smallest ? next : smallest;
-      largest = next > largest ? next : largest;
+      result.smallest = next < result.smallest ? next : result.smallest;
+      result.largest = next > result.largest ? next : result.largest;
     }
+    return result;
   }
 };
 
-// Whether enough features' tanh(q + k) can be neither nearly 0 nor nearly +-1 for a query and a key
-// of two panels of exponentials: their |w|, or their number without `weights`, is more than
-// `least`. If they are fewer, as where every key is minus every query up to noise, or all are
-// saturated, then scores differ and gradients are so little that the absolute error of the factored
-// form would show.
+// Tells whether the features that can be informative (see can_inform) for one of a block's queries
+// and one of some keys have more than `least` of all |w|, or of their number without `weights`.
 template <class T>
-bool is_informative(const Panel<T>& queries, int64_t query_count, const Panel<T>& keys,
-                    int64_t key_count, int64_t steps, const T* weights, T least) {
-  Vec<T> informative{};
-  for (int64_t p = 0; p < steps; ++p) {
-    for (int64_t half = 0; half < kStep<T>; half += kLanes<T>) {
-      const Extremes<T> a(queries, query_count, p, half);
-      const Extremes<T> b(keys, key_count, p, half);
-      const Vec<T> low = a.smallest * b.smallest;
-      const Vec<T> high = a.largest * b.largest;
-      const VecBits<T> unsaturated =
-          (low <= T(kSaturatedExponential)) & (high >= T(1 / kSaturatedExponential));
-      const VecBits<T> sizeable =
-          (high >= T(kSmallExponential)) | (low <= T(1 / kSmallExponential));
-      const Vec<T> share = weights == nullptr
-                               ? splat<T>(T(1))
-                               : magnitude<T>(load<T>(weights + p * kStep<T> + half));
-      informative += from_bits<T>(bits_of<T>(share) & unsaturated & sizeable);
+class Informative {
+ public:
+  Informative(const QueryBlock<T>& queries, int64_t steps, const T* weights, T least,
+              Scratch& scratch)
+      : queries_(queries),
+        steps_(steps),
+        weights_(weights),
+        least_(least),
+        extremes_(scratch.take<Extremes<T>>(2 * steps)) {}
+
+  bool operator()(const Panel<T>& keys, int64_t key_count) {
+    constexpr int64_t kStepsOfLook = 4;
+    Vec<T> informative{};
+    for (int64_t p = 0; p < steps_; ++p) {
+      for (int half = 0; half < 2; ++half) {
+        const Extremes<T> a = query_extremes(p, half);
+        const Extremes<T> b = Extremes<T>::of(keys, key_count, p, half * kLanes<T>);
+        const Vec<T> low = a.smallest * b.smallest;
+        const Vec<T> high = a.largest * b.largest;
+        const VecBits<T> unsaturated =
+            (low <= T(kSaturatedProduct)) & (high >= T(1 / kSaturatedProduct));
+        const VecBits<T> sizeable = (high >= T(kSmallProduct)) | (low <= T(1 / kSmallProduct));
+        const Vec<T> share =
+            weights_ == nullptr ? splat<T>(T(1))
+                                : magnitude<T>(load<T>(weights_ + p * kStep<T> + half * kLanes<T>));
+        informative += from_bits<T>(bits_of<T>(share) & unsaturated & sizeable);
+      }
+      if ((p % kStepsOfLook == 0 || p == steps_ - 1) && sum_of_lanes<T>(informative) > least_) {
+        return true;
+      }
     }
-    if (sum_of_lanes<T>(informative) > least) {
-      return true;
-    }
+    return false;
   }
-  return false;
-}
+
+ private:
+  // Computed once for all keys that the queries meet, as far as features are looked at.
+  Extremes<T> query_extremes(int64_t p, int half) {
+    const int64_t n = 2 * p + half;
+    for (; known_ <= n; ++known_) {
+      extremes_[known_] = Extremes<T>::of(queries_.exponentials, queries_.count, known_ / 2,
+                                          known_ % 2 * kLanes<T>);
+    }
+    return extremes_[n];
+  }
+
+  const QueryBlock<T>& queries_;
+  const int64_t steps_;
+  const T* const weights_;
+  const T least_;
+  Extremes<T>* const extremes_;
+  int64_t known_ = 0;
+};
 
 // Room for one tile of scores.
 template <class T>
@@ -140,36 +159,32 @@ void unfactored_scores(const QueryBlock<T>& queries, int64_t i, int64_t rows, co
 // j < keys.
 template <class T>
 void score_block(const QueryBlock<T>& queries, const KeySide& side, int64_t first, int64_t keys,
-                 int64_t dim, const T* weights, T* scores, int64_t ld, const ScoreRoom<T>& room) {
+                 const Problem& problem, const ScoreWeights<T>& weights,
+                 Informative<T>& informative, T* scores, int64_t ld, const ScoreRoom<T>& room) {
+  const int64_t dim = problem.dim;
   const int64_t steps = steps_of<T>(dim);
-  Vec<T> weight_squares{};
-  Vec<T> weight_sum{};
-  for (int64_t c = 0; c < dim; c += kLanes<T>) {
-    const Vec<T> weight = load<T>(weights + c);
-    weight_squares += weight * weight;
-    weight_sum += magnitude<T>(weight);
-  }
-  const T least = sum_of_lanes<T>(weight_sum) * T(kInformativeShare);
-  const bool weights_fit =
-      sum_of_lanes<T>(weight_squares) <= T(kLargestWeightNorm * kLargestWeightNorm);
+  const bool guarded = !problem.is_short;
+  const double smallest_sum = guarded ? kSmallestMagnitudeSum : 0;
   for (int64_t j = 0; j < keys; j += kTileCols) {
     const int64_t cols = smaller(kTileCols, keys - j);
     const KeyBlock<T> block = key_block<T>(side, first + j, cols, 0, dim, room.key);
     const T key_bound = largest_bound(block.bounds, cols);
-    const bool factors =
-        weights_fit && is_informative<T>(queries.exponentials, queries.count, block.exponentials,
-                                         cols, steps, weights, least);
+    const bool informs = !guarded || (weights.fit && informative(block.exponentials, cols));
     for (int64_t i = 0; i < queries.count; i += kTileRows) {
       const int64_t rows = smaller(kTileRows, queries.count - i);
       T* out = scores + i * ld + j;
       const T query_bound = largest_bound(queries.bounds + i, rows);
-      if (factors && in_factored_range(query_bound, key_bound)) {
+      if (informs && in_factored_range(query_bound, key_bound, smallest_sum)) {
         inner_products<T, FactoredScore>(queries.exponentials.from_row(i), rows, block.exponentials,
-                                         cols, steps, weights, out, ld);
+                                         cols, steps, weights.data, out, ld);
+        for (int64_t r = 0; r < rows; ++r) {
+          for (int64_t c = 0; c < cols; ++c) {
+            out[r * ld + c] = weights.sum - 2 * out[r * ld + c];
+          }
+        }
       } else {
-        const bool small = query_bound + key_bound <= T(kSmallTanhLimit);
-        unfactored_scores<T>(queries, i, rows, side.key, first + j, cols, dim, weights, small, out,
-                             ld, room);
+        unfactored_scores<T>(queries, i, rows, side.key, first + j, cols, dim, weights.data,
+                             query_bound + key_bound <= T(kSmallTanhLimit), out, ld, room);
       }
     }
   }

@@ -58,6 +58,17 @@ inline RowSource weight_row(const Rows& view, const Problem& problem, const Sequ
   return {view.data, view.dtype, base, view.col, 1, sequence.first_key, sequence.key_index};
 }
 
+// The same of the scores that forward keeps.
+inline RowSource score_row(const Rows& view, const Problem& problem, const Sequence& sequence,
+                           int64_t head, int64_t query) {
+  if (problem.scores_by_key) {
+    return key_rows(view, sequence, head);
+  }
+  const RowSource rows = query_rows(view, sequence, head);
+  return {view.data, view.dtype,         rows.offset(query), view.col,
+          1,         sequence.first_key, sequence.key_index};
+}
+
 // Elements [first, first + count) along the keys of `target`.
 template <class T>
 void write_along_keys(const RowSource& target, int64_t first, int64_t count, const T* values) {
@@ -87,8 +98,7 @@ inline void dropout_mask(const Dropout& dropout, const Sequence& sequence, const
                          int64_t head, int64_t query, int64_t first, int64_t count,
                          uint8_t* keeps) {
   for (int64_t j = 0; j < count; ++j) {
-    keeps[j] = dropout_keeps(key.position(first + j), query, head, sequence.number, dropout.seed,
-                             dropout.threshold);
+    keeps[j] = dropout.keeps(key.position(first + j), query, head, sequence.number);
   }
 }
 

@@ -111,17 +111,6 @@ ATTN_EXT_INLINE Vec<T> quotient(Vec<T> numerator, Vec<T> x) {
   return numerator / x;
 }
 
-template <class T>
-ATTN_EXT_INLINE Vec<T> reciprocal(Vec<T> x) {
-#if ATTN_EXT_ISA_AVX512
-  if constexpr (sizeof(T) == 4) {
-    const Vec<T> guess = (Vec<T>)_mm512_maskz_rcp14_ps(kAllLanes, (__m512)x);
-    return guess + guess * (1 - x * guess);
-  }
-#endif
-  return 1 / x;
-}
-
 // tanh(x) and slope = 1 - tanh(x)^2.
 template <class T>
 struct TanhParts {

@@ -17,21 +17,6 @@ namespace cuda {
 constexpr int64_t kWaveBytes = ATTN_EXT_CUDA_WAVE_BYTES;
 constexpr int64_t kPartialBytes = int64_t{1} << 28;
 
-// The arguments that say which rows make up which sequence.
-struct SequenceArguments {
-  OptionalTensor cu_seqlens_q;
-  OptionalTensor cu_seqlens_k;
-  OptionalTensor key_lengths;
-  OptionalTensor key_padding_mask;
-  int64_t max_seqlen_q = 0;
-  int64_t max_seqlen_k = 0;
-};
-
-struct DropoutArguments {
-  double p = 0;
-  OptionalTensor seed;
-};
-
 // The smallest shift with 2^shift >= count.
 inline int shift_for(int64_t count) {
   int shift = 0;
@@ -45,8 +30,11 @@ class Call {
  public:
   // With `step_major`, query is [S, B, H, D]: its rows are the steps.
   Call(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& score_weight,
-       const SequenceArguments& sequences, const DropoutArguments& dropout, bool step_major = false)
+       const SequenceArguments& sequences, const Dropout& dropout, bool step_major = false)
       : device_(query), query_(query) {
+    for (const Tensor& tensor : {query, key, value, score_weight}) {
+      check_dtype(tensor);
+    }
     problem.heads = key.size(2);
     problem.dim = key.size(3);
     problem.value_dim = value.size(3);
@@ -56,7 +44,7 @@ class Call {
     problem.score_weight = score_weight_rows(score_weight);
     describe_sequences(query.size(step_major ? 1 : 0), query.size(step_major ? 0 : 1), key,
                        sequences);
-    describe_dropout(dropout);
+    problem.dropout = dropout;
   }
 
   cudaStream_t stream() const { return device_.stream(); }
@@ -134,27 +122,13 @@ class Call {
   void compact(const Tensor& mask) {
     Sequences& sequences = problem.sequences;
     const int64_t rows = sequences.key.rows;
-    STD_TORCH_CHECK(mask.size(0) == sequences.count && mask.size(1) == rows,
-                    "attn_ext: key_padding_mask has another shape than key");
+    const Mask view = mask_of(mask, sequences.count, rows);
     key_index_ = allocate(query_, {sequences.count * (rows + 1)}, ScalarType::Int);
     auto* index = static_cast<int32_t*>(key_index_->data_ptr());
     int32_t* count = index + sequences.count * rows;
-    const Mask view{static_cast<const bool*>(mask.data_ptr()), mask.stride(0), mask.stride(1)};
     launch_compact_mask(view, sequences.count, rows, index, count, stream());
     sequences.key_index = index;
     sequences.key_count = count;
-  }
-
-  void describe_dropout(const DropoutArguments& arguments) {
-    if (arguments.p <= 0) {
-      return;
-    }
-    STD_TORCH_CHECK(arguments.seed.has_value(), "attn_ext: dropout needs dropout_seed");
-    Dropout& dropout = problem.dropout;
-    dropout.active = true;
-    dropout.seed = static_cast<const int64_t*>(arguments.seed->data_ptr());
-    dropout.threshold = arguments.p * (1 << 24);
-    dropout.keep_scale = arguments.p < 1 ? static_cast<float>(1 / (1 - arguments.p)) : 0.0f;
   }
 
   Device device_;

@@ -19,17 +19,12 @@ __device__ __forceinline__ T larger(T a, T b) {
   return a > b ? a : b;
 }
 
-__device__ inline int64_t integer(const Integers& values, int64_t n) {
-  return values.wide ? static_cast<const int64_t*>(values.data)[n * values.stride]
-                     : static_cast<const int32_t*>(values.data)[n * values.stride];
-}
-
 // The number of the first row of sequence n.
 __device__ inline int64_t row_offset(const Side& side, int64_t n) {
   if (side.offsets.data == nullptr) {
     return n * side.rows;
   }
-  return smaller(larger<int64_t>(integer(side.offsets, n), 0), side.rows);
+  return smaller(larger<int64_t>(side.offsets.at(n), 0), side.rows);
 }
 
 __device__ inline int row_count(const Side& side, int64_t n, int64_t begin) {
@@ -75,7 +70,7 @@ __device__ inline Span span_of(const Sequences& sequences, int64_t n) {
   span.key_begin = jagged_keys ? key_begin : 0;
   if (sequences.key_lengths.data != nullptr) {
     span.key_count = static_cast<int>(
-        smaller<int64_t>(larger<int64_t>(integer(sequences.key_lengths, n), 0), span.key_count));
+        smaller<int64_t>(larger<int64_t>(sequences.key_lengths.at(n), 0), span.key_count));
   } else if (sequences.key_count != nullptr) {
     span.key_count = sequences.key_count[n];
     span.key_index = sequences.key_index + n * sequences.key.rows;
@@ -172,12 +167,8 @@ __device__ inline float dropout_factor(const Dropout& dropout, const Span& span,
   if (!dropout.active) {
     return 1;
   }
-  const uint64_t bits = static_cast<uint64_t>(*dropout.seed);
-  const PhiloxKey seed{static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)};
-  return dropout_keeps(span.position(j), span.first_query + i, head, span.number, seed,
-                       dropout.threshold)
-             ? dropout.keep_scale
-             : 0;
+  const bool kept = dropout.keeps(span.position(j), span.first_query + i, head, span.number);
+  return kept ? static_cast<float>(dropout.keep_scale) : 0.0f;
 }
 
 }  // namespace cuda

@@ -199,8 +199,7 @@ __device__ inline void run_unit(const Unit& unit, Shared& shared) {
     key_bound = reduce<Maximum, kThreads>(key_bound, shared.room);
     Route route = Route::kExact;
     if (informative(shared.query_extremes[lane], extremes(shared.key, keys)) &&
-        in_factored_range(query_bound, key_bound) &&
-        query_bound + key_bound >= static_cast<float>(kSmallestGradientSum)) {
+        in_factored_range(query_bound, key_bound, kSmallestGradientSum)) {
       route = Route::kFactored;
     } else {
       if (query_bound + key_bound < static_cast<float>(kSmallestMagnitudeSum)) {

@@ -10,8 +10,6 @@
 namespace attn_ext {
 namespace cuda {
 
-enum GradMask : int64_t { kGradQuery = 1, kGradKey = 2, kGradValue = 4, kGradScoreWeight = 8 };
-
 // The gradients that a call is to give; data of what is not wanted is null.
 class Gradients {
  public:
@@ -49,7 +47,8 @@ class Gradients {
 
  private:
   static Tensor make(const Call& call, const Tensor& like, bool wanted, bool zeros) {
-    Tensor result = wanted ? allocate(like, sizes_of(like), like.scalar_type()) : nothing(like);
+    Tensor result = wanted ? allocate(like, sizes_of(like), like.scalar_type())
+                           : nothing(like, like.scalar_type());
     if (zeros) {
       clear(result, call.stream());
     }

@@ -271,8 +271,8 @@ __device__ __forceinline__ void inner_products(const TileRows& tile, const Weigh
   if constexpr (Rule::kExponential) {
     const float query_bound = reduce<Maximum, kThreads>(bounds[0], shared.room);
     const float key_bound = reduce<Maximum, kThreads>(bounds[1], shared.room);
-    trusted =
-        facts.fit && shared.informative > facts.least && in_factored_range(query_bound, key_bound);
+    trusted = facts.fit && shared.informative > facts.least &&
+              in_factored_range(query_bound, key_bound, kSmallestMagnitudeSum);
   }
 }
 

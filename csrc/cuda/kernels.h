@@ -96,12 +96,7 @@ constexpr int kMostStepShift = 10;  // of key_shift
 void launch_step(const StepCall& call, cudaStream_t stream);
 void launch_step_merge(const StepCall& call, cudaStream_t stream);
 
-// Positions of the keys that a mask [count, rows] leaves, in order.
-struct Mask {
-  const bool* data = nullptr;  // true = ignore
-  int64_t batch = 0;
-  int64_t row = 0;
-};
+// Positions of the keys that a mask of `rows` keys for each of `count` sequences leaves, in order.
 void launch_compact_mask(const Mask& mask, int64_t count, int64_t rows, int32_t* key_index,
                          int32_t* key_count, cudaStream_t stream);
 

@@ -1,33 +1,11 @@
-// What the kernels are told: views of tensors, the geometry of the sequences, and where scores lie.
-// Strides count elements. Plain data, filled by registration.cpp and read on the device.
+// What the kernels are told: the geometry of the sequences, and where scores lie. Plain data,
+// filled by registration.cpp and read on the device.
 #pragma once
 
-#include <cstdint>
-
-#include "../arithmetic.h"
+#include "../view.h"
 
 namespace attn_ext {
 namespace cuda {
-
-enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
-
-// A strided view of element (batch, row, head, col).
-struct Rows {
-  void* data = nullptr;
-  DType dtype = DType::kFloat32;
-  bool vectors = false;  // whether 16-byte loads of every 8th element on are aligned
-  int64_t batch = 0;
-  int64_t row = 0;
-  int64_t head = 0;
-  int64_t col = 0;
-};
-
-// A vector of int32 or int64; data is null where the argument was not given.
-struct Integers {
-  const void* data = nullptr;
-  bool wide = false;
-  int64_t stride = 1;
-};
 
 // The rows of all queries, or of all keys: jagged by offsets, else `rows` for each sequence. Rows
 // are numbered through all sequences.
@@ -64,13 +42,6 @@ struct Scores {
 struct Weights {
   Rows rows;  // row: query, col: key
   bool by_key = false;
-};
-
-struct Dropout {
-  bool active = false;
-  const int64_t* seed = nullptr;
-  double threshold = 0;  // p * 2^24
-  float keep_scale = 1;  // 1 / (1 - p)
 };
 
 // What every kernel needs.

@@ -88,19 +88,19 @@ void forward_rows(Call& call, const Rows& context, const Rows& stats, const Weig
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> additive_attention_forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& score_weight,
     const OptionalTensor& /*exp_key*/, const OptionalTensor& /*key_bound*/,
     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
     const OptionalTensor& key_lengths, const OptionalTensor& key_padding_mask, int64_t max_seqlen_q,
     int64_t max_seqlen_k, double dropout_p, const OptionalTensor& dropout_seed,
-    int64_t weights_layout, bool /*deterministic*/) {
+    int64_t weights_layout, bool /*keep_scores*/, bool /*deterministic*/) {
   Call call(query, key, value, score_weight,
             {cu_seqlens_q, cu_seqlens_k, key_lengths, key_padding_mask, max_seqlen_q, max_seqlen_k},
-            {dropout_p, dropout_seed});
+            dropout_of(dropout_p, dropout_seed));
   Tensor context = allocate(query, with_last(query, value.size(3)), value.scalar_type());
   Tensor stats = allocate(query, with_last(query, 2), ScalarType::Float);
-  Tensor weights = nothing(value);
+  Tensor weights = nothing(value, value.scalar_type());
   Weights weights_view;
   if (call.leaves_rows()) {
     clear(context, call.stream());
@@ -121,7 +121,8 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_forward(
   } else {
     forward_rows(call, rows_of(context), rows_of(stats), weights_view);
   }
-  return {context, weights, stats};
+  // Backward computes the scores again.
+  return {context, weights, stats, call.floats({0})};
 }
 
 void value_gradient(const Call& call, const Gradients& gradients, const Rows& dcontext,
@@ -174,13 +175,14 @@ void softmax_gradient(const Call& call, const Incoming& incoming, bool wants_sco
 std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
     const OptionalTensor& dcontext, const OptionalTensor& dweights, const Tensor& query,
     const Tensor& key, const Tensor& value, const Tensor& score_weight, const Tensor& stats,
-    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-    const OptionalTensor& key_lengths, const OptionalTensor& key_padding_mask, int64_t max_seqlen_q,
-    int64_t max_seqlen_k, double dropout_p, const OptionalTensor& dropout_seed,
-    int64_t weights_layout, int64_t grad_mask, bool /*deterministic*/) {
+    const Tensor& /*scores*/, const OptionalTensor& cu_seqlens_q,
+    const OptionalTensor& cu_seqlens_k, const OptionalTensor& key_lengths,
+    const OptionalTensor& key_padding_mask, int64_t max_seqlen_q, int64_t max_seqlen_k,
+    double dropout_p, const OptionalTensor& dropout_seed, int64_t weights_layout, int64_t grad_mask,
+    bool /*deterministic*/) {
   Call call(query, key, value, score_weight,
             {cu_seqlens_q, cu_seqlens_k, key_lengths, key_padding_mask, max_seqlen_q, max_seqlen_k},
-            {dropout_p, dropout_seed});
+            dropout_of(dropout_p, dropout_seed));
   const Incoming incoming{dcontext, dweights, stats, weights_layout == 2};
   const int64_t rows =
       call.one_step() ? std::max<int64_t>(call.query_rows(), 1) : call.wave_rows(2);
@@ -214,13 +216,13 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_step_backward(
     const OptionalTensor& dcontext, const OptionalTensor& dweights, const Tensor& query,
     const Tensor& key, const Tensor& value, const Tensor& score_weight,
     const OptionalTensor& /*exp_key*/, const OptionalTensor& /*key_bound*/, const Tensor& stats,
-    const OptionalTensor& cu_seqlens_k, const OptionalTensor& key_lengths,
+    const Tensor& /*scores*/, const OptionalTensor& cu_seqlens_k, const OptionalTensor& key_lengths,
     const OptionalTensor& key_padding_mask, int64_t max_seqlen_k, double dropout_p,
     const OptionalTensor& dropout_seed, int64_t weights_layout, int64_t grad_mask,
     bool /*deterministic*/) {
   Call call(query, key, value, score_weight,
             {{}, cu_seqlens_k, key_lengths, key_padding_mask, 1, max_seqlen_k},
-            {dropout_p, dropout_seed});
+            dropout_of(dropout_p, dropout_seed));
   const Incoming incoming{dcontext, dweights, stats, weights_layout == 2};
   const Gradients gradients(call, query, key, value, score_weight, grad_mask & kGradQuery, true,
                             false);
@@ -272,13 +274,14 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_memory_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(attn_ext_cuda, m) {
   m.def("additive_attention_forward(" ATTN_EXT_INPUTS ATTN_EXT_PREPARED
             ATTN_EXT_LAYOUT ATTN_EXT_DROPOUT
-        "bool deterministic) -> (Tensor context, Tensor weights, Tensor stats)");
+        "bool keep_scores, bool deterministic) "
+        "-> (Tensor context, Tensor weights, Tensor stats, Tensor scores)");
   m.def("additive_attention_backward(" ATTN_EXT_GRADS ATTN_EXT_INPUTS
-        "Tensor stats, " ATTN_EXT_LAYOUT ATTN_EXT_DROPOUT
+        "Tensor stats, Tensor scores, " ATTN_EXT_LAYOUT ATTN_EXT_DROPOUT
         "int grad_mask, bool deterministic) "
         "-> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dscore_weight)");
   m.def("additive_attention_step_backward(" ATTN_EXT_GRADS ATTN_EXT_INPUTS ATTN_EXT_PREPARED
-        "Tensor stats, " ATTN_EXT_KEY_LAYOUT "SymInt max_seqlen_k, " ATTN_EXT_DROPOUT
+        "Tensor stats, Tensor scores, " ATTN_EXT_KEY_LAYOUT "SymInt max_seqlen_k, " ATTN_EXT_DROPOUT
         "int grad_mask, bool deterministic) -> (Tensor dquery, Tensor dscores, Tensor weights)");
   m.def(
       "additive_attention_memory_backward(Tensor query, Tensor dscores, Tensor weights, "

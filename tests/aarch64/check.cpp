@@ -244,6 +244,7 @@ class Attention {
       : case_(c),
         setting_(setting),
         compute_(kStorages[sizeof(T) == sizeof(double) ? 0 : 1]),
+        is_short_(storage.dtype == DType::kFloat16 || storage.dtype == DType::kBFloat16),
         query_(storage, in.query),
         key_(storage, in.key),
         value_(storage, in.value),
@@ -257,7 +258,7 @@ class Attention {
         dvalue(storage, in.value.size()),
         dscore_weight(storage, in.score_weight.size()),
         stats_(compute_, setting.query_rows * c.heads * 2),
-        scores_(compute_, in.dweights.size()),
+        scores_(compute_, setting.query_rows * c.heads * setting.longest_key),
         dkey_sum_(compute_, in.key.size()),
         dvalue_sum_(compute_, in.value.size()) {}
 
@@ -341,6 +342,7 @@ class Attention {
     problem.key = key_rows(key_, case_.dim);
     problem.value = key_rows(value_, case_.value_dim);
     problem.score_weight = weight_rows(score_weight_);
+    problem.is_short = is_short_;
     return problem;
   }
 
@@ -350,7 +352,8 @@ class Attention {
     call.context = query_rows(context, case_.value_dim, first_query);
     call.stats = query_rows(stats_, 2, first_query);
     call.weights = pair_rows(weights, first_query);
-    call.scores = pair_rows(scores_, first_query);
+    call.scores = query_rows(scores_, setting_.longest_key, first_query);
+    call.keeps_scores = keeps_scores();
     return call;
   }
 
@@ -360,8 +363,14 @@ class Attention {
     call.dcontext = query_rows(dcontext_, case_.value_dim, first_query);
     call.dweights = pair_rows(dweights_, first_query);
     call.stats = query_rows(stats_, 2, first_query);
+    if (keeps_scores()) {
+      call.scores = query_rows(scores_, setting_.longest_key, first_query);
+    }
     return call;
   }
+
+  // Else backward computes them again.
+  bool keeps_scores() const { return case_.heads % 2 == 1; }
 
   void set_key_side(BackwardCall<T>& call) {
     call.dkey = key_rows(dkey, case_.dim);
@@ -393,6 +402,7 @@ class Attention {
   const Case& case_;
   const Setting& setting_;
   const Storage& compute_;
+  const bool is_short_;
   Layout layout_;
   Tensor query_, key_, value_, score_weight_, dcontext_, dweights_;
 

@@ -160,9 +160,11 @@ def test_corrupt_offsets_stay_inside_the_tensors(side: str, offsets: tuple[int, 
     query = room[guard : guard + 20][None].normal_()
     inputs = query, query, query, torch.ones(1, 24)
     ops = torch.ops.attn_ext_cuda
-    context, weights, stats = ops.additive_attention_forward(*inputs, None, None, *rows, False)
+    context, weights, *kept = ops.additive_attention_forward(
+        *inputs, None, None, *rows, False, False
+    )
     assert context.isfinite().all() and weights.isfinite().all()
-    gradients = ops.additive_attention_backward(context, weights, *inputs, stats, *rows, 15, False)
+    gradients = ops.additive_attention_backward(context, weights, *inputs, *kept, *rows, 15, False)
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert room[:guard].isnan().all() and room[guard + 20 :].isnan().all()
 
@@ -177,10 +179,10 @@ def test_rows_without_any_sequence_belong_to_nobody(one_step: bool):
     rows = (None if one_step else offsets, offsets, None, None, 1 if one_step else 64, 64)
     dropout = 0.0, None, 2 if one_step else 1
     ops = torch.ops.attn_ext_cuda
-    forward = ops.additive_attention_forward(*inputs, None, None, *rows, *dropout, False)
-    context, weights, stats = forward
+    forward = ops.additive_attention_forward(*inputs, None, None, *rows, *dropout, False, False)
+    context, weights, *kept = forward
     gradients = ops.additive_attention_backward(
-        torch.randn_like(context), weights, *inputs, stats, *rows, *dropout, 15, False
+        torch.randn_like(context), weights, *inputs, *kept, *rows, *dropout, 15, False
     )
     for result, like in zip(gradients, inputs, strict=True):
         assert result.shape == like.shape

@@ -1,0 +1,69 @@
+// By which formula a tile of scores or gradients is computed: every threshold, for C++ and CUDA.
+// A tile is factored if nothing below speaks against it, else it takes tanh of each sum q + k.
+#pragma once
+
+#if defined(__CUDACC__)
+#define ATTN_EXT_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define ATTN_EXT_HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
+namespace attn_ext {
+
+// The factored form is tanh(q + k) = 1 - 2 / x with x = 1 + A B, A = exp(2q), B = exp(2k), and
+// takes one division for two features: w0 / x0 + w1 / x1 = (w0 x1 + w1 x0) / (x0 x1). With each
+// exponent 2 log2(e) |q| up to kExponent, x0 x1 and its reciprocal stay normal.
+template <class T>
+struct FactoredRange;
+
+template <>
+struct FactoredRange<float> {
+  static constexpr int kExponent = 31;         // 4 * 31 + 2 <= 126
+  static constexpr float kLargest = 10.7437f;  // kExponent ln(2) / 2
+};
+
+template <>
+struct FactoredRange<double> {
+  static constexpr int kExponent = 250;  // 4 * 250 + 2 <= 1022
+  static constexpr double kLargest = 86.643;
+};
+
+// Whether rows with these largest magnitudes |q| and |k| may meet in the factored form. NaN answers
+// false. Where all inputs are 16-bit floats, the rounding of the results is larger than any error
+// of the form: there is no smallest sum, and nothing that follows is asked.
+template <class T>
+ATTN_EXT_HOST_DEVICE bool in_factored_range(T query_bound, T key_bound, double smallest_sum) {
+  return query_bound <= FactoredRange<T>::kLargest && key_bound <= FactoredRange<T>::kLargest &&
+         query_bound + key_bound >= T(smallest_sum);
+}
+
+// The largest root of sum w^2 for which scores are factored. Errors of tanh, somewhat larger than
+// the plain formula's and other ones for each key, add up to about that times epsilon: beyond, they
+// would be seen in the softmax.
+constexpr double kLargestWeightNorm = 16;
+
+// Below this sum |q| + |k| of the largest magnitudes of a tile its tanh values are all small, and
+// the factored form, whose error is some units of the type's epsilon however small tanh is, would
+// lose their relative accuracy.
+constexpr double kSmallestMagnitudeSum = 0.25;
+// The same for gradients: that of the weights is a sum of tanh itself, and may cancel.
+constexpr double kSmallestGradientSum = 0.5;
+
+// exp(2 |q + k|) from which tanh counts as saturated (|q + k| = 1), and up to which as small (1/4).
+constexpr double kSaturatedProduct = 7.38905610;
+constexpr double kSmallProduct = 1.64872127;
+// Of all |w|, the part that features between the two must have for factored scores: their error is
+// relative to sum |w|, that of the plain formula to sum |w tanh|. Where they are fewer, as where
+// every key is minus every query up to noise, or all are saturated, scores differ and gradients are
+// so little that the error would show.
+constexpr double kInformativePart = 0.125;
+
+// Whether tanh(q + k) can be neither nearly 0 nor nearly +-1, given the extremes of exp(2(q + k)).
+ATTN_EXT_HOST_DEVICE bool can_inform(float smallest, float largest) {
+  return smallest <= static_cast<float>(kSaturatedProduct) &&
+         largest >= static_cast<float>(1 / kSaturatedProduct) &&
+         (largest >= static_cast<float>(kSmallProduct) ||
+          smallest <= static_cast<float>(1 / kSmallProduct));
+}
+
+}  // namespace attn_ext

@@ -1,0 +1,31 @@
+"""By which formula a tile is computed: every threshold, as ``csrc/route.h`` has them and explains.
+
+A tile is factored if nothing speaks against it, else it takes tanh of each sum q + k.
+"""
+
+import triton
+import triton.language as tl
+
+# Exponents 2 log2(e) |q| up to 31 keep x0 x1 < 2^126, so that its reciprocal is a normal number.
+LARGEST_MAGNITUDE = tl.constexpr(31 * 0.6931471805599453 / 2)
+# The largest root of sum w^2 for which scores are factored: errors of tanh, other ones for each
+# key, add up to about that times epsilon, which the softmax would show.
+LARGEST_WEIGHT_NORM = tl.constexpr(16.0)
+# Below these sums of magnitudes tanh is so small that the fractions' absolute error would show: in
+# scores, and in the gradient of score weights, which is a sum of tanh.
+SMALLEST_MAGNITUDE_SUM = tl.constexpr(0.25)
+SMALLEST_GRADIENT_SUM = tl.constexpr(0.5)
+# |q + k| up to which tanh counts as nearly 0, and from which as nearly 1.
+SMALL_MAGNITUDE = tl.constexpr(0.25)
+SATURATED_MAGNITUDE = tl.constexpr(1.0)
+# The part of sum |w| that has to meet a tanh between the two. C++ and CUDA ask for an eighth, but
+# count a feature for which a pair of any query and any key of the tile might; here it is pairs that
+# are looked at, and fewer of them meet.
+INFORMATIVE_SHARE = tl.constexpr(1 / 32)
+
+
+@triton.jit
+def in_factored_range(query_bound, key_bound, SMALLEST_SUM: tl.constexpr):
+    """Whether rows with these largest magnitudes may meet in the factored form; NaN: no."""
+    small_enough = (query_bound <= LARGEST_MAGNITUDE) & (key_bound <= LARGEST_MAGNITUDE)
+    return small_enough & (query_bound + key_bound >= SMALLEST_SUM)
