@@ -11,6 +11,7 @@ Every constructor also takes ``backend``, as :func:`attn_ext.additive_attention`
 """
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from ..checks import mismatch
 from .espnet import ESPnetAttAdd
@@ -37,42 +38,44 @@ def replace_attention(model: nn.Module, *, backend: str | None = None) -> list[s
     """Replace every attention module of ``model`` that has one here, keeping its parameters.
 
     Modules are known by the full name of their class; those that compute something else (OpenNMT's
-    with ``attn_type="dot"``) stay as they are. Do this before ``torch.compile`` and before wrapping
-    for distributed training.
+    with ``attn_type="dot"``) stay as they are. Do this before ``torch.compile``, before wrapping
+    for distributed training, and before layers are quantised, pruned, parametrised, given adapters
+    or hooks. All of that is right afterwards; before, it is refused where it concerns an attention.
 
     Args:
-        model: changed in place.
+        model: changed in place, or not at all where this raises.
         backend: as :func:`attn_ext.additive_attention`.
 
     Returns:
         The names of the modules replaced; all of its names where one has several.
 
     Raises:
-        ValueError: ``model`` is itself such a module, so that there is nothing to change in place.
+        ValueError: ``model`` is itself such a module, so that there is nothing to change in place,
+            or an attention in it is not as its class makes it. The message has its path.
     """
-    replaced, made = [], {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        kind = _REPLACEMENTS.get(f"{type(module).__module__}.{type(module).__qualname__}")
-        if kind is None:
-            continue
-        if id(module) not in made:
-            made[id(module)] = _replacement(kind, module, backend)
-        ours = made[id(module)]
-        if ours is None:
+    planned: list[tuple[str, nn.Module]] = []
+    made: dict[int, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        kind = _REPLACEMENTS.get(_class_name(module))
+        if kind is None or not kind.is_additive(module):
             continue
         if not name:
             got = f"the attention itself; use {kind.__name__}.from_original(model)"
             raise mismatch("model", "a module that contains attention modules", got)
+        if name.rpartition(".")[2] == "_orig_mod":
+            got = "a compiled one; replace it before torch.compile"
+            raise mismatch(f"model.{name}", "an attention module that is not compiled", got)
+        if id(module) not in made:
+            made[id(module)] = kind.from_original(module, backend=backend, path=f"model.{name}")
+        planned.append((name, made[id(module)]))
+    for name, ours in planned:
         model.set_submodule(name, ours)
-        replaced.append(name)
-    return replaced
+    return [name for name, _ in planned]
 
 
-def _replacement(
-    kind: type[Replacement], module: nn.Module, backend: str | None
-) -> Replacement | None:
-    """The replacement of ``module``, or None if it computes something else."""
-    try:
-        return kind.from_original(module, backend=backend)
-    except ValueError:
-        return None
+def _class_name(module: nn.Module) -> str:
+    """The full name of a module's class, also where a parametrisation has made another of it."""
+    kind = type(module)
+    if parametrize.is_parametrized(module):
+        kind = parametrize.type_before_parametrizations(module)
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..memory import AttentionMemory
+from .plain import attend_by_calls, readable_weight
 from .replacement import Stepwise
 
 
@@ -19,6 +20,8 @@ class ESPnetAttAdd(Stepwise):
 
     original = "espnet.nets.pytorch_backend.rnn.attentions.AttAdd"
     sizes = ("eprojs", "dunits", "att_dim", "han_mode")
+    layers = ("mlp_enc", "mlp_dec", "gvec")
+    kept = ("enc_h", "pre_compute_enc_h", "_lengths")
 
     def __init__(
         self,
@@ -34,12 +37,14 @@ class ESPnetAttAdd(Stepwise):
         self.mlp_dec = nn.Linear(dunits, att_dim, bias=False)
         self.gvec = nn.Linear(att_dim, 1)
         self.eprojs, self.dunits, self.att_dim, self.han_mode = eprojs, dunits, att_dim, han_mode
-        self.enc_h: Tensor | None = None
-        self._lengths: Tensor | None = None
+        self.reset()
 
     def reset(self) -> None:
         """Forget the encoder states."""
-        self.enc_h = self._lengths = None
+        self.enc_h: Tensor | None = None
+        self.pre_compute_enc_h: Tensor | None = None  # as the original calls its projected keys
+        self._recorded = False  # whether for gradients
+        self._lengths: Tensor | None = None
         self._forget()
 
     def forward(
@@ -63,20 +68,34 @@ class ESPnetAttAdd(Stepwise):
             The context ``(B, eprojs)`` and the weights ``(B, Tk)``.
         """
         if self.enc_h is None or self.han_mode:
-            self._forget()
+            self.reset()
             self.enc_h = enc_hs_pad
-            self._lengths = torch.as_tensor(enc_hs_len, device=enc_hs_pad.device)
-        memory = self._recall(scaling)
+            # A copy: the caller's may change.
+            self._lengths = torch.as_tensor(enc_hs_len, device=enc_hs_pad.device).clone()
+        keys = self._keys()
+        if dec_z is None:
+            dec_z = enc_hs_pad.new_zeros(len(enc_hs_pad), self.dunits)
+        query = self.mlp_dec(dec_z.view(-1, self.dunits))
+        score_weight = readable_weight(self.gvec)
+        if score_weight is None:
+            return attend_by_calls(
+                self.gvec, query, keys, self.enc_h, key_lengths=self._lengths, scaling=scaling
+            )
+        memory = self._recall((keys, scaling, score_weight), (score_weight,))
         if memory is None:
-            # The bias has a gradient too, which DistributedDataParallel wants of all parameters.
-            score_weight = scaling * self.gvec.weight.squeeze(0) + 0 * self.gvec.bias
             memory = self._memory = AttentionMemory(
-                self.mlp_enc(self.enc_h),
+                keys,
                 self.enc_h,
-                score_weight,
+                # The bias has a gradient too: DistributedDataParallel wants all to have one.
+                scaling * score_weight.squeeze(0) + 0 * self.gvec.bias,
                 key_lengths=self._lengths,
                 backend=self.backend,
             )
-        if dec_z is None:
-            dec_z = enc_hs_pad.new_zeros(len(enc_hs_pad), self.dunits)
-        return memory.attend(self.mlp_dec(dec_z.view(-1, self.dunits)), need_weights=True)
+        return memory.attend(query, need_weights=True)
+
+    def _keys(self) -> Tensor:
+        """The projected keys, computed once; once more where steps with gradients follow others."""
+        recorded = torch.is_grad_enabled()
+        if self.pre_compute_enc_h is None or recorded != self._recorded:
+            self.pre_compute_enc_h, self._recorded = self.mlp_enc(self.enc_h), recorded
+        return self.pre_compute_enc_h

@@ -18,6 +18,7 @@ class GNMTBahdanauAttention(Replacement):
 
     original = "seq2seq.models.attention.BahdanauAttention"
     sizes = ("num_units", "normalize", "batch_first")
+    layers = ("linear_q", "linear_k")
     normalize_scalar: nn.Parameter | None
     normalize_bias: nn.Parameter | None
 
@@ -45,6 +46,14 @@ class GNMTBahdanauAttention(Replacement):
         bias = nn.Parameter(torch.zeros(num_units)) if normalize else None
         self.register_parameter("normalize_bias", bias)
         self.mask: Tensor | None = None
+
+    @classmethod
+    def from_original(
+        cls, module: Any, *, backend: str | None = None, path: str = "module"
+    ) -> "GNMTBahdanauAttention":
+        ours = super().from_original(module, backend=backend, path=path)
+        ours.mask = getattr(module, "mask", None)
+        return ours
 
     @classmethod
     def _arguments(cls, module: Any) -> dict[str, Any]:

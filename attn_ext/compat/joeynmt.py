@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..checks import mismatch, shape_of
 from ..memory import AttentionMemory
+from .plain import attend_by_calls, readable_weight
 from .replacement import Stepwise
 
 
@@ -18,6 +18,8 @@ class JoeyNMTBahdanauAttention(Stepwise):
     """
 
     original = "joeynmt.attention.BahdanauAttention"
+    layers = ("key_layer", "query_layer", "energy_layer")
+    kept = ("proj_keys", "proj_query")
 
     def __init__(
         self,
@@ -67,16 +69,22 @@ class JoeyNMTBahdanauAttention(Stepwise):
         if query.dim() != 3 or query.size(1) != 1:
             raise mismatch("query", "shape (B, 1, query_size)", shape_of(query))
         projected = self.proj_query = self.query_layer(query)
-        # Inference tensors do not count their modifications, nor are they counted while compiling.
-        version = 0 if torch.compiler.is_compiling() or mask.is_inference() else mask._version
-        memory = self._recall(values, mask, version)
+        query, ignored = projected.squeeze(1), (mask == 0).squeeze(1)
+        score_weight = readable_weight(self.energy_layer)
+        if score_weight is None:
+            context, weights = attend_by_calls(
+                self.energy_layer, query, self.proj_keys, values, key_padding_mask=ignored
+            )
+            return context.unsqueeze(1), weights.unsqueeze(1)
+        made_for = (self.proj_keys, values, mask, score_weight)
+        memory = self._recall(made_for, made_for[1:])
         if memory is None:
             memory = self._memory = AttentionMemory(
                 self.proj_keys,
                 values,
-                self.energy_layer.weight.squeeze(0),
-                key_padding_mask=(mask == 0).squeeze(1),
+                score_weight.squeeze(0),
+                key_padding_mask=ignored,
                 backend=self.backend,
             )
-        context, weights = memory.attend(projected.squeeze(1), need_weights=True)
+        context, weights = memory.attend(query, need_weights=True)
         return context.unsqueeze(1), weights.unsqueeze(1)

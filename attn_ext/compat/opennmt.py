@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..checks import mismatch
 from ..functional import additive_attention
+from .plain import attend_by_calls, readable_weight
 from .replacement import Replacement
 
 
@@ -18,6 +19,7 @@ class OpenNMTGlobalAttention(Replacement):
 
     original = "onmt.modules.global_attention.GlobalAttention"
     sizes = ("dim", "attn_type", "attn_func")
+    layers = ("linear_context", "linear_query", "v", "linear_out")
 
     def __init__(
         self,
@@ -43,6 +45,19 @@ class OpenNMTGlobalAttention(Replacement):
         self.linear_out = nn.Linear(dim * 2, dim)
 
     @classmethod
+    def is_additive(cls, module: Any) -> bool:
+        covers = hasattr(module, "linear_cover")
+        return module.attn_type == "mlp" and module.attn_func == "softmax" and not covers
+
+    @classmethod
+    def from_original(
+        cls, module: Any, *, backend: str | None = None, path: str = "module"
+    ) -> "OpenNMTGlobalAttention":
+        if not cls.is_additive(module):  # the constructor names the argument that says so
+            cls(**cls._arguments(module))
+        return super().from_original(module, backend=backend, path=path)
+
+    @classmethod
     def _arguments(cls, module: Any) -> dict[str, Any]:
         return {**super()._arguments(module), "coverage": hasattr(module, "linear_cover")}
 
@@ -66,13 +81,18 @@ class OpenNMTGlobalAttention(Replacement):
         """
         if coverage is not None:
             raise mismatch("coverage", "None", "a tensor")
-        context, weights = additive_attention(
-            self.linear_query(src),
-            self.linear_context(enc_out),
-            enc_out,
-            self.v.weight.squeeze(0),
-            key_lengths=src_len,
-            need_weights=True,
-            backend=self.backend,
-        )
+        query, key = self.linear_query(src), self.linear_context(enc_out)
+        score_weight = readable_weight(self.v)
+        if score_weight is None:
+            context, weights = attend_by_calls(self.v, query, key, enc_out, key_lengths=src_len)
+        else:
+            context, weights = additive_attention(
+                query,
+                key,
+                enc_out,
+                score_weight.squeeze(0),
+                key_lengths=src_len,
+                need_weights=True,
+                backend=self.backend,
+            )
         return self.linear_out(torch.cat([context, src], -1)), weights

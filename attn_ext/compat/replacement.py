@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..memory import AttentionMemory
+from .plain import check_plain, check_same_parameters
 
 T = TypeVar("T", bound="Replacement")
 
@@ -15,6 +16,12 @@ class Replacement(nn.Module):
 
     original: ClassVar[str]  # full name of the class replaced
     sizes: ClassVar[tuple[str, ...]] = ()  # constructor arguments that the original keeps
+    layers: ClassVar[tuple[str, ...]]  # the children of the original, each an nn.Linear
+
+    @classmethod
+    def is_additive(cls, module: Any) -> bool:
+        """Whether ``module``, of the original class, computes what this one does."""
+        return True
 
     @classmethod
     def _arguments(cls, module: Any) -> dict[str, Any]:
@@ -22,38 +29,80 @@ class Replacement(nn.Module):
         return {name: getattr(module, name) for name in cls.sizes}
 
     @classmethod
-    def from_original(cls: type[T], module: nn.Module, *, backend: str | None = None) -> T:
+    def from_original(
+        cls: type[T], module: nn.Module, *, backend: str | None = None, path: str = "module"
+    ) -> T:
         """The replacement of ``module``, with the very same parameters, and in the same mode.
 
+        Args:
+            module: of the original class; it stays as it is.
+            backend: as :func:`attn_ext.additive_attention`.
+            path: what messages call ``module``.
+
         Raises:
-            ValueError: ``module`` computes something else than additive attention.
+            ValueError: ``module`` computes something else than additive attention, or it is not
+                what its class makes: a layer of it is quantised, pruned, parametrised, wrapped,
+                hooked or patched. The message names that layer.
         """
+        check_plain(path, module, cls.layers)
         ours = cls(**cls._arguments(module), backend=backend)
-        for name, parameter in module.named_parameters():
+        check_same_parameters(path, module, ours)
+        for name, parameter in module.named_parameters(remove_duplicate=False):  # some may be tied
             owner, _, leaf = name.rpartition(".")
             setattr(ours.get_submodule(owner), leaf, parameter)
         return ours.train(module.training)
 
 
 class Stepwise(Replacement):
-    """A replacement that attends once a step, and prepares its keys at the first."""
+    """A replacement that attends once a step, and prepares its keys at the first.
+
+    What it keeps from step to step belongs to a batch: copies and pickles of the module, which may
+    be taken between steps, are without it.
+    """
+
+    kept: ClassVar[tuple[str, ...]] = ()  # attributes of a batch
 
     def __init__(self, backend: str | None):
         super().__init__()
         self.backend = backend
-        self._memory: AttentionMemory | None = None
-        self._made_for: tuple = ()
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        nothing = {"_memory": None, "_made_for": (), "_versions": ()}
+        return {**self.__dict__, **dict.fromkeys(self.kept), **nothing}
 
     def _forget(self) -> None:
-        self._memory, self._made_for = None, ()
+        self._memory: AttentionMemory | None = None
+        self._made_for: tuple = ()
+        self._versions: tuple[int | None, ...] = ()
 
-    def _recall(self, *made_for: object) -> AttentionMemory | None:
-        """The memory, if it was made for the same objects, and to be differentiated as now."""
+    def _recall(self, made_for: tuple, watched: tuple[Tensor, ...]) -> AttentionMemory | None:
+        """The memory of the step before, if it serves this one, too.
+
+        It does if it was made for the same objects, to be differentiated as now, and if none of
+        the ``watched`` tensors changed in place. Where that cannot be known, it does not.
+        """
         made_for = (torch.is_grad_enabled(), *made_for)
-        same = len(made_for) == len(self._made_for) and all(
-            ours is theirs or (not isinstance(ours, Tensor) and ours == theirs)
-            for ours, theirs in zip(made_for, self._made_for)
+        versions = tuple(map(_version_of, watched))
+        same = (
+            None not in versions
+            and versions == self._versions
+            and len(made_for) == len(self._made_for)
+            and all(
+                ours is theirs or (not isinstance(ours, Tensor) and ours == theirs)
+                for ours, theirs in zip(made_for, self._made_for)
+            )
         )
         if not same:
-            self._memory, self._made_for = None, made_for
+            self._memory, self._made_for, self._versions = None, made_for, versions
         return self._memory
+
+
+def _version_of(tensor: Tensor) -> int | None:
+    """How often a tensor was changed in place, or None where nobody counts.
+
+    Changes of inference tensors are not counted, nor can the counter be read while compiling.
+    """
+    if torch.compiler.is_compiling() or tensor.is_inference():
+        return None
+    return tensor._version
