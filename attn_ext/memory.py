@@ -57,7 +57,8 @@ class AttentionMemory:
         keys = layout.check_key_side(
             key, value, score_weight, cu_seqlens_k, max_seqlen_k, key_padding_mask, key_lengths
         )
-        if not torch.is_grad_enabled():
+        # A trace serves both modes.
+        if not (torch.is_grad_enabled() or torch.jit.is_tracing()):
             keys = keys.detached()
         self._keys = keys
         self._dropout_p = check_probability("dropout_p", dropout_p)
@@ -129,11 +130,12 @@ class AttentionMemory:
 def _can_collect() -> bool:
     """Whether steps may leave their gradients to one batched pass.
 
-    A compiled graph cannot follow the Python list that collects them, nor can torch.func; there,
-    and on the reference backend, each step computes all its gradients itself.
+    A compiled graph cannot follow the Python list that collects them, nor can a trace or
+    torch.func; there, and on the reference backend, each step computes all its gradients itself.
     """
     return not (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
