@@ -3,12 +3,18 @@
 import numbers
 import operator
 import os
+import warnings
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _REAL_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+# In a trace sizes are tensors, and PyTorch warns of each check of one, which it cannot record. It
+# silences those of its own checks in the same way.
+warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"attn_ext\.")
 
 
 def mismatch(name: str, expected: str, got: str) -> ValueError:
@@ -93,12 +99,29 @@ def can_read_values(tensor: Tensor) -> bool:
     """Whether the host may look at a tensor's values: real, and not on an accelerator.
 
     ``ATTN_EXT_CHECK=1`` also allows the synchronisation that reading from an accelerator costs.
+    In a trace of ``torch.jit`` what was read of the example would be a constant ever after.
     """
-    if torch.compiler.is_compiling() or type(tensor) not in _REAL_TENSORS or tensor.is_meta:
+    if (
+        torch.jit.is_tracing()
+        or torch.compiler.is_compiling()
+        or type(tensor) not in _REAL_TENSORS
+        or tensor.is_meta
+    ):
         return False
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
     return tensor.is_cpu or os.environ.get("ATTN_EXT_CHECK") == "1"
+
+
+def exports_to_onnx() -> bool:
+    """Whether ``torch.onnx.export`` is recording, which knows ordinary operations only."""
+    recording = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    return recording and torch.onnx.is_in_onnx_export()
+
+
+def records_lengths() -> bool:
+    """Whether a graph is being recorded in which a length read on the host would be a constant."""
+    return torch.jit.is_tracing() or exports_to_onnx()
 
 
 def check_offsets(name: str, cu: Tensor, rows_name: str, rows: Tensor) -> int | None:

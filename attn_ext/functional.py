@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
-from . import autograd, backends, layout, reference
-from .checks import check_flag, check_probability
+from . import autograd, backends, layout, ops, reference
+from .checks import check_flag, check_probability, exports_to_onnx
 from .layout import KeySide, QuerySide
 
 if TYPE_CHECKING:
@@ -125,6 +125,8 @@ def additive_attention(
 
     Differentiable once in query, key, value and score_weight, through context and weights; on the
     "reference" backend any number of times. ``torch.func.grad``, ``vjp`` and ``vmap`` work.
+    ``torch.jit.trace`` and ``torch.onnx.export`` are right at other lengths; they may record the
+    ordinary operations of the "reference" backend, whatever the backend.
 
     Example:
         >>> import torch, attn_ext
@@ -173,10 +175,12 @@ def attend(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend with everything checked and chosen."""
     seed = reference.draw_seed(queries.query.device) if dropout_p > 0 else None
-    if backend == "reference":
-        return reference.attend(queries, keys, dropout_p, seed, need_weights)
     weights_layout = layout.weights_layout(queries, keys) if need_weights else 0
-    context, weights, *_ = autograd.forward(
+    if backend == "reference" or _must_be_plain(keys, weights_layout, backend):
+        return reference.attend(queries, keys, dropout_p, seed, need_weights)
+    # In a trace the op itself is recorded, with its gradient, instead of a call of Python.
+    forward = ops.forward if torch.jit.is_tracing() else autograd.forward
+    context, weights, *_ = forward(
         queries.query,
         keys.key,
         keys.value,
@@ -200,6 +204,17 @@ def attend(
     if not need_weights:
         return context
     return context, queries.restore_weights(weights, weights_layout)
+
+
+def _must_be_plain(keys: KeySide, weights_layout: int, backend: str) -> bool:
+    """Whether a graph is being recorded in which only ordinary operations are right.
+
+    ONNX has no others. In a trace of ``torch.jit`` the op's bounds and the axes of its dense jagged
+    weights are constants; of the backends only the CPU's kernels need bounds for nothing else.
+    """
+    dense_jagged = weights_layout == layout.DENSE_WEIGHTS and keys.cu_seqlens is not None
+    traced_rightly = backend == "cpu" and not dense_jagged
+    return exports_to_onnx() or (torch.jit.is_tracing() and not traced_rightly)
 
 
 def resolve_deterministic(deterministic: bool | None) -> bool:

@@ -19,6 +19,7 @@ from .checks import (
     check_padding,
     check_tensor,
     mismatch,
+    records_lengths,
     shape_of,
     wrong_type,
 )
@@ -64,7 +65,10 @@ class QuerySide(NamedTuple):
             axes = (0, *axes)
         elif self.is_one_step:
             axes = (1, *axes)
-        if axes:
+        if axes and torch.jit.is_tracing():  # ONNX's exporter of traces squeezes one axis at a time
+            for axis in reversed(axes):
+                context = context.squeeze(axis)
+        elif axes:
             context = context.squeeze(axes)  # at once: every view costs a microsecond
         return context if self.nested is None else _nested_like(context, self.nested)
 
@@ -123,6 +127,8 @@ def check_key_side(
                 raise mismatch(name, expected, type(given).__name__)
         longest = check_offsets("cu_seqlens_k", cu_seqlens_k, "key", key)
         bound = check_bound("max_seqlen_k", max_seqlen_k, longest)
+        if records_lengths():
+            bound = _bound_in_trace("max_seqlen_k", bound, need_max)
         if bound is None:
             bound = _bound_of_unread(cu_seqlens_k, key.size(0), need_max)
         batch_size = cu_seqlens_k.size(0) - 1
@@ -183,6 +189,8 @@ def check_query_side(
     if cu_seqlens_q is not None:
         longest = check_offsets("cu_seqlens_q", cu_seqlens_q, "query", query)
         bound = check_bound("max_seqlen_q", max_seqlen_q, longest)
+        if records_lengths():
+            bound = _bound_in_trace("max_seqlen_q", bound, need_max)
         if bound is None:
             bound = _bound_of_unread(cu_seqlens_q, query.size(0), need_max)
         batch = cu_seqlens_q.size(0) - 1
@@ -274,6 +282,17 @@ def _bound_of_unread(cu: Tensor, rows: int, need_exact: bool) -> int:
         # The one host synchronisation, for the shape of weights; corrupt offsets do not blow it up.
         return int(cu.diff().max().clamp(0, rows).item())
     return rows + 1
+
+
+def _bound_in_trace(name: str, bound: int | None, need_exact: bool) -> int:
+    """More than any length, so that the graph serves all; no kernel in it looks at bounds.
+
+    The weights of a trace are as large as the longest sequences that it is then given.
+    """
+    if need_exact and bound is not None:
+        expected = "None for weights in a trace, of which a bound would be a constant"
+        raise mismatch(name, expected, str(bound))
+    return 2**62
 
 
 class _Nest(NamedTuple):

@@ -188,6 +188,8 @@ class AdditiveAttention(nn.Module):
             expected = f"features that num_heads = {self.num_heads} divides"
             got = str(features.size(-1)) if features.dim() else "shape ()"
             raise mismatch("value", expected, got)
+        if torch.jit.is_tracing():  # ONNX's exporter of traces makes constants of sizes elsewhere
+            return features.reshape(*features.shape[:-1], self.num_heads, -1)
         return features.unflatten(-1, (self.num_heads, -1))
 
     def _join_context(self, result: Tensor | tuple[Tensor, Tensor]):
@@ -195,7 +197,9 @@ class AdditiveAttention(nn.Module):
             return result
         if isinstance(result, tuple):
             context, weights = result
-            return context.flatten(-2), weights
+            return self._join_context(context), weights
+        if torch.jit.is_tracing():  # as in _split
+            return result.reshape(*result.shape[:-2], -1)
         return result.flatten(-2)
 
 

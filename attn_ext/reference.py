@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import layout
-from .checks import check_flag, check_probability
+from .checks import check_flag, check_probability, records_lengths
 from .layout import KeySide, QuerySide
 
 __all__ = ["additive_attention", "dropout_keep_mask"]
@@ -90,7 +90,7 @@ def attend(
     if key_rows is not None and weights_layout == layout.JAGGED_WEIGHTS:
         by_key = weights.squeeze(2).transpose(1, 2)  # [B, Tk, H]
         weights = _scatter(by_key, key_rows, key_valid, keys.key.size(1)).squeeze(0)
-    else:  # the shape is the bounds', which may be larger than the longest sequences
+    elif not records_lengths():  # the shape is the bounds', perhaps more than the longest rows
         more = (queries.max_seqlen - weights.size(2), keys.max_seqlen - weights.size(3))
         weights = torch.nn.functional.pad(weights, (0, more[1], 0, more[0]))
     return context, queries.restore_weights(weights, weights_layout)
@@ -133,7 +133,11 @@ def _rows(
         return None, torch.ones((batch, max_seqlen), dtype=torch.bool, device=rows.device)
     total = rows.size(1)
     cu = cu.to(torch.int64).clamp(0, total)  # corrupt offsets stay inside the rows
-    if max_seqlen >= total and batch > 1:  # no useful bound: padding to it could take any memory
+    if records_lengths():
+        longest = torch.cat([cu[1:] - cu[:-1], cu.new_zeros(1)]).max()
+        # In a trace a tensor, so that the trace computes it anew from the offsets.
+        max_seqlen = longest if torch.jit.is_tracing() else longest.item()  # type: ignore[assignment]
+    elif max_seqlen >= total and batch > 1:  # padding to no useful bound could take any memory
         max_seqlen = int(cu.diff().max().item())
     numbers = cu[:-1, None] + torch.arange(max_seqlen, device=rows.device)
     return numbers, numbers < cu[1:, None]
@@ -142,7 +146,7 @@ def _rows(
 def _take(rows: Tensor, numbers: Tensor | None, valid: Tensor) -> Tensor:
     """Padded rows in the compute dtype, zero where not real (whatever NaN the memory holds)."""
     if numbers is not None:
-        if rows.size(1) == 0:  # nothing to index; every place is padding
+        if records_lengths() or rows.size(1) == 0:  # nothing to index; all is padding
             rows = torch.cat([rows, rows.new_zeros((1, 1, *rows.shape[2:]))], 1)
         rows = rows[0][numbers.where(valid, 0)]
     rows = rows.masked_fill(~valid[:, :, None, None], 0)

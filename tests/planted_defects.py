@@ -179,9 +179,18 @@ PYTHON = [
         "A backend that is not there fails inside, without saying what to install.",
     ),
     Defect(
+        "layout-trace-bound",
+        "attn_ext/checks.py",
+        "    return torch.jit.is_tracing() or exports_to_onnx()\n",
+        "    return False\n",
+        "tests/test_traces.py",
+        "A trace of a jagged call leaves out the keys that are more than its example had.",
+    ),
+    Defect(
         "memory-no-grad",
         "attn_ext/memory.py",
-        "        if not torch.is_grad_enabled():\n            keys = keys.detached()\n",
+        "        if not (torch.is_grad_enabled() or torch.jit.is_tracing()):\n"
+        "            keys = keys.detached()\n",
         "",
         "tests/test_attention_memory_modes.py",
         "A memory made under no_grad gives its keys gradients all the same.",
