@@ -1,7 +1,12 @@
 """Additive attention as a module that holds its projections."""
 
+import warnings
+
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .checks import (
     check_count,
@@ -13,6 +18,10 @@ from .checks import (
 )
 from .functional import additive_attention
 from .memory import AttentionMemory
+
+# PyTorch's hooks that set a parameter anew before a call, whatever its arguments.
+_SETTING_PARAMETERS = (WeightNorm, SpectralNorm, BasePruningMethod)
+_SHARDING = "with FSDP shard the module around, whose forward calls memory() and attend()"
 
 
 class AdditiveAttention(nn.Module):
@@ -152,8 +161,13 @@ class AdditiveAttention(nn.Module):
             ``(B, query_dim)``.
 
         Raises:
-            TypeError, ValueError: as :func:`attn_ext.additive_attention`.
+            TypeError, ValueError: as :func:`attn_ext.additive_attention`; also a ValueError where
+                ``fully_shard`` was called with this module itself.
+
+        Hooks of the module do not run, but those of ``torch.nn.utils`` that norm or prune a
+        parameter.
         """
+        self._run_hooks_of_parameters()
         return _ProjectingMemory(
             self,
             self._project_key(key),
@@ -167,6 +181,24 @@ class AdditiveAttention(nn.Module):
             deterministic=deterministic,
             backend=backend,
         )
+
+    def _run_hooks_of_parameters(self) -> None:
+        """Set anew what hooks compute before a call; tell of hooks that only a call runs."""
+        others: list[object] = [*self._forward_hooks.values(), *self._backward_hooks.values()]
+        for hook in self._forward_pre_hooks.values():
+            if isinstance(hook, _SETTING_PARAMETERS):
+                hook(self, ())
+            else:
+                others.append(hook)
+        if any(kind.__name__ == "FSDPModule" for kind in type(self).__mro__):
+            got = f"one that fully_shard wrapped itself, whose hooks would gather them; {_SHARDING}"
+            raise mismatch("memory", "a module whose parameters are whole between calls", got)
+        if others:
+            names = ", ".join(getattr(hook, "__qualname__", type(hook).__name__) for hook in others)
+            message = (
+                f"attn_ext: memory() runs no hooks of the module, as a call of it would: {names}"
+            )
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
 
     def _project_query(self, query: Tensor) -> Tensor:
         projected = self._split(_project("query", query, self.query_proj))
@@ -206,13 +238,16 @@ class AdditiveAttention(nn.Module):
 def _project(name: str, tensor: Tensor, projection: nn.Linear) -> Tensor:
     """``projection(tensor)``, whose errors name the argument."""
     check_tensor(name, tensor)
-    features = projection.in_features
-    if tensor.dim() == 0 or tensor.size(-1) != features:
+    features = getattr(projection, "in_features", None)  # an adapter around it may have none
+    if features is not None and (tensor.dim() == 0 or tensor.size(-1) != features):
         raise mismatch(name, f"{features} features in its last axis", f"shape {shape_of(tensor)}")
     try:
         return projection(tensor)
     except RuntimeError as error:  # checked first, hooks that cast or move would be for nothing
-        weight = projection.weight
+        weight = getattr(projection, "weight", None)
+        if type(weight).__name__ == "DTensor" and type(tensor).__name__ != "DTensor":
+            got = f"a shard, out of the forward that gathers it; {_SHARDING}"
+            raise mismatch(f"{name}_proj.weight", "a whole parameter", got) from error
         if isinstance(weight, Tensor) and tensor.device != weight.device:
             expected = f"device {weight.device}, as {name}_proj"
             raise mismatch(name, expected, str(tensor.device)) from error

@@ -221,6 +221,14 @@ PYTHON = [
         "With heads and normalize=True every score is wrong.",
     ),
     Defect(
+        "module-memory-hooks",
+        "attn_ext/module.py",
+        "                hook(self, ())\n",
+        "                pass\n",
+        "tests/test_module.py",
+        "A memory of a weight-normalised module has the score weight of the call before.",
+    ),
+    Defect(
         "reference-nothing-left",
         "attn_ext/reference.py",
         "scores.masked_fill(ignored & ~nothing_left, -torch.inf)",

@@ -1,12 +1,16 @@
 """``attn_ext.AdditiveAttention``: projections, normalisation, heads, dropout and the memory."""
 
-from collections.abc import Callable
+import copy
+import warnings
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import assert_within_budget, require_dtype
 from layouts import offsets_of
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 from yardstick import Results
 
 import attn_ext
@@ -320,3 +324,156 @@ def test_functions_agree(backend: str):
         module.query_proj(query), module.key_proj(key), value, module.score_weight, backend=backend
     )
     assert torch.equal(module(query, key, value, backend=backend), expected)
+
+
+# ---- Hooks, adapters and shards ----
+
+
+def no_warning(function: Callable) -> Callable:
+    def call(*arguments: object, **keywords: object):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of PyTorch's own deprecation
+            return function(*arguments, **keywords)
+
+    return call
+
+
+SETTERS = {
+    "weight_norm": no_warning(lambda m: nn.utils.weight_norm(m, "score_weight", dim=None)),
+    "weight_norm_of_heads": no_warning(lambda m: nn.utils.weight_norm(m, "score_weight", dim=0)),
+    "spectral_norm": no_warning(lambda m: nn.utils.spectral_norm(m, "score_weight")),
+    "pruned": lambda m: prune.random_unstructured(m, "score_weight", 0.5),
+    "pruned_twice": lambda m: [prune.random_unstructured(m, "score_weight", 0.3) for _ in "12"],
+    "parametrised": lambda m: parametrizations.weight_norm(m, "score_weight"),
+}
+
+
+@pytest.mark.parametrize("name", SETTERS)
+def test_memory_of_a_module_whose_score_weight_is_computed(name: str):
+    """By hooks before a call: of loaded parameters, and in every step of an optimizer."""
+    module, other = (make_module("heads").double().eval() for _ in range(2))
+    for one in (module, other):
+        torch.manual_seed(1)  # prune alike
+        SETTERS[name](one)
+    other.load_state_dict(module.state_dict())
+    query, key, _ = make_tensors(torch.float64)
+    optimizer = torch.optim.SGD(other.parameters(), 0.1)
+    with torch.no_grad():
+        expected = module(query[:, 0], key)
+    for _ in range(2):
+        context = other.memory(key).attend(query[:, 0])
+        torch.testing.assert_close(context, expected)
+        context.sin().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            expected = other(query[:, 0], key)
+
+
+def test_memory_tells_of_hooks_that_it_does_not_run():
+    module = make_module("plain")
+    module.register_forward_hook(print)
+    query, key, _ = make_tensors()
+    with pytest.warns(RuntimeWarning, match=r"memory\(\) runs no hooks of the module.*: print"):
+        module.memory(key)
+
+
+@pytest.mark.parametrize("layer", ["query_proj", "key_proj"])
+def test_layers_may_be_wrapped(layer: str):
+    """An adapter need not have the attributes of a layer; it is called, also by a memory."""
+    module = make_module("plain")
+    inner = getattr(module, layer)
+
+    class Doubled(nn.Module):
+        def forward(self, features: Tensor) -> Tensor:
+            return 2 * inner(features)
+
+    setattr(module, layer, Doubled())
+    query, key, _ = make_tensors()
+    expected = module(query[:, 0], key)
+    with torch.no_grad():
+        inner.weight.mul_(2)
+    setattr(module, layer, inner)
+    torch.testing.assert_close(module(query[:, 0], key), expected)
+    setattr(module, layer, Doubled())
+    with torch.no_grad():
+        inner.weight.div_(2)
+    torch.testing.assert_close(module.memory(key).attend(query[:, 0]), expected)
+
+
+class Decoder(nn.Module):
+    """Two steps over one memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = make_module("everything").double()
+        self.output = nn.Linear(KEY_DIM, QUERY_DIM, dtype=torch.float64)
+
+    def forward(self, query: Tensor, key: Tensor) -> Tensor:
+        memory = self.attention.memory(key)
+        return memory.attend(self.output(memory.attend(query)))
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """Of this process alone."""
+    if not dist.is_available():
+        pytest.skip("this PyTorch has no torch.distributed")
+    import torch.distributed.fsdp  # binds what the functions above name
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.decoder = Decoder()
+
+    def forward(self, query: Tensor, key: Tensor) -> Tensor:
+        return self.decoder(query, key)
+
+
+def shard(module: nn.Module) -> None:
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.fsdp.fully_shard(module, mesh=mesh)
+
+
+def test_fully_shard_of_the_module_around(group: None):
+    alone = Model()
+    sharded = copy.deepcopy(alone)
+    shard(sharded.decoder)
+    shard(sharded)  # the root stays gathered, the decoder does not
+    query, key, _ = make_tensors(torch.float64)
+    for _ in range(2):
+        contexts = [model(query[:, 0], key) for model in (alone, sharded)]
+        torch.testing.assert_close(*contexts)
+        for context, model in zip(contexts, (alone, sharded)):
+            context.sin().sum().backward()
+            torch.optim.SGD(model.parameters(), 0.1).step()
+        for ours, theirs in zip(sharded.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad)
+        alone.zero_grad(), sharded.zero_grad()
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_fully_shard_of_the_attention_itself_is_refused(group: None, registered: bool):
+    model = Model()
+    shard(model.decoder.attention)
+    if registered:
+        torch.distributed.fsdp.register_fsdp_forward_method(model.decoder.attention, "memory")
+    shard(model)
+    query, key, _ = make_tensors(torch.float64)
+    with pytest.raises(ValueError, match="^memory: expected .*FSDP shard the module around"):
+        model(query[:, 0], key)
+
+
+def test_steps_out_of_the_forward_that_gathers_are_refused(group: None):
+    model = Model()
+    shard(model.decoder)
+    shard(model)
+    query, key, _ = make_tensors(torch.float64)
+    model(query[:, 0], key)
+    with pytest.raises(ValueError, match=r"^key_proj\.weight: expected a whole .*got a shard"):
+        model.decoder.attention.memory(key)
