@@ -285,6 +285,14 @@ PYTHON = [
         "Pruning the score layer of a replacement, or a hook on it, changes nothing.",
     ),
     Defect(
+        "compat-keras-causal",
+        "attn_ext/compat/keras.py",
+        "    later = next(places)[:, None] < next(places)",
+        "    later = next(places)[:, None] <= next(places)",
+        "tests/test_compat_keras.py",
+        "With Keras's use_causal_mask a query does not see the key of its own place.",
+    ),
+    Defect(
         "compat-mode",
         "attn_ext/compat/replacement.py",
         "return ours.train(module.training)",

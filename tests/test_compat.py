@@ -196,12 +196,6 @@ def test_replace_attention_of_the_attention_itself_is_refused(name: str):
         (lambda: compat.OpenNMTGlobalAttention(D, coverage=True), "coverage"),
         (lambda: compat.KerasAdditiveAttention(D)([torch.zeros(1, 1, D)]), "inputs"),
         (
-            lambda: compat.KerasAdditiveAttention(D)(
-                [torch.zeros(1, 1, D)] * 2, use_causal_mask=True
-            ),
-            "use_causal_mask",
-        ),
-        (
             lambda: compat.OpenNMTGlobalAttention(D)(
                 torch.zeros(1, D), torch.zeros(1, 1, D), coverage=torch.zeros(1, 1)
             ),

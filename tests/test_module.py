@@ -1,6 +1,7 @@
 """``attn_ext.AdditiveAttention``: projections, normalisation, heads, dropout and the memory."""
 
 import copy
+import importlib
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -419,7 +420,7 @@ def group() -> Iterator[None]:
     """Of this process alone."""
     if not dist.is_available():
         pytest.skip("this PyTorch has no torch.distributed")
-    import torch.distributed.fsdp  # binds what the functions above name
+    importlib.import_module("torch.distributed.fsdp")  # which torch.distributed leaves to others
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield

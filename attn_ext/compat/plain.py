@@ -143,12 +143,16 @@ def attend_by_calls(
     # Padding may hold anything, NaN too.
     key, value = (rows.masked_fill(ignored.unsqueeze(-1), 0) for rows in (key, value))
     scores = scaling * layer(torch.tanh(steps.unsqueeze(2) + key.unsqueeze(1))).squeeze(-1)
-    ignored = ignored.unsqueeze(1)  # [B, 1, Tk]
-    nothing_left = ignored.all(-1, keepdim=True)  # such a softmax would be NaN
-    weights = scores.masked_fill(ignored & ~nothing_left, -torch.inf).softmax(-1)
-    weights = weights.masked_fill(ignored, 0).to(value.dtype)
+    weights = masked_softmax(scores, ignored.unsqueeze(1)).to(value.dtype)
     context = weights @ value
     return (context.squeeze(1), weights.squeeze(1)) if is_one_step else (context, weights)
+
+
+def masked_softmax(scores: Tensor, ignored: Tensor) -> Tensor:
+    """The softmax of scores ``(..., Tk)``, 0 where ignored; all 0 where everything is."""
+    nothing_left = ignored.all(-1, keepdim=True)  # such a softmax would be NaN
+    weights = scores.masked_fill(ignored & ~nothing_left, -torch.inf).softmax(-1)
+    return weights.masked_fill(ignored, 0)
 
 
 def _warn_of_calls(kind: str) -> None:
