@@ -573,6 +573,14 @@ CUDA = [
 
 NMT = [
     Defect(
+        "nmt-locale",
+        "attn_ext/nmt/cli.py",
+        'stream.reconfigure(encoding="utf-8", errors=errors)',
+        "pass",
+        "tests/nmt/test_cli.py",
+        "On an ASCII terminal training ends in a traceback once it is done.",
+    ),
+    Defect(
         "nmt-format",
         "attn_ext/nmt/checkpoint.py",
         'if content.get("format") != FORMAT:',

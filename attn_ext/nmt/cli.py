@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib
+import io
 import math
 import os
 import secrets
@@ -84,26 +85,71 @@ def wait_without_spinning():
 
 
 def run(main):
-    """Call `main()`; what is not our bug becomes `error: ...` and status 2, Ctrl-C status 130."""
+    """Call `main()`; what is not our bug becomes `error: ...` and status 2, Ctrl-C status 130.
+
+    What it writes is UTF-8 whatever the locale is.
+    """
+    _prepare_streams()
     try:
-        status = main()
+        try:
+            status = main()
+        except SystemExit as ended:  # argparse has said what there is to say
+            status = ended.code
         sys.stdout.flush()  # a closed pipe must show here, not in the interpreter's exit
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
+        status = _fail(str(error), 2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
+        status = _fail("interrupted", 130, "")
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         status = 141
     except OSError as error:  # a full disk under our output; of our files `writing` has told
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    try:
-        sys.stdout.flush()
-    except OSError:  # what is left in the buffer must not fail again when the interpreter ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        place = error.filename or "standard output"
+        status = _fail(f"{place}: {error.strerror or error}", 2)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # what is left in the buffer must not fail again when the interpreter ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(status)
+
+
+def _fail(message, status, kind="error: "):
+    """Say one line, if anybody can read it, and return the status."""
+    line = "\\n".join(f"{kind}{message}".splitlines())
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
+    return status
+
+
+def _prepare_streams():
+    """Write UTF-8; where nobody opened standard output or error, write nowhere."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # the next file opened would be it, and get what libraries print
+            os.open(os.devnull, os.O_RDWR)
+    for name, errors in (("stdout", "surrogateescape"), ("stderr", "backslashreplace")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):
+            # Names of files that are no UTF-8 are written as they are.
+            stream.reconfigure(encoding="utf-8", errors=errors)
+
+
+def utf8_argument(name, text):
+    """A text of the command line, which is UTF-8 whatever the locale is; None stays None."""
+    if text is None:
+        return None
+    try:
+        content = os.fsencode(text)
+    except UnicodeEncodeError:  # not from the command line: the locale could not have made it
+        return text
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        byte = f"byte {content[error.start]:#04x} at {error.start + 1}"
+        raise UsageError(f"{name}: not UTF-8 ({byte}); convert it first, e.g. with iconv") from None
 
 
 @contextlib.contextmanager

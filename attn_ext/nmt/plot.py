@@ -29,8 +29,9 @@ def parse_arguments(arguments=None):
 
 def main(arguments=None):
     options = parse_arguments(arguments)
-    source = normalise(options.source)
-    target = None if options.target is None else normalise(options.target)
+    source = normalise(cli.utf8_argument("--source", options.source))
+    target = cli.utf8_argument("--target", options.target)
+    target = None if target is None else normalise(target)
     if not source:
         raise cli.UsageError("--source is empty")
     device = distributed.pick_device(options.device)

@@ -153,7 +153,7 @@ class Trainer:
         path = self.folder / METRICS_FILE
         kept = []
         try:
-            lines = path.read_text(errors="replace").splitlines()
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
             lines = []
         except OSError as error:
@@ -183,7 +183,7 @@ class Trainer:
             self.save_checkpoint()
         if self.world.is_main:
             with writing(path):
-                self._metrics = open(path, "a")
+                self._metrics = open(path, "a", encoding="utf-8")
         bar = tqdm(
             total=self.options.max_steps if self.options.max_steps < NO_LIMIT else None,
             initial=self.progress.step,

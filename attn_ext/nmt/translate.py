@@ -34,6 +34,10 @@ def parse_arguments(arguments=None):
 
 def main(arguments=None):
     options = parse_arguments(arguments)
+    if sys.stdin is None:
+        raise cli.UsageError("standard input is closed; give the lines to translate")
+    if sys.__stdout__ is None:
+        raise cli.UsageError("standard output is closed, so the translations could go nowhere")
     device = distributed.pick_device(options.device)
     cli.check_backend(options.backend, device)
     model, vocabulary = checkpoint.load_model(options.model, options.backend, device)
@@ -49,7 +53,7 @@ def main(arguments=None):
 
 
 def _input_lines():
-    for number, line in enumerate(sys.stdin.buffer, start=1):
+    for number, line in enumerate(_raw_lines(), start=1):
         try:
             yield normalise(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as error:
@@ -57,6 +61,13 @@ def _input_lines():
                 f"standard input, line {number}: not UTF-8 (byte "
                 f"{error.object[error.start]:#04x}); convert it first, e.g. with iconv"
             ) from None
+
+
+def _raw_lines():
+    try:
+        yield from sys.stdin.buffer
+    except OSError as error:  # a folder, a disk that fails
+        raise cli.UsageError(f"cannot read standard input: {error.strerror or error}") from None
 
 
 if __name__ == "__main__":

@@ -222,6 +222,165 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(monkeypatch):
     assert list(translate._input_lines()) == ["rot", "\ufeffhaus"]
 
 
+# ---- Streams that are not a terminal of UTF-8 ----
+
+
+def terminal(encoding: str = "ascii") -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+
+
+def tool_arguments(tool, trained, tsv, tmp_path, source="grün"):
+    return {
+        train: ["--data", str(tsv), "--out", str(tmp_path / "o"), *TINY_RUN, "--max-steps", "1"],
+        translate: ["--model", str(trained), "--beam", "1"],
+        plot: ["--model", str(trained), "--source", source, "--target", "rötlich → rot"]
+        + ["--out", str(tmp_path / "x.png")],
+    }[tool]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-16"])
+@pytest.mark.parametrize("tool", [train, translate, plot])
+def test_output_is_utf8_in_any_locale(tool, encoding, trained, tsv, tmp_path, monkeypatch):
+    if tool is train and encoding != "ascii":
+        pytest.skip("trained once")
+    streams = [terminal(encoding) for _ in "12"]
+    monkeypatch.setattr(sys, "stdin", Input("rot grün\n".encode()))
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    assert status(tool.main, tool_arguments(tool, trained, tsv, tmp_path)) in (None, 0)
+    text = streams[0].buffer.getvalue().decode()
+    assert text.endswith("\n") and "Traceback" not in streams[1].buffer.getvalue().decode()
+    if tool is plot:
+        assert text == "rötlich → rot\n"
+
+
+def test_names_that_are_no_utf8_are_written_as_they_are(monkeypatch):
+    stream = terminal()
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert status(lambda _: print(os.fsdecode(b"gr\xfcn.png")), None) in (None, 0)
+    assert stream.buffer.getvalue() == b"gr\xfcn.png\n"
+
+
+@pytest.mark.parametrize("option", ["--source", "--target"])
+def test_plot_of_another_encoding(option, trained, tmp_path, capsys):
+    arguments = ["--source", "rot", "--target", "rot"]
+    arguments[arguments.index(option) + 1] = os.fsdecode(b"gr\xfcn")
+    out = tmp_path / "x.png"
+    assert status(plot.main, ["--model", str(trained), *arguments, "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {option}: not UTF-8 (byte 0xfc at 3)")
+    assert error.count("\n") == 1 and not out.exists()
+
+
+def test_words_of_the_command_line_are_utf8_in_any_locale(monkeypatch):
+    for locale in ("utf-8", "ascii", "latin-1"):
+        word = "grün →".encode().decode(locale, "surrogateescape")
+        monkeypatch.setattr(cli.os, "fsencode", lambda w, e=locale: w.encode(e, "surrogateescape"))
+        assert cli.utf8_argument("--source", word) == "grün →"
+
+
+class Broken:
+    """A stream's buffer whose disk fails."""
+
+    def __iter__(self):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+
+    def isatty(self):
+        return False
+
+
+@pytest.mark.parametrize(
+    ("streams", "message"),
+    [
+        ({"stdin": None}, "standard input is closed"),
+        ({"stdin": SimpleNamespace(buffer=Broken())}, "cannot read standard input: Is a directory"),
+        ({"stdout": None, "__stdout__": None}, "standard output is closed"),
+    ],
+    ids=["closed_in", "folder_in", "closed_out"],
+)
+def test_translate_without_streams(streams, message, trained, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", Input(b"rot\n"))
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    assert status(translate.main, ["--model", str(trained)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("tool", [train, plot])
+def test_a_closed_output_stops_nothing_else(tool, trained, tsv, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert status(tool.main, tool_arguments(tool, trained, tsv, tmp_path)) in (None, 0)
+    assert (tmp_path / "x.png").exists() or (tmp_path / "o" / "results.json").exists()
+
+
+def full_disk():
+    return open("/dev/full", "w")
+
+
+def closed_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize(("output", "expected"), [(full_disk, 2), (closed_pipe, 141)])
+@pytest.mark.parametrize("tool", [train, translate, plot, "help"])
+def test_output_that_fails(tool, output, expected, trained, tsv, tmp_path, monkeypatch, capsys):
+    """One line at most, and nothing that fails once more when the interpreter ends."""
+    monkeypatch.setattr(sys, "stdin", Input(b"rot\n"))
+    arguments = ["--help"]
+    if tool != "help":
+        arguments = tool_arguments(tool, trained, tsv, tmp_path)
+    with output() as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        main = translate.main if tool == "help" else tool.main
+        assert status(main, arguments) == expected
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in error
+    assert lines == (["error: standard output: No space left on device"] if expected == 2 else [])
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize("output", [full_disk, closed_pipe])
+def test_errors_that_nobody_can_read(output, monkeypatch):
+    with output() as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert status(translate.main, ["--model", "none"]) == 2
+
+
+def test_errors_are_one_line(capsys):
+    def fail(_):
+        raise cli.UsageError("cannot read a\nb")
+
+    assert status(fail, None) == 2
+    assert capsys.readouterr().err == "error: cannot read a\\nb\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
+def test_closed_from_the_start(closed):
+    """As a shell closes them: Python then has no such streams at all."""
+    command = f'"{sys.executable}" -m attn_ext.nmt.translate --model none {closed}'
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stdout + done.stderr
+    if "2>" not in closed:
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_ascii_locale_as_a_program(trained, tmp_path):
+    """All the way in and out, as bytes."""
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "attn_ext.nmt.plot", "--model", str(trained), "--source",
+         "grün".encode(), "--target", "grün →".encode(), "--out", str(tmp_path / "x.png")],
+        env={**os.environ, **locale}, capture_output=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr, done.stdout.decode()) == (0, b"", "grün →\n")
+
+
 def test_scores_are_those_that_the_signatures_name():
     """A short translation shares no four words with its reference: BLEU has to show it."""
     outputs, references = ["rotes haus"], ["rotes haus"]
