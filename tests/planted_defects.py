@@ -247,8 +247,8 @@ PYTHON = [
     Defect(
         "compat-joeynmt-mask",
         "attn_ext/compat/replacement.py",
-        "    return tensor._version\n",
-        "    return 0\n",
+        "        return tensor._version\n",
+        "        return 0\n",
         "tests/test_compat.py",
         "A mask that is filled anew in place is not noticed: the old one stays in force.",
     ),
@@ -263,8 +263,8 @@ PYTHON = [
     Defect(
         "compat-inference-mask",
         "attn_ext/compat/replacement.py",
-        "if torch.compiler.is_compiling() or tensor.is_inference():\n        return None",
-        "if torch.compiler.is_compiling() or tensor.is_inference():\n        return 0",
+        "        return tensor.contiguous().view(torch.uint8).numpy().tobytes()\n",
+        "        return 0\n",
         "tests/test_compat_takeover.py",
         "Under inference_mode a mask that is filled anew in place is not noticed.",
     ),

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..checks import mismatch, shape_of
@@ -76,8 +77,11 @@ class JoeyNMTBahdanauAttention(Stepwise):
                 self.energy_layer, query, self.proj_keys, values, key_padding_mask=ignored
             )
             return context.unsqueeze(1), weights.unsqueeze(1)
-        made_for = (self.proj_keys, values, mask, score_weight)
-        memory = self._recall(made_for, made_for[1:])
+        watched: tuple[Tensor, ...] = (mask, score_weight)
+        counted = torch.compiler.is_compiling() or not values.is_inference()
+        if counted or torch._C._is_any_autocast_enabled():
+            watched += (values,)  # else the memory, which has not cast them, reads them anew
+        memory = self._recall((self.proj_keys, values, mask, score_weight), watched)
         if memory is None:
             memory = self._memory = AttentionMemory(
                 self.proj_keys,

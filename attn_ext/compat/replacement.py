@@ -74,7 +74,7 @@ class Stepwise(Replacement):
     def _forget(self) -> None:
         self._memory: AttentionMemory | None = None
         self._made_for: tuple = ()
-        self._versions: tuple[int | None, ...] = ()
+        self._versions: tuple[int | bytes | None, ...] = ()
 
     def _recall(self, made_for: tuple, watched: tuple[Tensor, ...]) -> AttentionMemory | None:
         """The memory of the step before, if it serves this one, too.
@@ -98,11 +98,16 @@ class Stepwise(Replacement):
         return self._memory
 
 
-def _version_of(tensor: Tensor) -> int | None:
-    """How often a tensor was changed in place, or None where nobody counts.
+def _version_of(tensor: Tensor) -> int | bytes | None:
+    """What changes whenever a tensor changes in place, or None where nothing tells of that.
 
-    Changes of inference tensors are not counted, nor can the counter be read while compiling.
+    Changes of inference tensors are not counted, so that on the CPU it is their content; reading
+    that from an accelerator would wait for it. Nor can the counter be read while compiling.
     """
-    if torch.compiler.is_compiling() or tensor.is_inference():
+    if torch.compiler.is_compiling():
         return None
-    return tensor._version
+    if not tensor.is_inference():
+        return tensor._version
+    if tensor.is_cpu:
+        return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return None
