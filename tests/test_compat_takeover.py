@@ -191,6 +191,19 @@ def test_tied_parameters_stay_tied(make: Callable[[], nn.Module]):
     assert {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)} == before
 
 
+@pytest.mark.parametrize(
+    ("name", "attribute"),
+    [(name, size) for name, kind in REPLACEMENTS.items() for size in kind.sizes],
+)
+def test_an_unknown_version_of_the_class_is_refused(name: str, attribute: str):
+    model = nn.Sequential(stand_in("gnmt"), stand_in(name))
+    delattr(model[1], attribute)
+    before = untouched(model)
+    with pytest.raises(ValueError, match=rf"^model\.1: expected the attributes of .*{attribute}"):
+        compat.replace_attention(model)
+    assert untouched(model) == before
+
+
 def test_compiled_attention_is_refused():
     model = nn.Sequential(torch.compile(stand_in("gnmt")))
     with pytest.raises(ValueError, match="not compiled, got a compiled one; replace it before"):
@@ -251,6 +264,33 @@ def test_treated_after_the_takeover(name: str, layer: str, treatment: str):
         tolerance = 5e-2 if treatment == "quantised" else 1e-9
         for ours_, theirs in zip(actual, expected):
             torch.testing.assert_close(ours_, theirs, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "treat",
+    [
+        lambda m: prune.l1_unstructured(m, "linear_att", 0.5),
+        lambda m: parametrize.register_parametrization(m, "linear_att", Halved()),
+        lambda m: old_norm(m, lambda m: nn.utils.weight_norm(m, "linear_att", dim=None)),
+    ],
+    ids=["pruned", "parametrised", "old_weight_norm"],
+)
+def test_treated_vector_after_the_takeover(treat: Callable[[nn.Module], object]):
+    """GNMT's score weight is a parameter of the attention itself."""
+    peer = PEERS["gnmt"][1]().double()
+    ours = compat.GNMTBahdanauAttention.from_original(copy.deepcopy(peer))
+    queries = torch.randn(B, TQ, QUERY_DIM, dtype=torch.float64)
+    states = torch.randn(B, TK, KEY_DIM, dtype=torch.float64)
+    for module in (peer, ours):
+        treat(module)
+    optimizers = [torch.optim.SGD(module.parameters(), 0.1) for module in (peer, ours)]
+    for _ in range(2):
+        results = [call("gnmt", module, queries, states) for module in (peer, ours)]
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        for theirs, actual in zip(*results):
+            torch.testing.assert_close(actual, theirs)
 
 
 @pytest.mark.parametrize("name", PEERS)

@@ -46,8 +46,9 @@ class OpenNMTGlobalAttention(Replacement):
 
     @classmethod
     def is_additive(cls, module: Any) -> bool:
-        covers = hasattr(module, "linear_cover")
-        return module.attn_type == "mlp" and module.attn_func == "softmax" and not covers
+        if hasattr(module, "linear_cover") or getattr(module, "attn_type", "mlp") != "mlp":
+            return False
+        return getattr(module, "attn_func", "softmax") == "softmax"
 
     @classmethod
     def from_original(

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..checks import mismatch
 from ..memory import AttentionMemory
 from .plain import check_plain, check_same_parameters
 
@@ -45,7 +46,11 @@ class Replacement(nn.Module):
                 hooked or patched. The message names that layer.
         """
         check_plain(path, module, cls.layers)
-        ours = cls(**cls._arguments(module), backend=backend)
+        try:
+            arguments = cls._arguments(module)
+        except AttributeError as error:  # a version of the class that is not known here
+            raise mismatch(path, f"the attributes of {cls.original}", str(error)) from error
+        ours = cls(**arguments, backend=backend)
         check_same_parameters(path, module, ours)
         for name, parameter in module.named_parameters(remove_duplicate=False):  # some may be tied
             owner, _, leaf = name.rpartition(".")
