@@ -64,6 +64,21 @@ def set_own(model: nn.Module, name: str) -> None:
     setattr(model, name, own)
 
 
+class Doubling(Tensor):
+    """A weight with a product of its own, as the tensors of newer quantisations are."""
+
+    @classmethod
+    def __torch_function__(cls, function: Callable, types, args=(), kwargs=None):
+        if function is not nn.functional.linear:
+            return super().__torch_function__(function, types, args, kwargs or {})
+        return 2 * function(*(t if t is None else t.as_subclass(Tensor) for t in args))
+
+
+def set_doubling(layer: nn.Linear) -> None:
+    weight = layer.weight.detach().as_subclass(Doubling)
+    layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+
+
 def patch(layer: nn.Linear) -> None:
     layer.forward = lambda features: nn.functional.linear(features, layer.weight * 2, layer.bias)
 
@@ -106,6 +121,7 @@ TREATMENTS: dict[str, Callable[[nn.Module, str], object]] = {
     "backward_hook": lambda m, name: getattr(m, name).register_full_backward_hook(
         lambda layer, into, out: tuple(None if grad is None else grad * 2 for grad in into)
     ),
+    "tensor_subclass": lambda m, name: set_doubling(getattr(m, name)),
     "patched": lambda m, name: patch(getattr(m, name)),
 }
 

@@ -29,7 +29,8 @@ def check_plain(path: str, module: nn.Module, layers: tuple[str, ...]) -> None:
         ValueError: with the path of what is not so, the reason and the way out.
     """
     _check_untouched(path, module)
-    children = dict(module._modules)  # named_children() leaves out what comes twice
+    # named_children() leaves out what comes twice.
+    children = {name: child for name, child in module._modules.items() if child is not None}
     for name in layers:
         child = children.pop(name, None)
         if type(child) is not nn.Linear:
@@ -58,7 +59,7 @@ def check_same_parameters(path: str, theirs: nn.Module, ours: nn.Module) -> None
             raise _refusal(f"{path}.{name}", "a plain torch.nn.Parameter", _text_of(tensor))
         if tensor.shape != wanted[name].shape:
             raise _refusal(f"{path}.{name}", _text_of(wanted[name]), _text_of(tensor))
-    for name in wanted.keys() - found.keys():
+    for name in sorted(wanted.keys() - found.keys()):
         raise _refusal(f"{path}.{name}", _text_of(wanted[name]), "none")
 
 
@@ -102,7 +103,11 @@ def readable_weight(layer: nn.Module) -> Tensor | None:
         return None
     if layer._backward_pre_hooks or layer._backward_hooks:
         return None
-    return layer.weight  # type: ignore[return-value]
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    # A tensor of another class, as quantisation makes, may have a product of its own.
+    if type(weight) not in (Tensor, nn.Parameter) and not torch.compiler.is_compiling():
+        return None
+    return weight
 
 
 def attend_by_calls(

@@ -107,9 +107,10 @@ def _version_of(tensor: Tensor) -> int | bytes | None:
     """What changes whenever a tensor changes in place, or None where nothing tells of that.
 
     Changes of inference tensors are not counted, so that on the CPU it is their content; reading
-    that from an accelerator would wait for it. Nor can the counter be read while compiling.
+    that from an accelerator would wait for it. Nor can the counter be read while compiling, and a
+    trace has to hold all that a step does.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
     if not tensor.is_inference():
         return tensor._version
