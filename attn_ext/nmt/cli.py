@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import importlib
 import io
 import math
@@ -102,9 +103,12 @@ def run(main):
         status = _fail("interrupted", 130, "")
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         status = 141
-    except OSError as error:  # a full disk under our output; of our files `writing` has told
-        place = error.filename or "standard output"
-        status = _fail(f"{place}: {error.strerror or error}", 2)
+    except OSError as error:
+        # Of our files `writing` has told: a full disk without a name is under our output.
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        place = error.filename or ("standard output" if full else None)
+        reason = error.strerror or str(error)
+        status = _fail(reason if place is None else f"{place}: {reason}", 2)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
