@@ -256,7 +256,7 @@ def dynamic_axes(arguments: tuple[Tensor, ...]) -> tuple[dict, ...]:
     )
 
 
-@exported
+@pytest.mark.parametrize("layout", ["mask", "jagged_step", "memory_jagged"])
 def test_what_onnx_is_given(monkeypatch: pytest.MonkeyPatch, layout: str):
     """Ordinary operations, right at other lengths: without the packages that write the file."""
     module, make = exported_case(layout, {"num_heads": 2, "normalize": True})
