@@ -68,7 +68,7 @@ def keeps_scores(
     They take at most half of the memory of the inputs; else backward computes them again, a part at
     a time, as it does on accelerators.
     """
-    if backend != "cpu":
+    if backend != "cpu" or torch.jit.is_tracing():  # whose sizes are not numbers
         return False
     if _has_one_step(query, cu_seqlens_q):
         return True
@@ -112,15 +112,13 @@ def _forward_fake(
     rows, heads = query.shape[:2], query.size(2)
     batch = query.size(0) if cu_seqlens_q is None else cu_seqlens_q.size(0) - 1
     weights_shape = ((0,), (batch, heads, max_seqlen_q, max_seqlen_k), (key.size(1), heads))
-    scores_shape: tuple = (0,)
-    if keep_scores:
-        one_step = _has_one_step(query, cu_seqlens_q)
-        scores_shape = key.shape[:3] if one_step else (*rows, heads, max_seqlen_k)
+    by_key = _has_one_step(query, cu_seqlens_q)
+    scores_shape = key.shape[:3] if by_key else (*rows, heads, max_seqlen_k)
     return (
         value.new_empty((*rows, heads, value.size(-1))),
         value.new_empty(weights_shape[weights_layout]),
         query.new_empty((*rows, heads, 2), dtype=compute_dtype(query.dtype)),
-        query.new_empty(scores_shape, dtype=compute_dtype(query.dtype)),
+        query.new_empty(scores_shape if keep_scores else (0,), dtype=compute_dtype(query.dtype)),
     )
 
 
