@@ -131,6 +131,22 @@ PYTHON = [
         "Where only the score weight is trained, it has no gradient.",
     ),
     Defect(
+        "ops-kept-scores",
+        "attn_ext/ops.py",
+        "fit = 2 * scores <= inputs",
+        "fit = True",
+        "tests/test_ops.py::test_scores_are_kept_where_they_are_small",
+        "Scores of many queries over many keys fill the memory between forward and backward.",
+    ),
+    Defect(
+        "batching-no-scores",
+        "attn_ext/batching.py",
+        "if tensor is None or (mapped is None and tensor.dim() == 1):",
+        "if tensor is None:",
+        "tests/test_transforms.py::test_vmap",
+        "vmap of a gradient fails where no scores were kept.",
+    ),
+    Defect(
         "ops-stats-dtype",
         "attn_ext/ops.py",
         "query.new_empty((*rows, heads, 2), dtype=compute_dtype(query.dtype))",
@@ -401,6 +417,14 @@ CPU = [
         "bits[lane] = source[begin + lane];",
         "tests/test_strides.py",
         "float16 and bfloat16 tensors that are transposed are read as if they were not.",
+    ),
+    Defect(
+        "cpu-kept-scores",
+        "csrc/cpu/softmax.h",
+        "return {view.data, view.dtype,         rows.offset(query), view.col,",
+        "return {view.data, view.dtype,         rows.offset(0), view.col,",
+        "tests/test_hard_cases.py::test_scores_kept_by_forward",
+        "Backward takes the scores of every query from where the first one's were kept.",
     ),
     Defect(
         "cpu-large-weights",

@@ -23,7 +23,7 @@ import attn_ext
 from attn_ext import AttentionMemory, checks, layout
 
 # Where there is no GPU, nothing else shows that its kernels touch nothing outside their tensors.
-pytestmark = [pytest.mark.every_isa, pytest.mark.few(interpreted=8, others=60)]
+pytestmark = [pytest.mark.every_isa, pytest.mark.few(interpreted=4, others=60)]
 
 ROWS, BATCH = 12, 4
 HIGHEST = {torch.int32: 2**31 - 1, torch.int64: 2**63 - 1}

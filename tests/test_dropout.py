@@ -63,6 +63,7 @@ def dropped_share(backend: str, dropout_p: float, seed: int) -> tuple[Tensor, Te
     )
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.8], ids=named("p"))
 def test_dropout_statistics(backend: str, dropout_p: float):
     context, weights = dropped_share(backend, dropout_p, seed=0)
@@ -75,6 +76,7 @@ def test_dropout_statistics(backend: str, dropout_p: float):
     assert abs(context.double().mean().item() - 1) < 5 * deviation / (1 - dropout_p)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("axis", range(3))
 def test_dropout_is_independent_along_every_axis(backend: str, axis: int):
     """Neighbours along an axis are dropped together as often as chance has it."""
@@ -110,7 +112,7 @@ def test_dropout_does_not_depend_on_the_layout_or_padding(backend: str):
     assert torch.equal(*masks)
 
 
-@pytest.mark.few(interpreted=1)  # a minute each there
+@pytest.mark.large
 @pytest.mark.parametrize("heads", [None, 2], ids=named("heads"))
 def test_dropout_does_not_depend_on_tile_sizes(backend: str, heads: int | None):
     """The mask is that of a seed and a position, in sequences of many tiles too."""
@@ -121,6 +123,7 @@ def test_dropout_does_not_depend_on_tile_sizes(backend: str, heads: int | None):
         check(inputs, backend, dropout_p=0.5, seed=17)
 
 
+@pytest.mark.large
 def test_dropout_differs_between_calls_and_repeats_under_a_seed(backend: str):
     inputs = make_inputs("padded", lengths_q=(100,) * 4, lengths_k=(100,) * 4)
 

@@ -42,7 +42,7 @@ from torch import Tensor
 from yardstick import differentiate
 
 import attn_ext
-from attn_ext import AttentionMemory, checks
+from attn_ext import AttentionMemory, checks, ops
 
 pytestmark = pytest.mark.every_isa
 
@@ -421,6 +421,16 @@ def test_context_requires_grad_only_if_an_input_does(backend: str, wanted: tuple
     assert call(inputs, leaves, backend=backend)[0].requires_grad == bool(wanted)
     with torch.no_grad():
         assert not call(inputs, leaves, backend=backend)[0].requires_grad
+
+
+@pytest.mark.parametrize("keeps_scores", [True, False], ids=["kept", "computed_again"])
+@pytest.mark.parametrize("layout", MAIN_LAYOUTS)
+def test_scores_kept_by_forward(
+    kernel_backend: str, layout: str, keeps_scores: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Backward takes them from there or computes them again, however small or large they are."""
+    monkeypatch.setattr(ops, "keeps_scores", lambda *_: keeps_scores)
+    check(make_inputs(layout, heads=2), kernel_backend, dropout_p=0.3)
 
 
 @pytest.mark.parametrize("deterministic", [None, False, True], ids=str)

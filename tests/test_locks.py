@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LOCKS = ("locked.txt", "locked-torch.txt", "locked-cuda.txt", "locked-triton.txt", "torch-cpu.txt")
 FOR_CUDA, FOR_CPU = LOCKS[:3], (LOCKS[0], *LOCKS[3:])
 EXTRAS = ("nmt", "test", "bench")
-# What is timed beside attn_ext where somebody has it.
-NOT_INSTALLED = {"cudnn"}
+# What somebody may have beside: peers that are timed, and what exported graphs are run by.
+NOT_INSTALLED = {"cudnn", "onnx", "onnxruntime"}
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / "requirements").exists(), reason="the tests of an installed package have no locks"

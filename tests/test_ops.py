@@ -307,14 +307,38 @@ def test_versions_of_triton(monkeypatch: pytest.MonkeyPatch, version: str, probl
 
 
 @pytest.mark.parametrize(
+    ("sizes", "backend", "keeps"),
+    [
+        (((2, 8), (2, 4), 5, 3), "cpu", True),  # 2 * 8 * 4 scores of 104 numbers
+        (((2, 8), (2, 7), 5, 3), "cpu", False),
+        (((2, 1), (2, 99), 1, 1), "cpu", True),  # one query: a score a key
+        (((2, 8), (2, 4), 5, 3), "triton", False),
+    ],
+)
+def test_scores_are_kept_where_they_are_small(sizes: tuple, backend: str, keeps: bool):
+    rows_q, rows_k, features, value_features = sizes
+    query, key, value = (
+        torch.empty(*rows, 1, columns)
+        for rows, columns in ((rows_q, features), (rows_k, features), (rows_k, value_features))
+    )
+    assert ops.keeps_scores(query, key, value, None, rows_k[1], backend) == keeps
+
+
+@pytest.mark.parametrize("keeps_scores", [True, False], ids=["kept", "computed_again"])
+@pytest.mark.parametrize(
     ("lengths_q", "lengths_k", "features"),
     [((20, 0, 3), (1500, 2, 700), 64), ((300, 2), (1500, 3), 4)],
     ids=["ranges_of_keys", "blocks_of_queries"],
 )
 def test_long_sequences_with_dropout(
-    lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], features: int
+    lengths_q: tuple[int, ...],
+    lengths_k: tuple[int, ...],
+    features: int,
+    keeps_scores: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     """Their parts are merged, and each has its own part of the mask: backward has other ones."""
+    monkeypatch.setattr(ops, "keeps_scores", lambda *_: keeps_scores)
     lengths = {"lengths_q": lengths_q, "lengths_k": lengths_k}
     inputs = make_inputs("jagged", features=features, dtype=torch.float64, poison=False, **lengths)
     incoming = incoming_gradients(inputs, need_weights=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 
 import attn_ext
+from attn_ext import ops
 
 CALLS = 3
 Loss = Callable[..., Tensor]
@@ -100,9 +101,17 @@ MAPPED = {
 }
 
 
+@pytest.mark.parametrize("keeps_scores", [True, False], ids=["kept", "computed_again"])
 @pytest.mark.parametrize("mapped", MAPPED)
 @pytest.mark.parametrize("layout", ["padded_lengths", "jagged", "jagged_one_step"])
-def test_vmap(kernel_backend: str, layout: str, mapped: str):
+def test_vmap(
+    kernel_backend: str,
+    layout: str,
+    mapped: str,
+    keeps_scores: bool,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(ops, "keeps_scores", lambda *_: keeps_scores)
     inputs = double_inputs(layout)
     if layout == "jagged":
         inputs = inputs.with_keywords(max_seqlen_q=5, max_seqlen_k=13)
