@@ -33,7 +33,7 @@ _DROPOUT_SEED = {
 
 def _fold(tensor: Tensor | None, mapped: int | None, calls: int, axis: int) -> Tensor | None:
     """A tensor of one call, or of all, with the calls folded into its head axis."""
-    if tensor is None or (mapped is None and tensor.dim() == 1):  # empty, as of all calls
+    if tensor is None or (mapped is None and tensor.dim() == 1):  # no scores were kept
         return tensor
     if mapped is None:
         tensor = tensor.unsqueeze(axis)

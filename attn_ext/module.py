@@ -184,19 +184,20 @@ class AdditiveAttention(nn.Module):
 
     def _run_hooks_of_parameters(self) -> None:
         """Set anew what hooks compute before a call; tell of hooks that only a call runs."""
-        others: list[object] = [*self._forward_hooks.values(), *self._backward_hooks.values()]
+        if any(kind.__name__ == "FSDPModule" for kind in type(self).__mro__):
+            got = f"one that fully_shard wrapped itself, whose hooks would gather them; {_SHARDING}"
+            raise mismatch("memory", "a module whose parameters are whole between calls", got)
+        kinds = (self._forward_hooks, self._backward_pre_hooks, self._backward_hooks)
+        others: list[object] = [hook for hooks in kinds for hook in hooks.values()]
         for hook in self._forward_pre_hooks.values():
             if isinstance(hook, _SETTING_PARAMETERS):
                 hook(self, ())
             else:
                 others.append(hook)
-        if any(kind.__name__ == "FSDPModule" for kind in type(self).__mro__):
-            got = f"one that fully_shard wrapped itself, whose hooks would gather them; {_SHARDING}"
-            raise mismatch("memory", "a module whose parameters are whole between calls", got)
         if others:
             names = ", ".join(getattr(hook, "__qualname__", type(hook).__name__) for hook in others)
             message = (
-                f"attn_ext: memory() runs no hooks of the module, as a call of it would: {names}"
+                f"attn_ext: unlike a call of the module, memory() does not run its hooks: {names}"
             )
             warnings.warn(message, RuntimeWarning, stacklevel=3)
 

@@ -65,27 +65,30 @@ def keeps_scores(
 ) -> bool:
     """Whether a forward whose gradient may be asked for keeps its scores for backward.
 
-    They take at most half of the memory of the inputs; else backward computes them again, a part at
-    a time, as it does on accelerators.
+    Where each sequence has one query it does, a number a key. Else they take at most half of the
+    memory of the inputs; larger ones backward computes again, a part at a time, as it does on
+    accelerators.
     """
-    if backend != "cpu" or torch.jit.is_tracing():  # whose sizes are not numbers
+    if backend != "cpu" or torch.jit.is_tracing():  # a trace's sizes are not numbers
         return False
-    if _has_one_step(query, cu_seqlens_q):
-        return True
+    if cu_seqlens_q is None:
+        if _is_known(query.size(1) == 1):
+            return True
+        if not _is_known(query.size(1) != 1):  # the shape of what is kept would not be either
+            return False
     places, rows, heads, _ = query.shape
     scores = places * rows * heads * max_seqlen_k * compute_dtype(query.dtype).itemsize
     inputs = sum(tensor.numel() * tensor.element_size() for tensor in (query, key, value))
-    fit = 2 * scores <= inputs
-    if isinstance(fit, torch.SymBool):  # torch.compile may not know max_seqlen_k
+    return _is_known(2 * scores <= inputs)
+
+
+def _is_known(fact: bool | torch.SymBool) -> bool:
+    """The fact; under torch.compile False where it depends on data."""
+    if isinstance(fact, torch.SymBool):
         from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-        return guard_or_false(fit)
-    return fit
-
-
-def _has_one_step(query: Tensor, cu_seqlens_q: Tensor | None) -> bool:
-    """Whether each sequence has one query; then what is kept of a score is by key."""
-    return cu_seqlens_q is None and query.size(1) == 1
+        return guard_or_false(fact)
+    return fact
 
 
 @torch.library.register_fake("attn_ext::additive_attention_forward")
@@ -112,13 +115,15 @@ def _forward_fake(
     rows, heads = query.shape[:2], query.size(2)
     batch = query.size(0) if cu_seqlens_q is None else cu_seqlens_q.size(0) - 1
     weights_shape = ((0,), (batch, heads, max_seqlen_q, max_seqlen_k), (key.size(1), heads))
-    by_key = _has_one_step(query, cu_seqlens_q)
-    scores_shape = key.shape[:3] if by_key else (*rows, heads, max_seqlen_k)
+    scores_shape: tuple = (0,)
+    if keep_scores:
+        by_key = cu_seqlens_q is None and query.size(1) == 1
+        scores_shape = key.shape[:3] if by_key else (*rows, heads, max_seqlen_k)
     return (
         value.new_empty((*rows, heads, value.size(-1))),
         value.new_empty(weights_shape[weights_layout]),
         query.new_empty((*rows, heads, 2), dtype=compute_dtype(query.dtype)),
-        query.new_empty(scores_shape if keep_scores else (0,), dtype=compute_dtype(query.dtype)),
+        query.new_empty(scores_shape, dtype=compute_dtype(query.dtype)),
     )
 
 

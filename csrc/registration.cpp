@@ -234,7 +234,7 @@ BackwardCall<T> incoming(const OptionalTensor& dcontext, const OptionalTensor& d
     call.dweights = weight_rows(*dweights, by_key);
   }
   call.stats = rows_of(stats);
-  if (scores.dim() > 1) {
+  if (scores.dim() > 1) {  // else forward kept none
     call.scores = rows_of(scores);
   }
   return call;

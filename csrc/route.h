@@ -1,4 +1,4 @@
-// By which formula a tile of scores or gradients is computed: every threshold, for C++ and CUDA.
+// By which formula a tile of scores or gradients is computed: the thresholds of C++ and CUDA.
 // A tile is factored if nothing below speaks against it, else it takes tanh of each sum q + k.
 #pragma once
 
@@ -10,27 +10,28 @@
 
 namespace attn_ext {
 
-// The factored form is tanh(q + k) = 1 - 2 / x with x = 1 + A B, A = exp(2q), B = exp(2k), and
-// takes one division for two features: w0 / x0 + w1 / x1 = (w0 x1 + w1 x0) / (x0 x1). With each
-// exponent 2 log2(e) |q| up to kExponent, x0 x1 and its reciprocal stay normal.
+// The factored form is tanh(q + k) = (z - 1) / (z + 1) with z = A B, A = exp(2q), B = exp(2k), and
+// takes one reciprocal for two features: with x = z + 1,
+//   w0 tanh0 + w1 tanh1 = (w0 (z0 - 1) x1 + w1 (z1 - 1) x0) / (x0 x1).
+// Numerator and denominator grow as the product of four exponentials: with each exponent 2 log2(e)
+// |q| up to kExponent they stay finite and normal for weights up to 2^17.
 template <class T>
 struct FactoredRange;
 
 template <>
 struct FactoredRange<float> {
-  static constexpr int kExponent = 31;         // 4 * 31 + 2 <= 126
-  static constexpr float kLargest = 10.7437f;  // kExponent ln(2) / 2
+  static constexpr int kExponent = 27;        // 4 * 27 + 17 + 1 < 127
+  static constexpr float kLargest = 9.3574f;  // kExponent ln(2) / 2
 };
 
 template <>
 struct FactoredRange<double> {
-  static constexpr int kExponent = 250;  // 4 * 250 + 2 <= 1022
+  static constexpr int kExponent = 250;  // 4 * 250 + 17 + 1 < 1023
   static constexpr double kLargest = 86.643;
 };
 
 // Whether rows with these largest magnitudes |q| and |k| may meet in the factored form. NaN answers
-// false. Where all inputs are 16-bit floats, the rounding of the results is larger than any error
-// of the form: there is no smallest sum, and nothing that follows is asked.
+// false.
 template <class T>
 ATTN_EXT_HOST_DEVICE bool in_factored_range(T query_bound, T key_bound, double smallest_sum) {
   return query_bound <= FactoredRange<T>::kLargest && key_bound <= FactoredRange<T>::kLargest &&
@@ -41,6 +42,11 @@ ATTN_EXT_HOST_DEVICE bool in_factored_range(T query_bound, T key_bound, double s
 // the plain formula's and other ones for each key, add up to about that times epsilon: beyond, they
 // would be seen in the softmax.
 constexpr double kLargestWeightNorm = 16;
+
+// The largest |sum w|, in roots of sum w^2 (weights of random signs hardly exceed it, those of one
+// sign do), for which CUDA's scores are factored, sum w - 2 sum w / x: the second sum grows to half
+// of the first, and so do its roundings, however small the scores are.
+constexpr double kLargestWeightSum = 3.5;
 
 // Below this sum |q| + |k| of the largest magnitudes of a tile its tanh values are all small, and
 // the factored form, whose error is some units of the type's epsilon however small tanh is, would
@@ -55,7 +61,7 @@ constexpr double kSmallProduct = 1.64872127;
 // Of all |w|, the part that features between the two must have for factored scores: their error is
 // relative to sum |w|, that of the plain formula to sum |w tanh|. Where they are fewer, as where
 // every key is minus every query up to noise, or all are saturated, scores differ and gradients are
-// so little that the error would show.
+// so little that the error would show, if not in results that are all of 16 bits.
 constexpr double kInformativePart = 0.125;
 
 // Whether tanh(q + k) can be neither nearly 0 nor nearly +-1, given the extremes of exp(2(q + k)).

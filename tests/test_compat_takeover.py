@@ -160,6 +160,7 @@ def shared_shape(module: nn.Module, name: str) -> None:
         (lambda m: m.register_forward_pre_hook(lambda *args: None), "", "forward_pre_hooks"),
         (lambda m: m.register_state_dict_post_hook(lambda *args: None), "", "state_dict_hooks"),
         (lambda m: setattr(m, "forward", lambda *args: None), "", "its own forward"),
+        (lambda m: m.compile(), "", r"one that compile\(\) was called on"),
         (lambda m: m.add_module("dropout", nn.Dropout()), "", "dropout beside them"),
         (lambda m: m.register_buffer("bias", torch.ones(2)), r"\.bias", r"shape \(2,\)"),
         (lambda m: setattr(m, "extra", nn.Parameter(torch.ones(2))), r"\.extra", r"shape \(2,\)"),
@@ -185,6 +186,13 @@ def test_a_treated_module_is_refused(change: Callable, path: str, got: str):
     with pytest.raises(ValueError, match=rf"^model\.1{path}: expected .*got .*{got}"):
         compat.replace_attention(model)
     assert untouched(model) == before
+
+
+def test_an_attribute_of_hooks_is_no_hook():
+    model = nn.Sequential(stand_in("gnmt"))
+    model[0].my_hooks = ["fish", "crab"]
+    compat.replace_attention(model)
+    assert type(model[0]) is REPLACEMENTS["gnmt"]
 
 
 def tied() -> nn.Module:

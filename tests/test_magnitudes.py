@@ -35,6 +35,32 @@ def test_magnitudes_in_low_precision(backend: str, layout: str, scale: float, dt
     check(inputs, backend)
 
 
+@pytest.mark.parametrize("scale", [0.1, 1.0], ids=named("scale"))
+@pytest.mark.parametrize("features", [64, 256], ids=named("D"))
+@pytest.mark.parametrize("layout", ["padded", "one_step"])
+def test_score_weights_of_one_sign(backend: str, layout: str, features: int, scale: float):
+    """As Keras's layer has them without `use_scale`: sums of w are large beside the scores."""
+    sizes = {"lengths_q": (8 if layout == "padded" else 1,), "lengths_k": (16,)}
+    inputs = make_inputs(layout, features=features, scale=scale, poison=False, **sizes)
+    check(inputs.with_leaves(score_weight=torch.ones(features)), backend)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "size"),
+    [(torch.float16, 3e-4, 1e3), (torch.bfloat16, 3e-4, 5e3), (torch.bfloat16, 5.0, 1e25)],
+    ids=["float16", "bfloat16", "huge"],
+)
+def test_large_score_weights_in_low_precision(
+    backend: str, dtype: torch.dtype, scale: float, size: float
+):
+    """What float32 keeps of their scores, results of 16 bits show too."""
+    inputs = make_inputs(
+        "padded", lengths_q=(8,), lengths_k=(16,), features=256, scale=scale, dtype=dtype
+    )
+    weight = inputs.leaves["score_weight"]
+    check(inputs.with_leaves(score_weight=(weight.float().abs() * size).to(dtype)), backend)
+
+
 @pytest.mark.parametrize("layout", MAIN_LAYOUTS)
 def test_few_large_features_among_small_ones(backend: str, layout: str):
     """Magnitudes on both sides of the guard within one row, one tile and one batch."""

@@ -371,11 +371,12 @@ def test_memory_of_a_module_whose_score_weight_is_computed(name: str):
             expected = other(query[:, 0], key)
 
 
-def test_memory_tells_of_hooks_that_it_does_not_run():
+@pytest.mark.parametrize("kind", ["forward", "full_backward", "full_backward_pre"])
+def test_memory_tells_of_hooks_that_it_does_not_run(kind: str):
     module = make_module("plain")
-    module.register_forward_hook(print)
+    getattr(module, f"register_{kind}_hook")(print)
     query, key, _ = make_tensors()
-    with pytest.warns(RuntimeWarning, match=r"memory\(\) runs no hooks of the module.*: print"):
+    with pytest.warns(RuntimeWarning, match=r"memory\(\) does not run its hooks: print"):
         module.memory(key)
 
 

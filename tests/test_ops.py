@@ -324,6 +324,24 @@ def test_scores_are_kept_where_they_are_small(sizes: tuple, backend: str, keeps:
     assert ops.keeps_scores(query, key, value, None, rows_k[1], backend) == keeps
 
 
+@pytest.mark.parametrize("queries", [1, 3])
+def test_backward_takes_the_scores_that_forward_kept(queries: int):
+    """Others in their place change what it gives."""
+    inputs = (torch.randn(2, queries, 2, 8), *torch.randn(2, 2, 5, 2, 8), torch.randn(2, 8))
+    layout, tail = (None, None, None, None, queries, 5), (0.0, None, 0)
+    forward = ops.forward(*inputs, None, None, *layout, *tail, True, True, "cpu")
+    context, _, stats, scores = forward
+    assert scores.shape == ((2, 5, 2) if queries == 1 else (2, queries, 2, 5))
+
+    def gradients(scores: Tensor) -> tuple[Tensor, ...]:
+        return ops.backward(context, None, *inputs, stats, scores, *layout, *tail, 15, True, "cpu")
+
+    for kept, again in zip(gradients(scores), gradients(scores.new_empty(0)), strict=True):
+        torch.testing.assert_close(kept, again)
+    for kept, other in zip(gradients(scores), gradients(scores - 1), strict=True):
+        assert not torch.equal(kept, other)
+
+
 @pytest.mark.parametrize("keeps_scores", [True, False], ids=["kept", "computed_again"])
 @pytest.mark.parametrize(
     ("lengths_q", "lengths_k", "features"),

@@ -1,4 +1,4 @@
-"""By which formula a tile is computed: every threshold, as ``csrc/route.h`` has them and explains.
+"""By which formula a tile is computed: the thresholds, most of them those of ``csrc/route.h``.
 
 A tile is factored if nothing speaks against it, else it takes tanh of each sum q + k.
 """
@@ -7,10 +7,14 @@ import triton
 import triton.language as tl
 
 # Exponents 2 log2(e) |q| up to 31 keep x0 x1 < 2^126, so that its reciprocal is a normal number.
+# The CPU's form, which multiplies by score weights before it divides, stays within 27.
 LARGEST_MAGNITUDE = tl.constexpr(31 * 0.6931471805599453 / 2)
 # The largest root of sum w^2 for which scores are factored: errors of tanh, other ones for each
 # key, add up to about that times epsilon, which the softmax would show.
 LARGEST_WEIGHT_NORM = tl.constexpr(16.0)
+# Of |sum w|, in roots of sum w^2 (weights of random signs hardly exceed it, those of one sign do):
+# sums of fractions grow to half of it, and so do their roundings, however small the scores are.
+LARGEST_WEIGHT_SUM = tl.constexpr(3.5)
 # Below these sums of magnitudes tanh is so small that the fractions' absolute error would show: in
 # scores, and in the gradient of score weights, which is a sum of tanh.
 SMALLEST_MAGNITUDE_SUM = tl.constexpr(0.25)

@@ -7,6 +7,7 @@ from .arithmetic import as_float32, exp_twice, tanh_and_derivative, weighted_pai
 from .route import (
     INFORMATIVE_SHARE,
     LARGEST_WEIGHT_NORM,
+    LARGEST_WEIGHT_SUM,
     SATURATED_MAGNITUDE,
     SMALL_MAGNITUDE,
     SMALLEST_MAGNITUDE_SUM,
@@ -132,7 +133,7 @@ def are_informative(
     USE_PTX: tl.constexpr,
 ):
     """Whether enough of the score weights meet a tanh that is neither nearly 0 nor nearly 1, and
-    they are not too large.
+    they are neither too large nor nearly all of one sign.
 
     If few do, as where every key is minus every query up to noise, scores differ so little that the
     error of the factored form, a part of sum |w|, would show. Looked at are BLOCK pairs of a query
@@ -143,19 +144,24 @@ def are_informative(
     STRIDE: tl.constexpr = BLOCK_D * max(1, HALF // (SAMPLED_BLOCKS * BLOCK_D))
     informative = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_D,), tl.float32)
+    signed = tl.zeros((BLOCK_D,), tl.float32)
     squares = tl.zeros((BLOCK_D,), tl.float32)
     for begin in range(0, HALF, STRIDE):
         for half in tl.static_range(2):
             d = begin + half * HALF + tl.arange(0, BLOCK_D)
             q = load_features(query_rows, d, D, PADDED, USE_PTX)
             k = load_features(key_rows, d, D, PADDED, USE_PTX)
-            weight = tl.abs(load_weights(score_weight_ptr, d, D, PADDED))
+            weight = load_weights(score_weight_ptr, d, D, PADDED)
+            signed += weight
+            weight = tl.abs(weight)
             squares += weight * weight
             magnitude = tl.abs(q + k)
             informs = (magnitude > SMALL_MAGNITUDE) & (magnitude < SATURATED_MAGNITUDE)
             informative += tl.where(informs, weight[None, :], 0.0)
             total += weight
-    fit = tl.sum(squares) * (STRIDE // BLOCK_D) <= LARGEST_WEIGHT_NORM * LARGEST_WEIGHT_NORM
+    square = tl.sum(squares)
+    fit = square * (STRIDE // BLOCK_D) <= LARGEST_WEIGHT_NORM * LARGEST_WEIGHT_NORM
+    fit &= tl.abs(tl.sum(signed)) <= LARGEST_WEIGHT_SUM * tl.sqrt(square)
     return fit & (tl.sum(informative) > INFORMATIVE_SHARE * BLOCK * tl.sum(total))
 
 

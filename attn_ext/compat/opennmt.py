@@ -1,5 +1,6 @@
 """OpenNMT-py's "mlp" attention."""
 
+import contextlib
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ class OpenNMTGlobalAttention(Replacement):
         cls, module: Any, *, backend: str | None = None, path: str = "module"
     ) -> "OpenNMTGlobalAttention":
         if not cls.is_additive(module):  # the constructor names the argument that says so
-            cls(**cls._arguments(module))
+            with contextlib.suppress(AttributeError):  # of another version, which is told below
+                cls(**cls._arguments(module))
         return super().from_original(module, backend=backend, path=path)
 
     @classmethod

@@ -77,13 +77,18 @@ def _text_of(tensor: Tensor) -> str:
 
 def _check_untouched(path: str, module: nn.Module) -> None:
     """Without hooks, of state dicts too, and without methods of its own."""
-    hooks = [name.strip("_") for name in vars(module) if name.endswith("_hooks")]
-    hooks = [name for name in hooks if getattr(module, f"_{name}")]
+    hooks = [
+        name.strip("_")
+        for name, value in vars(module).items()
+        if name.startswith("_") and name.endswith("_hooks") and value
+    ]
     if hooks:
         raise _refusal(path, "a module without hooks", ", ".join(hooks))
     patched = [name for name in vars(module) if callable(getattr(type(module), name, None))]
     if patched:
         raise _refusal(path, "the methods of its class", f"its own {', '.join(patched)}")
+    if vars(module).get("_compiled_call_impl") is not None:
+        raise _refusal(path, "a module that was not compiled", "one that compile() was called on")
 
 
 # ---- After the takeover ----

@@ -151,7 +151,7 @@ void compute_scores(const ScoreRows<T>& rows, Scratch& scratch) {
   const ScoreWeights<T>& weights = call.score_weights[unit.head];
   const QueryBlock<T> queries =
       pack_queries<T>(query_rows(problem.query, rows.sequence, unit.head), rows.query(0),
-                      range.query_count, 0, problem.dim, scratch);
+                      range.query_count, 0, problem.dim, weights.data, scratch);
   const ScoreRoom<T> room(problem.dim, scratch);
   Informative<T> informative(queries, steps_of<T>(problem.dim), weights.data,
                              weights.least_informative, scratch);

@@ -13,7 +13,6 @@ constexpr int64_t padded_columns(int64_t columns) { return (columns + 63) / 64 *
 template <class T>
 struct ScoreWeights {
   const T* data = nullptr;  // [padded_columns(dim)], padded by 0
-  T sum = 0;
   T least_informative = 0;  // of sum |w|
   bool fit = false;
 };

@@ -191,7 +191,7 @@ void forward_item(const ForwardCall<T>& call, const ForwardItem& item) {
   const ScoreWeights<T>& weights = call.score_weights[item.head];
   const QueryBlock<T> queries =
       pack_queries<T>(query_rows(problem.query, sequence, item.head), item.query, item.query_count,
-                      0, problem.dim, scratch);
+                      0, problem.dim, weights.data, scratch);
   const KeySide keys = key_side(problem, sequence, item.head);
   const RowSource value = key_rows(problem.value, sequence, item.head);
   ForwardBlock<T> block(call, item, scratch);

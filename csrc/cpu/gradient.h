@@ -34,7 +34,7 @@ class GradientBlock {
         steps_(steps_of<T>(item.cols)),
         tile_keys_(unit.query_count < 4 ? kGradientKeys : kGradientTile),
         queries_(pack_queries<T>(query_rows(call.problem->query, sequence_, unit.head), unit.query,
-                                 unit.query_count, item.col, item.cols, scratch)),
+                                 unit.query_count, item.col, item.cols, nullptr, scratch)),
         side_(key_side(*call.problem, sequence_, unit.head)),
         room_(tile_keys_, item.cols, scratch),
         exact_key_(tile_keys_, item.cols, scratch),

@@ -13,16 +13,14 @@ ScoreWeights<T> read_weights(const Rows& score_weight, int64_t head, int64_t dim
   pad_row<T>(row, 0, padded_columns(dim), 0);
   read_row<T>(score_weight.data, score_weight.dtype, head * score_weight.head, score_weight.col,
               dim, row);
-  double sum = 0;
   double magnitudes = 0;
   double squares = 0;
   for (int64_t c = 0; c < dim; ++c) {
     const double weight = static_cast<double>(row[c]);
-    sum += weight;
     magnitudes += weight < 0 ? -weight : weight;
     squares += weight * weight;
   }
-  return {row, static_cast<T>(sum), static_cast<T>(magnitudes * kInformativePart),
+  return {row, static_cast<T>(magnitudes * kInformativePart),
           squares <= kLargestWeightNorm * kLargestWeightNorm};
 }
 

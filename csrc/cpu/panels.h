@@ -41,12 +41,12 @@ ATTN_EXT_INLINE int64_t steps_of(int64_t columns) {
   return (columns + kStep<T> - 1) / kStep<T>;
 }
 
-// From one step to the next of `rows` packed rows: an odd number of cache lines, as the steps of a
-// row, written one after the other, would else compete for few cache sets.
+// From one step to the next of `rows` packed rows of `width` numbers a step: an odd number of cache
+// lines, as the steps of a row, written one after the other, would else compete for few cache sets.
 template <class T>
-ATTN_EXT_INLINE int64_t step_stride(int64_t rows) {
+ATTN_EXT_INLINE int64_t step_stride(int64_t rows, int64_t width = kStep<T>) {
   constexpr int64_t line = 64 / sizeof(T);
-  return ((rows * kStep<T> + line - 1) / line | 1) * line;
+  return ((rows * width + line - 1) / line | 1) * line;
 }
 
 // Rows j = 0, 1, ... of one head of one sequence, in a tensor.
@@ -186,16 +186,29 @@ struct QueryBlock {
   int64_t count;
 };
 
+// With `weights`, each step holds the exponentials' two vectors and then their products with the
+// weights.
 template <class T>
 QueryBlock<T> pack_queries(const RowSource& source, int64_t first, int64_t rows, int64_t begin,
-                           int64_t count, Scratch& scratch) {
-  const int64_t stride = step_stride<T>(rows);
-  T* data = scratch.take<T>(steps_of<T>(count) * stride);
+                           int64_t count, const T* weights, Scratch& scratch) {
+  const int64_t steps = steps_of<T>(count);
+  const int64_t width = (weights == nullptr ? 1 : 2) * kStep<T>;
+  const int64_t stride = step_stride<T>(rows, width);
+  T* data = scratch.take<T>(steps * stride);
   T* bounds = scratch.take<T>(rows);
   T* copy = scratch.take<T>(count);
-  pack<T, PackExponentials<T>>(source, first, rows, begin, count, data, kStep<T>, stride, bounds,
+  pack<T, PackExponentials<T>>(source, first, rows, begin, count, data, width, stride, bounds,
                                copy);
-  return {{data, kStep<T>, stride}, bounds, source, first, rows};
+  for (int64_t p = 0; weights != nullptr && p < steps; ++p) {
+    for (int64_t half = 0; half < kStep<T>; half += kLanes<T>) {
+      const Vec<T> weight = load<T>(weights + p * kStep<T> + half);
+      for (int64_t i = 0; i < rows; ++i) {
+        T* step = data + p * stride + i * width + half;
+        store<T>(step + kStep<T>, load<T>(step) * weight);
+      }
+    }
+  }
+  return {{data, width, stride}, bounds, source, first, rows};
 }
 
 // The largest of `count` magnitudes, NaN if one is NaN.

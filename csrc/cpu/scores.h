@@ -163,25 +163,18 @@ void score_block(const QueryBlock<T>& queries, const KeySide& side, int64_t firs
                  Informative<T>& informative, T* scores, int64_t ld, const ScoreRoom<T>& room) {
   const int64_t dim = problem.dim;
   const int64_t steps = steps_of<T>(dim);
-  const bool guarded = !problem.is_short;
-  const double smallest_sum = guarded ? kSmallestMagnitudeSum : 0;
   for (int64_t j = 0; j < keys; j += kTileCols) {
     const int64_t cols = smaller(kTileCols, keys - j);
     const KeyBlock<T> block = key_block<T>(side, first + j, cols, 0, dim, room.key);
     const T key_bound = largest_bound(block.bounds, cols);
-    const bool informs = !guarded || (weights.fit && informative(block.exponentials, cols));
+    const bool informs = weights.fit && (problem.is_short || informative(block.exponentials, cols));
     for (int64_t i = 0; i < queries.count; i += kTileRows) {
       const int64_t rows = smaller(kTileRows, queries.count - i);
       T* out = scores + i * ld + j;
       const T query_bound = largest_bound(queries.bounds + i, rows);
-      if (informs && in_factored_range(query_bound, key_bound, smallest_sum)) {
+      if (informs && in_factored_range(query_bound, key_bound, kSmallestMagnitudeSum)) {
         inner_products<T, FactoredScore>(queries.exponentials.from_row(i), rows, block.exponentials,
                                          cols, steps, weights.data, out, ld);
-        for (int64_t r = 0; r < rows; ++r) {
-          for (int64_t c = 0; c < cols; ++c) {
-            out[r * ld + c] = weights.sum - 2 * out[r * ld + c];
-          }
-        }
       } else {
         unfactored_scores<T>(queries, i, rows, side.key, first + j, cols, dim, weights.data,
                              query_bound + key_bound <= T(kSmallTanhLimit), out, ld, room);

@@ -17,19 +17,26 @@ static_assert((kOuterRows & (kOuterRows - 1)) == 0, "outer_products halves it");
 // Rules of inner_tile. add() adds one step of features of a row of each panel to a sum: `a` and `b`
 // point to the step's two vectors, `w` to its score weights.
 
-// Sum of w / (1 + exp(2(q + k))), of which sum w tanh(q + k) = sum w - 2 times it, from a = exp(2q)
-// and b = exp(2k).
+// Sum of w tanh(q + k) from a = exp(2q), b = exp(2k) and a third and fourth vector of `a`, w
+// exp(2q). With z = ab, x = z + 1 and y = w (z - 1), tanh = y / (w x), and w0 tanh0 + w1 tanh1 =
+// (y0 x1 + y1 x0) / (x0 x1). Rounding errors are relative to y, hence small where tanh is, and so
+// are partial sums: those of w / x, of which sum w - 2 times their sum is the score too, are as
+// large as sum w where all w have one sign.
 template <class T>
 struct FactoredScore {
   static ATTN_EXT_INLINE Vec<T> add(Vec<T> sum, const T* a, const T* b, const T* w) {
     constexpr int lanes = kLanes<T>;
-    const Vec<T> x0 = load<T>(a) * load<T>(b) + 1;
-    const Vec<T> x1 = load<T>(a + lanes) * load<T>(b + lanes) + 1;
-    return sum + quotient<T>(load<T>(w) * x1 + load<T>(w + lanes) * x0, x0 * x1);
+    const Vec<T> b0 = load<T>(b);
+    const Vec<T> b1 = load<T>(b + lanes);
+    const Vec<T> x0 = load<T>(a) * b0 + 1;
+    const Vec<T> x1 = load<T>(a + lanes) * b1 + 1;
+    const Vec<T> y0 = load<T>(a + 2 * lanes) * b0 - load<T>(w);
+    const Vec<T> y1 = load<T>(a + 3 * lanes) * b1 - load<T>(w + lanes);
+    return sum + quotient<T>(y0 * x1 + y1 * x0, x0 * x1);
   }
 };
 
-// Sum of w tanh(q + k) from a = q, b = k, for any magnitudes, or with kSmall for small_tanh_parts.
+// The same sum from a = q, b = k, for any magnitudes, or with kSmall for small_tanh_parts.
 template <class T, bool kSmall>
 struct UnfactoredScore {
   static ATTN_EXT_INLINE Vec<T> add(Vec<T> sum, const T* a, const T* b, const T* w) {

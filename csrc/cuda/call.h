@@ -32,9 +32,10 @@ class Call {
   Call(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& score_weight,
        const SequenceArguments& sequences, const Dropout& dropout, bool step_major = false)
       : device_(query), query_(query) {
-    for (const Tensor& tensor : {query, key, value, score_weight}) {
-      check_dtype(tensor);
-    }
+    check_dtype("query", query);
+    check_dtype("key", key);
+    check_dtype("value", value);
+    check_dtype("score_weight", score_weight);
     problem.heads = key.size(2);
     problem.dim = key.size(3);
     problem.value_dim = value.size(3);

@@ -188,23 +188,28 @@ __device__ inline void add_informative(const TileRows& tile, Shared& shared) {
 
 // What the score weights of a head say about its tiles.
 struct WeightFacts {
-  bool fit;     // small enough for factored scores
+  bool fit;     // small enough, and not nearly all of one sign
   float least;  // |w| of informative features that factored scores need
 };
 
 __device__ inline WeightFacts weight_facts(const InnerCall& call, int64_t head, Shared& shared) {
+  float magnitudes = 0;
   float sum = 0;
   float squares = 0;
   const Rows& rows = call.problem.score_weight;
   for (int64_t col = threadIdx.x; col < call.dim; col += kThreads) {
-    const float weight = fabsf(load(rows, head * rows.head + col * rows.col));
+    const float weight = load(rows, head * rows.head + col * rows.col);
+    magnitudes += fabsf(weight);
     sum += weight;
     squares = fmaf(weight, weight, squares);
   }
+  magnitudes = reduce<Sum, kThreads>(magnitudes, shared.room);
   sum = reduce<Sum, kThreads>(sum, shared.room);
   squares = reduce<Sum, kThreads>(squares, shared.room);
-  return {squares <= static_cast<float>(kLargestWeightNorm * kLargestWeightNorm),
-          sum * static_cast<float>(kInformativePart)};
+  constexpr float largest_square = kLargestWeightNorm * kLargestWeightNorm;
+  constexpr float largest_sum = kLargestWeightSum;
+  return {squares <= largest_square && sum * sum <= largest_sum * largest_sum * squares,
+          magnitudes * static_cast<float>(kInformativePart)};
 }
 
 // This thread's sums over its half of the features. Whether the rule may be trusted here is left

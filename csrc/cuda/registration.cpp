@@ -183,6 +183,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
   Call call(query, key, value, score_weight,
             {cu_seqlens_q, cu_seqlens_k, key_lengths, key_padding_mask, max_seqlen_q, max_seqlen_k},
             dropout_of(dropout_p, dropout_seed));
+  check_dtype("dcontext", dcontext);
+  check_dtype("dweights", dweights);
   const Incoming incoming{dcontext, dweights, stats, weights_layout == 2};
   const int64_t rows =
       call.one_step() ? std::max<int64_t>(call.query_rows(), 1) : call.wave_rows(2);
@@ -223,6 +225,8 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_step_backward(
   Call call(query, key, value, score_weight,
             {{}, cu_seqlens_k, key_lengths, key_padding_mask, 1, max_seqlen_k},
             dropout_of(dropout_p, dropout_seed));
+  check_dtype("dcontext", dcontext);
+  check_dtype("dweights", dweights);
   const Incoming incoming{dcontext, dweights, stats, weights_layout == 2};
   const Gradients gradients(call, query, key, value, score_weight, grad_mask & kGradQuery, true,
                             false);

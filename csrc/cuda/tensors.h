@@ -34,10 +34,11 @@ class Device {
   cudaStream_t stream_ = nullptr;
 };
 
-inline void check_dtype(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.scalar_type() != ScalarType::Double,
-                  "attn_ext: backend 'cuda' expects float32, float16 or bfloat16 tensors; use "
-                  "backend='reference' for float64");
+inline void check_dtype(const char* name, const OptionalTensor& tensor) {
+  STD_TORCH_CHECK(!tensor.has_value() || tensor->scalar_type() != ScalarType::Double,
+                  "attn_ext: ", name,
+                  ": backend 'cuda' expects float32, float16 or bfloat16, got float64; use "
+                  "backend='reference'");
 }
 
 inline Weights weights_of(const Tensor& tensor, bool by_key) {
