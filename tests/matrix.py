@@ -42,8 +42,8 @@ PAIRS = (
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 ISAS = ("avx512", "avx2", "portable")
 
-# The interpreter of Triton 3.6 converts arrays of one element to scalars, which NumPy 2.5 refuses.
-TOOLS = ("numpy<2.5", "hypothesis", "pytest>=8", "pytest-xdist")
+# The interpreter of Triton 3.6 converts arrays of one element to scalars, which NumPy 2.4 refuses.
+TOOLS = ("numpy<2.4", "hypothesis", "pytest>=8", "pytest-xdist")
 WORKERS = str(min(os.cpu_count() or 1, 8))
 
 
