@@ -13,9 +13,8 @@ INTERPRETED := $(patsubst %,tests/test_%.py,additive_attention attention_memory 
 # `make gpu` works beside the checkout's own build, whose libraries may be for another torch.
 GPU_ENV := PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR) PYTHONSAFEPATH=1
 GPU := $(GPU_ENV) $(PYTHON)
-# Two threads a worker would only contend: the tests that are about threads set their number. One
-# worker more than there are processors, as some tests wait for processes of theirs.
-WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); [ $$n -lt 8 ] && echo $$((n + 1)) || echo 8)
+# Two threads a worker would only contend: the tests that are about threads set their number.
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); [ $$n -lt 8 ] && echo $$n || echo 8)
 
 # TORCH=cuda installs the locked torch for CUDA, TORCH=2.12.0 or TORCH=anything pip takes another;
 # the venv remembers it.

@@ -116,9 +116,8 @@ if BACKEND_DEVICES.get("triton") == "cpu":
     interpreter._patch_lang = _patch_once
     interpreter.GridExecutor.__call__ = _launch
 
-# Cases of a test where all of them would take too long or say too little: on the reference and
-# other instruction sets, in the emulation of CUDA, and in the interpreter.
-FEW, FEW_EMULATED, FEW_INTERPRETED = 6, 4, 2
+# Cases of a test where all of them would take too long or say too little, and in the interpreter.
+FEW, FEW_INTERPRETED = 6, 2
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -151,11 +150,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             kept.add(item)
     for (name, _), cases in few.items():
         own = cases[0].get_closest_marker("few")
-        counts = {
-            "interpreted": FEW_INTERPRETED,
-            "others": FEW_EMULATED if emulated else FEW,
-            **(own.kwargs if own else {}),
-        }
+        counts = {"interpreted": FEW_INTERPRETED, "others": FEW, **(own.kwargs if own else {})}
         most = len(cases) if everything else counts["interpreted" if interpreted else "others"]
         kept.update(spread(cases, most, seed=zlib.crc32(name.encode())))
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
