@@ -133,7 +133,7 @@ def are_informative(
     USE_PTX: tl.constexpr,
 ):
     """Whether enough of the score weights meet a tanh that is neither nearly 0 nor nearly 1, and
-    they are neither too large nor nearly all of one sign.
+    they are neither too large nor, in a sample of the features, about equal.
 
     If few do, as where every key is minus every query up to noise, scores differ so little that the
     error of the factored form, a part of sum |w|, would show. Looked at are BLOCK pairs of a query

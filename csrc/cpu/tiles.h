@@ -19,9 +19,9 @@ static_assert((kOuterRows & (kOuterRows - 1)) == 0, "outer_products halves it");
 
 // Sum of w tanh(q + k) from a = exp(2q), b = exp(2k) and a third and fourth vector of `a`, w
 // exp(2q). With z = ab, x = z + 1 and y = w (z - 1), tanh = y / (w x), and w0 tanh0 + w1 tanh1 =
-// (y0 x1 + y1 x0) / (x0 x1). Rounding errors are relative to y, hence small where tanh is, and so
-// are partial sums: those of w / x, of which sum w - 2 times their sum is the score too, are as
-// large as sum w where all w have one sign.
+// (y0 x1 + y1 x0) / (x0 x1). Terms and partial sums are as small as those of the score: sums of
+// w / x, of which sum w - 2 times their sum is the score too, grow with sum w, and so would
+// roundings.
 template <class T>
 struct FactoredScore {
   static ATTN_EXT_INLINE Vec<T> add(Vec<T> sum, const T* a, const T* b, const T* w) {

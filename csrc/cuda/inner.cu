@@ -188,7 +188,7 @@ __device__ inline void add_informative(const TileRows& tile, Shared& shared) {
 
 // What the score weights of a head say about its tiles.
 struct WeightFacts {
-  bool fit;     // small enough, and not nearly all of one sign
+  bool fit;     // small enough, and so is their sum beside their norm
   float least;  // |w| of informative features that factored scores need
 };
 

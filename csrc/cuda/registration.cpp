@@ -251,6 +251,7 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_memory_backward(
     const OptionalTensor& cu_seqlens_k, const OptionalTensor& key_lengths,
     const OptionalTensor& key_padding_mask, int64_t max_seqlen_k, int64_t grad_mask,
     bool /*deterministic*/) {
+  check_dtype("dcontext", dcontext);
   const Call call(query, key, value, score_weight,
                   {{}, cu_seqlens_k, key_lengths, key_padding_mask, query.size(0), max_seqlen_k},
                   {}, true);
