@@ -72,18 +72,18 @@ def keeps_scores(
     if backend != "cpu" or torch.jit.is_tracing():  # a trace's sizes are not numbers
         return False
     if cu_seqlens_q is None:
-        if _is_known(query.size(1) == 1):
+        if _is_known_true(query.size(1) == 1):
             return True
-        if not _is_known(query.size(1) != 1):  # the shape of what is kept would not be either
+        if not _is_known_true(query.size(1) != 1):  # the shape of what is kept would not be either
             return False
     places, rows, heads, _ = query.shape
     scores = places * rows * heads * max_seqlen_k * compute_dtype(query.dtype).itemsize
     inputs = sum(tensor.numel() * tensor.element_size() for tensor in (query, key, value))
-    return _is_known(2 * scores <= inputs)
+    return _is_known_true(2 * scores <= inputs)
 
 
-def _is_known(fact: bool | torch.SymBool) -> bool:
-    """The fact; under torch.compile False where it depends on data."""
+def _is_known_true(fact: bool | torch.SymBool) -> bool:
+    """The fact; under torch.compile False too where it depends on data."""
     if isinstance(fact, torch.SymBool):
         from torch.fx.experimental.symbolic_shapes import guard_or_false
 

@@ -45,7 +45,8 @@ inline ScalarType compute_type(const Tensor& query) {
 
 inline Rows view(const Tensor& tensor, int64_t batch, int64_t row, int64_t head, int64_t col) {
   Rows rows{tensor.data_ptr(), dtype_of(tensor), batch, row, head, col};
-  const int64_t granule = rows.dtype == DType::kFloat32 ? 4 : 8;  // numbers in 16 bytes
+  const int64_t granule =
+      rows.dtype == DType::kFloat32 ? 4 : 8;  // numbers in 16 bytes; of float64 nobody asks
   rows.vectors = reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && col == 1 &&
                  batch % granule == 0 && row % granule == 0 && head % granule == 0;
   return rows;

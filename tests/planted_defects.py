@@ -133,7 +133,7 @@ PYTHON = [
     Defect(
         "ops-kept-scores",
         "attn_ext/ops.py",
-        "return _is_known(2 * scores <= inputs)",
+        "return _is_known_true(2 * scores <= inputs)",
         "return True",
         "tests/test_ops.py::test_scores_are_kept_where_they_are_small",
         "Scores of many queries over many keys fill the memory between forward and backward.",

@@ -1,5 +1,5 @@
-// Register-tiled kernels of the gradient phase: one step of features of many queries against a few
-// keys.
+// Register-tiled kernels of the gradient phase: many queries against a tile of keys, a few keys and
+// one step of features at a time.
 #pragma once
 
 #include "panels.h"
@@ -19,8 +19,10 @@ struct GradientTerms {
   Vec<T> key;
   Vec<T> query;
 
-  ATTN_EXT_INLINE GradientTerms operator+(const GradientTerms& other) const {
-    return {weight + other.weight, key, query + other.query};
+  // Of another key: what each adds to its own dkey is not summed.
+  ATTN_EXT_INLINE void add_other_key(const GradientTerms& other) {
+    weight += other.weight;
+    query += other.query;
   }
 };
 
@@ -33,8 +35,8 @@ template <class T>
 struct FactoredSlope {
   static ATTN_EXT_INLINE void eval(Vec<T> a0, Vec<T> a1, Vec<T> b0, Vec<T> b1, Vec<T> s,
                                    GradientTerms<T>& t0, GradientTerms<T>& t1) {
-    const Vec<T> z0 = (a0 * b0);
-    const Vec<T> z1 = (a1 * b1);
+    const Vec<T> z0 = a0 * b0;
+    const Vec<T> z1 = a1 * b1;
     const Vec<T> x0 = z0 + 1;
     const Vec<T> x1 = z1 + 1;
     const Vec<T> inverse = quotient<T>(splat<T>(1), x0 * x1);
@@ -43,7 +45,7 @@ struct FactoredSlope {
   }
 
   static ATTN_EXT_INLINE GradientTerms<T> terms(Vec<T> z, Vec<T> u, Vec<T> s) {
-    const Vec<T> v = (z * u);
+    const Vec<T> v = z * u;
     const Vec<T> key = rounded<T>(s * quarter_slope<T>(u < v ? u : v));
     return {rounded<T>(s * (v - u)), key, key};
   }
@@ -124,9 +126,13 @@ ATTN_EXT_INLINE void gradient_tile(const GradientOperands<T>& o, int64_t p, int6
         dk0[n] += t0.key;
         dk1[n] += t1.key;
       }
-      // Not from 0 on: adding to 0 is an operation too.
-      sum0 = n == 0 ? t0 : sum0 + t0;
-      sum1 = n == 0 ? t1 : sum1 + t1;
+      if (n == 0) {  // not added to 0, which is an operation too
+        sum0 = t0;
+        sum1 = t1;
+      } else {
+        sum0.add_other_key(t0);
+        sum1.add_other_key(t1);
+      }
     }
     if constexpr (kKey) {
       dw0 += sum0.weight;

@@ -58,7 +58,7 @@ inline RowSource weight_row(const Rows& view, const Problem& problem, const Sequ
   return {view.data, view.dtype, base, view.col, 1, sequence.first_key, sequence.key_index};
 }
 
-// The same of the scores that forward keeps.
+// The same of scores, which forward keeps for backward or until it knows their softmax.
 inline RowSource score_row(const Rows& view, const Problem& problem, const Sequence& sequence,
                            int64_t head, int64_t query) {
   if (problem.scores_by_key) {
