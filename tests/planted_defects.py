@@ -494,6 +494,14 @@ TRITON = [
         "Large numbers in the second half of the features overflow: NaN.",
     ),
     Defect(
+        "triton-one-sign",
+        "triton_kernels/scores.py",
+        "    if not (weights_fit & in_range):\n",
+        "    if not in_range:\n",
+        "tests/test_magnitudes.py",
+        "Scores with weights of one sign have tens of times eager's error.",
+    ),
+    Defect(
         "triton-alignment",
         "triton_kernels/launch_forward.py",
         "ALIGNMENT=alignment(query, key, value, score_weight)",
@@ -528,6 +536,14 @@ TRITON = [
 ]
 
 CUDA = [
+    Defect(
+        "cuda-one-sign",
+        "csrc/cuda/inner.cu",
+        "facts.fit",
+        "true",
+        "tests/test_magnitudes.py tests/test_cuda_emulation.py",
+        "Scores with weights of one sign have tens of times eager's error.",
+    ),
     Defect(
         "cuda-dropout-wave",
         "csrc/cuda/geometry.cuh",

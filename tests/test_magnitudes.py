@@ -45,6 +45,15 @@ def test_score_weights_of_one_sign(backend: str, layout: str, features: int, sca
     check(inputs.with_leaves(score_weight=torch.ones(features)), backend)
 
 
+def test_score_weights_of_one_sign_and_uneven_size(backend: str):
+    """Few are large, and a sample of the features may miss them; the others still add up."""
+    sizes = {"lengths_q": (2,), "lengths_k": (16,)}
+    inputs = make_inputs("padded", features=1024, scale=1.0, poison=False, **sizes)
+    weight = inputs.leaves["score_weight"]
+    uneven = weight.abs() ** 3
+    check(inputs.with_leaves(score_weight=8 * uneven / uneven.norm()), backend)
+
+
 @pytest.mark.parametrize(
     ("dtype", "scale", "size"),
     [(torch.float16, 3e-4, 1e3), (torch.bfloat16, 3e-4, 5e3), (torch.bfloat16, 2.4, 1e25)],

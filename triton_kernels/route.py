@@ -13,8 +13,7 @@ LARGEST_MAGNITUDE = tl.constexpr(31 * 0.6931471805599453 / 2)
 # key, add up to about that times epsilon, which the softmax would show.
 LARGEST_WEIGHT_NORM = tl.constexpr(16.0)
 # Of |sum w|, in roots of sum w^2 (weights of random signs hardly exceed it, equal ones do): sums of
-# fractions grow to half of it, and so do their roundings, however small the scores are. It is asked
-# of a sample of the features, in which uneven weights of one sign may stay below.
+# fractions grow to half of it, and so do their roundings, however small the scores are.
 LARGEST_WEIGHT_SUM = tl.constexpr(3.5)
 # Below these sums of magnitudes tanh is so small that the fractions' absolute error would show: in
 # scores, and in the gradient of score weights, which is a sum of tanh.

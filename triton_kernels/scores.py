@@ -23,6 +23,12 @@ def half_in_blocks(dim, block):
     return (dim + 2 * block - 1) // (2 * block) * block
 
 
+@triton.constexpr_function
+def weight_block(dim):
+    """How many score weights are looked at together: a few a thread."""
+    return min(triton.next_power_of_2(dim), 1024)
+
+
 @triton.jit
 def load_features(rows_ptr, feature, D: tl.constexpr, PADDED: tl.constexpr, USE_PTX: tl.constexpr):
     """``[rows, features]`` as float32; 0 beyond feature D."""
@@ -123,6 +129,21 @@ def direct_scores(
 
 
 @triton.jit
+def weights_are_fit(score_weight_ptr, D: tl.constexpr):
+    """Whether scores may be factored for all that the head's score weights say: they are neither
+    too large nor so much of one sign that sums of fractions exceed the scores by far."""
+    BLOCK: tl.constexpr = weight_block(D)
+    total = tl.zeros((BLOCK,), tl.float32)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, D, BLOCK):
+        weight = load_weights(score_weight_ptr, begin + tl.arange(0, BLOCK), D, D % BLOCK != 0)
+        total += weight
+        squares += weight * weight
+    norm = tl.sqrt(tl.sum(squares))
+    return (norm <= LARGEST_WEIGHT_NORM) & (tl.abs(tl.sum(total)) <= LARGEST_WEIGHT_SUM * norm)
+
+
+@triton.jit
 def are_informative(
     query_rows,
     key_rows,
@@ -132,8 +153,7 @@ def are_informative(
     BLOCK_D: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
-    """Whether enough of the score weights meet a tanh that is neither nearly 0 nor nearly 1, and
-    they are neither too large nor, in a sample of the features, about equal.
+    """Whether enough of the score weights meet a tanh that is neither nearly 0 nor nearly 1.
 
     If few do, as where every key is minus every query up to noise, scores differ so little that the
     error of the factored form, a part of sum |w|, would show. Looked at are BLOCK pairs of a query
@@ -144,25 +164,17 @@ def are_informative(
     STRIDE: tl.constexpr = BLOCK_D * max(1, HALF // (SAMPLED_BLOCKS * BLOCK_D))
     informative = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_D,), tl.float32)
-    signed = tl.zeros((BLOCK_D,), tl.float32)
-    squares = tl.zeros((BLOCK_D,), tl.float32)
     for begin in range(0, HALF, STRIDE):
         for half in tl.static_range(2):
             d = begin + half * HALF + tl.arange(0, BLOCK_D)
             q = load_features(query_rows, d, D, PADDED, USE_PTX)
             k = load_features(key_rows, d, D, PADDED, USE_PTX)
-            weight = load_weights(score_weight_ptr, d, D, PADDED)
-            signed += weight
-            weight = tl.abs(weight)
-            squares += weight * weight
+            weight = tl.abs(load_weights(score_weight_ptr, d, D, PADDED))
             magnitude = tl.abs(q + k)
             informs = (magnitude > SMALL_MAGNITUDE) & (magnitude < SATURATED_MAGNITUDE)
             informative += tl.where(informs, weight[None, :], 0.0)
             total += weight
-    square = tl.sum(squares)
-    fit = square * (STRIDE // BLOCK_D) <= LARGEST_WEIGHT_NORM * LARGEST_WEIGHT_NORM
-    fit &= tl.abs(tl.sum(signed)) <= LARGEST_WEIGHT_SUM * tl.sqrt(square)
-    return fit & (tl.sum(informative) > INFORMATIVE_SHARE * BLOCK * tl.sum(total))
+    return tl.sum(informative) > INFORMATIVE_SHARE * BLOCK * tl.sum(total)
 
 
 @triton.jit
@@ -173,6 +185,7 @@ def score_tile(
     first_key,
     length,
     score_weight_ptr,
+    weights_fit,
     scores_rows,
     query_valid,
     key_bound_ptr,
@@ -186,8 +199,8 @@ def score_tile(
 ):
     """Write the scores of keys [first_key, first_key + BLOCK_K) by the route that they allow.
 
-    Arguments are those of :func:`write_scores`; ``scores_rows`` is where each query's score of
-    ``first_key`` goes.
+    Arguments are those of :func:`write_scores`; ``weights_fit`` is of :func:`weights_are_fit`, and
+    ``scores_rows`` where each query's score of ``first_key`` goes.
 
     Returns:
         bounds of the queries' magnitudes [BLOCK_Q], infinite where magnitudes do not tell that the
@@ -206,7 +219,10 @@ def score_tile(
         query_rows, key_rows, score_weight_ptr, D, BLOCK_Q, BLOCK_K, BLOCK_D, REFINE, USE_PTX
     )
     query_bound = tl.where(informative, query_bound, float("inf"))
-    if not in_factored_range(tl.max(query_bound, 0), tl.max(key_bound, 0), SMALLEST_MAGNITUDE_SUM):
+    in_range = in_factored_range(
+        tl.max(query_bound, 0), tl.max(key_bound, 0), SMALLEST_MAGNITUDE_SUM
+    )
+    if not (weights_fit & in_range):
         scores = direct_scores(
             query_rows, key_rows, score_weight_ptr, D, BLOCK_Q, BLOCK_K, BLOCK_D, USE_PTX
         )
@@ -261,6 +277,7 @@ def write_scores(
     query_rows = query_ptr + tl.minimum(query, length_q - 1) * stride_qt
     scores_rows = scores_ptr + query * stride_scores
     query_bound = tl.zeros((BLOCK_Q,), tl.float32)
+    weights_fit = weights_are_fit(score_weight_ptr, D)
     for begin in range(first_key, end_key, BLOCK_K):
         for half in tl.static_range(2):
             if (end_key - begin <= BLOCK_K // 2) == half:
@@ -271,6 +288,7 @@ def write_scores(
                     begin,
                     length,
                     score_weight_ptr,
+                    weights_fit,
                     scores_rows + (begin - first_key),
                     query_valid,
                     key_bound_ptr,

@@ -276,7 +276,7 @@ __device__ __forceinline__ void inner_products(const TileRows& tile, const Weigh
   if constexpr (Rule::kExponential) {
     const float query_bound = reduce<Maximum, kThreads>(bounds[0], shared.room);
     const float key_bound = reduce<Maximum, kThreads>(bounds[1], shared.room);
-    trusted = facts.fit && shared.informative > facts.least &&
+    trusted = shared.informative > facts.least &&
               in_factored_range(query_bound, key_bound, kSmallestMagnitudeSum);
   }
 }
@@ -332,7 +332,9 @@ __global__ void __launch_bounds__(kThreads, kScores ? 4 : 3) inner_kernel(const 
       float sums[kSide][kSide];
       bool trusted = false;
       if constexpr (kScores) {
-        inner_products<FactoredScore>(tile, facts, shared, sums, trusted);
+        if (facts.fit) {
+          inner_products<FactoredScore>(tile, facts, shared, sums, trusted);
+        }
         if (!trusted) {
           inner_products<ExactScore>(tile, facts, shared, sums, trusted);
         }
