@@ -3,9 +3,15 @@
 from importlib.metadata import version
 
 from . import reference
-from .functional import additive_attention
+from .functional import additive_attention, additive_scores
 from .memory import AttentionMemory
 from .module import AdditiveAttention
 
-__all__ = ["AdditiveAttention", "AttentionMemory", "additive_attention", "reference"]
+__all__ = [
+    "AdditiveAttention",
+    "AttentionMemory",
+    "additive_attention",
+    "additive_scores",
+    "reference",
+]
 __version__ = version("attn_ext")

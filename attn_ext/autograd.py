@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 
 from . import batching, ops
+from .layout import RAW
 
 _TENSORS = 10  # tensors that lead the forward op's arguments, the first four differentiable
 
@@ -24,7 +25,9 @@ class _Forward(torch.autograd.Function):
         query, key, value, score_weight, _, _, *offsets = arguments[:_TENSORS]
         *ctx.bounds, ctx.dropout_p, dropout_seed, ctx.weights_layout, _ = arguments[_TENSORS:-2]
         ctx.choice = arguments[-2:]
-        keeps = ops.keeps_scores(query, key, value, offsets[0], ctx.bounds[1], ctx.choice[1])
+        keeps = not ctx.weights_layout & RAW and ops.keeps_scores(
+            query, key, value, offsets[0], ctx.bounds[1], ctx.choice[1]
+        )
         output = _recorded_further_out(ops.forward, (*arguments[:-3], keeps, *ctx.choice))
         ctx.save_for_backward(query, key, value, score_weight, *output[2:], dropout_seed, *offsets)
         ctx.mark_non_differentiable(*output[2:])

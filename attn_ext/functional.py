@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, backends, layout, ops, reference
-from .checks import check_flag, check_probability, exports_to_onnx
+from .checks import check_flag, check_probability, exports_to_onnx, mismatch
 from .layout import KeySide, QuerySide
 
 if TYPE_CHECKING:
@@ -165,6 +165,83 @@ def additive_attention(
     return attend(queries, keys, dropout_p, need_weights, deterministic, backend)
 
 
+def additive_scores(
+    query: Tensor | None,
+    key: Tensor,
+    score_weight: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    key_padding_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Score without attending: ``e_ij = w . tanh(q_i + k_j)``, for one's own normaliser.
+
+    The scores of :func:`additive_attention`, before its softmax: for pointer networks, whose
+    log-probabilities are ``scores.log_softmax(-1)`` (Vinyals, Fortunato and Jaitly, "Pointer
+    Networks", NeurIPS 2015), sigmoid or monotonic attention, a temperature. Nothing of size
+    Tq * Tk * D is stored, forward or backward.
+
+    Args:
+        query: as in :func:`additive_attention`. None: scores of the keys alone,
+            ``e_j = w . tanh(k_j)``, shaped as for one query a sequence.
+        key: as in :func:`additive_attention`.
+        score_weight: ``(D,)``, or ``(H, D)`` for H heads. Without a query ``(K, D)`` also gives K
+            scores of each of the keys ``(B, Tk, D)``, ``(total_k, D)`` or nested.
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_padding_mask, key_lengths,
+            deterministic, backend: as in :func:`additive_attention`.
+
+    Returns:
+        float32 (float64 for float64) of the shape of :func:`additive_attention`'s weights. Keys
+        that are ignored or not there have the score -inf, through which no gradient flows.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`additive_attention`.
+
+    Differentiable once in query, key and score_weight; on the "reference" backend any number of
+    times.
+
+    Example:
+        >>> import torch, attn_ext
+        >>> points, query = torch.randn(2, 5, 4), torch.randn(2, 4)
+        >>> lengths, target = torch.tensor([5, 3]), torch.tensor([4, 0])
+        >>> scores = attn_ext.additive_scores(query, points, torch.ones(4), key_lengths=lengths)
+        >>> scores.shape, scores[1, 3:]
+        (torch.Size([2, 5]), tensor([-inf, -inf]))
+        >>> loss = torch.nn.functional.cross_entropy(scores, target)
+    """
+    if query is None:
+        for name, given in (("cu_seqlens_q", cu_seqlens_q), ("max_seqlen_q", max_seqlen_q)):
+            if given is not None:
+                raise mismatch(name, "None without a query", type(given).__name__)
+    keys = layout.check_key_side(
+        key,
+        None,
+        score_weight,
+        cu_seqlens_k,
+        max_seqlen_k,
+        key_padding_mask,
+        key_lengths,
+        need_max=True,
+        shares_keys=query is None,
+    )
+    if query is None:
+        queries = layout.no_query(keys)
+    else:
+        queries = layout.check_query_side(query, keys, cu_seqlens_q, max_seqlen_q, need_max=True)
+    deterministic = resolve_deterministic(deterministic)
+    backend = backends.choose(backend, queries.query.device, queries.query.dtype)
+    weights_layout = layout.weights_layout(queries, keys)
+    if backend == "reference" or _must_be_plain(keys, weights_layout, backend):
+        return reference.scores(queries, keys)
+    _, scores = _call(queries, keys, 0.0, None, weights_layout | layout.RAW, deterministic, backend)
+    return queries.restore_weights(scores, weights_layout)
+
+
 def attend(
     queries: QuerySide,
     keys: KeySide,
@@ -178,6 +255,25 @@ def attend(
     weights_layout = layout.weights_layout(queries, keys) if need_weights else 0
     if backend == "reference" or _must_be_plain(keys, weights_layout, backend):
         return reference.attend(queries, keys, dropout_p, seed, need_weights)
+    context, weights = _call(
+        queries, keys, dropout_p, seed, weights_layout, deterministic, backend
+    )
+    context = queries.restore_context(context)
+    if not need_weights:
+        return context
+    return context, queries.restore_weights(weights, weights_layout)
+
+
+def _call(
+    queries: QuerySide,
+    keys: KeySide,
+    dropout_p: float,
+    seed: Tensor | None,
+    weights_layout: int,
+    deterministic: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The op's context and weights, in the internal form."""
     # In a trace the op itself is recorded, with its gradient, instead of a call of Python.
     forward = ops.forward if torch.jit.is_tracing() else autograd.forward
     context, weights, *_ = forward(
@@ -200,10 +296,7 @@ def attend(
         deterministic,
         backend,
     )
-    context = queries.restore_context(context)
-    if not need_weights:
-        return context
-    return context, queries.restore_weights(weights, weights_layout)
+    return context, weights
 
 
 def _must_be_plain(keys: KeySide, weights_layout: int, backend: str) -> bool:

@@ -25,6 +25,7 @@ from .checks import (
 )
 
 DENSE_WEIGHTS, JAGGED_WEIGHTS = 1, 2  # 0: no weights are returned
+RAW = 4  # added to these: scores instead, as they are before the softmax
 
 
 class KeySide(NamedTuple):
@@ -89,17 +90,27 @@ def weights_layout(queries: QuerySide, keys: KeySide) -> int:
 
 def check_key_side(
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     score_weight: Tensor,
     cu_seqlens_k: Tensor | None,
     max_seqlen_k: int | None,
     key_padding_mask: Tensor | None,
     key_lengths: Tensor | None,
     need_max: bool = False,
+    shares_keys: bool = False,
 ) -> KeySide:
-    """Check keys, values and score weights; ``need_max`` asks for the exact longest sequence."""
+    """Check keys, values and score weights.
+
+    Args:
+        value: None where only scores are asked for: values without features stand for it.
+        need_max: the exact longest sequence is needed.
+        shares_keys: score weights ``(K, D)`` may all score the same keys.
+    """
     key, nest = _unwrap("key", key)
-    value, value_nest = _unwrap("value", value)
+    if value is None:
+        value, value_nest = key.new_empty((*key.shape[:-1], 0)), nest
+    else:
+        value, value_nest = _unwrap("value", value)
     if (nest is None) != (value_nest is None):
         expected, got = "dense", "nested"
         if nest is not None:
@@ -118,6 +129,12 @@ def check_key_side(
             expected = f"a dtype that goes with key's {key.dtype} (float64 does not mix)"
             raise wrong_type(name, expected, tensor.dtype)
     is_jagged = cu_seqlens_k is not None
+    if shares_keys and score_weight.dim() == 2 and key.dim() == (2 if is_jagged else 3):
+        branches = score_weight.size(0)
+        key, value = (
+            tensor.unsqueeze(-2).expand(*tensor.shape[:-1], branches, tensor.size(-1))
+            for tensor in (key, value)
+        )
     _check_key_shapes(key, value, score_weight, is_jagged)
 
     if cu_seqlens_k is not None:
@@ -208,6 +225,13 @@ def check_query_side(
         bound = query.size(1)
         check_bound("max_seqlen_q", max_seqlen_q, bound)
     return QuerySide(query, cu_seqlens_q, bound, is_one_step, keys.has_heads, nested)
+
+
+def no_query(keys: KeySide) -> QuerySide:
+    """One query of zeros a sequence, for scores of the keys alone."""
+    zeros = keys.key.new_zeros((1, 1, *keys.key.shape[2:]))
+    query = zeros.expand(keys.batch_size, -1, -1, -1)
+    return QuerySide(query, None, 1, True, keys.has_heads, None)
 
 
 def _axes(has_heads: bool) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .layout import RAW
 
 _KEY_LAYOUT = "Tensor? cu_seqlens_k, Tensor? key_lengths, Tensor? key_padding_mask"
 _LAYOUT = f"Tensor? cu_seqlens_q, {_KEY_LAYOUT}, SymInt max_seqlen_q, SymInt max_seqlen_k"
@@ -115,13 +116,15 @@ def _forward_fake(
     rows, heads = query.shape[:2], query.size(2)
     batch = query.size(0) if cu_seqlens_q is None else cu_seqlens_q.size(0) - 1
     weights_shape = ((0,), (batch, heads, max_seqlen_q, max_seqlen_k), (key.size(1), heads))
+    raw, weights_layout = divmod(weights_layout, RAW)
+    weights_dtype = compute_dtype(key.dtype) if raw else value.dtype
     scores_shape: tuple = (0,)
     if keep_scores:
         by_key = cu_seqlens_q is None and query.size(1) == 1
         scores_shape = key.shape[:3] if by_key else (*rows, heads, max_seqlen_k)
     return (
         value.new_empty((*rows, heads, value.size(-1))),
-        value.new_empty(weights_shape[weights_layout]),
+        value.new_empty(weights_shape[weights_layout], dtype=weights_dtype),
         query.new_empty((*rows, heads, 2), dtype=compute_dtype(query.dtype)),
         query.new_empty(scores_shape, dtype=compute_dtype(query.dtype)),
     )

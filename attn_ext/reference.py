@@ -62,16 +62,8 @@ def attend(
     queries: QuerySide, keys: KeySide, dropout_p: float, seed: Tensor | None, need_weights: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Pad whatever the layout is, compute by the formulas of the paper, and undo the padding."""
-    query_rows, query_valid = _rows(
-        queries.query, queries.cu_seqlens, keys.batch_size, queries.max_seqlen
-    )
-    key_rows, key_valid = _rows(keys.key, keys.cu_seqlens, keys.batch_size, keys.max_seqlen)
-    if keys.lengths is not None:
-        position = torch.arange(key_valid.size(1), device=key_valid.device)
-        key_valid = key_valid & (position < keys.lengths[:, None])
-    if keys.padding_mask is not None:
-        key_valid = key_valid & ~keys.padding_mask
-
+    query_rows, query_valid = _query_rows(queries, keys)
+    key_rows, key_valid = _key_rows(keys)
     query = _take(queries.query, query_rows, query_valid)  # [B, Tq, H, D]
     key = _take(keys.key, key_rows, key_valid)  # [B, Tk, H, D]
     value = _take(keys.value, key_rows, key_valid)  # [B, Tk, H, Dv]
@@ -85,15 +77,51 @@ def attend(
     context = queries.restore_context(context)
     if not need_weights:
         return context
-    weights = weights.to(keys.value.dtype).masked_fill(~query_valid[:, None, :, None], 0)
+    weights = weights.to(keys.value.dtype)
+    return context, _restore_weights(weights, queries, keys, 0)
+
+
+def scores(queries: QuerySide, keys: KeySide) -> Tensor:
+    """The scores of :func:`attn_ext.additive_scores`, padded for the while as in attention."""
+    query = _take(queries.query, *_query_rows(queries, keys))
+    key_rows, key_valid = _key_rows(keys)
+    with _without_autocast(query.device.type):
+        padded = _scores_padded(query, _take(keys.key, key_rows, key_valid), keys.score_weight)
+    padded = padded.masked_fill(~key_valid[:, None, None, :], -torch.inf)
+    return _restore_weights(padded, queries, keys, -torch.inf)
+
+
+def _query_rows(queries: QuerySide, keys: KeySide) -> tuple[Tensor | None, Tensor]:
+    """As :func:`_rows` gives them."""
+    return _rows(queries.query, queries.cu_seqlens, keys.batch_size, queries.max_seqlen)
+
+
+def _key_rows(keys: KeySide) -> tuple[Tensor | None, Tensor]:
+    """The same; ignored keys are not real."""
+    key_rows, key_valid = _rows(keys.key, keys.cu_seqlens, keys.batch_size, keys.max_seqlen)
+    if keys.lengths is not None:
+        position = torch.arange(key_valid.size(1), device=key_valid.device)
+        key_valid = key_valid & (position < keys.lengths[:, None])
+    if keys.padding_mask is not None:
+        key_valid = key_valid & ~keys.padding_mask
+    return key_rows, key_valid
+
+
+def _restore_weights(
+    weights: Tensor, queries: QuerySide, keys: KeySide, absent: float
+) -> Tensor:
+    """Padded ``[B, H, Tq, Tk]`` in the caller's layout, with ``absent`` where nobody attends."""
+    _, query_valid = _query_rows(queries, keys)
+    weights = weights.masked_fill(~query_valid[:, None, :, None], absent)
     weights_layout = layout.weights_layout(queries, keys)
+    key_rows, key_valid = _key_rows(keys)
     if key_rows is not None and weights_layout == layout.JAGGED_WEIGHTS:
         by_key = weights.squeeze(2).transpose(1, 2)  # [B, Tk, H]
-        weights = _scatter(by_key, key_rows, key_valid, keys.key.size(1)).squeeze(0)
+        weights = _scatter(by_key, key_rows, key_valid, keys.key.size(1), absent).squeeze(0)
     elif not records_lengths():  # the shape is the bounds', perhaps more than the longest rows
         more = (queries.max_seqlen - weights.size(2), keys.max_seqlen - weights.size(3))
-        weights = torch.nn.functional.pad(weights, (0, more[1], 0, more[0]))
-    return context, queries.restore_weights(weights, weights_layout)
+        weights = torch.nn.functional.pad(weights, (0, more[1], 0, more[0]), value=absent)
+    return queries.restore_weights(weights, weights_layout)
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
@@ -112,9 +140,7 @@ def _attend_padded(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """``e_ij = w . tanh(q_i + k_j)``, ``alpha = softmax_j(e)``, ``c_i = sum_j alpha_ij h_j``."""
-    hidden = torch.tanh(query.unsqueeze(2) + key.unsqueeze(1))  # [B, Tq, Tk, H, D]
-    # A sum of products: one long dot product, as einsum would make of it, rounds worse.
-    scores = (hidden * score_weight.to(hidden.dtype)).sum(-1).permute(0, 3, 1, 2)
+    scores = _scores_padded(query, key, score_weight)
     ignored = ~key_valid[:, None, None, :]  # [B, 1, 1, Tk]
     nothing_left = ignored.all(-1, keepdim=True)  # such a softmax would be NaN
     weights = scores.masked_fill(ignored & ~nothing_left, -torch.inf).softmax(-1)
@@ -123,6 +149,13 @@ def _attend_padded(
         keep = dropout_keep_mask(seed, dropout_p, weights.shape)
         weights = weights * keep / (1 - dropout_p) if dropout_p < 1 else weights * 0
     return torch.einsum("bhqk,bkhv->bqhv", weights, value), weights
+
+
+def _scores_padded(query: Tensor, key: Tensor, score_weight: Tensor) -> Tensor:
+    """``e_ij = w . tanh(q_i + k_j)``, [B, H, Tq, Tk]."""
+    hidden = torch.tanh(query.unsqueeze(2) + key.unsqueeze(1))  # [B, Tq, Tk, H, D]
+    # A sum of products: one long dot product, as einsum would make of it, rounds worse.
+    return (hidden * score_weight.to(hidden.dtype)).sum(-1).permute(0, 3, 1, 2)
 
 
 def _rows(
@@ -153,9 +186,12 @@ def _take(rows: Tensor, numbers: Tensor | None, valid: Tensor) -> Tensor:
     return rows if rows.dtype == torch.float64 else rows.float()
 
 
-def _scatter(padded: Tensor, numbers: Tensor, valid: Tensor, total: int) -> Tensor:
-    """Jagged rows ``[1, total, ...]`` from padded ones ``[B, T, ...]``; rows of nobody are 0."""
-    rows = padded.new_zeros((total + 1, *padded.shape[2:]))  # padding goes to one row too many
+def _scatter(
+    padded: Tensor, numbers: Tensor, valid: Tensor, total: int, absent: float = 0
+) -> Tensor:
+    """Jagged rows ``[1, total, ...]`` from padded ones ``[B, T, ...]``, ``absent`` if nobody's."""
+    # Padding goes to one row too many.
+    rows = padded.new_full((total + 1, *padded.shape[2:]), absent)
     return rows.index_put((numbers.where(valid, total),), padded)[:total].unsqueeze(0)
 
 

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <limits>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -76,7 +77,8 @@ Setup describe(const Tensor& query, const Tensor& key, const Tensor& value,
     setup.problem.query = step_rows_of(query);
   }
   setup.problem.dropout = dropout_of(dropout_p, dropout_seed);
-  setup.problem.weights_by_key = weights_layout == 2;
+  setup.problem.weights_by_key = weights_layout & kWeightsByKey;
+  setup.problem.raw_scores = weights_layout & kRaw;
   setup.problem.scores_by_key = !sequences.cu_seqlens_q.has_value() && layout.query_rows == 1;
   setup.coverage = describe_sequences(layout, setup.problem);
   setup.batch = static_cast<int64_t>(setup.problem.sequences.size());
@@ -88,15 +90,17 @@ Setup describe(const Tensor& query, const Tensor& key, const Tensor& value,
 
 Tensor allocate_weights(const Setup& setup, const Tensor& key, const Tensor& value,
                         int64_t weights_layout) {
-  if (weights_layout == 0) {
-    return nothing(value, value.scalar_type());
+  const ScalarType dtype = setup.problem.raw_scores ? compute_type(key) : value.scalar_type();
+  if (weights_layout == kNoWeights) {
+    return nothing(value, dtype);
   }
   const int64_t heads = setup.problem.heads;
   const std::vector<int64_t> sizes =
-      weights_layout == 2
+      setup.problem.weights_by_key
           ? std::vector<int64_t>{key.size(1), heads}
           : std::vector<int64_t>{setup.batch, heads, setup.longest_query, setup.longest_key};
-  return allocate(value, sizes, value.scalar_type(), true);
+  return torch::stable::fill_(allocate(value, sizes, dtype),
+                              setup.problem.raw_scores ? -std::numeric_limits<double>::infinity() : 0);
 }
 
 // Whether forward computes a score for every number of allocate_scores().
@@ -124,17 +128,18 @@ using ForwardResults = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 template <class T>
 ForwardResults forward(const Setup& setup, const Tensor& query, const Tensor& key,
                        const Tensor& value, int64_t weights_layout, bool keep_scores) {
-  const bool zeros = !setup.coverage.queries;
+  const bool zeros = !setup.coverage.queries || setup.problem.raw_scores;
   Tensor context = allocate(query, with_last(query, value.size(3)), value.scalar_type(), zeros);
   Tensor stats = allocate(query, with_last(query, 2), compute_type(query), zeros);
   Tensor weights = allocate_weights(setup, key, value, weights_layout);
-  const bool needs_scores = keep_scores || weights_layout != 0;
+  const bool needs_scores =
+      keep_scores || (weights_layout != kNoWeights && !setup.problem.raw_scores);
   Tensor scores = nothing(query, compute_type(query));
   ForwardCall<T> call;
   call.problem = &setup.problem;
   call.context = rows_of(context);
   call.stats = rows_of(stats);
-  if (weights_layout != 0) {
+  if (weights_layout != kNoWeights) {
     call.weights = weight_rows(weights, setup.problem.weights_by_key);
   }
   if (needs_scores) {
@@ -157,10 +162,11 @@ ForwardResults additive_attention_forward(
     int64_t max_seqlen_k, double dropout_p, const OptionalTensor& dropout_seed,
     int64_t weights_layout, bool keep_scores, bool /*deterministic*/,
     const std::string& /*backend*/) {
-  const Setup setup = describe(
+  Setup setup = describe(
       query, key, value, score_weight, exp_key, key_bound,
       {cu_seqlens_q, cu_seqlens_k, key_lengths, key_padding_mask, max_seqlen_q, max_seqlen_k},
       dropout_p, dropout_seed, weights_layout);
+  setup.problem.is_short = setup.problem.is_short && !setup.problem.raw_scores;
   const auto run = computes_in_double(query) ? forward<double> : forward<float>;
   return run(setup, query, key, value, weights_layout, keep_scores);
 }

@@ -12,6 +12,11 @@ enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kFloat64 };
 // Bits of an operation's grad_mask.
 enum GradMask : int64_t { kGradQuery = 1, kGradKey = 2, kGradValue = 4, kGradScoreWeight = 8 };
 
+// How returned weights lie, dense [B, H, max_seqlen_q, max_seqlen_k] or by key [Nk, H], and whether
+// they are scores instead, as they are before the softmax: then the gradient of weights is theirs,
+// and context, value and what forward leaves for backward mean nothing.
+enum WeightsLayout : int64_t { kNoWeights = 0, kDenseWeights = 1, kWeightsByKey = 2, kRaw = 4 };
+
 // A strided view of element (batch, row, head, col).
 struct Rows {
   void* data = nullptr;

@@ -94,6 +94,18 @@ Delta<T> row_delta(const ScoreRows<T>& rows, int64_t i, T* dweights, uint8_t* ke
   return delta;
 }
 
+// What a step of a memory leaves of one row: s and alpha.
+template <class T>
+void write_step_row(const ScoreRows<T>& rows, int64_t i) {
+  const BackwardCall<T>& call = rows.call;
+  if (call.step_dscores.data != nullptr) {
+    const RowSource ds = key_rows(call.step_dscores, rows.sequence, rows.unit.head);
+    const RowSource weights = key_rows(call.step_weights, rows.sequence, rows.unit.head);
+    write_along_keys<T>(ds, rows.range.key, rows.range.key_count, rows.dscores(i));
+    write_along_keys<T>(weights, rows.range.key, rows.range.key_count, rows.alpha(i));
+  }
+}
+
 // s of a unit's rows for one range of keys, once their deltas are complete; alpha becomes the
 // weight that multiplies the values.
 template <class T>
@@ -132,12 +144,7 @@ void finish_scores(const BackwardCall<T>& call, const UnitBlock& range) {
         alpha[j] = __builtin_signbit(alpha[j]) ? T(0) : alpha[j] * keep_scale;
       }
     }
-    if (call.step_dscores.data != nullptr) {
-      const RowSource ds = key_rows(call.step_dscores, rows.sequence, unit.head);
-      const RowSource weights = key_rows(call.step_weights, rows.sequence, unit.head);
-      write_along_keys<T>(ds, range.key, range.key_count, s);
-      write_along_keys<T>(weights, range.key, range.key_count, alpha);
-    }
+    write_step_row<T>(rows, i);
   }
 }
 
@@ -159,12 +166,29 @@ void compute_scores(const ScoreRows<T>& rows, Scratch& scratch) {
                  problem, weights, informative, rows.alpha(0), unit.ld, room);
 }
 
+// s of a unit for a range of keys where it comes in as such; no value was weighted.
+template <class T>
+void load_score_gradients(const ScoreRows<T>& rows) {
+  const UnitBlock& range = rows.range;
+  for (int64_t i = 0; i < range.query_count; ++i) {
+    read_along_keys<T>(weight_row(rows.call.dweights, *rows.call.problem, rows.sequence,
+                                  rows.unit.head, rows.query(i)),
+                       range.key, range.key_count, rows.dscores(i));
+    pad_row<T>(rows.alpha(i), 0, range.key_count, 0);
+    write_step_row<T>(rows, i);
+  }
+}
+
 // alpha and dalpha of a unit for a range of keys, from scores that forward kept or new ones.
 template <class T>
 void score_item(const BackwardCall<T>& call, const UnitBlock& range) {
   Scratch scratch;
   const Problem& problem = *call.problem;
   const ScoreRows<T> rows(call, range);
+  if (problem.raw_scores) {
+    load_score_gradients<T>(rows);
+    return;
+  }
   const Unit& unit = rows.unit;
   const bool kept = call.scores.data != nullptr;
   if (!kept) {

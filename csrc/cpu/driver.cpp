@@ -86,7 +86,9 @@ void run_wave(BackwardCall<T>& call, const Wave& wave, bool from_steps) {
     run_phase(call, wave.score_items, wave.score_cost, kernel.score_item);
     std::vector<UnitBlock> unfinished;
     std::copy_if(wave.score_items.begin(), wave.score_items.end(), std::back_inserter(unfinished),
-                 [&](const UnitBlock& range) { return wave.units[range.unit].chunks > 1; });
+                 [&](const UnitBlock& range) {
+                   return wave.units[range.unit].chunks > 1 && !call.problem->raw_scores;
+                 });
     run_phase(call, unfinished, wave.score_cost, kernel.finish_scores);
   }
   const int64_t values = call.needs_weights ? static_cast<int64_t>(wave.value_items.size()) : 0;
@@ -122,7 +124,9 @@ void run_forward(ForwardCall<T> call) {
   call.partial_sums = partial_sums.get();
   call.partial_stats = partial_stats.get();
   run_phase(call, plan.items, plan.cost, kernel.forward_item);
-  run_phase(call, plan.merges, plan.cost, kernel.forward_merge);
+  if (!problem.raw_scores) {
+    run_phase(call, plan.merges, plan.cost, kernel.forward_merge);
+  }
 }
 
 template <class T>

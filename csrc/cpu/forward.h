@@ -157,6 +157,15 @@ struct ForwardBlock {
     }
   }
 
+  // The scores of `count` keys from `first` as they are.
+  void write_scores(int64_t first, int64_t count) {
+    for (int64_t i = 0; i < item.query_count; ++i) {
+      const int64_t query = item.query + i;
+      write_along_keys<T>(weight_row(call.weights, *call.problem, sequence, item.head, query),
+                          first, count, scores + i * ld);
+    }
+  }
+
   void write_weights(T* row) {
     for (int64_t i = 0; i < item.query_count; ++i) {
       const int64_t query = item.query + i;
@@ -204,9 +213,16 @@ void forward_item(const ForwardCall<T>& call, const ForwardItem& item) {
     const int64_t count = smaller(kKeyChunk, item.key_count - j);
     score_block<T>(queries, keys, first, count, problem, weights, informative, block.scores,
                    block.ld, score_room);
+    if (problem.raw_scores) {
+      block.write_scores(first, count);
+      continue;
+    }
     block.normalise(first, count);
     add_weighted_values<T>(value, first, count, problem.value_dim, block.scores, block.ld,
                            item.query_count, block.softmax.sums, value_room);
+  }
+  if (problem.raw_scores) {
+    return;
   }
   if (item.partial >= 0) {
     block.write_partial();

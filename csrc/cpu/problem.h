@@ -36,6 +36,7 @@ struct Problem {
   bool is_short = false;  // all four inputs are 16-bit floats, and so are all results
   Dropout dropout;
   bool weights_by_key = false;  // weights are [Nk, H]; else [B, H, max_seqlen_q, max_seqlen_k]
+  bool raw_scores = false;      // weights are the scores, and their gradient the scores'
   bool scores_by_key = false;   // kept scores are [.., Nk, H]; else [.., Nq, H, max_seqlen_k]
 };
 
