@@ -255,9 +255,7 @@ def attend(
     weights_layout = layout.weights_layout(queries, keys) if need_weights else 0
     if backend == "reference" or _must_be_plain(keys, weights_layout, backend):
         return reference.attend(queries, keys, dropout_p, seed, need_weights)
-    context, weights = _call(
-        queries, keys, dropout_p, seed, weights_layout, deterministic, backend
-    )
+    context, weights = _call(queries, keys, dropout_p, seed, weights_layout, deterministic, backend)
     context = queries.restore_context(context)
     if not need_weights:
         return context

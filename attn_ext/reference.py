@@ -107,9 +107,7 @@ def _key_rows(keys: KeySide) -> tuple[Tensor | None, Tensor]:
     return key_rows, key_valid
 
 
-def _restore_weights(
-    weights: Tensor, queries: QuerySide, keys: KeySide, absent: float
-) -> Tensor:
+def _restore_weights(weights: Tensor, queries: QuerySide, keys: KeySide, absent: float) -> Tensor:
     """Padded ``[B, H, Tq, Tk]`` in the caller's layout, with ``absent`` where nobody attends."""
     _, query_valid = _query_rows(queries, keys)
     weights = weights.masked_fill(~query_valid[:, None, :, None], absent)

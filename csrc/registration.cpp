@@ -99,8 +99,9 @@ Tensor allocate_weights(const Setup& setup, const Tensor& key, const Tensor& val
       setup.problem.weights_by_key
           ? std::vector<int64_t>{key.size(1), heads}
           : std::vector<int64_t>{setup.batch, heads, setup.longest_query, setup.longest_key};
-  return torch::stable::fill_(allocate(value, sizes, dtype),
-                              setup.problem.raw_scores ? -std::numeric_limits<double>::infinity() : 0);
+  return torch::stable::fill_(
+      allocate(value, sizes, dtype),
+      setup.problem.raw_scores ? -std::numeric_limits<double>::infinity() : 0);
 }
 
 // Whether forward computes a score for every number of allocate_scores().

@@ -5,12 +5,13 @@ Every comparison goes through :func:`assert_within_budget`.
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from layouts import INPUT_NAMES, Inputs, draw_keep, randn
 from torch import Tensor
-from yardstick import Results, differentiate, formula, yardsticks
+from yardstick import Results, compute_dtype, differentiate, formula, yardsticks
 
 import attn_ext
 from attn_ext import backends
@@ -146,6 +147,48 @@ def check(
     actual = differentiate(
         lambda leaves: function(inputs, leaves, **keywords), inputs.leaves, incoming, wanted
     )
+    judge(inputs, actual, incoming, wanted, keep, dropout_p)
+    return actual
+
+
+def check_scores(inputs: Inputs, backend: str, *, alone: bool = False) -> None:
+    """Compare ``attn_ext.additive_scores`` and its gradients with the float64 yardstick.
+
+    ``alone``: without a query, as if it were 0.
+    """
+    require_dtype(backend, inputs.leaves["query"].dtype)
+    inputs = replace(inputs, scores_alone=True)
+    if alone:
+        inputs = inputs.with_leaves(query=torch.zeros_like(inputs.leaves["query"]))
+    ones = inputs.with_leaves(score_weight=torch.zeros_like(inputs.leaves["score_weight"]))
+    present = formula(replace(ones, scores_alone=False), ones.leaves)[1] != 0
+
+    def call_scores(leaves: dict[str, Tensor]) -> tuple[None, Tensor]:
+        query, key, _, score_weight = inputs.arguments(leaves)
+        scores = attn_ext.additive_scores(
+            None if alone else query, key, score_weight, backend=backend, **inputs.keywords
+        )
+        assert torch.equal(scores == -torch.inf, ~present), "-inf elsewhere than for absent keys"
+        # What comes in for absent ones must not matter.
+        scores.register_hook(lambda gradient: gradient.masked_fill(~present, torch.nan))
+        return None, scores.masked_fill(~present, 0)
+
+    wanted = ("key", "score_weight") if alone else ("query", "key", "score_weight")
+    scores = formula(inputs, inputs.leaves)[1]
+    incoming = {"weights": randn(scores.shape, torch.Generator("cpu").manual_seed(1)).to(scores)}
+    actual = differentiate(call_scores, inputs.leaves, incoming, wanted)
+    judge(inputs, {n: actual[n] for n in actual if n != "context"}, incoming, wanted)
+
+
+def judge(
+    inputs: Inputs,
+    actual: Results,
+    incoming: dict[str, Tensor],
+    wanted: Sequence[str],
+    keep: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> None:
+    """Compare with the yardsticks, which look closer while a result exceeds the budget."""
     for samples in LOOKS:
         measures = yardsticks(inputs, incoming, wanted, keep, dropout_p, samples)
         try:
@@ -155,7 +198,6 @@ def check(
                 raise
         else:
             break
-    return actual
 
 
 def compare(inputs: Inputs, actual: Results, exact: Results, eager: Results) -> None:
@@ -163,6 +205,8 @@ def compare(inputs: Inputs, actual: Results, exact: Results, eager: Results) -> 
     for name, result in actual.items():
         assert result is not None, f"{name}: no gradient arrived"
         expected_dtype = inputs.leaves[name[1:] if name[1:] in INPUT_NAMES else "value"].dtype
+        if inputs.scores_alone and name == "weights":
+            expected_dtype = compute_dtype(expected_dtype)
         assert result.dtype == expected_dtype, f"{name}: {result.dtype}, not {expected_dtype}"
         assert_within_budget(name, result, exact[name], eager[name])
     live = [len(columns) > 0 for columns in inputs.columns]

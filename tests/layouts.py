@@ -48,6 +48,7 @@ class Inputs:
     max_seqlen_k: int
     offsets_q: Tensor | None = None  # of nested queries
     offsets_k: Tensor | None = None  # of nested keys
+    scores_alone: bool = False  # the call is of additive_scores, which are its "weights"
 
     @property
     def has_heads(self) -> bool:

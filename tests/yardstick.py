@@ -10,6 +10,10 @@ from layouts import INPUT_NAMES, Inputs
 from torch import Tensor
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
 def slope_of_tanh(x: Tensor) -> Tensor:
     """1 / cosh(x)^2, which stays exact where 1 - tanh(x)^2 cancels."""
     return 1 / x.cosh().square()
@@ -175,8 +179,11 @@ def formula(
         rounding: applied to every result; leaves are in float64.
 
     Returns:
-        context and weights as the public function shapes them (nested ones as their values).
+        context and weights as the public function shapes them (nested ones as their values); the
+        second are scores, 0 for absent ones, where ``inputs`` are of a call for scores.
     """
+    if inputs.scores_alone:
+        leaves = {name: leaf.to(compute_dtype(leaf.dtype)) for name, leaf in leaves.items()}
     query, key, value, score_weight = (leaves[name] for name in INPUT_NAMES)
     if not inputs.has_heads:
         query, key, value = (t.unsqueeze(-2) for t in (query, key, value))
@@ -202,6 +209,8 @@ def formula(
             weight = rounding.expand(score_weight, *hidden.shape[:2])
             scores = rounding.sum(rounding(hidden * weight), 3)
             alpha = rounding.softmax(scores)
+        if inputs.scores_alone:
+            alpha = scores
         if keep is not None:
             kept = keep[b, :, : len(queries), inputs.columns[b]]  # [H, Tq, Tk]
             kept = kept.permute(1, 2, 0)
@@ -309,7 +318,7 @@ def yardsticks(
         plain = by_formula(inputs.leaves, incoming, torch.float64)
         for name, result in plain.items():
             largest[name] = largest[name].maximum((result - exact[name]).abs())
-    computed_in = torch.promote_types(inputs.leaves["query"].dtype, torch.float32)
+    computed_in = compute_dtype(inputs.leaves["query"].dtype)
     for sample in range(samples):
         rounding = RandomRounding(sample, computed_in)
         rounded = by_formula(inputs.leaves, incoming, torch.float64, rounding=rounding)
