@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import autograd, backends, layout, ops, reference
 from .checks import check_flag, check_probability, exports_to_onnx, mismatch
-from .layout import KeySide, QuerySide
+from .layout import KeySide, Prepared, QuerySide
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -227,6 +227,7 @@ def additive_scores(
         key_padding_mask,
         key_lengths,
         need_max=True,
+        has_value=False,
         shares_keys=query is None,
     )
     if query is None:
@@ -235,10 +236,22 @@ def additive_scores(
         queries = layout.check_query_side(query, keys, cu_seqlens_q, max_seqlen_q, need_max=True)
     deterministic = resolve_deterministic(deterministic)
     backend = backends.choose(backend, queries.query.device, queries.query.dtype)
+    return score(queries, keys, deterministic, backend)
+
+
+def score(
+    queries: QuerySide,
+    keys: KeySide,
+    deterministic: bool,
+    backend: str,
+    prepared: Prepared = (None, None),
+) -> Tensor:
+    """Scores with everything checked and chosen."""
     weights_layout = layout.weights_layout(queries, keys)
     if backend == "reference" or _must_be_plain(keys, weights_layout, backend):
         return reference.scores(queries, keys)
-    _, scores = _call(queries, keys, 0.0, None, weights_layout | layout.RAW, deterministic, backend)
+    raw = weights_layout | layout.RAW
+    _, scores = _call(queries, keys, prepared, 0.0, None, raw, deterministic, backend)
     return queries.restore_weights(scores, weights_layout)
 
 
@@ -249,13 +262,16 @@ def attend(
     need_weights: bool,
     deterministic: bool,
     backend: str,
+    prepared: Prepared = (None, None),
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend with everything checked and chosen."""
     seed = reference.draw_seed(queries.query.device) if dropout_p > 0 else None
     weights_layout = layout.weights_layout(queries, keys) if need_weights else 0
     if backend == "reference" or _must_be_plain(keys, weights_layout, backend):
         return reference.attend(queries, keys, dropout_p, seed, need_weights)
-    context, weights = _call(queries, keys, dropout_p, seed, weights_layout, deterministic, backend)
+    context, weights = _call(
+        queries, keys, prepared, dropout_p, seed, weights_layout, deterministic, backend
+    )
     context = queries.restore_context(context)
     if not need_weights:
         return context
@@ -265,6 +281,7 @@ def attend(
 def _call(
     queries: QuerySide,
     keys: KeySide,
+    prepared: Prepared,
     dropout_p: float,
     seed: Tensor | None,
     weights_layout: int,
@@ -279,8 +296,7 @@ def _call(
         keys.key,
         keys.value,
         keys.score_weight,
-        None,
-        None,
+        *prepared,
         queries.cu_seqlens,
         keys.cu_seqlens,
         keys.lengths,

@@ -15,6 +15,7 @@ from .checks import (
     check_bound,
     check_device,
     check_floating,
+    check_index,
     check_offsets,
     check_padding,
     check_tensor,
@@ -25,6 +26,7 @@ from .checks import (
 )
 
 DENSE_WEIGHTS, JAGGED_WEIGHTS = 1, 2  # 0: no weights are returned
+Prepared = tuple[Tensor | None, Tensor | None]  # what a backend made of keys: exp_key, key_bound
 RAW = 4  # added to these: scores instead, as they are before the softmax
 
 
@@ -42,6 +44,46 @@ class KeySide(NamedTuple):
     has_heads: bool
     is_nested: bool
     autocast: bool  # whether key and value were cast
+
+    def with_exact_bound(self) -> "KeySide":
+        """With the longest sequence itself, which dense weights of jagged keys need."""
+        if self.cu_seqlens is None or records_lengths() or self.max_seqlen <= self.key.size(1):
+            return self
+        bound = _bound_of_unread(self.cu_seqlens, self.key.size(1), need_exact=True)
+        return self._replace(max_seqlen=bound)
+
+    def select(self, index: Tensor, prepared: Prepared) -> tuple["KeySide", Prepared]:
+        """The sequences ``index`` ``(B',)``, in that order, and of ``prepared`` what is theirs.
+
+        Keys are copied unless those sequences are known, on the host, to lie side by side.
+        """
+        _check_sequences(index, self)
+        run = _run_of(index)
+        cu = self.cu_seqlens
+        if cu is None:
+            axis, rows = 0, index if run is None else run
+        elif run is not None and can_read_values(cu):
+            first, end = int(cu[run.start]), int(cu[run.stop])
+            axis, rows, cu = 1, slice(first, end), cu[run.start : run.stop + 1] - first
+        else:
+            axis, (rows, cu) = 1, _rows_of_sequences(cu, index, self.key.size(1))
+
+        def taken(tensor: Tensor | None, axis: int = axis) -> Any:
+            if tensor is None:
+                return None
+            if isinstance(rows, slice):
+                return tensor.narrow(axis, rows.start, rows.stop - rows.start)
+            return tensor.index_select(axis, rows)
+
+        selected = self._replace(
+            key=taken(self.key),
+            value=taken(self.value),
+            cu_seqlens=cu,
+            lengths=taken(self.lengths),
+            padding_mask=taken(self.padding_mask),
+            batch_size=index.size(0),
+        )
+        return selected, (taken(prepared[0]), taken(prepared[1]))
 
     def detached(self) -> "KeySide":
         """The same as constants, to which no gradient flows."""
@@ -90,27 +132,28 @@ def weights_layout(queries: QuerySide, keys: KeySide) -> int:
 
 def check_key_side(
     key: Tensor,
-    value: Tensor | None,
+    value: Any,
     score_weight: Tensor,
     cu_seqlens_k: Tensor | None,
     max_seqlen_k: int | None,
     key_padding_mask: Tensor | None,
     key_lengths: Tensor | None,
     need_max: bool = False,
+    has_value: bool = True,
     shares_keys: bool = False,
 ) -> KeySide:
     """Check keys, values and score weights.
 
     Args:
-        value: None where only scores are asked for: values without features stand for it.
         need_max: the exact longest sequence is needed.
+        has_value: False where only scores are asked for: values without features stand for it.
         shares_keys: score weights ``(K, D)`` may all score the same keys.
     """
     key, nest = _unwrap("key", key)
-    if value is None:
-        value, value_nest = key.new_empty((*key.shape[:-1], 0)), nest
-    else:
+    if has_value:
         value, value_nest = _unwrap("value", value)
+    else:
+        value, value_nest = key.new_empty((*key.shape[:-1], 0)), nest
     if (nest is None) != (value_nest is None):
         expected, got = "dense", "nested"
         if nest is not None:
@@ -232,6 +275,42 @@ def no_query(keys: KeySide) -> QuerySide:
     zeros = keys.key.new_zeros((1, 1, *keys.key.shape[2:]))
     query = zeros.expand(keys.batch_size, -1, -1, -1)
     return QuerySide(query, None, 1, True, keys.has_heads, None)
+
+
+def _check_sequences(index: Tensor, keys: KeySide) -> None:
+    """Numbers of sequences."""
+    check_tensor("index", index)
+    check_index("index", index, keys.key.device)
+    if index.dim() != 1:
+        raise mismatch("index", "shape (B',)", shape_of(index))
+    if can_read_values(index) and index.numel():
+        smallest, largest = (int(extreme) for extreme in index.aminmax())
+        if smallest < 0 or largest >= keys.batch_size:
+            expected = f"numbers of sequences, from 0 to {keys.batch_size - 1}"
+            raise mismatch("index", expected, str(smallest if smallest < 0 else largest))
+
+
+def _run_of(index: Tensor) -> slice | None:
+    """Which consecutive sequences an index means, if it does and the host may know."""
+    if not can_read_values(index) or index.numel() == 0:
+        return None
+    first = int(index[0])
+    run = slice(first, first + index.numel())
+    return run if index.tolist() == list(range(run.start, run.stop)) else None
+
+
+def _rows_of_sequences(cu: Tensor, index: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Numbers of the jagged rows of some sequences, and the offsets of what they make up.
+
+    On an accelerator it synchronises once, for their number.
+    """
+    bounds = cu.clamp(0, total)  # corrupt offsets stay inside the rows
+    lengths = bounds.diff().clamp(min=0).index_select(0, index)
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(cu.dtype)
+    count = int(offsets[-1])
+    shifts = bounds.index_select(0, index) - offsets[:-1]
+    numbers = torch.arange(count, device=cu.device, dtype=cu.dtype)
+    return numbers + shifts.repeat_interleave(lengths, output_size=count), offsets
 
 
 def _axes(has_heads: bool) -> int:

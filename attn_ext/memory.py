@@ -7,18 +7,19 @@ import torch
 from torch import Tensor
 
 from . import autograd, backends, layout, ops, reference
-from .checks import check_flag, check_probability, mismatch, shape_of
-from .functional import attend, resolve_deterministic
-from .layout import KeySide, QuerySide
+from .checks import check_flag, check_probability, mismatch
+from .functional import attend, resolve_deterministic, score
+from .layout import RAW, KeySide, Prepared, QuerySide
 
 
 class AttentionMemory:
-    """Keys and values that a decoder attends to once a step, prepared once.
+    """Keys and values that a decoder attends to step by step, prepared once.
 
-    Each :meth:`attend` gives the values and gradients of one :func:`attn_ext.additive_attention`
-    with one query a sequence. What the steps share is done once: the exponentials of the keys in
-    forward and, in backward, the gradients of key, value and score_weight, which one batched pass
-    computes for all the steps of a ``backward()`` call; a step alone gives its query's gradient.
+    Each :meth:`attend` gives the values and gradients of one :func:`attn_ext.additive_attention`,
+    each :meth:`scores` those of one :func:`attn_ext.additive_scores`. What the steps share is done
+    once: the exponentials of the keys in forward and, in backward, the gradients of key, value and
+    score_weight, which one batched pass computes for all the steps with one query a sequence of a
+    ``backward()`` call; such a step alone gives its query's gradient.
 
     Args:
         key: ``(B, Tk, D)``, jagged ``(total_k, D)``, or nested; with heads an H axis before D.
@@ -37,7 +38,7 @@ class AttentionMemory:
 
     Differentiable once in query, key, value and score_weight; made under ``torch.no_grad``, in
     query alone. Key, value and score_weight must not change in place between the first step and the
-    backward pass.
+    backward pass. A memory belongs to one forward pass: it can be neither copied nor pickled.
     """
 
     def __init__(
@@ -60,15 +61,23 @@ class AttentionMemory:
         # A trace serves both modes.
         if not (torch.is_grad_enabled() or torch.jit.is_tracing()):
             keys = keys.detached()
-        self._keys = keys
         self._dropout_p = check_probability("dropout_p", dropout_p)
         deterministic = resolve_deterministic(deterministic)
-        backend = backends.choose(backend, keys.key.device, keys.key.dtype)
-        self._choice = deterministic, backend
+        self._choice = deterministic, backends.choose(backend, keys.key.device, keys.key.dtype)
+        self._prepare(keys)
+
+    def _prepare(self, keys: KeySide, prepared: Prepared | None = None) -> None:
+        self._keys = keys
         self._steps: _Steps | None = None
-        if backend != "reference" and _can_collect():
-            self._steps = _Steps(keys, self._choice)
+        if self._choice[1] != "reference" and _can_collect():
+            self._steps = _Steps(keys, self._choice, prepared)
             self._token = _Collect.apply(keys.key, keys.value, keys.score_weight, self._steps)
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError(
+            "attn_ext.AttentionMemory can be neither copied nor pickled, as it belongs to one "
+            "forward pass; make another of the same key, value and score_weight"
+        )
 
     @overload
     def attend(self, query: Tensor, *, need_weights: Literal[False] = False) -> Tensor: ...
@@ -82,49 +91,113 @@ class AttentionMemory:
     def attend(
         self, query: Tensor, *, need_weights: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attend with one query a sequence.
+        """Attend with one query a sequence, or with n, such as a beam or a chunk of steps.
 
         Args:
-            query: ``(B, D)``, or ``(B, H, D)`` with heads; key's dtype.
+            query: ``(B, D)`` or ``(B, n, D)``, with heads ``(B, H, D)`` or ``(B, n, H, D)``; key's
+                dtype.
             need_weights: also return the attention weights.
 
         Returns:
-            context ``(B, Dv)`` (or ``(B, H, Dv)``), and with ``need_weights`` the weights,
-            ``(B, Tk)`` (``(B, H, Tk)``) for padded keys and ``(total_k,)`` (``(total_k, H)``) for
-            jagged ones.
+            context ``(B, Dv)`` or ``(B, n, Dv)``, and with ``need_weights`` the weights. For one
+            query a sequence these are ``(B, Tk)`` beside padded keys and ``(total_k,)`` beside
+            jagged ones; for n, ``(B, n, Tk)`` or ``(B, n, max Tk)`` with zeros outside. Heads add
+            axes as in :func:`attn_ext.additive_attention`.
 
         Raises:
             TypeError, ValueError: as :func:`attn_ext.additive_attention`.
         """
         check_flag("need_weights", need_weights)
-        queries = layout.check_query_side(query, self._keys)
-        if not queries.is_one_step:
-            expected = f"shape (B, {layout.row_text(self._keys.has_heads)}), one query a sequence"
-            got = "a nested tensor" if query.is_nested else shape_of(query)
-            raise mismatch("query", expected, got)
-        if self._steps is None or not _can_collect():
-            return attend(queries, self._keys, self._dropout_p, need_weights, *self._choice)
-        return self._attend_step(queries, need_weights)
+        queries = self._check_query(query)
+        if self._collects(queries):
+            weights_layout = layout.weights_layout(queries, self._keys) if need_weights else 0
+            context, weights = self._step(queries, self._dropout_p, weights_layout)
+            context = queries.restore_context(context)
+            if not need_weights:
+                return context
+            return context, queries.restore_weights(weights, weights_layout)
+        keys = self._keys.with_exact_bound() if need_weights else self._keys
+        return attend(queries, keys, self._dropout_p, need_weights, *self._choice, self._prepared())
 
-    def _attend_step(
-        self, queries: QuerySide, need_weights: bool
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        weights_layout = layout.weights_layout(queries, self._keys) if need_weights else 0
+    def scores(self, query: Tensor) -> Tensor:
+        """Score without attending, as :func:`attn_ext.additive_scores`.
+
+        Args:
+            query: as in :meth:`attend`.
+
+        Returns:
+            The scores, shaped as the weights of :meth:`attend`; -inf for keys that are ignored or
+            not there.
+
+        Raises:
+            TypeError, ValueError: as :func:`attn_ext.additive_attention`.
+        """
+        queries = self._check_query(query)
+        if self._collects(queries):
+            weights_layout = layout.weights_layout(queries, self._keys)
+            _, scores = self._step(queries, 0.0, weights_layout | RAW)
+            return queries.restore_weights(scores, weights_layout)
+        keys = self._keys.with_exact_bound()
+        return score(queries, keys, *self._choice, self._prepared())
+
+    def select(self, index: Tensor) -> "AttentionMemory":
+        """A memory of some of the sequences, in any order, left out or repeated.
+
+        For decoders whose sentences end one by one, or whose beams are sequences of their own.
+        Nothing is prepared again: keys, values and what was prepared are taken over, without a copy
+        where the sequences are consecutive and ``index`` is on the CPU. Gradients go to key, value
+        and score_weight of this memory. On an accelerator jagged keys cost a synchronisation.
+
+        Args:
+            index: ``(B',)`` int32 or int64, numbers of sequences.
+
+        Raises:
+            TypeError, ValueError: ``index`` is of another type, shape or device, or names a
+                sequence that is not there.
+        """
+        keys, prepared = self._keys.select(index, self._prepared())
+        selected = object.__new__(AttentionMemory)
+        selected._dropout_p, selected._choice = self._dropout_p, self._choice
+        selected._prepare(keys, None if self._steps is None else prepared)
+        return selected
+
+    def _check_query(self, query: Tensor) -> QuerySide:
+        queries = layout.check_query_side(query, self._keys)
+        if query.is_nested:
+            row = layout.row_text(self._keys.has_heads)
+            raise mismatch("query", f"shape (B, {row}) or (B, n, {row})", "a nested tensor")
+        return queries
+
+    def _collects(self, queries: QuerySide) -> bool:
+        """Whether a step leaves the gradients of the key side to the batched pass."""
+        return queries.is_one_step and self._steps is not None and _can_collect()
+
+    def _prepared(self) -> Prepared:
+        if self._steps is None:
+            return None, None
+        self._steps.check_unchanged()
+        return self._steps.prepared
+
+    def _step(
+        self, queries: QuerySide, dropout_p: float, weights_layout: int
+    ) -> tuple[Tensor, Tensor]:
+        """Context and weights of one query a sequence, in the internal form."""
         seed = None
-        if self._dropout_p > 0:
+        if dropout_p > 0:
             seed = reference.draw_seed(queries.query.device)
         query, keys = queries.query, self._keys
         differentiable = query.requires_grad or self._token.requires_grad
-        keeps_scores = (differentiable and torch.is_grad_enabled()) and ops.keeps_scores(
-            query, keys.key, keys.value, None, keys.max_seqlen, self._choice[1]
+        keeps_scores = (
+            differentiable
+            and torch.is_grad_enabled()
+            and not weights_layout & RAW
+            and ops.keeps_scores(
+                query, keys.key, keys.value, None, keys.max_seqlen, self._choice[1]
+            )
         )
-        context, weights = _Attend.apply(
-            query, self._token, self._steps, self._dropout_p, seed, weights_layout, keeps_scores
+        return _Attend.apply(
+            query, self._token, self._steps, dropout_p, seed, weights_layout, keeps_scores
         )
-        context = queries.restore_context(context)
-        if not need_weights:
-            return context
-        return context, queries.restore_weights(weights, weights_layout)
 
 
 def _can_collect() -> bool:
@@ -148,14 +221,16 @@ class _Records(list):
 class _Steps:
     """The prepared key side, and what the steps of a backward pass leave for the batched pass."""
 
-    def __init__(self, keys: KeySide, choice: tuple[bool, str]):
+    def __init__(self, keys: KeySide, choice: tuple[bool, str], prepared: Prepared | None):
         self.keys = keys
         self.choice = choice
         # Not detached, so that under create_graph the backward ops refuse a second derivative.
         self.inputs = (keys.key, keys.value, keys.score_weight)
         self.grad_mask = sum(t.requires_grad << bit for bit, t in enumerate(self.inputs, start=1))
-        # Accelerators exponentiate keys faster than they would read prepared exponentials.
-        self.prepared = ops.prepare(keys.key.detach()) if choice[1] == "cpu" else (None, None)
+        if prepared is None:
+            # Accelerators exponentiate keys faster than they would read prepared exponentials.
+            prepared = ops.prepare(keys.key.detach()) if choice[1] == "cpu" else (None, None)
+        self.prepared = prepared
         self.key_layout = (keys.cu_seqlens, keys.lengths, keys.padding_mask)
         self._versions = self._current_versions()
         # By backward pass: passes may nest (reentrant checkpointing) or run in several threads.

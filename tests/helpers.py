@@ -151,10 +151,20 @@ def check(
     return actual
 
 
-def check_scores(inputs: Inputs, backend: str, *, alone: bool = False) -> None:
-    """Compare ``attn_ext.additive_scores`` and its gradients with the float64 yardstick.
+def check_scores(
+    inputs: Inputs,
+    backend: str,
+    *,
+    alone: bool = False,
+    function: Callable[..., Tensor] = attn_ext.additive_scores,
+) -> None:
+    """Compare scores and their gradients with the float64 yardstick.
 
-    ``alone``: without a query, as if it were 0.
+    Args:
+        inputs: what to call with.
+        backend: its name.
+        alone: call without a query, as if it were 0.
+        function: called as ``attn_ext.additive_scores``.
     """
     require_dtype(backend, inputs.leaves["query"].dtype)
     inputs = replace(inputs, scores_alone=True)
@@ -165,7 +175,7 @@ def check_scores(inputs: Inputs, backend: str, *, alone: bool = False) -> None:
 
     def call_scores(leaves: dict[str, Tensor]) -> tuple[None, Tensor]:
         query, key, _, score_weight = inputs.arguments(leaves)
-        scores = attn_ext.additive_scores(
+        scores = function(
             None if alone else query, key, score_weight, backend=backend, **inputs.keywords
         )
         assert torch.equal(scores == -torch.inf, ~present), "-inf elsewhere than for absent keys"
