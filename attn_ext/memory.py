@@ -156,8 +156,8 @@ class AttentionMemory:
                 sequence that is not there.
         """
         keys, prepared = self._keys.select(index, self._prepared())
-        selected = object.__new__(AttentionMemory)
-        selected._dropout_p, selected._choice = self._dropout_p, self._choice
+        selected = object.__new__(type(self))
+        selected.__dict__.update(self.__dict__)
         selected._prepare(keys, None if self._steps is None else prepared)
         return selected
 

@@ -128,6 +128,18 @@ def test_select_of_a_memory_without_gradients(backend: str):
     torch.testing.assert_close(context, expected)
 
 
+@pytest.mark.parametrize("num_heads", [1, 2], ids=named("heads"))
+def test_memory_of_a_module(num_heads: int):
+    """Queries are projected for scores and beams too, and after a choice of sequences."""
+    module = attn_ext.AdditiveAttention(5, 6, 8, num_heads=num_heads)
+    key, query, index = torch.randn(4, 7, 6), torch.randn(3, 2, 5), torch.tensor([2, 0, 2])
+    some = module.memory(key).select(index)
+    expected = module(query, key[index], need_weights=True)
+    torch.testing.assert_close(some.attend(query, need_weights=True), expected)
+    torch.testing.assert_close(some.attend(query[:, 0]), module(query[:, 0], key[index]))
+    torch.testing.assert_close(some.scores(query).softmax(-1), expected[1])
+
+
 @pytest.mark.parametrize(
     ("index", "message"),
     [
