@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import autograd, backends, layout, ops, reference
 from .checks import check_flag, check_probability, exports_to_onnx, mismatch
+from .features import with_features
 from .layout import KeySide, Prepared, QuerySide
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
         max_seqlen_k: int | None
         key_padding_mask: Tensor | None
         key_lengths: Tensor | None
+        features: Tensor | None
+        feature_weight: Tensor | None
         dropout_p: float
         deterministic: bool | None
         backend: str | None
@@ -73,6 +76,8 @@ def additive_attention(
     max_seqlen_k: int | None = None,
     key_padding_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    features: Tensor | None = None,
+    feature_weight: Tensor | None = None,
     dropout_p: float = 0.0,
     need_weights: bool = False,
     deterministic: bool | None = None,
@@ -101,6 +106,10 @@ def additive_attention(
         max_seqlen_k: the same for keys.
         key_padding_mask: ``(B, Tk)`` bool, True = ignore that key (padded layouts).
         key_lengths: ``(B,)`` int32 or int64, the valid prefix of each row of keys (padded layouts).
+        features: ``(B, Tk, F)`` or, beside jagged keys, ``(total_k, F)``; key's dtype. One more
+            term of each score, ``w . tanh(q + k_j + f_j U)``, as of location-sensitive attention
+            and coverage; only with one query a sequence.
+        feature_weight: U, ``(F, D)``, with heads ``(F, H, D)``.
         dropout_p: probability to drop an attention weight; kept ones are scaled by
             ``1 / (1 - dropout_p)``.
         need_weights: also return the attention weights (after dropout).
@@ -123,10 +132,11 @@ def additive_attention(
             checked under ``ATTN_EXT_CHECK=1`` only.
         RuntimeError: a second derivative, or forward mode, on another backend than "reference".
 
-    Differentiable once in query, key, value and score_weight, through context and weights; on the
-    "reference" backend any number of times. ``torch.func.grad``, ``vjp`` and ``vmap`` work.
-    ``torch.jit.trace`` and ``torch.onnx.export`` are right at other lengths; they may record the
-    ordinary operations of the "reference" backend, whatever the backend.
+    Differentiable once in query, key, value, score_weight, features and feature_weight, through
+    context and weights; on the "reference" backend any number of times. ``torch.func.grad``,
+    ``vjp`` and ``vmap`` work. ``torch.jit.trace`` and ``torch.onnx.export`` are right at other
+    lengths; they may record the ordinary operations of the "reference" backend, whatever the
+    backend.
 
     Example:
         >>> import torch, attn_ext
@@ -162,7 +172,8 @@ def additive_attention(
     dropout_p = check_probability("dropout_p", dropout_p)
     deterministic = resolve_deterministic(deterministic)
     backend = backends.choose(backend, queries.query.device, queries.query.dtype)
-    return attend(queries, keys, dropout_p, need_weights, deterministic, backend)
+    with with_features(keys, features, feature_weight, queries, backend) as keys:
+        return attend(queries, keys, dropout_p, need_weights, deterministic, backend)
 
 
 def additive_scores(
@@ -176,6 +187,8 @@ def additive_scores(
     max_seqlen_k: int | None = None,
     key_padding_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    features: Tensor | None = None,
+    feature_weight: Tensor | None = None,
     deterministic: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -193,7 +206,7 @@ def additive_scores(
         score_weight: ``(D,)``, or ``(H, D)`` for H heads. Without a query ``(K, D)`` also gives K
             scores of each of the keys ``(B, Tk, D)``, ``(total_k, D)`` or nested.
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_padding_mask, key_lengths,
-            deterministic, backend: as in :func:`additive_attention`.
+            features, feature_weight, deterministic, backend: as in :func:`additive_attention`.
 
     Returns:
         float32 (float64 for float64) of the shape of :func:`additive_attention`'s weights. Keys
@@ -202,8 +215,7 @@ def additive_scores(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`additive_attention`.
 
-    Differentiable once in query, key and score_weight; on the "reference" backend any number of
-    times.
+    Differentiable once in all tensors; on the "reference" backend any number of times.
 
     Example:
         >>> import torch, attn_ext
@@ -236,7 +248,8 @@ def additive_scores(
         queries = layout.check_query_side(query, keys, cu_seqlens_q, max_seqlen_q, need_max=True)
     deterministic = resolve_deterministic(deterministic)
     backend = backends.choose(backend, queries.query.device, queries.query.dtype)
-    return score(queries, keys, deterministic, backend)
+    with with_features(keys, features, feature_weight, queries, backend) as keys:
+        return score(queries, keys, deterministic, backend)
 
 
 def score(

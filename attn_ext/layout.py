@@ -45,6 +45,15 @@ class KeySide(NamedTuple):
     is_nested: bool
     autocast: bool  # whether key and value were cast
 
+    def ignored(self) -> Tensor | None:
+        """Which rows ``[Bk, Nk]`` of keys nobody attends to; None where there are none for sure."""
+        if self.padding_mask is not None:
+            return self.padding_mask
+        row = torch.arange(self.key.size(1), device=self.key.device)
+        if self.lengths is not None:
+            return row >= self.lengths.unsqueeze(1)
+        return None if self.cu_seqlens is None else (row >= self.cu_seqlens[-1]).unsqueeze(0)
+
     def with_exact_bound(self) -> "KeySide":
         """With the longest sequence itself, which dense weights of jagged keys need."""
         if self.cu_seqlens is None or records_lengths() or self.max_seqlen <= self.key.size(1):
@@ -162,7 +171,7 @@ def check_key_side(
     if nest is not None and value_nest is not None:
         if cu_seqlens_k is not None:
             raise mismatch("cu_seqlens_k", "None for a nested key, which has its own", "offsets")
-        _check_same_offsets(nest.offsets, value_nest.offsets)
+        _check_same_offsets("value", nest.offsets, value_nest.offsets)
         cu_seqlens_k = nest.offsets
         max_seqlen_k = nest.max_seqlen if max_seqlen_k is None else max_seqlen_k
     for name, tensor in (("key", key), ("value", value), ("score_weight", score_weight)):
@@ -421,12 +430,22 @@ def _unwrap(name: str, tensor: Tensor) -> tuple[Tensor, _Nest | None]:
     return nested.values(), _Nest(nested.offsets(), nested._maybe_max_seqlen)
 
 
-def _check_same_offsets(ours: Tensor, theirs: Tensor) -> None:
+def without_nesting(name: str, tensor: Tensor, keys: KeySide) -> Tensor:
+    """A tensor with a row a key; of a nested one the values."""
+    values, nest = _unwrap(name, tensor)
+    if nest is not None:
+        if keys.cu_seqlens is None:
+            raise mismatch(name, "a dense tensor, as key is", "a nested one")
+        _check_same_offsets(name, keys.cu_seqlens, nest.offsets)
+    return values
+
+
+def _check_same_offsets(name: str, ours: Tensor, theirs: Tensor) -> None:
     same = ours is theirs or ours.shape == theirs.shape
     if same and ours is not theirs and can_read_values(ours):
         same = torch.equal(ours, theirs)
     if not same:
-        raise mismatch("value", "a nested tensor with key's offsets", "other offsets")
+        raise mismatch(name, "a nested tensor with key's offsets", "other offsets")
 
 
 def _nested_like(values: Tensor, like: Any) -> Tensor:

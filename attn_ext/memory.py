@@ -1,5 +1,6 @@
 """Attention for decoders that attend once a step, with the key side prepared once."""
 
+import contextlib
 import weakref
 from typing import Literal, overload
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from . import autograd, backends, layout, ops, reference
 from .checks import check_flag, check_probability, mismatch
+from .features import added_to_keys, check_feature_weight, check_features
 from .functional import attend, resolve_deterministic, score
 from .layout import RAW, KeySide, Prepared, QuerySide
 
@@ -29,6 +31,7 @@ class AttentionMemory:
         max_seqlen_k: the longest key sequence or more.
         key_padding_mask: ``(B, Tk)`` bool, True = ignore (padded keys).
         key_lengths: ``(B,)`` valid prefixes (padded keys).
+        feature_weight: ``(F, D)``, with heads ``(F, H, D)``, of the features that steps may add.
         dropout_p: probability to drop an attention weight, drawn anew each step.
         deterministic: repeat results bit for bit; None follows PyTorch's global setting.
         backend: as :func:`attn_ext.additive_attention`.
@@ -36,9 +39,10 @@ class AttentionMemory:
     Raises:
         TypeError, ValueError: as :func:`attn_ext.additive_attention`.
 
-    Differentiable once in query, key, value and score_weight; made under ``torch.no_grad``, in
-    query alone. Key, value and score_weight must not change in place between the first step and the
-    backward pass. A memory belongs to one forward pass: it can be neither copied nor pickled.
+    Differentiable once in query, features, key, value, score_weight and feature_weight; made under
+    ``torch.no_grad``, in the first two alone. The others must not change in place between the first
+    step and the backward pass. A memory belongs to one forward pass: it can be neither copied nor
+    pickled.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class AttentionMemory:
         max_seqlen_k: int | None = None,
         key_padding_mask: Tensor | None = None,
         key_lengths: Tensor | None = None,
+        feature_weight: Tensor | None = None,
         dropout_p: float = 0.0,
         deterministic: bool | None = None,
         backend: str | None = None,
@@ -58,9 +63,13 @@ class AttentionMemory:
         keys = layout.check_key_side(
             key, value, score_weight, cu_seqlens_k, max_seqlen_k, key_padding_mask, key_lengths
         )
+        if feature_weight is not None:
+            feature_weight = check_feature_weight(feature_weight, keys)
         # A trace serves both modes.
         if not (torch.is_grad_enabled() or torch.jit.is_tracing()):
             keys = keys.detached()
+            feature_weight = None if feature_weight is None else feature_weight.detach()
+        self._feature_weight = feature_weight
         self._dropout_p = check_probability("dropout_p", dropout_p)
         deterministic = resolve_deterministic(deterministic)
         self._choice = deterministic, backends.choose(backend, keys.key.device, keys.key.dtype)
@@ -80,22 +89,31 @@ class AttentionMemory:
         )
 
     @overload
-    def attend(self, query: Tensor, *, need_weights: Literal[False] = False) -> Tensor: ...
+    def attend(
+        self, query: Tensor, *, features: Tensor | None = None, need_weights: Literal[False] = False
+    ) -> Tensor: ...
 
     @overload
-    def attend(self, query: Tensor, *, need_weights: Literal[True]) -> tuple[Tensor, Tensor]: ...
+    def attend(
+        self, query: Tensor, *, features: Tensor | None = None, need_weights: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
 
     @overload
-    def attend(self, query: Tensor, *, need_weights: bool) -> Tensor | tuple[Tensor, Tensor]: ...
+    def attend(
+        self, query: Tensor, *, features: Tensor | None = None, need_weights: bool
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
 
     def attend(
-        self, query: Tensor, *, need_weights: bool = False
+        self, query: Tensor, *, features: Tensor | None = None, need_weights: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend with one query a sequence, or with n, such as a beam or a chunk of steps.
 
         Args:
             query: ``(B, D)`` or ``(B, n, D)``, with heads ``(B, H, D)`` or ``(B, n, H, D)``; key's
                 dtype.
+            features: ``(B, Tk, F)`` or, beside jagged keys, ``(total_k, F)``: one more term of each
+                score, ``w . tanh(q + k_j + f_j U)`` with U the memory's ``feature_weight``; only
+                with one query a sequence. Keys are not prepared for such steps.
             need_weights: also return the attention weights.
 
         Returns:
@@ -109,6 +127,9 @@ class AttentionMemory:
         """
         check_flag("need_weights", need_weights)
         queries = self._check_query(query)
+        if features is not None:
+            with self._with_features(features, queries) as keys:
+                return attend(queries, keys, self._dropout_p, need_weights, *self._choice)
         if self._collects(queries):
             weights_layout = layout.weights_layout(queries, self._keys) if need_weights else 0
             context, weights = self._step(queries, self._dropout_p, weights_layout)
@@ -119,11 +140,11 @@ class AttentionMemory:
         keys = self._keys.with_exact_bound() if need_weights else self._keys
         return attend(queries, keys, self._dropout_p, need_weights, *self._choice, self._prepared())
 
-    def scores(self, query: Tensor) -> Tensor:
+    def scores(self, query: Tensor, *, features: Tensor | None = None) -> Tensor:
         """Score without attending, as :func:`attn_ext.additive_scores`.
 
         Args:
-            query: as in :meth:`attend`.
+            query, features: as in :meth:`attend`.
 
         Returns:
             The scores, shaped as the weights of :meth:`attend`; -inf for keys that are ignored or
@@ -133,6 +154,9 @@ class AttentionMemory:
             TypeError, ValueError: as :func:`attn_ext.additive_attention`.
         """
         queries = self._check_query(query)
+        if features is not None:
+            with self._with_features(features, queries) as keys:
+                return score(queries, keys, *self._choice)
         if self._collects(queries):
             weights_layout = layout.weights_layout(queries, self._keys)
             _, scores = self._step(queries, 0.0, weights_layout | RAW)
@@ -167,6 +191,15 @@ class AttentionMemory:
             row = layout.row_text(self._keys.has_heads)
             raise mismatch("query", f"shape (B, {row}) or (B, n, {row})", "a nested tensor")
         return queries
+
+    def _with_features(
+        self, features: Tensor, queries: QuerySide
+    ) -> contextlib.AbstractContextManager[KeySide]:
+        if self._feature_weight is None:
+            got = "features of a memory without any"
+            raise mismatch("feature_weight", "a tensor, where the memory is made", got)
+        features = check_features(features, self._feature_weight, self._keys, queries)
+        return added_to_keys(self._keys, features, self._feature_weight, self._choice[1])
 
     def _collects(self, queries: QuerySide) -> bool:
         """Whether a step leaves the gradients of the key side to the batched pass."""

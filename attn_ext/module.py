@@ -1,6 +1,7 @@
 """Additive attention as a module that holds its projections."""
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -269,7 +270,7 @@ class _ProjectingMemory(AttentionMemory):
         return super()._check_query(self._module._project_query(query))
 
     def attend(  # type: ignore[override]  # the overloads are inherited
-        self, query: Tensor, *, need_weights: bool = False
+        self, query: Tensor, **options: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Project the query and attend: see :class:`AttentionMemory`."""
-        return self._module._join_context(super().attend(query, need_weights=need_weights))
+        return self._module._join_context(super().attend(query, **options))

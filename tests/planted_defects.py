@@ -631,8 +631,8 @@ NMT = [
     Defect(
         "nmt-prune-by-step",
         "attn_ext/nmt/search.py",
-        "bound = best_going[b] / max_lengths[b] ** alpha",
-        "bound = best_going[b] / step**alpha",
+        "bound = best_going / longest**alpha",
+        "bound = best_going / step**alpha",
         "tests/nmt/test_search.py",
         "Beam search stops before longer and better translations have ended.",
     ),
