@@ -158,6 +158,7 @@ def check_scores(
     backend: str,
     *,
     alone: bool = False,
+    incoming: Tensor | None = None,
     function: Callable[..., Tensor] = attn_ext.additive_scores,
 ) -> None:
     """Compare scores and their gradients with the float64 yardstick.
@@ -166,6 +167,7 @@ def check_scores(
         inputs: what to call with.
         backend: its name.
         alone: call without a query, as if it were 0.
+        incoming: gradient of the scores; None draws it.
         function: called as ``attn_ext.additive_scores``.
     """
     require_dtype(backend, inputs.leaves["query"].dtype)
@@ -187,9 +189,11 @@ def check_scores(
 
     wanted = ("key", "score_weight") if alone else ("query", "key", "score_weight")
     scores = formula(inputs, inputs.leaves)[1]
-    incoming = {"weights": randn(scores.shape, torch.Generator("cpu").manual_seed(1)).to(scores)}
-    actual = differentiate(call_scores, inputs.leaves, incoming, wanted)
-    judge(inputs, {n: actual[n] for n in actual if n != "context"}, incoming, wanted)
+    if incoming is None:
+        incoming = randn(scores.shape, torch.Generator("cpu").manual_seed(1)).to(scores)
+    gradients = {"weights": incoming}
+    actual = differentiate(call_scores, inputs.leaves, gradients, wanted)
+    judge(inputs, {n: actual[n] for n in actual if n != "context"}, gradients, wanted)
 
 
 def judge(

@@ -35,6 +35,15 @@ def test_magnitudes(backend: str, layout: str, scale: float):
     check_scores(make_inputs(layout, features=70, scale=scale), backend)
 
 
+@pytest.mark.every_isa
+def test_gradients_that_nearly_sum_to_0(backend: str):
+    """Behind a softmax they sum to 0, and what is left is rounding; here it is what was meant."""
+    inputs = make_inputs("padded", lengths_q=(5, 5), lengths_k=(40, 40), features=33, scale=1e-3)
+    incoming = torch.randn(2, 5, 40)
+    incoming += 1e-4 * incoming.abs().mean(-1, keepdim=True) - incoming.mean(-1, keepdim=True)
+    check_scores(inputs, backend, incoming=incoming)
+
+
 @pytest.mark.parametrize("layout", ["padded", "one_step_mask", "jagged", "jagged_one_step"])
 def test_long_keys(backend: str, layout: str):
     """Which attention shares out among programs or workers, and joins again."""
