@@ -55,7 +55,7 @@ def check_features(
     return features if ignored is None else features.masked_fill(ignored.unsqueeze(2), 0)
 
 
-def _shifted(key: Tensor, features: Tensor, feature_weight: Tensor) -> Tensor:
+def shifted_keys(key: Tensor, features: Tensor, feature_weight: Tensor) -> Tensor:
     """``key + features @ feature_weight``, rounded once."""
     weight = feature_weight.to(key.dtype).flatten(1)  # [F, H * D]
     rows = torch.addmm(key.reshape(-1, weight.size(1)), features.flatten(0, 1), weight)
@@ -86,7 +86,7 @@ def added_to_keys(
     keys: KeySide, features: Tensor, feature_weight: Tensor, backend: str
 ) -> Iterator[KeySide]:
     """Keys with the term in them. Attention keeps for backward what they were made of, not them."""
-    shifted = _shifted(keys.key, features, feature_weight)
+    shifted = shifted_keys(keys.key, features, feature_weight)
     with_term = keys._replace(key=shifted)
     if (
         backend == "reference"  # which may be differentiated twice
@@ -109,7 +109,7 @@ def added_to_keys(
         if key._version != version:
             raise RuntimeError("attn_ext: key was modified in place before the backward pass")
         with torch.no_grad():
-            return _shifted(key, *term)
+            return shifted_keys(key, *term)
 
     with torch.autograd.graph.saved_tensors_hooks(leave_out, make_again):
         yield with_term

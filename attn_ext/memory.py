@@ -1,17 +1,18 @@
 """Attention for decoders that attend once a step, with the key side prepared once."""
 
 import contextlib
-import weakref
+from collections.abc import Iterator
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from . import autograd, backends, layout, ops, reference
+from . import backends, layout, reference
 from .checks import check_flag, check_probability, mismatch
 from .features import added_to_keys, check_feature_weight, check_features
 from .functional import attend, resolve_deterministic, score
 from .layout import RAW, KeySide, Prepared, QuerySide
+from .steps import Steps, can_collect
 
 
 class AttentionMemory:
@@ -77,10 +78,10 @@ class AttentionMemory:
 
     def _prepare(self, keys: KeySide, prepared: Prepared | None = None) -> None:
         self._keys = keys
-        self._steps: _Steps | None = None
-        if self._choice[1] != "reference" and _can_collect():
-            self._steps = _Steps(keys, self._choice, prepared)
-            self._token = _Collect.apply(keys.key, keys.value, keys.score_weight, self._steps)
+        self._steps: Steps | None = None
+        if self._choice[1] != "reference" and can_collect():
+            self._steps = Steps(keys, self._feature_weight, self._choice, prepared)
+            self._token = self._steps.make_token()
 
     def __reduce_ex__(self, protocol):
         raise TypeError(
@@ -127,18 +128,16 @@ class AttentionMemory:
         """
         check_flag("need_weights", need_weights)
         queries = self._check_query(query)
-        if features is not None:
-            with self._with_features(features, queries) as keys:
-                return attend(queries, keys, self._dropout_p, need_weights, *self._choice)
+        features = self._check_features(features, queries)
         if self._collects(queries):
             weights_layout = layout.weights_layout(queries, self._keys) if need_weights else 0
-            context, weights = self._step(queries, self._dropout_p, weights_layout)
+            context, weights = self._step(queries, features, self._dropout_p, weights_layout)
             context = queries.restore_context(context)
             if not need_weights:
                 return context
             return context, queries.restore_weights(weights, weights_layout)
-        keys = self._keys.with_exact_bound() if need_weights else self._keys
-        return attend(queries, keys, self._dropout_p, need_weights, *self._choice, self._prepared())
+        with self._keys_and_prepared(features, need_weights) as (keys, prepared):
+            return attend(queries, keys, self._dropout_p, need_weights, *self._choice, prepared)
 
     def scores(self, query: Tensor, *, features: Tensor | None = None) -> Tensor:
         """Score without attending, as :func:`attn_ext.additive_scores`.
@@ -154,15 +153,13 @@ class AttentionMemory:
             TypeError, ValueError: as :func:`attn_ext.additive_attention`.
         """
         queries = self._check_query(query)
-        if features is not None:
-            with self._with_features(features, queries) as keys:
-                return score(queries, keys, *self._choice)
+        features = self._check_features(features, queries)
         if self._collects(queries):
             weights_layout = layout.weights_layout(queries, self._keys)
-            _, scores = self._step(queries, 0.0, weights_layout | RAW)
+            _, scores = self._step(queries, features, 0.0, weights_layout | RAW)
             return queries.restore_weights(scores, weights_layout)
-        keys = self._keys.with_exact_bound()
-        return score(queries, keys, *self._choice, self._prepared())
+        with self._keys_and_prepared(features, True) as (keys, prepared):
+            return score(queries, keys, *self._choice, prepared)
 
     def select(self, index: Tensor) -> "AttentionMemory":
         """A memory of some of the sequences, in any order, left out or repeated.
@@ -192,18 +189,17 @@ class AttentionMemory:
             raise mismatch("query", f"shape (B, {row}) or (B, n, {row})", "a nested tensor")
         return queries
 
-    def _with_features(
-        self, features: Tensor, queries: QuerySide
-    ) -> contextlib.AbstractContextManager[KeySide]:
+    def _check_features(self, features: Tensor | None, queries: QuerySide) -> Tensor | None:
+        if features is None:
+            return None
         if self._feature_weight is None:
             got = "features of a memory without any"
             raise mismatch("feature_weight", "a tensor, where the memory is made", got)
-        features = check_features(features, self._feature_weight, self._keys, queries)
-        return added_to_keys(self._keys, features, self._feature_weight, self._choice[1])
+        return check_features(features, self._feature_weight, self._keys, queries)
 
     def _collects(self, queries: QuerySide) -> bool:
         """Whether a step leaves the gradients of the key side to the batched pass."""
-        return queries.is_one_step and self._steps is not None and _can_collect()
+        return queries.is_one_step and self._steps is not None and can_collect()
 
     def _prepared(self) -> Prepared:
         if self._steps is None:
@@ -211,182 +207,23 @@ class AttentionMemory:
         self._steps.check_unchanged()
         return self._steps.prepared
 
+    @contextlib.contextmanager
+    def _keys_and_prepared(
+        self, features: Tensor | None, need_weights: bool
+    ) -> Iterator[tuple[KeySide, Prepared]]:
+        """The key side of a step that computes all its gradients itself."""
+        keys = self._keys.with_exact_bound() if need_weights else self._keys
+        if features is None or self._feature_weight is None:
+            yield keys, self._prepared()
+            return
+        with added_to_keys(keys, features, self._feature_weight, self._choice[1]) as keys:
+            yield keys, (None, None)
+
     def _step(
-        self, queries: QuerySide, dropout_p: float, weights_layout: int
+        self, queries: QuerySide, features: Tensor | None, dropout_p: float, weights_layout: int
     ) -> tuple[Tensor, Tensor]:
-        """Context and weights of one query a sequence, in the internal form."""
-        seed = None
-        if dropout_p > 0:
-            seed = reference.draw_seed(queries.query.device)
-        query, keys = queries.query, self._keys
-        differentiable = query.requires_grad or self._token.requires_grad
-        keeps_scores = (
-            differentiable
-            and torch.is_grad_enabled()
-            and not weights_layout & RAW
-            and ops.keeps_scores(
-                query, keys.key, keys.value, None, keys.max_seqlen, self._choice[1]
-            )
+        assert self._steps is not None
+        seed = reference.draw_seed(queries.query.device) if dropout_p > 0 else None
+        return self._steps.attend(
+            self._token, queries.query, features, dropout_p, seed, weights_layout
         )
-        return _Attend.apply(
-            query, self._token, self._steps, dropout_p, seed, weights_layout, keeps_scores
-        )
-
-
-def _can_collect() -> bool:
-    """Whether steps may leave their gradients to one batched pass.
-
-    A compiled graph cannot follow the Python list that collects them, nor can a trace or
-    torch.func; there, and on the reference backend, each step computes all its gradients itself.
-    """
-    return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
-
-
-class _Records(list):
-    """What the steps of one backward pass leave: (query, dscores, weights, dcontext) of each."""
-
-
-class _Steps:
-    """The prepared key side, and what the steps of a backward pass leave for the batched pass."""
-
-    def __init__(self, keys: KeySide, choice: tuple[bool, str], prepared: Prepared | None):
-        self.keys = keys
-        self.choice = choice
-        # Not detached, so that under create_graph the backward ops refuse a second derivative.
-        self.inputs = (keys.key, keys.value, keys.score_weight)
-        self.grad_mask = sum(t.requires_grad << bit for bit, t in enumerate(self.inputs, start=1))
-        if prepared is None:
-            # Accelerators exponentiate keys faster than they would read prepared exponentials.
-            prepared = ops.prepare(keys.key.detach()) if choice[1] == "cpu" else (None, None)
-        self.prepared = prepared
-        self.key_layout = (keys.cu_seqlens, keys.lengths, keys.padding_mask)
-        self._versions = self._current_versions()
-        # By backward pass: passes may nest (reentrant checkpointing) or run in several threads.
-        self._records: weakref.WeakValueDictionary[int, _Records] = weakref.WeakValueDictionary()
-
-    def _current_versions(self) -> list[int]:
-        tensors = (*self.inputs, *self.key_layout)
-        tracked = (t for t in tensors if t is not None and not t.is_inference())
-        return [tensor._version for tensor in tracked]
-
-    def check_unchanged(self) -> None:
-        if self._current_versions() != self._versions:
-            raise RuntimeError(
-                "attn_ext.AttentionMemory: key, value, score_weight, or the offsets, lengths or "
-                "mask were modified in place after the memory was made; make a new memory"
-            )
-
-    def leave(self, *record: Tensor) -> None:
-        """Keep a step's (query, dscores, weights, dcontext) for this backward pass."""
-        task = torch._C._current_graph_task_id()
-        records = self._records.get(task)
-        if records is None:
-            records = self._records[task] = _Records()
-            # The pass owns them: it lets go of its callbacks when it ends, by an error too.
-            torch.autograd.Variable._execution_engine.queue_callback(records.clear)
-        records.append(record)
-
-    def take(self) -> list[Tensor] | None:
-        """All records of this backward pass, stacked over steps, or None if there are none."""
-        records = self._records.pop(torch._C._current_graph_task_id(), None)
-        if records is None:
-            return None
-        return [torch.stack(column) for column in zip(*records, strict=True)]
-
-
-class _Collect(torch.autograd.Function):
-    """Gives the token that every step takes, so that its backward runs after all of theirs."""
-
-    @staticmethod
-    def forward(ctx, key, value, score_weight, steps):
-        ctx.steps = steps
-        return key.new_empty(0)
-
-    @staticmethod
-    def backward(ctx, _):
-        steps, wanted = ctx.steps, ctx.needs_input_grad[:3]
-        columns = steps.take()
-        if columns is None:
-            return None, None, None, None
-        steps.check_unchanged()
-        query, dscores, weights, dcontext = columns
-        gradients = autograd.memory_backward(
-            query.squeeze(2),
-            dscores,
-            weights,
-            dcontext.squeeze(2),
-            *steps.inputs,
-            *steps.prepared,
-            *steps.key_layout,
-            steps.keys.max_seqlen,
-            sum(needed << bit for bit, needed in enumerate((False, *wanted))),
-            *steps.choice,
-        )
-        chosen = (grad if needed else None for grad, needed in zip(gradients, wanted, strict=True))
-        return (*chosen, None)
-
-
-class _Attend(torch.autograd.Function):
-    """One step: only the query's gradient is computed in its backward."""
-
-    @staticmethod
-    def forward(ctx, query, token, steps, dropout_p, seed, weights_layout, keeps_scores):
-        steps.check_unchanged()
-        keys = steps.keys
-        context, weights, *kept = autograd.forward(
-            query,
-            *steps.inputs,
-            *steps.prepared,
-            None,
-            *steps.key_layout,
-            1,
-            keys.max_seqlen,
-            dropout_p,
-            seed,
-            weights_layout,
-            keeps_scores,
-            *steps.choice,
-        )
-        ctx.steps, ctx.dropout_p, ctx.weights_layout = steps, dropout_p, weights_layout
-        ctx.save_for_backward(query, *kept, seed)
-        ctx.set_materialize_grads(False)
-        return context, weights
-
-    @staticmethod
-    def backward(ctx, dcontext, dweights):
-        steps = ctx.steps
-        grad_mask = int(ctx.needs_input_grad[0])
-        collector = ctx.next_functions[1][0]  # None where no gradient of the key side is needed
-        collects = collector is not None and torch._C._will_engine_execute_node(collector)
-        if collects:
-            grad_mask |= steps.grad_mask
-        if (dcontext is None and dweights is None) or not grad_mask:
-            return (None,) * 7
-        steps.check_unchanged()
-        query, stats, scores, seed = ctx.saved_tensors
-        dquery, dscores, weights = autograd.step_backward(
-            dcontext,
-            dweights,
-            query,
-            *steps.inputs,
-            *steps.prepared,
-            stats,
-            scores,
-            *steps.key_layout,
-            steps.keys.max_seqlen,
-            ctx.dropout_p,
-            seed,
-            ctx.weights_layout,
-            grad_mask,
-            *steps.choice,
-        )
-        if collects:
-            if dcontext is None:
-                dcontext = query.new_zeros((*query.shape[:-1], steps.inputs[1].size(-1)))
-            steps.leave(query, dscores, weights, dcontext)
-        return dquery if ctx.needs_input_grad[0] else None, *(None,) * 6

@@ -10,7 +10,7 @@ from layouts import Inputs, make_inputs, nest, randn
 from parameters import dtype_id, named
 from torch import Tensor
 
-from attn_ext import AttentionMemory, additive_attention, additive_scores, features
+from attn_ext import AttentionMemory, additive_attention, additive_scores, features, steps
 
 LAYOUTS = ("one_step", "one_step_lengths", "one_step_mask", "jagged_one_step", "nested_one_step")
 F = 5
@@ -112,14 +112,22 @@ def test_memory(backend: str, layout: str, heads: int | None):
     compare(inputs, backend, program)
 
 
-def test_sums_are_made_again_for_backward(monkeypatch: pytest.MonkeyPatch):
-    """A memory of many steps keeps nothing as large as its keys for each of them."""
+@pytest.mark.parametrize("module", [steps, features], ids=["memory", "attention"])
+def test_sums_are_made_again_for_backward(module, monkeypatch: pytest.MonkeyPatch):
+    """Nothing as large as the keys is kept for each of many steps."""
     calls = []
-    shifted = features._shifted
-    monkeypatch.setattr(features, "_shifted", lambda *a: calls.append(None) or shifted(*a))
+    shifted = module.shifted_keys
+    monkeypatch.setattr(module, "shifted_keys", lambda *a: calls.append(None) or shifted(*a))
     key = torch.randn(2, 50, 16, requires_grad=True)
-    memory = AttentionMemory(key, key, torch.randn(16), feature_weight=torch.randn(3, 16))
-    contexts = [memory.attend(torch.randn(2, 16), features=torch.randn(2, 50, 3)) for _ in "123"]
+    inputs, weight = (key, key, torch.randn(16)), torch.randn(3, 16)
+    if module is steps:
+        attend = AttentionMemory(*inputs, feature_weight=weight).attend
+    else:
+
+        def attend(query, features):
+            return additive_attention(query, *inputs, features=features, feature_weight=weight)
+
+    contexts = [attend(torch.randn(2, 16), features=torch.randn(2, 50, 3)) for _ in "123"]
     assert len(calls) == 3
     sum(contexts).sum().backward()
     assert len(calls) == 6
