@@ -94,7 +94,7 @@ def additive_attention(
     Args:
         query: ``(B, Tq, D)``; one query a sequence ``(B, D)``; jagged ``(total_q, D)``; or a jagged
             nested tensor. float32, float16, bfloat16 or float64.
-        key: ``(B, Tk, D)``, jagged ``(total_k, D)`` or nested; query's dtype.
+        key: ``(B, Tk, D)``, jagged ``(total_k, D)`` or nested, whatever query is; query's dtype.
         value: as key with ``Dv`` features; float64 goes only with float64.
         score_weight: ``(D,)``, or ``(H, D)`` for H heads: then every other tensor has an H axis
             before its last.
@@ -104,8 +104,8 @@ def additive_attention(
         max_seqlen_q: the rows of the longest query sequence, or more. Given, nothing synchronises
             with an accelerator.
         max_seqlen_k: the same for keys.
-        key_padding_mask: ``(B, Tk)`` bool, True = ignore that key (padded layouts).
-        key_lengths: ``(B,)`` int32 or int64, the valid prefix of each row of keys (padded layouts).
+        key_padding_mask: ``(B, Tk)`` bool, True = ignore that key (padded keys).
+        key_lengths: ``(B,)`` int32 or int64, the valid prefix of each row of keys (padded keys).
         features: ``(B, Tk, F)`` or, beside jagged keys, ``(total_k, F)``; key's dtype. One more
             term of each score, ``w . tanh(q + k_j + f_j U)``, as of location-sensitive attention
             and coverage; only with one query a sequence.
@@ -120,10 +120,10 @@ def additive_attention(
     Returns:
         The context, in value's dtype: ``(B, Tq, Dv)``, ``(B, Dv)``, ``(total_q, Dv)``, or nested
         as query is. With ``need_weights``, ``(context, weights)``, weights being ``(B, Tq, Tk)``,
-        ``(B, Tk)`` for one query a sequence, ``(B, max Tq, max Tk)`` with zeros outside for
-        jagged sequences (``max_seqlen_*`` where given), and ``(total_k,)`` for one query a jagged
-        sequence. Heads add an axis before Tq, or ``(B, H, Tk)`` and ``(total_k, H)``. A sequence
-        without keys gets context and weights 0.
+        ``(B, Tk)`` for one query a sequence, and ``(total_k,)`` for one query a jagged sequence of
+        keys. Otherwise the axis of a jagged side is as long as its longest sequence
+        (``max_seqlen_*`` where given), with zeros outside. Heads add an axis before Tq, or
+        ``(B, H, Tk)`` and ``(total_k, H)``. A sequence without keys gets context and weights 0.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -261,7 +261,7 @@ def score(
 ) -> Tensor:
     """Scores with everything checked and chosen."""
     weights_layout = layout.weights_layout(queries, keys)
-    if backend == "reference" or _must_be_plain(keys, weights_layout, backend):
+    if backend == "reference" or _must_be_plain(queries, keys, weights_layout, backend):
         return reference.scores(queries, keys)
     raw = weights_layout | layout.RAW
     _, scores = _call(queries, keys, prepared, 0.0, None, raw, deterministic, backend)
@@ -280,7 +280,7 @@ def attend(
     """Attend with everything checked and chosen."""
     seed = reference.draw_seed(queries.query.device) if dropout_p > 0 else None
     weights_layout = layout.weights_layout(queries, keys) if need_weights else 0
-    if backend == "reference" or _must_be_plain(keys, weights_layout, backend):
+    if backend == "reference" or _must_be_plain(queries, keys, weights_layout, backend):
         return reference.attend(queries, keys, dropout_p, seed, need_weights)
     context, weights = _call(
         queries, keys, prepared, dropout_p, seed, weights_layout, deterministic, backend
@@ -326,13 +326,14 @@ def _call(
     return context, weights
 
 
-def _must_be_plain(keys: KeySide, weights_layout: int, backend: str) -> bool:
+def _must_be_plain(queries: QuerySide, keys: KeySide, weights_layout: int, backend: str) -> bool:
     """Whether a graph is being recorded in which only ordinary operations are right.
 
     ONNX has no others. In a trace of ``torch.jit`` the op's bounds and the axes of its dense jagged
     weights are constants; of the backends only the CPU's kernels need bounds for nothing else.
     """
-    dense_jagged = weights_layout == layout.DENSE_WEIGHTS and keys.cu_seqlens is not None
+    is_jagged = queries.cu_seqlens is not None or keys.cu_seqlens is not None
+    dense_jagged = weights_layout == layout.DENSE_WEIGHTS and is_jagged
     traced_rightly = backend == "cpu" and not dense_jagged
     return exports_to_onnx() or (torch.jit.is_tracing() and not traced_rightly)
 

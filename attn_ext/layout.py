@@ -42,7 +42,6 @@ class KeySide(NamedTuple):
     max_seqlen: int
     batch_size: int
     has_heads: bool
-    is_nested: bool
     autocast: bool  # whether key and value were cast
 
     def ignored(self) -> Tensor | None:
@@ -223,7 +222,6 @@ def check_key_side(
         bound,
         batch_size,
         has_heads,
-        nest is not None,
         autocast_dtype is not None,
     )
 
@@ -246,7 +244,7 @@ def check_query_side(
     check_floating("query", query)
     check_device("query", query, keys.key.device)
     is_jagged = cu_seqlens_q is not None
-    _check_query_shape(query, keys, is_jagged, nested is not None)
+    _check_query_shape(query, keys, is_jagged)
     if torch.float64 not in (query.dtype, keys.key.dtype):
         if keys.autocast or _autocast_dtype(query) is not None:
             query = query.to(keys.key.dtype)
@@ -354,21 +352,13 @@ def _check_key_shapes(key: Tensor, value: Tensor, score_weight: Tensor, is_jagge
         raise mismatch("score_weight", expected, shape_of(score_weight))
 
 
-def _check_query_shape(query: Tensor, keys: KeySide, is_jagged: bool, is_nested: bool) -> None:
-    keys_jagged = keys.cu_seqlens is not None
-    if is_jagged and not keys_jagged:
-        name, got = ("query", "a nested one") if is_nested else ("cu_seqlens_q", "offsets")
-        expected = "padded queries with padded keys (jagged and padded layouts do not mix)"
-        raise mismatch(name, expected, got)
+def _check_query_shape(query: Tensor, keys: KeySide, is_jagged: bool) -> None:
     axes = _axes(keys.has_heads)
-    allows_steps = not is_jagged and (not keys_jagged or keys.is_nested)  # (B, Tq, ...)
-    if query.dim() != axes + 1 and not (allows_steps and query.dim() == axes + 2):
+    if query.dim() != axes + 1 and (is_jagged or query.dim() != axes + 2):
         row = row_text(keys.has_heads)
-        shapes = f"(total_q, {row})" if is_jagged else f"(B, {row})"
-        shapes += f" or (B, Tq, {row})" if allows_steps else ""
+        shapes = f"(total_q, {row})" if is_jagged else f"(B, {row}) or (B, Tq, {row})"
         offsets = "with cu_seqlens_q" if is_jagged else "without cu_seqlens_q"
-        keys_are = "jagged" if keys_jagged else "padded"
-        raise mismatch("query", f"shape {shapes} {offsets} and {keys_are} keys", shape_of(query))
+        raise mismatch("query", f"shape {shapes} {offsets}", shape_of(query))
     tail = keys.key.shape[4 - axes :]
     if query.shape[-axes:] != tail:
         expected = f"last axes {tuple(tail)} = ({row_text(keys.has_heads)}), as key"

@@ -57,12 +57,12 @@ PYTHON = [
         "A memory made under autocast refuses the float32 queries of steps outside of it.",
     ),
     Defect(
-        "layout-mixes",
+        "layout-jagged-query",
         "attn_ext/layout.py",
-        "allows_steps = not is_jagged and (not keys_jagged or keys.is_nested)",
-        "allows_steps = not is_jagged",
+        "if query.dim() != axes + 1 and (is_jagged or query.dim() != axes + 2):",
+        "if query.dim() not in (axes + 1, axes + 2):",
         "tests/test_errors.py",
-        "Padded queries with jagged keys are taken in silence, though the layouts do not mix.",
+        "Padded queries with cu_seqlens_q are taken, and give an error that names no argument.",
     ),
     Defect(
         "checks-dropout-of-everything",

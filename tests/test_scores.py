@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from helpers import BACKEND_DEVICES, assert_within_budget, check_scores, require_backend
-from layouts import LAYOUTS, ONE_STEP_LAYOUTS, make_inputs, offsets_of
+from layouts import LAYOUTS, MIXED_LAYOUTS, ONE_STEP_LAYOUTS, make_inputs, offsets_of
 from parameters import DTYPES, dtype_id, named
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from attn_ext import additive_scores
 
 @pytest.mark.every_isa
 @pytest.mark.parametrize("heads", [None, 3], ids=named("heads"))
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *MIXED_LAYOUTS])
 def test_layouts(backend: str, layout: str, heads: int | None):
     """The same shapes as weights have; keys that are ignored or not there score -inf."""
     check_scores(make_inputs(layout, heads=heads), backend)
