@@ -54,7 +54,7 @@ def search(model, source, bos, eos, beam=1, alpha=0.6, max_lengths=None):
     for step in range(1, max(max_lengths) + 1):
         features, state, _ = model.decoder.step(model.embed(tokens), state, attend)
         log_probs = model.project(features).float().log_softmax(-1)
-        totals = (scores[..., None] + log_probs.view(sentences, beam, -1)).flatten(1)
+        totals = (scores[..., None] + log_probs.view(len(going), beam, -1)).flatten(1)
         # Each hypothesis can end in one way, so of twice the beam at least `beam` go on.
         top, where = totals.topk(2 * beam, dim=1)
         origin = where.div(log_probs.size(-1), rounding_mode="floor")
