@@ -90,36 +90,30 @@ def weights_layout(queries: QuerySide, keys: KeySide) -> int:
 
 def check_key_side(
     key: Tensor,
-    value: Tensor | None,
+    value: Tensor,
     score_weight: Tensor,
     cu_seqlens_k: Tensor | None,
     max_seqlen_k: int | None,
     key_padding_mask: Tensor | None,
     key_lengths: Tensor | None,
     need_max: bool = False,
-    shares_keys: bool = False,
+    scores_only: bool = False,
 ) -> KeySide:
     """Check keys, values and score weights.
 
     Args:
-        value: None where only scores are asked for: values without features stand for it.
+        value: not looked at where only scores are asked for: values without features stand for it.
         need_max: the exact longest sequence is needed.
-        shares_keys: score weights ``(K, D)`` may all score the same keys.
+        scores_only: no values are weighed.
     """
     key, nest = _unwrap("key", key)
-    if value is None:
-        value, value_nest = key.new_empty((*key.shape[:-1], 0)), nest
+    if scores_only:
+        value = key.new_empty((*key.shape[:-1], 0))
     else:
-        value, value_nest = _unwrap("value", value)
-    if (nest is None) != (value_nest is None):
-        expected, got = "dense", "nested"
-        if nest is not None:
-            expected, got = got, expected
-        raise mismatch("value", f"a {expected} tensor, as key is", f"a {got} one")
-    if nest is not None and value_nest is not None:
+        value = _unwrap_like("value", value, nest)
+    if nest is not None:
         if cu_seqlens_k is not None:
             raise mismatch("cu_seqlens_k", "None for a nested key, which has its own", "offsets")
-        _check_same_offsets(nest.offsets, value_nest.offsets)
         cu_seqlens_k = nest.offsets
         max_seqlen_k = nest.max_seqlen if max_seqlen_k is None else max_seqlen_k
     for name, tensor in (("key", key), ("value", value), ("score_weight", score_weight)):
@@ -129,12 +123,6 @@ def check_key_side(
             expected = f"a dtype that goes with key's {key.dtype} (float64 does not mix)"
             raise wrong_type(name, expected, tensor.dtype)
     is_jagged = cu_seqlens_k is not None
-    if shares_keys and score_weight.dim() == 2 and key.dim() == (2 if is_jagged else 3):
-        branches = score_weight.size(0)
-        key, value = (
-            tensor.unsqueeze(-2).expand(*tensor.shape[:-1], branches, tensor.size(-1))
-            for tensor in (key, value)
-        )
     _check_key_shapes(key, value, score_weight, is_jagged)
 
     if cu_seqlens_k is not None:
@@ -342,12 +330,24 @@ def _unwrap(name: str, tensor: Tensor) -> tuple[Tensor, _Nest | None]:
     return nested.values(), _Nest(nested.offsets(), nested._maybe_max_seqlen)
 
 
-def _check_same_offsets(ours: Tensor, theirs: Tensor) -> None:
-    same = ours is theirs or ours.shape == theirs.shape
-    if same and ours is not theirs and can_read_values(ours):
-        same = torch.equal(ours, theirs)
-    if not same:
-        raise mismatch("value", "a nested tensor with key's offsets", "other offsets")
+def values_like(name: str, tensor: Tensor, key: Tensor) -> Tensor:
+    """The values of a tensor that must be nested as key is."""
+    return _unwrap_like(name, tensor, _unwrap("key", key)[1])
+
+
+def _unwrap_like(name: str, tensor: Tensor, nest: _Nest | None) -> Tensor:
+    values, own = _unwrap(name, tensor)
+    if (own is None) != (nest is None):
+        expected, got = ("dense", "nested") if nest is None else ("nested", "dense")
+        raise mismatch(name, f"a {expected} tensor, as key is", f"a {got} one")
+    if own is not None and nest is not None:
+        ours, theirs = nest.offsets, own.offsets
+        same = ours is theirs or ours.shape == theirs.shape
+        if same and ours is not theirs and can_read_values(ours):
+            same = torch.equal(ours, theirs)
+        if not same:
+            raise mismatch(name, "a nested tensor with key's offsets", "other offsets")
+    return values
 
 
 def _nested_like(values: Tensor, like: Any) -> Tensor:
