@@ -6,11 +6,13 @@ from . import reference
 from .functional import additive_attention, additive_scores
 from .memory import AttentionMemory
 from .module import AdditiveAttention
+from .pooling import additive_pool
 
 __all__ = [
     "AdditiveAttention",
     "AttentionMemory",
     "additive_attention",
+    "additive_pool",
     "additive_scores",
     "reference",
 ]

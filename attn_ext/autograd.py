@@ -1,7 +1,8 @@
 """How the ops are differentiated: once, by ``backward()`` and by ``torch.func.grad`` and ``vjp``.
 
-:func:`forward`, :func:`backward`, :func:`step_backward` and :func:`memory_backward` are the ops of
-the same names in :mod:`attn_ext.ops`, called the shortest way.
+:func:`forward`, :func:`backward`, :func:`step_backward`, :func:`memory_backward`,
+:func:`pool_forward` and :func:`pool_backward` are the ops of the same names in
+:mod:`attn_ext.ops`, called the shortest way.
 """
 
 import functools
@@ -14,7 +15,8 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from . import batching, ops
 from .layout import RAW
 
-_TENSORS = 10  # tensors that lead the forward op's arguments, the first four differentiable
+# Tensors that lead the forward ops' arguments, the first four differentiable.
+_TENSORS, _POOL_TENSORS = 10, 7
 
 
 class _Forward(torch.autograd.Function):
@@ -56,6 +58,44 @@ class _Forward(torch.autograd.Function):
             dropout_seed,
             ctx.weights_layout,
             sum(needed << bit for bit, needed in enumerate(wanted)),
+            *ctx.choice,
+        )
+        chosen = (grad if needed else None for grad, needed in zip(gradients, wanted))
+        return (*chosen, *no_gradient)
+
+
+class _PoolForward(torch.autograd.Function):
+    """The same of pooling. Its scores, K numbers a key, are always kept."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *ctx.options, dropout_seed, ctx.weights_layout, _ = arguments[_POOL_TENSORS:-2]
+        ctx.choice = arguments[-2:]
+        keeps = not ctx.weights_layout & RAW
+        output = _recorded_further_out(ops.pool_forward, (*arguments[:-3], keeps, *ctx.choice))
+        ctx.save_for_backward(*output[2:], dropout_seed, *arguments[:_POOL_TENSORS])
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx, dcontext, dweights, dstats, dscores):
+        no_gradient = (None,) * 12
+        if dcontext is None and dweights is None:
+            return (None,) * 4 + no_gradient
+        wanted = ctx.needs_input_grad[:4]
+        stats, scores, dropout_seed, *tensors = ctx.saved_tensors
+        gradients = pool_backward(
+            dcontext,
+            dweights if ctx.weights_layout else None,
+            *tensors[:4],
+            stats,
+            scores,
+            *tensors[4:],
+            *ctx.options,
+            dropout_seed,
+            ctx.weights_layout,
+            sum(needed << bit + 1 for bit, needed in enumerate(wanted)),
             *ctx.choice,
         )
         chosen = (grad if needed else None for grad, needed in zip(gradients, wanted))
@@ -115,13 +155,17 @@ def _refuse_tangents(arguments: tuple) -> None:
         )
 
 
-def _differentiable(*arguments):
-    """The forward op at the Autograd key."""
-    if torch.autograd.forward_ad._current_level >= 0:
-        _refuse_tangents(arguments)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments[:4]):
-        return _record(_Forward, *arguments)
-    return _below_autograd(ops.forward, arguments)
+def _differentiable(op: torch._ops.OpOverload, function: type[torch.autograd.Function]) -> Callable:
+    """A forward op at the Autograd key."""
+
+    def kernel(*arguments):
+        if torch.autograd.forward_ad._current_level >= 0:
+            _refuse_tangents(arguments)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments[:4]):
+            return _record(function, *arguments)
+        return _below_autograd(op, arguments)
+
+    return kernel
 
 
 def _differentiated(op: torch._ops.OpOverload) -> Callable:
@@ -154,10 +198,12 @@ def _register(op: torch._ops.OpOverload, kernel: Callable) -> Callable:
     return call
 
 
-forward = _register(ops.forward, _differentiable)
+forward = _register(ops.forward, _differentiable(ops.forward, _Forward))
 backward = _register(ops.backward, _differentiated(ops.backward))
 step_backward = _register(ops.step_backward, _differentiated(ops.step_backward))
 memory_backward = _register(ops.memory_backward, _differentiated(ops.memory_backward))
+pool_forward = _register(ops.pool_forward, _differentiable(ops.pool_forward, _PoolForward))
+pool_backward = _register(ops.pool_backward, _differentiated(ops.pool_backward))
 
 for _op in batching.HEAD_AXES:
     torch.library.register_vmap(_op._name, functools.partial(batching.batched, _op))

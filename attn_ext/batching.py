@@ -24,6 +24,11 @@ HEAD_AXES = {
     # query, dscores, weights, dcontext, key, value, score_weight, exp_key, key_bound
     # -> dkey, dvalue, dscore_weight
     ops.memory_backward: ((2, 3, 3, 2, 2, 2, 0, 2, 2), (2, 2, 0)),
+    # key, value, score_weight, gate -> context, weights, stats, scores
+    ops.pool_forward: ((2, 2, 0, 2), (2, 1, 2, 2)),
+    # dcontext, dweights, key, value, score_weight, gate, stats, scores -> dkey, dvalue,
+    # dscore_weight, dgate
+    ops.pool_backward: ((2, 1, 2, 2, 0, 2, 2, 2), (2, 2, 0, 2)),
 }
 _DROPOUT_SEED = {
     op: next((i for i, arg in enumerate(op._schema.arguments) if arg.name == "dropout_seed"), None)

@@ -95,6 +95,12 @@ def check_flag(name: str, flag: bool | None, optional: bool = False) -> None:
         raise wrong_type(name, "a bool or None" if optional else "a bool", flag)
 
 
+def resolve_deterministic(deterministic: bool | None) -> bool:
+    """The ``deterministic`` argument, or the global setting that None stands for."""
+    check_flag("deterministic", deterministic, optional=True)
+    return torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
+
+
 def can_read_values(tensor: Tensor) -> bool:
     """Whether the host may look at a tensor's values: real, and not on an accelerator.
 

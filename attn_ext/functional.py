@@ -5,8 +5,14 @@ from typing import TYPE_CHECKING, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
-from . import autograd, backends, layout, ops, reference
-from .checks import check_flag, check_probability, exports_to_onnx, mismatch
+from . import autograd, backends, layout, ops, pooling, reference
+from .checks import (
+    check_flag,
+    check_probability,
+    exports_to_onnx,
+    mismatch,
+    resolve_deterministic,
+)
 from .features import with_features
 from .layout import KeySide, Prepared, QuerySide
 
@@ -181,6 +187,7 @@ def additive_scores(
     key: Tensor,
     score_weight: Tensor,
     *,
+    gate: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
@@ -201,16 +208,20 @@ def additive_scores(
 
     Args:
         query: as in :func:`additive_attention`. None: scores of the keys alone,
-            ``e_j = w . tanh(k_j)``, shaped as for one query a sequence.
+            ``e_j = w . tanh(k_j)``, shaped as for one query a sequence; those of
+            :func:`attn_ext.additive_pool`.
         key: as in :func:`additive_attention`.
         score_weight: ``(D,)``, or ``(H, D)`` for H heads. Without a query ``(K, D)`` also gives K
             scores of each of the keys ``(B, Tk, D)``, ``(total_k, D)`` or nested.
+        gate: only without a query: as key, ``e_j = w . (tanh(k_j) * sigmoid(gate_j))``. "triton"
+            and "cuda" have no kernels for it yet; on CUDA tensors None takes the reference.
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_padding_mask, key_lengths,
             features, feature_weight, deterministic, backend: as in :func:`additive_attention`.
 
     Returns:
-        float32 (float64 for float64) of the shape of :func:`additive_attention`'s weights. Keys
-        that are ignored or not there have the score -inf, through which no gradient flows.
+        float32 (float64 for float64) of the shape of :func:`additive_attention`'s weights, or of
+        :func:`attn_ext.additive_pool`'s for K scores a key. Keys that are ignored or not there
+        have the score -inf, through which no gradient flows.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`additive_attention`.
@@ -227,25 +238,37 @@ def additive_scores(
         >>> loss = torch.nn.functional.cross_entropy(scores, target)
     """
     if query is None:
-        for name, given in (("cu_seqlens_q", cu_seqlens_q), ("max_seqlen_q", max_seqlen_q)):
+        for name, given in (
+            ("cu_seqlens_q", cu_seqlens_q),
+            ("max_seqlen_q", max_seqlen_q),
+            ("features", features),
+            ("feature_weight", feature_weight),
+        ):
             if given is not None:
                 raise mismatch(name, "None without a query", type(given).__name__)
+        keys_alone = (cu_seqlens_k, max_seqlen_k, key_padding_mask, key_lengths)
+        side = pooling.check_pool_side(key, key, score_weight, gate, *keys_alone, scores_only=True)
+        deterministic = resolve_deterministic(deterministic)
+        choose = backends.choose if gate is None else pooling.choose_backend
+        backend = choose(backend, side.keys.key.device, side.keys.key.dtype)
+        if backend in pooling.BACKENDS:
+            return pooling.scores(side, deterministic, backend)
+        queries, keys = side.as_attention()
+        return score(queries, keys, deterministic, backend)
+    if gate is not None:
+        raise mismatch("gate", "None with a query", type(gate).__name__)
     keys = layout.check_key_side(
         key,
-        None,
+        key,
         score_weight,
         cu_seqlens_k,
         max_seqlen_k,
         key_padding_mask,
         key_lengths,
         need_max=True,
-        has_value=False,
-        shares_keys=query is None,
+        scores_only=True,
     )
-    if query is None:
-        queries = layout.no_query(keys)
-    else:
-        queries = layout.check_query_side(query, keys, cu_seqlens_q, max_seqlen_q, need_max=True)
+    queries = layout.check_query_side(query, keys, cu_seqlens_q, max_seqlen_q, need_max=True)
     deterministic = resolve_deterministic(deterministic)
     backend = backends.choose(backend, queries.query.device, queries.query.dtype)
     with with_features(keys, features, feature_weight, queries, backend) as keys:
@@ -336,9 +359,3 @@ def _must_be_plain(queries: QuerySide, keys: KeySide, weights_layout: int, backe
     dense_jagged = weights_layout == layout.DENSE_WEIGHTS and is_jagged
     traced_rightly = backend == "cpu" and not dense_jagged
     return exports_to_onnx() or (torch.jit.is_tracing() and not traced_rightly)
-
-
-def resolve_deterministic(deterministic: bool | None) -> bool:
-    """The ``deterministic`` argument, or the global setting that None stands for."""
-    check_flag("deterministic", deterministic, optional=True)
-    return torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic

@@ -140,37 +140,30 @@ def weights_layout(queries: QuerySide, keys: KeySide) -> int:
 
 def check_key_side(
     key: Tensor,
-    value: Any,
+    value: Tensor,
     score_weight: Tensor,
     cu_seqlens_k: Tensor | None,
     max_seqlen_k: int | None,
     key_padding_mask: Tensor | None,
     key_lengths: Tensor | None,
     need_max: bool = False,
-    has_value: bool = True,
-    shares_keys: bool = False,
+    scores_only: bool = False,
 ) -> KeySide:
     """Check keys, values and score weights.
 
     Args:
+        value: not looked at where only scores are asked for: values without features stand for it.
         need_max: the exact longest sequence is needed.
-        has_value: False where only scores are asked for: values without features stand for it.
-        shares_keys: score weights ``(K, D)`` may all score the same keys.
+        scores_only: no values are weighed.
     """
     key, nest = _unwrap("key", key)
-    if has_value:
-        value, value_nest = _unwrap("value", value)
+    if scores_only:
+        value = key.new_empty((*key.shape[:-1], 0))
     else:
-        value, value_nest = key.new_empty((*key.shape[:-1], 0)), nest
-    if (nest is None) != (value_nest is None):
-        expected, got = "dense", "nested"
-        if nest is not None:
-            expected, got = got, expected
-        raise mismatch("value", f"a {expected} tensor, as key is", f"a {got} one")
-    if nest is not None and value_nest is not None:
+        value = _unwrap_like("value", value, nest)
+    if nest is not None:
         if cu_seqlens_k is not None:
             raise mismatch("cu_seqlens_k", "None for a nested key, which has its own", "offsets")
-        _check_same_offsets("value", nest.offsets, value_nest.offsets)
         cu_seqlens_k = nest.offsets
         max_seqlen_k = nest.max_seqlen if max_seqlen_k is None else max_seqlen_k
     for name, tensor in (("key", key), ("value", value), ("score_weight", score_weight)):
@@ -180,12 +173,6 @@ def check_key_side(
             expected = f"a dtype that goes with key's {key.dtype} (float64 does not mix)"
             raise wrong_type(name, expected, tensor.dtype)
     is_jagged = cu_seqlens_k is not None
-    if shares_keys and score_weight.dim() == 2 and key.dim() == (2 if is_jagged else 3):
-        branches = score_weight.size(0)
-        key, value = (
-            tensor.unsqueeze(-2).expand(*tensor.shape[:-1], branches, tensor.size(-1))
-            for tensor in (key, value)
-        )
     _check_key_shapes(key, value, score_weight, is_jagged)
 
     if cu_seqlens_k is not None:
@@ -427,6 +414,21 @@ def without_nesting(name: str, tensor: Tensor, keys: KeySide) -> Tensor:
         if keys.cu_seqlens is None:
             raise mismatch(name, "a dense tensor, as key is", "a nested one")
         _check_same_offsets(name, keys.cu_seqlens, nest.offsets)
+    return values
+
+
+def values_like(name: str, tensor: Tensor, key: Tensor) -> Tensor:
+    """The values of a tensor that must be nested as key is."""
+    return _unwrap_like(name, tensor, _unwrap("key", key)[1])
+
+
+def _unwrap_like(name: str, tensor: Tensor, nest: _Nest | None) -> Tensor:
+    values, own = _unwrap(name, tensor)
+    if (own is None) != (nest is None):
+        expected, got = ("dense", "nested") if nest is None else ("nested", "dense")
+        raise mismatch(name, f"a {expected} tensor, as key is", f"a {got} one")
+    if own is not None and nest is not None:
+        _check_same_offsets(name, nest.offsets, own.offsets)
     return values
 
 

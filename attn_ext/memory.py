@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import backends, layout, reference
-from .checks import check_flag, check_probability, mismatch
+from .checks import check_flag, check_probability, mismatch, resolve_deterministic
 from .features import added_to_keys, check_feature_weight, check_features
-from .functional import attend, resolve_deterministic, score
+from .functional import attend, score
 from .layout import RAW, KeySide, Prepared, QuerySide
 from .steps import Steps, can_collect
 

@@ -23,6 +23,9 @@ _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor score_weight"
 _PREPARED = "Tensor? exp_key, Tensor? key_bound"  # None: the backend prepares nothing
 _KEPT = "Tensor stats, Tensor scores"  # what forward leaves for backward
 _GRADS = "Tensor? dcontext, Tensor? dweights"
+_POOLED = "Tensor key, Tensor value, Tensor score_weight, Tensor? gate"
+_POOL_LAYOUT = f"{_KEY_LAYOUT}, SymInt max_seqlen_k"
+_POOL_DROPOUT = f"float tanh_dropout_p, float gate_dropout_p, {_DROPOUT}"
 
 _SCHEMAS = {
     "additive_attention_forward": f"({_INPUTS}, Tensor? exp_key, Tensor? key_bound, {_LAYOUT}, "
@@ -39,7 +42,15 @@ _SCHEMAS = {
     "Tensor dcontext, Tensor key, Tensor value, Tensor score_weight, "
     f"{_PREPARED}, {_KEY_LAYOUT}, SymInt max_seqlen_k, int grad_mask, {_CHOICE}) "
     "-> (Tensor dkey, Tensor dvalue, Tensor dscore_weight)",
+    "additive_pool_forward": f"({_POOLED}, {_POOL_LAYOUT}, {_POOL_DROPOUT}, int weights_layout, "
+    f"bool keep_scores, {_CHOICE}) "
+    "-> (Tensor context, Tensor weights, Tensor stats, Tensor scores)",
+    "additive_pool_backward": f"({_GRADS}, {_POOLED}, {_KEPT}, {_POOL_LAYOUT}, {_POOL_DROPOUT}, "
+    f"int weights_layout, int grad_mask, {_CHOICE}) "
+    "-> (Tensor dkey, Tensor dvalue, Tensor dscore_weight, Tensor dgate)",
 }
+# Which "triton" and "cuda" do not have.
+_CPU_ONLY = ("additive_attention_prepare", "additive_pool_forward", "additive_pool_backward")
 
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"attn_ext::{_name}", _schema)
@@ -49,6 +60,8 @@ backward = torch.ops.attn_ext.additive_attention_backward.default
 prepare = torch.ops.attn_ext.additive_attention_prepare.default
 step_backward = torch.ops.attn_ext.additive_attention_step_backward.default
 memory_backward = torch.ops.attn_ext.additive_attention_memory_backward.default
+pool_forward = torch.ops.attn_ext.additive_pool_forward.default
+pool_backward = torch.ops.attn_ext.additive_pool_backward.default
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -162,6 +175,32 @@ def _memory_backward_fake(query, dscores, weights, dcontext, key, value, score_w
     return tuple(_gradient(tensor, grad_mask & 2 << bit) for bit, tensor in enumerate(inputs))
 
 
+@torch.library.register_fake("attn_ext::additive_pool_forward")
+def _pool_forward_fake(key, value, score_weight, gate, cu_seqlens_k, *rest):
+    *_, weights_layout, keep_scores, _, _ = rest
+    heads, branches, _ = score_weight.shape
+    batch = key.size(0) if cu_seqlens_k is None else cu_seqlens_k.size(0) - 1
+    by_key = (key.size(1), heads, branches)
+    raw, weights_layout = divmod(weights_layout, RAW)
+    dtype = compute_dtype(key.dtype)
+    return (
+        value.new_empty((batch, branches, heads, value.size(-1))),
+        value.new_empty(
+            ((0,), (batch, heads, branches, key.size(1)), by_key)[weights_layout],
+            dtype=dtype if raw else value.dtype,
+        ),
+        key.new_empty((batch, branches, heads, 2), dtype=dtype),
+        key.new_empty((key.size(0), *by_key) if keep_scores else (0,), dtype=dtype),
+    )
+
+
+@torch.library.register_fake("attn_ext::additive_pool_backward")
+def _pool_backward_fake(dcontext, dweights, key, value, score_weight, gate, *rest):
+    *_, grad_mask, _, _ = rest
+    inputs = (key, value, score_weight, key if gate is None else gate)
+    return tuple(_gradient(tensor, grad_mask & 2 << bit) for bit, tensor in enumerate(inputs))
+
+
 # ---- The kernels of CUDA tensors ----
 
 
@@ -196,7 +235,7 @@ _library = torch.library.Library("attn_ext", "FRAGMENT")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # PyTorch's, that the interpreter's kernels override others
     for _name in _SCHEMAS:
-        if _name != "additive_attention_prepare":
+        if _name not in _CPU_ONLY:
             _library.impl(_name, _accelerated(_name), "CUDA")
             if backends.triton_interprets():
                 _library.impl(_name, _interpreted(_name), "CPU", with_keyset=True)

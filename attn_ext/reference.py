@@ -1,6 +1,7 @@
 """Additive attention in plain PyTorch: the definition of correct, and the last-resort backend."""
 
 import contextlib
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -9,6 +10,9 @@ from . import layout
 from .checks import check_flag, check_probability, records_lengths
 from .features import with_features
 from .layout import KeySide, QuerySide
+
+if TYPE_CHECKING:
+    from .pooling import PoolSide
 
 __all__ = ["additive_attention", "dropout_keep_mask"]
 
@@ -72,9 +76,8 @@ def attend(
     key = _take(keys.key, key_rows, key_valid)  # [B, Tk, H, D]
     value = _take(keys.value, key_rows, key_valid)  # [B, Tk, H, Dv]
     with _without_autocast(query.device.type):
-        context, weights = _attend_padded(
-            query, key, value, keys.score_weight, key_valid, dropout_p, seed
-        )
+        padded_scores = _scores_padded(query, key, keys.score_weight)
+        context, weights = _weigh(padded_scores, value, key_valid, dropout_p, seed)
     context = context.to(keys.value.dtype)
     if query_rows is not None:
         context = _scatter(context, query_rows, query_valid, queries.query.size(1))
@@ -93,6 +96,58 @@ def scores(queries: QuerySide, keys: KeySide) -> Tensor:
         padded = _scores_padded(query, _take(keys.key, key_rows, key_valid), keys.score_weight)
     padded = padded.masked_fill(~key_valid[:, None, None, :], -torch.inf)
     return _restore_weights(padded, queries, keys, -torch.inf)
+
+
+def pool(
+    side: "PoolSide", feature_dropout: tuple[float, float], dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Context and weights of :func:`attn_ext.additive_pool`, in the internal form."""
+    keys = side.keys
+    key_rows, key_valid = _key_rows(keys)
+    value = _take(keys.value, key_rows, key_valid)
+    with _without_autocast(value.device.type):
+        hidden = _hidden(side, key_rows, key_valid, feature_dropout, seed)
+        padded_scores = _branch_scores(hidden, side.score_weight)
+        context, weights = _weigh(padded_scores, value, key_valid, dropout_p, seed)
+    weights = _by_key(weights, keys, 0) if key_rows is not None else _pad_to(weights, keys, 0)
+    return context.to(keys.value.dtype), weights.to(keys.value.dtype)
+
+
+def pool_scores(side: "PoolSide") -> Tensor:
+    """The scores of keys alone of :func:`attn_ext.additive_scores`, in the internal form."""
+    key_rows, key_valid = _key_rows(side.keys)
+    with _without_autocast(side.keys.key.device.type):
+        hidden = _hidden(side, key_rows, key_valid, (0.0, 0.0), None)
+        padded = _branch_scores(hidden, side.score_weight)
+    padded = padded.masked_fill(~key_valid[:, None, None, :], -torch.inf)
+    restore = _by_key if key_rows is not None else _pad_to
+    return restore(padded, side.keys, -torch.inf)
+
+
+def _hidden(
+    side: "PoolSide",
+    key_rows: Tensor | None,
+    key_valid: Tensor,
+    feature_dropout: tuple[float, float],
+    seed: Tensor | None,
+) -> Tensor:
+    """``h_j = tanh(k_j) * sigmoid(g_j)``, padded, [B, Tk, H, D]."""
+    hidden = torch.tanh(_take(side.keys.key, key_rows, key_valid))
+    if side.gate is not None:
+        hidden = hidden * torch.sigmoid(_take(side.gate, key_rows, key_valid))
+    for factor, dropped in enumerate(feature_dropout):
+        if seed is not None and dropped > 0:
+            keep = feature_keep_mask(seed, dropped, hidden.shape, factor)
+            hidden = hidden * keep / (1 - dropped) if dropped < 1 else hidden * 0
+    return hidden
+
+
+def _branch_scores(hidden: Tensor, score_weight: Tensor) -> Tensor:
+    """``e_kj = w_k . h_j``, [B, H, K, Tk]."""
+    by_branch = [(hidden * row.to(hidden.dtype)).sum(-1) for row in score_weight.unbind(1)]
+    if not by_branch:
+        return hidden.new_zeros((hidden.size(0), hidden.size(2), 0, hidden.size(1)))
+    return torch.stack(by_branch, -1).permute(0, 2, 3, 1)
 
 
 def _query_rows(queries: QuerySide, keys: KeySide) -> tuple[Tensor | None, Tensor]:
@@ -116,14 +171,30 @@ def _restore_weights(weights: Tensor, queries: QuerySide, keys: KeySide, absent:
     _, query_valid = _query_rows(queries, keys)
     weights = weights.masked_fill(~query_valid[:, None, :, None], absent)
     weights_layout = layout.weights_layout(queries, keys)
-    key_rows, key_valid = _key_rows(keys)
-    if key_rows is not None and weights_layout == layout.JAGGED_WEIGHTS:
-        by_key = weights.squeeze(2).transpose(1, 2)  # [B, Tk, H]
-        weights = _scatter(by_key, key_rows, key_valid, keys.key.size(1), absent).squeeze(0)
-    elif not records_lengths():  # the shape is the bounds', perhaps more than the longest rows
-        more = (queries.max_seqlen - weights.size(2), keys.max_seqlen - weights.size(3))
-        weights = torch.nn.functional.pad(weights, (0, more[1], 0, more[0]), value=absent)
+    if weights_layout == layout.JAGGED_WEIGHTS:
+        weights = _by_key(weights, keys, absent).squeeze(2)
+    else:
+        weights = _pad_to(weights, keys, absent, queries.max_seqlen)
     return queries.restore_weights(weights, weights_layout)
+
+
+def _by_key(weights: Tensor, keys: KeySide, absent: float) -> Tensor:
+    """Padded ``[B, H, Tq, Tk]`` of jagged keys as ``[total_k, H, Tq]``."""
+    key_rows, key_valid = _key_rows(keys)
+    assert key_rows is not None
+    by_key = weights.permute(0, 3, 1, 2)
+    return _scatter(by_key, key_rows, key_valid, keys.key.size(1), absent).squeeze(0)
+
+
+def _pad_to(
+    weights: Tensor, keys: KeySide, absent: float, max_queries: int | None = None
+) -> Tensor:
+    """With the bounds' shape, which may be more than the longest rows'."""
+    if records_lengths():
+        return weights
+    queries = weights.size(2) if max_queries is None else max_queries
+    more = (queries - weights.size(2), keys.max_seqlen - weights.size(3))
+    return torch.nn.functional.pad(weights, (0, more[1], 0, more[0]), value=absent)
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
@@ -132,22 +203,15 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     return torch.autocast(device_type, enabled=False)
 
 
-def _attend_padded(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    score_weight: Tensor,
-    key_valid: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
+def _weigh(
+    scores: Tensor, value: Tensor, key_valid: Tensor, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """``e_ij = w . tanh(q_i + k_j)``, ``alpha = softmax_j(e)``, ``c_i = sum_j alpha_ij h_j``."""
-    scores = _scores_padded(query, key, score_weight)
+    """``alpha = softmax_j(e)`` of scores ``[B, H, Tq, Tk]``, ``c_i = sum_j alpha_ij h_j``."""
     ignored = ~key_valid[:, None, None, :]  # [B, 1, 1, Tk]
     nothing_left = ignored.all(-1, keepdim=True)  # such a softmax would be NaN
     weights = scores.masked_fill(ignored & ~nothing_left, -torch.inf).softmax(-1)
     weights = weights.masked_fill(ignored, 0)
-    if seed is not None:
+    if seed is not None and dropout_p > 0:
         keep = dropout_keep_mask(seed, dropout_p, weights.shape)
         weights = weights * keep / (1 - dropout_p) if dropout_p < 1 else weights * 0
     return torch.einsum("bhqk,bkhv->bqhv", weights, value), weights
@@ -200,16 +264,48 @@ def _scatter(
 def dropout_keep_mask(seed: Tensor, dropout_p: float, shape: torch.Size) -> Tensor:
     """Which attention weights ``[B, H, Tq, Tk]`` survive dropout, the same on every backend.
 
-    Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with the
-    counter (key position, query position, head, sequence) and the int64 ``seed[0]`` as key; a
-    weight is kept where the first output word, as a fraction of 2^32, is at least ``dropout_p``.
+    A weight is kept where the first word of :func:`_philox` with the counter (key position, query
+    position, head, sequence), as a fraction of 2^32, is at least ``dropout_p``. In pooling the
+    branch is the query position.
     """
-    word = 0xFFFFFFFF
-    batch, head, query, key = (
+    batch, head, query, key = _axes_of(shape, seed)
+    counter = [axis.expand(shape) for axis in (key, query, head, batch)]
+    return _uniform(_philox(counter, seed)[0]) >= dropout_p
+
+
+def feature_keep_mask(seed: Tensor, dropout_p: float, shape: torch.Size, factor: int = 0) -> Tensor:
+    """Which entries of the hidden rows ``[B, Tk, H, D]`` survive, the same on every backend.
+
+    Feature ``d`` takes word ``d % 4`` of :func:`_philox` with the counter (key position,
+    ``d // 4``, ``2^32 - 1 - (2 head + factor)``, sequence), the factor being 0 for the tanh and 1
+    for the gate. Attention weights of the same seed have lower numbers of heads, so never the same
+    counter.
+    """
+    groups = torch.Size((*shape[:-1], -(-shape[-1] // 4)))
+    batch, key, head, group = _axes_of(groups, seed)
+    numbers = (key, group, 0xFFFFFFFF - (2 * head + factor), batch)
+    words = _philox([number.expand(groups) for number in numbers], seed)
+    return (_uniform(torch.stack(words, -1)) >= dropout_p).flatten(-2)[..., : shape[-1]]
+
+
+def _axes_of(shape: torch.Size, seed: Tensor) -> list[Tensor]:
+    """The positions along each axis, to be broadcast against the others."""
+    return [
         torch.arange(size, device=seed.device).view([-1 if axis == i else 1 for axis in range(4)])
         for i, size in enumerate(shape)
-    )
-    counter = [axis.expand(shape) for axis in (key, query, head, batch)]
+    ]
+
+
+def _uniform(word: Tensor) -> Tensor:
+    return (word >> 8).to(torch.float32) * 2.0**-24
+
+
+def _philox(counter: list[Tensor], seed: Tensor) -> list[Tensor]:
+    """The four words of Philox-4x32-10 with the int64 ``seed[0]`` as key.
+
+    Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    """
+    word = 0xFFFFFFFF
     round_keys = [seed[0] & word, (seed[0] >> 32) & word]
     for _ in range(10):
         first, second = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57  # exact modulo 2^64
@@ -220,5 +316,4 @@ def dropout_keep_mask(seed: Tensor, dropout_p: float, shape: torch.Size) -> Tens
             first & word,
         ]
         round_keys = [(round_keys[0] + 0x9E3779B9) & word, (round_keys[1] + 0xBB67AE85) & word]
-    uniform = (counter[0] >> 8).to(torch.float32) * 2.0**-24
-    return uniform >= dropout_p
+    return counter

@@ -129,18 +129,27 @@ struct PhiloxKey {
   uint32_t high;
 };
 
-// First output word of Philox-4x32-10 (Salmon et al. 2011).
+// One of the ten rounds of Philox-4x32-10 (Salmon et al. 2011), which make words of a counter.
+ATTN_EXT_HOST_DEVICE void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3,
+                                       PhiloxKey key) {
+  const uint64_t product0 = uint64_t{0xD2511F53u} * c0;
+  const uint64_t product1 = uint64_t{0xCD9E8D57u} * c2;
+  c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ key.low;
+  c1 = static_cast<uint32_t>(product1);
+  c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ key.high;
+  c3 = static_cast<uint32_t>(product0);
+}
+
+ATTN_EXT_HOST_DEVICE PhiloxKey next_key(PhiloxKey key) {
+  return {key.low + 0x9E3779B9u, key.high + 0xBB67AE85u};
+}
+
+// First output word.
 ATTN_EXT_HOST_DEVICE uint32_t philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3,
                                      PhiloxKey key) {
   for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = uint64_t{0xD2511F53u} * c0;
-    const uint64_t product1 = uint64_t{0xCD9E8D57u} * c2;
-    c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ key.low;
-    c1 = static_cast<uint32_t>(product1);
-    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ key.high;
-    c3 = static_cast<uint32_t>(product0);
-    key.low += 0x9E3779B9u;
-    key.high += 0xBB67AE85u;
+    philox_round(c0, c1, c2, c3, key);
+    key = next_key(key);
   }
   return c0;
 }

@@ -16,12 +16,11 @@
 namespace attn_ext {
 namespace {
 
-// With `step_major`, query is [S, B, H, D]: its rows are the steps.
-Layout layout_of(const Tensor& query, const Tensor& key, const SequenceArguments& arguments,
-                 bool step_major) {
+Layout layout_of(int64_t query_batch, int64_t query_rows, const Tensor& key,
+                 const SequenceArguments& arguments) {
   Layout layout;
-  layout.query_batch = query.size(step_major ? 1 : 0);
-  layout.query_rows = query.size(step_major ? 0 : 1);
+  layout.query_batch = query_batch;
+  layout.query_rows = query_rows;
   layout.key_batch = key.size(0);
   layout.key_rows = key.size(1);
   layout.query_offsets = integers_of(arguments.cu_seqlens_q);
@@ -41,9 +40,16 @@ Layout layout_of(const Tensor& query, const Tensor& key, const SequenceArguments
 struct Setup {
   Problem problem;
   Coverage coverage;
+  int64_t query_batch;
+  int64_t query_rows;
   int64_t batch;
   int64_t longest_query;
   int64_t longest_key;
+
+  // Of a tensor with `last` numbers a query and head.
+  std::vector<int64_t> by_query(int64_t last) const {
+    return {query_batch, query_rows, problem.heads, last};
+  }
 };
 
 // Fills everything but the sequences and what only some operations have.
@@ -65,26 +71,72 @@ void describe_tensors(const Tensor& query, const Tensor& key, const Tensor& valu
   }
 }
 
+// Adds the sequences.
+void describe_layout(const Layout& layout, int64_t weights_layout, Setup& setup) {
+  setup.problem.weights_by_key = weights_layout & kWeightsByKey;
+  setup.problem.raw_scores = weights_layout & kRaw;
+  setup.query_batch = layout.query_batch;
+  setup.query_rows = layout.query_rows;
+  setup.coverage = describe_sequences(layout, setup.problem);
+  setup.batch = static_cast<int64_t>(setup.problem.sequences.size());
+  setup.longest_query =
+      layout.query_offsets.data != nullptr ? layout.max_queries : layout.query_rows;
+  setup.longest_key = layout.key_offsets.data != nullptr ? layout.max_keys : layout.key_rows;
+}
+
+// With `step_major`, query is [S, B, H, D]: its rows are the steps.
 Setup describe(const Tensor& query, const Tensor& key, const Tensor& value,
                const Tensor& score_weight, const OptionalTensor& exp_key,
                const OptionalTensor& key_bound, const SequenceArguments& sequences,
                double dropout_p, const OptionalTensor& dropout_seed, int64_t weights_layout,
                bool step_major = false) {
   Setup setup;
-  const Layout layout = layout_of(query, key, sequences, step_major);
+  const Layout layout =
+      layout_of(query.size(step_major ? 1 : 0), query.size(step_major ? 0 : 1), key, sequences);
   describe_tensors(query, key, value, score_weight, exp_key, key_bound, setup.problem);
   if (step_major) {
     setup.problem.query = step_rows_of(query);
   }
   setup.problem.dropout = dropout_of(dropout_p, dropout_seed);
-  setup.problem.weights_by_key = weights_layout & kWeightsByKey;
-  setup.problem.raw_scores = weights_layout & kRaw;
   setup.problem.scores_by_key = !sequences.cu_seqlens_q.has_value() && layout.query_rows == 1;
-  setup.coverage = describe_sequences(layout, setup.problem);
-  setup.batch = static_cast<int64_t>(setup.problem.sequences.size());
-  setup.longest_query =
-      layout.query_offsets.data != nullptr ? layout.max_queries : layout.query_rows;
-  setup.longest_key = layout.key_offsets.data != nullptr ? layout.max_keys : layout.key_rows;
+  describe_layout(layout, weights_layout, setup);
+  return setup;
+}
+
+// Dropout of pooling: of the factors of the hidden rows, and of weights.
+struct PoolDropout {
+  double tanh_p;
+  double gate_p;
+  double weights_p;
+  OptionalTensor seed;
+};
+
+// Pooling: the K rows of score weights [H, K, D] are the queries of every sequence.
+Setup describe_pool(const Tensor& key, const Tensor& value, const Tensor& score_weight,
+                    const OptionalTensor& gate, const SequenceArguments& sequences,
+                    const PoolDropout& dropout, int64_t weights_layout) {
+  Setup setup;
+  Problem& problem = setup.problem;
+  const int64_t batch = sequences.cu_seqlens_k.has_value()
+                            ? std::max<int64_t>(sequences.cu_seqlens_k->size(0) - 1, 0)
+                            : key.size(0);
+  problem.heads = key.size(2);
+  problem.dim = key.size(3);
+  problem.value_dim = value.size(3);
+  problem.query =
+      view(score_weight, 0, score_weight.stride(1), score_weight.stride(0), score_weight.stride(2));
+  problem.key = rows_of(key);
+  problem.value = rows_of(value);
+  problem.keys_alone = true;
+  problem.weight_rows = score_weight.size(1);
+  if (gate.has_value()) {
+    problem.gate = rows_of(*gate);
+  }
+  problem.feature_dropout[0] = dropout_of(dropout.tanh_p, dropout.seed);
+  problem.feature_dropout[1] = dropout_of(dropout.gate_p, dropout.seed);
+  problem.dropout = dropout_of(dropout.weights_p, dropout.seed);
+  problem.scores_by_key = true;
+  describe_layout(layout_of(batch, score_weight.size(1), key, sequences), weights_layout, setup);
   return setup;
 }
 
@@ -95,10 +147,13 @@ Tensor allocate_weights(const Setup& setup, const Tensor& key, const Tensor& val
     return nothing(value, dtype);
   }
   const int64_t heads = setup.problem.heads;
-  const std::vector<int64_t> sizes =
-      setup.problem.weights_by_key
-          ? std::vector<int64_t>{key.size(1), heads}
-          : std::vector<int64_t>{setup.batch, heads, setup.longest_query, setup.longest_key};
+  std::vector<int64_t> sizes{setup.batch, heads, setup.longest_query, setup.longest_key};
+  if (setup.problem.weights_by_key) {
+    sizes = {key.size(1), heads};
+    if (setup.problem.keys_alone) {
+      sizes.push_back(setup.query_rows);
+    }
+  }
   return torch::stable::fill_(
       allocate(value, sizes, dtype),
       setup.problem.raw_scores ? -std::numeric_limits<double>::infinity() : 0);
@@ -115,27 +170,32 @@ bool fills_scores(const Setup& setup) {
          });
 }
 
-// [.., Nk, H] where each sequence has one query, else [.., Nq, H, max_seqlen_k].
-Tensor allocate_scores(const Setup& setup, const Tensor& query, const Tensor& key, bool zeros) {
-  const std::vector<int64_t> sizes =
-      setup.problem.scores_by_key
-          ? std::vector<int64_t>{key.size(0), key.size(1), key.size(2)}
-          : std::vector<int64_t>{query.size(0), query.size(1), query.size(2), setup.longest_key};
-  return allocate(query, sizes, compute_type(query), zeros);
+// [.., Nk, H] where each sequence has one query, [.., Nk, H, Nq] in pooling, else [.., Nq, H,
+// max_seqlen_k].
+Tensor allocate_scores(const Setup& setup, const Tensor& key, bool zeros) {
+  std::vector<int64_t> sizes = setup.by_query(setup.longest_key);
+  if (setup.problem.scores_by_key) {
+    sizes = {key.size(0), key.size(1), key.size(2)};
+    if (setup.problem.keys_alone) {
+      sizes.push_back(setup.query_rows);
+    }
+  }
+  return allocate(key, sizes, compute_type(key), zeros);
 }
 
 using ForwardResults = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <class T>
-ForwardResults forward(const Setup& setup, const Tensor& query, const Tensor& key,
-                       const Tensor& value, int64_t weights_layout, bool keep_scores) {
+ForwardResults forward(const Setup& setup, const Tensor& key, const Tensor& value,
+                       int64_t weights_layout, bool keep_scores) {
   const bool zeros = !setup.coverage.queries || setup.problem.raw_scores;
-  Tensor context = allocate(query, with_last(query, value.size(3)), value.scalar_type(), zeros);
-  Tensor stats = allocate(query, with_last(query, 2), compute_type(query), zeros);
+  const ScalarType compute = compute_type(key);
+  Tensor context = allocate(key, setup.by_query(value.size(3)), value.scalar_type(), zeros);
+  Tensor stats = allocate(key, setup.by_query(2), compute, zeros);
   Tensor weights = allocate_weights(setup, key, value, weights_layout);
   const bool needs_scores =
       keep_scores || (weights_layout != kNoWeights && !setup.problem.raw_scores);
-  Tensor scores = nothing(query, compute_type(query));
+  Tensor scores = nothing(key, compute);
   ForwardCall<T> call;
   call.problem = &setup.problem;
   call.context = rows_of(context);
@@ -144,13 +204,13 @@ ForwardResults forward(const Setup& setup, const Tensor& query, const Tensor& ke
     call.weights = weight_rows(weights, setup.problem.weights_by_key);
   }
   if (needs_scores) {
-    scores = allocate_scores(setup, query, key, keep_scores && !fills_scores(setup));
+    scores = allocate_scores(setup, key, keep_scores && !fills_scores(setup));
     call.scores = rows_of(scores);
   }
   call.keeps_scores = keep_scores;
   run_forward<T>(call);
   if (needs_scores && !keep_scores) {
-    scores = nothing(query, compute_type(query));
+    scores = nothing(key, compute);
   }
   return {context, weights, stats, scores};
 }
@@ -169,7 +229,24 @@ ForwardResults additive_attention_forward(
       dropout_p, dropout_seed, weights_layout);
   setup.problem.is_short = setup.problem.is_short && !setup.problem.raw_scores;
   const auto run = computes_in_double(query) ? forward<double> : forward<float>;
-  return run(setup, query, key, value, weights_layout, keep_scores);
+  return run(setup, key, value, weights_layout, keep_scores);
+}
+
+ForwardResults additive_pool_forward(const Tensor& key, const Tensor& value,
+                                     const Tensor& score_weight, const OptionalTensor& gate,
+                                     const OptionalTensor& cu_seqlens_k,
+                                     const OptionalTensor& key_lengths,
+                                     const OptionalTensor& key_padding_mask, int64_t max_seqlen_k,
+                                     double tanh_dropout_p, double gate_dropout_p, double dropout_p,
+                                     const OptionalTensor& dropout_seed, int64_t weights_layout,
+                                     bool keep_scores, bool /*deterministic*/,
+                                     const std::string& /*backend*/) {
+  const Setup setup =
+      describe_pool(key, value, score_weight, gate,
+                    {{}, cu_seqlens_k, key_lengths, key_padding_mask, 0, max_seqlen_k},
+                    {tanh_dropout_p, gate_dropout_p, dropout_p, dropout_seed}, weights_layout);
+  const auto run = computes_in_double(key) ? forward<double> : forward<float>;
+  return run(setup, key, value, weights_layout, keep_scores);
 }
 
 // Key-side gradients that gather over several waves do so in the compute type.
@@ -177,11 +254,11 @@ struct KeyGradient {
   Tensor result;
   OptionalTensor sums;
 
-  KeyGradient(bool wanted, const Tensor& like, ScalarType compute, bool zeros, bool deterministic)
+  KeyGradient(bool wanted, const Tensor& like, bool gathers, bool zeros, bool deterministic)
       : result(wanted ? allocate_gradient(like, like.scalar_type(), zeros, deterministic)
                       : nothing(like, like.scalar_type())) {
-    if (wanted && like.scalar_type() != compute) {
-      sums = allocate_gradient(like, compute, false, deterministic);
+    if (wanted && gathers && like.scalar_type() != compute_type(like)) {
+      sums = allocate_gradient(like, compute_type(like), false, deterministic);
     }
   }
 
@@ -204,7 +281,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Setup& setup, Backward
                                                     const Tensor& value, const Tensor& score_weight,
                                                     int64_t grad_mask, bool deterministic,
                                                     bool from_steps) {
-  const ScalarType compute = compute_type(query);
   const bool wants_query = grad_mask & kGradQuery;
   const bool wants_key = grad_mask & kGradKey;
   const bool wants_value = grad_mask & kGradValue;
@@ -213,8 +289,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Setup& setup, Backward
                                                   !setup.coverage.queries, deterministic)
                               : nothing(query, query.scalar_type());
   const bool has_dcontext = call.dcontext.data != nullptr;
-  const KeyGradient dkey(wants_key, key, compute, !setup.coverage.keys, deterministic);
-  const KeyGradient dvalue(wants_value, value, compute, !setup.coverage.keys || !has_dcontext,
+  const bool gathers = !setup.problem.keys_alone;
+  const KeyGradient dkey(wants_key, key, gathers, !setup.coverage.keys, deterministic);
+  const KeyGradient dvalue(wants_value, value, gathers, !setup.coverage.keys || !has_dcontext,
                            deterministic);
   Tensor dscore_weight = weight_gradient(wants_weight, score_weight);
   if (wants_query) {
@@ -265,6 +342,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
   return computes_in_double(query)
              ? run(incoming<double>(dcontext, dweights, stats, scores, by_key))
              : run(incoming<float>(dcontext, dweights, stats, scores, by_key));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> additive_pool_backward(
+    const OptionalTensor& dcontext, const OptionalTensor& dweights, const Tensor& key,
+    const Tensor& value, const Tensor& score_weight, const OptionalTensor& gate,
+    const Tensor& stats, const Tensor& scores, const OptionalTensor& cu_seqlens_k,
+    const OptionalTensor& key_lengths, const OptionalTensor& key_padding_mask, int64_t max_seqlen_k,
+    double tanh_dropout_p, double gate_dropout_p, double dropout_p,
+    const OptionalTensor& dropout_seed, int64_t weights_layout, int64_t grad_mask,
+    bool deterministic, const std::string& /*backend*/) {
+  const Setup setup =
+      describe_pool(key, value, score_weight, gate,
+                    {{}, cu_seqlens_k, key_lengths, key_padding_mask, 0, max_seqlen_k},
+                    {tanh_dropout_p, gate_dropout_p, dropout_p, dropout_seed}, weights_layout);
+  const bool wants_gate = gate.has_value() && (grad_mask & kGradGate);
+  const KeyGradient dgate(wants_gate, gate.value_or(key), false, !setup.coverage.keys,
+                          deterministic);
+  const auto run = [&](auto call) {
+    call.needs_scores = wants_gate;
+    Rows no_sums;
+    dgate.set(wants_gate, call.dgate, no_sums);
+    // There is no query, and grad_mask asks for no gradient of one.
+    return backward(setup, call, key, key, value, score_weight, grad_mask, deterministic, false);
+  };
+  const bool by_key = setup.problem.weights_by_key;
+  const auto [dquery, dkey, dvalue, dscore_weight] =
+      computes_in_double(key) ? run(incoming<double>(dcontext, dweights, stats, scores, by_key))
+                              : run(incoming<float>(dcontext, dweights, stats, scores, by_key));
+  return {dkey, dvalue, dscore_weight, dgate.result};
 }
 
 std::tuple<Tensor, Tensor> additive_attention_prepare(const Tensor& key) {
@@ -363,6 +469,8 @@ STABLE_TORCH_LIBRARY_IMPL(attn_ext, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(attn_ext, CPU, m) {
   m.impl("additive_attention_forward", TORCH_BOX(&attn_ext::additive_attention_forward));
   m.impl("additive_attention_backward", TORCH_BOX(&attn_ext::additive_attention_backward));
+  m.impl("additive_pool_forward", TORCH_BOX(&attn_ext::additive_pool_forward));
+  m.impl("additive_pool_backward", TORCH_BOX(&attn_ext::additive_pool_backward));
   m.impl("additive_attention_prepare", TORCH_BOX(&attn_ext::additive_attention_prepare));
   m.impl("additive_attention_step_backward",
          TORCH_BOX(&attn_ext::additive_attention_step_backward));

@@ -75,9 +75,11 @@ inline Rows score_weight_rows(const Tensor& score_weight) {
   return view(score_weight, 0, 0, score_weight.stride(0), score_weight.stride(1));
 }
 
-// Dense weights are [B, H, max_seqlen_q, max_seqlen_k], those by key [Nk, H].
+// Dense weights are [B, H, max_seqlen_q, max_seqlen_k], those by key [Nk, H], of more than one
+// query [Nk, H, Nq].
 inline Rows weight_rows(const Tensor& weights, bool by_key) {
-  return by_key ? view(weights, 0, 0, weights.stride(1), weights.stride(0))
+  return by_key ? view(weights, 0, weights.dim() > 2 ? weights.stride(2) : 0, weights.stride(1),
+                       weights.stride(0))
                 : view(weights, weights.stride(0), weights.stride(2), weights.stride(1),
                        weights.stride(3));
 }

@@ -10,7 +10,13 @@ namespace attn_ext {
 enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kFloat64 };
 
 // Bits of an operation's grad_mask.
-enum GradMask : int64_t { kGradQuery = 1, kGradKey = 2, kGradValue = 4, kGradScoreWeight = 8 };
+enum GradMask : int64_t {
+  kGradQuery = 1,
+  kGradKey = 2,
+  kGradValue = 4,
+  kGradScoreWeight = 8,
+  kGradGate = 16
+};
 
 // How returned weights lie, dense [B, H, max_seqlen_q, max_seqlen_k] or by key [Nk, H], and whether
 // they are scores instead, as they are before the softmax: then the gradient of weights is theirs,
@@ -56,10 +62,12 @@ struct Dropout {
 
   ATTN_EXT_HOST_DEVICE bool keeps(int64_t key, int64_t query, int64_t head,
                                   int64_t sequence) const {
+    return dropout_keeps(key, query, head, sequence, philox_key(), threshold);
+  }
+
+  ATTN_EXT_HOST_DEVICE PhiloxKey philox_key() const {
     const uint64_t bits = static_cast<uint64_t>(*seed);
-    return dropout_keeps(key, query, head, sequence,
-                         {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)},
-                         threshold);
+    return {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)};
   }
 };
 

@@ -1,9 +1,9 @@
 // Backward up to the gradient phase: alpha and s = alpha (dalpha - delta) of a unit, and dvalue.
 #pragma once
 
-#include "call.h"
 #include "forward.h"
 #include "gradient.h"
+#include "hidden_gradient.h"
 
 namespace attn_ext {
 namespace ATTN_EXT_ISA {
@@ -149,21 +149,14 @@ void finish_scores(const BackwardCall<T>& call, const UnitBlock& range) {
 }
 
 // Scores of a unit for a range of keys, as forward computed them.
-template <class T>
+template <class T, class Scores>
 void compute_scores(const ScoreRows<T>& rows, Scratch& scratch) {
   const BackwardCall<T>& call = rows.call;
   const UnitBlock& range = rows.range;
   const Problem& problem = *call.problem;
-  const Unit& unit = rows.unit;
-  const ScoreWeights<T>& weights = call.score_weights[unit.head];
-  const QueryBlock<T> queries =
-      pack_queries<T>(query_rows(problem.query, rows.sequence, unit.head), rows.query(0),
-                      range.query_count, 0, problem.dim, weights.data, scratch);
-  const ScoreRoom<T> room(problem.dim, scratch);
-  Informative<T> informative(queries, steps_of<T>(problem.dim), weights.data,
-                             weights.least_informative, scratch);
-  score_block<T>(queries, key_side(problem, rows.sequence, unit.head), range.key, range.key_count,
-                 problem, weights, informative, rows.alpha(0), unit.ld, room);
+  Scores scores(problem, rows.sequence, rows.unit.head, rows.query(0), range.query_count,
+                call.score_weights, scratch);
+  scores.compute(range.key, range.key_count, rows.alpha(0), rows.unit.ld);
 }
 
 // s of a unit for a range of keys where it comes in as such; no value was weighted.
@@ -192,7 +185,9 @@ void score_item(const BackwardCall<T>& call, const UnitBlock& range) {
   const Unit& unit = rows.unit;
   const bool kept = call.scores.data != nullptr;
   if (!kept) {
-    compute_scores<T>(rows, scratch);
+    const auto compute = problem.keys_alone ? compute_scores<T, HiddenScores<T>>
+                                            : compute_scores<T, AdditiveScores<T>>;
+    compute(rows, scratch);
   }
   const RowSource stats = query_rows(call.stats, rows.sequence, unit.head);
   const int64_t padded = round_up(range.key_count, kLanes<T>);
@@ -275,6 +270,35 @@ void value_item(const BackwardCall<T>& call, const UnitBlock& range) {
     write_row<T>(const_cast<void*>(target.data), target.dtype, target.offset(range.key + j), 1, dim,
                  sums + j * columns);
   }
+}
+
+// The gradient phase by either rule of scores, GradientBlock or HiddenGradient.
+template <class T, class Block>
+void gradient_item_by(const BackwardCall<T>& call, const GradientItem& item) {
+  const int64_t dim = call.problem->dim;
+  const int64_t rows = call.problem->weight_rows;
+  double* total = nullptr;
+  if (call.partial_dweight != nullptr) {
+    total = call.partial_dweight + item.dweight_row * rows * dim + item.col;
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t c = 0; c < item.cols; ++c) {
+        total[row * dim + c] = 0;
+      }
+    }
+  }
+  for (int64_t n = item.unit_begin; n < item.unit_end; ++n) {
+    Scratch scratch;
+    const Unit& unit = call.wave->units[n];
+    Block block(call, item, unit, total, scratch);
+    block.run(item.key, item.key_count < 0 ? unit.key_count : item.key_count);
+  }
+}
+
+template <class T>
+void gradient_item(const BackwardCall<T>& call, const GradientItem& item) {
+  const auto run = call.problem->keys_alone ? gradient_item_by<T, HiddenGradient<T>>
+                                            : gradient_item_by<T, GradientBlock<T>>;
+  run(call, item);
 }
 
 }  // namespace ATTN_EXT_ISA

@@ -49,6 +49,7 @@ struct BackwardCall {
   Rows dquery;  // data of a gradient is null unless asked for
   Rows dkey;
   Rows dvalue;
+  Rows dgate;
   Rows dkey_sum;  // in T: where rows gather until their last unit
   Rows dvalue_sum;
   Rows step_dscores;  // in T, [.., Nk, H] per step: outputs of a step's backward, inputs of a
@@ -60,9 +61,10 @@ struct BackwardCall {
   T* alpha = nullptr;                              // the wave's scores, [query, key] of each unit
   T* dscores = nullptr;
   Delta<T>* deltas = nullptr;
-  T* partial_dquery = nullptr;        // [partial_rows, padded_columns(dim)]
-  double* partial_dweight = nullptr;  // [weight_rows, dim], null unless asked for
-  double* dscore_weight = nullptr;    // [heads, dim]
+  T* partial_dquery = nullptr;  // [partial_rows, padded_columns(dim)]
+  // In rows of [problem.weight_rows, dim].
+  double* partial_dweight = nullptr;  // [wave.weight_rows, ..], null unless asked for
+  double* dscore_weight = nullptr;    // [heads, ..]
 };
 
 template <class T>

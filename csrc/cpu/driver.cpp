@@ -18,9 +18,10 @@ struct AllScoreWeights {
   Buffer<T> rows;
   Buffer<ScoreWeights<T>> heads;
 
+  // Of pooling there are none: its rows are the queries.
   explicit AllScoreWeights(const Problem& problem)
       : rows(problem.heads * padded_columns(problem.dim)), heads(problem.heads) {
-    for (int64_t head = 0; head < problem.heads; ++head) {
+    for (int64_t head = 0; !problem.keys_alone && head < problem.heads; ++head) {
       T* row = rows.get() + head * padded_columns(problem.dim);
       heads.get()[head] = kernels<T>().read_weights(problem.score_weight, head, problem.dim, row);
     }
@@ -38,12 +39,12 @@ void run_phase(const Call& call, const std::vector<Item>& items, double cost,
 // dscore_weight += the wave's partial rows, one head after the other, in their order.
 template <class T>
 void merge_weights(const BackwardCall<T>& call) {
-  const int64_t dim = call.problem->dim;
+  const int64_t numbers = call.problem->weight_rows * call.problem->dim;
   for (const WeightMerge& merge : call.wave->weight_merges) {
-    double* total = call.dscore_weight + merge.head * dim;
+    double* total = call.dscore_weight + merge.head * numbers;
     for (int64_t row = merge.begin; row < merge.end; ++row) {
-      const double* partial = call.partial_dweight + row * dim;
-      for (int64_t c = 0; c < dim; ++c) {
+      const double* partial = call.partial_dweight + row * numbers;
+      for (int64_t c = 0; c < numbers; ++c) {
         total[c] += partial[c];
       }
     }
@@ -62,11 +63,12 @@ struct WaveBuffers {
   // Makes room for a wave.
   void fit(const Wave& wave, BackwardCall<T>& call) {
     const int64_t dim = call.problem->dim;
+    const int64_t weights = call.problem->weight_rows * dim;
     alpha.fit(wave.scores);
     dscores.fit(wave.scores);
     deltas.fit(wave.deltas);
-    partial_dquery.fit(wave.partial_rows * padded_columns(dim));
-    partial_dweight.fit(call.dscore_weight != nullptr ? wave.weight_rows * dim : 0);
+    partial_dquery.fit(call.dquery.data != nullptr ? wave.partial_rows * padded_columns(dim) : 0);
+    partial_dweight.fit(call.dscore_weight != nullptr ? wave.weight_rows * weights : 0);
     call.alpha = alpha.get();
     call.dscores = dscores.get();
     call.deltas = deltas.get();
@@ -92,8 +94,8 @@ void run_wave(BackwardCall<T>& call, const Wave& wave, bool from_steps) {
     run_phase(call, unfinished, wave.score_cost, kernel.finish_scores);
   }
   const int64_t values = call.needs_weights ? static_cast<int64_t>(wave.value_items.size()) : 0;
-  const bool has_gradients =
-      call.dquery.data != nullptr || call.dkey.data != nullptr || call.dscore_weight != nullptr;
+  const bool has_gradients = call.dquery.data != nullptr || call.dkey.data != nullptr ||
+                             call.dgate.data != nullptr || call.dscore_weight != nullptr;
   const int64_t gradients = has_gradients ? static_cast<int64_t>(wave.gradient_items.size()) : 0;
   for_each_item(gradients + values, wave.gradient_cost, [&](int64_t n) {
     if (n < gradients) {
@@ -134,7 +136,7 @@ void run_backward(BackwardCall<T> call, bool from_steps, const Rows& dscore_weig
   const Problem& problem = *call.problem;
   const Kernels<T>& kernel = kernels<T>();
   const AllScoreWeights<T> score_weights(problem);
-  const int64_t weights = problem.heads * problem.dim;
+  const int64_t weights = problem.heads * problem.weight_rows * problem.dim;
   Buffer<double> dscore_weight(weights);
   std::fill_n(dscore_weight.get(), weights, 0.0);
   call.score_weights = score_weights.heads.get();

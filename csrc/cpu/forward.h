@@ -1,7 +1,7 @@
 // Forward: scores, softmax and the weighted sum of values.
 #pragma once
 
-#include "call.h"
+#include "hidden.h"
 #include "softmax.h"
 
 namespace attn_ext {
@@ -192,27 +192,21 @@ struct ForwardBlock {
   }
 };
 
-template <class T>
-void forward_item(const ForwardCall<T>& call, const ForwardItem& item) {
+// By either rule of scores, AdditiveScores or HiddenScores.
+template <class T, class Scores>
+void forward_item_by(const ForwardCall<T>& call, const ForwardItem& item) {
   Scratch scratch;
   const Problem& problem = *call.problem;
   const Sequence& sequence = problem.sequences[item.sequence];
-  const ScoreWeights<T>& weights = call.score_weights[item.head];
-  const QueryBlock<T> queries =
-      pack_queries<T>(query_rows(problem.query, sequence, item.head), item.query, item.query_count,
-                      0, problem.dim, weights.data, scratch);
-  const KeySide keys = key_side(problem, sequence, item.head);
+  Scores scores(problem, sequence, item.head, item.query, item.query_count, call.score_weights,
+                scratch);
   const RowSource value = key_rows(problem.value, sequence, item.head);
   ForwardBlock<T> block(call, item, scratch);
-  const ScoreRoom<T> score_room(problem.dim, scratch);
-  Informative<T> informative(queries, steps_of<T>(problem.dim), weights.data,
-                             weights.least_informative, scratch);
   const PanelRoom<T> value_room(smaller(kValueTile, item.key_count), problem.value_dim, scratch);
   for (int64_t j = 0; j < item.key_count; j += kKeyChunk) {
     const int64_t first = item.key + j;
     const int64_t count = smaller(kKeyChunk, item.key_count - j);
-    score_block<T>(queries, keys, first, count, problem, weights, informative, block.scores,
-                   block.ld, score_room);
+    scores.compute(first, count, block.scores, block.ld);
     if (problem.raw_scores) {
       block.write_scores(first, count);
       continue;
@@ -236,6 +230,13 @@ void forward_item(const ForwardCall<T>& call, const ForwardItem& item) {
                      block.softmax.total[i], block.softmax.sums + i * block.softmax.columns,
                      block.softmax.columns);
   }
+}
+
+template <class T>
+void forward_item(const ForwardCall<T>& call, const ForwardItem& item) {
+  const auto run = call.problem->keys_alone ? forward_item_by<T, HiddenScores<T>>
+                                            : forward_item_by<T, AdditiveScores<T>>;
+  run(call, item);
 }
 
 // Joins the partial softmaxes of one block of queries in the order of their keys.

@@ -348,23 +348,6 @@ class GradientBlock {
   bool exact_keys_ready_ = false;
 };
 
-template <class T>
-void gradient_item(const BackwardCall<T>& call, const GradientItem& item) {
-  double* total = nullptr;
-  if (call.partial_dweight != nullptr) {
-    total = call.partial_dweight + item.dweight_row * call.problem->dim + item.col;
-    for (int64_t c = 0; c < item.cols; ++c) {
-      total[c] = 0;
-    }
-  }
-  for (int64_t n = item.unit_begin; n < item.unit_end; ++n) {
-    Scratch scratch;
-    const Unit& unit = call.wave->units[n];
-    GradientBlock<T> block(call, item, unit, total, scratch);
-    block.run(item.key, item.key_count < 0 ? unit.key_count : item.key_count);
-  }
-}
-
 // dquery of one unit from the partial sums over its ranges of keys, in the order of the keys.
 template <class T>
 void query_merge(const BackwardCall<T>& call, const QueryMerge& merge) {

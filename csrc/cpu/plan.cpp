@@ -98,8 +98,12 @@ namespace {
 int64_t padded_keys(int64_t keys) { return divide_up(keys, 16) * 16; }
 
 // Queries of a unit: a block, or more of them where keys are few and a block is little work, yet no
-// more than leave the unit's scores within a wave's buffers.
+// more than leave the unit's scores within a wave's buffers. In pooling all of them, of which
+// forward kept scores anyway.
 int64_t unit_queries(const Problem& problem, const Sequence& sequence) {
+  if (problem.keys_alone) {
+    return std::max<int64_t>(1, sequence.query_count);
+  }
   const int64_t keys = std::max<int64_t>(1, sequence.key_count);
   const int64_t block = query_block(problem.dim);
   const int64_t fitting = std::max<int64_t>(4, kWaveScores / keys / 4 * 4);
@@ -219,7 +223,7 @@ bool fits(const Problem& problem, const Unit& unit, const Wave& wave) {
   const int64_t units = static_cast<int64_t>(wave.units.size());
   return units == 0 ||
          (wave.scores + unit.query_count * padded_keys(unit.key_count) <= kWaveScores &&
-          (units + 1) * problem.dim <= kWaveWeightSums);
+          (units + 1) * problem.weight_rows * problem.dim <= kWaveWeightSums);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // Scores of a block of queries and a range of keys, each tile by the route its magnitudes allow.
 #pragma once
 
+#include "call.h"
 #include "tiles.h"
 
 namespace attn_ext {
@@ -155,33 +156,55 @@ void unfactored_scores(const QueryBlock<T>& queries, int64_t i, int64_t rows, co
   products(a, rows, b, cols, steps_of<T>(dim), weights, out, out_row);
 }
 
-// scores[i * ld + j] = sum_d w_d tanh(q_id + k_jd) for every query of the block and keys first + j,
-// j < keys.
+// Scores of a block of queries [query, query + count) against ranges of their keys.
 template <class T>
-void score_block(const QueryBlock<T>& queries, const KeySide& side, int64_t first, int64_t keys,
-                 const Problem& problem, const ScoreWeights<T>& weights,
-                 Informative<T>& informative, T* scores, int64_t ld, const ScoreRoom<T>& room) {
-  const int64_t dim = problem.dim;
-  const int64_t steps = steps_of<T>(dim);
-  for (int64_t j = 0; j < keys; j += kTileCols) {
-    const int64_t cols = smaller(kTileCols, keys - j);
-    const KeyBlock<T> block = key_block<T>(side, first + j, cols, 0, dim, room.key);
-    const T key_bound = largest_bound(block.bounds, cols);
-    const bool informs = weights.fit && (problem.is_short || informative(block.exponentials, cols));
-    for (int64_t i = 0; i < queries.count; i += kTileRows) {
-      const int64_t rows = smaller(kTileRows, queries.count - i);
-      T* out = scores + i * ld + j;
-      const T query_bound = largest_bound(queries.bounds + i, rows);
-      if (informs && in_factored_range(query_bound, key_bound, kSmallestMagnitudeSum)) {
-        inner_products<T, FactoredScore>(queries.exponentials.from_row(i), rows, block.exponentials,
-                                         cols, steps, weights.data, out, ld);
-      } else {
-        unfactored_scores<T>(queries, i, rows, side.key, first + j, cols, dim, weights.data,
-                             query_bound + key_bound <= T(kSmallTanhLimit), out, ld, room);
+class AdditiveScores {
+ public:
+  AdditiveScores(const Problem& problem, const Sequence& sequence, int64_t head, int64_t query,
+                 int64_t count, const ScoreWeights<T>* weights, Scratch& scratch)
+      : problem_(problem),
+        weights_(weights[head]),
+        queries_(pack_queries<T>(query_rows(problem.query, sequence, head), query, count, 0,
+                                 problem.dim, weights_.data, scratch)),
+        side_(key_side(problem, sequence, head)),
+        room_(problem.dim, scratch),
+        informative_(queries_, steps_of<T>(problem.dim), weights_.data, weights_.least_informative,
+                     scratch) {}
+
+  // scores[i * ld + j] = sum_d w_d tanh(q_id + k_jd) for every query of the block and keys first +
+  // j, j < keys.
+  void compute(int64_t first, int64_t keys, T* scores, int64_t ld) {
+    const int64_t dim = problem_.dim;
+    const int64_t steps = steps_of<T>(dim);
+    for (int64_t j = 0; j < keys; j += kTileCols) {
+      const int64_t cols = smaller(kTileCols, keys - j);
+      const KeyBlock<T> block = key_block<T>(side_, first + j, cols, 0, dim, room_.key);
+      const T key_bound = largest_bound(block.bounds, cols);
+      const bool informs =
+          weights_.fit && (problem_.is_short || informative_(block.exponentials, cols));
+      for (int64_t i = 0; i < queries_.count; i += kTileRows) {
+        const int64_t rows = smaller(kTileRows, queries_.count - i);
+        T* out = scores + i * ld + j;
+        const T query_bound = largest_bound(queries_.bounds + i, rows);
+        if (informs && in_factored_range(query_bound, key_bound, kSmallestMagnitudeSum)) {
+          inner_products<T, FactoredScore>(queries_.exponentials.from_row(i), rows,
+                                           block.exponentials, cols, steps, weights_.data, out, ld);
+        } else {
+          unfactored_scores<T>(queries_, i, rows, side_.key, first + j, cols, dim, weights_.data,
+                               query_bound + key_bound <= T(kSmallTanhLimit), out, ld, room_);
+        }
       }
     }
   }
-}
+
+ private:
+  const Problem& problem_;
+  const ScoreWeights<T>& weights_;
+  const QueryBlock<T> queries_;
+  const KeySide side_;
+  const ScoreRoom<T> room_;
+  Informative<T> informative_;
+};
 
 // Products of the query-side rows [i0, i0 + rows) of `left` with rows first + j, j < cols, of
 // `right`: out[i * ld + j].

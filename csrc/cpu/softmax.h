@@ -62,7 +62,9 @@ inline RowSource weight_row(const Rows& view, const Problem& problem, const Sequ
 inline RowSource score_row(const Rows& view, const Problem& problem, const Sequence& sequence,
                            int64_t head, int64_t query) {
   if (problem.scores_by_key) {
-    return key_rows(view, sequence, head);
+    RowSource rows = key_rows(view, sequence, head);
+    rows.base += query * view.col;
+    return rows;
   }
   const RowSource rows = query_rows(view, sequence, head);
   return {view.data, view.dtype,         rows.offset(query), view.col,

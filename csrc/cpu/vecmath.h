@@ -177,5 +177,37 @@ ATTN_EXT_INLINE TanhParts<T> small_tanh_parts(Vec<T> x) {
   return tanh_parts<T>(x);
 }
 
+// tanh(x) sigmoid(g), and what its derivatives are made of.
+template <class T>
+struct GatedTanh {
+  Vec<T> value;
+  Vec<T> tanh;
+  Vec<T> slope;  // 1 - tanh^2
+  Vec<T> sigmoid;
+  Vec<T> sigmoid_slope;  // sigmoid (1 - sigmoid)
+};
+
+// With z = exp(-2|x|) and y = exp(-|g|), neither of which overflows, tanh|x| = (1 - z) / (1 + z)
+// and sigmoid(|g|) = 1 / (1 + y), sigmoid(-|g|) = y / (1 + y), for which one division serves. 1 - z
+// is computed with a small relative error.
+template <class T>
+ATTN_EXT_INLINE GatedTanh<T> gated_tanh(Vec<T> x, Vec<T> g) {
+  const Vec<T> lowest = splat<T>(ExpConstants<T>::kLowest);
+  const Vec<T> twice = -2 * magnitude<T>(x);
+  const ExpParts<T> parts = exp_parts<T>(twice < lowest ? lowest : twice);
+  const Vec<T> tail = parts.scale * parts.fraction;
+  const Vec<T> z = parts.scale + tail;
+  const Vec<T> y = exp_nonpositive<T>(-magnitude<T>(g));
+  const Vec<T> inverse = 1 / ((z + 1) * (y + 1));
+  const Vec<T> difference =
+      from_bits<T>(bits_of<T>((1 - parts.scale) - tail) | (bits_of<T>(x) & kSignBit<T>));
+  const Vec<T> power = g < 0 ? y : splat<T>(1);
+  const Vec<T> q = inverse * (y + 1);
+  const Vec<T> r = inverse * (z + 1);
+  const Vec<T> slope = 4 * (z * q) * q;
+  return {difference * power * inverse, difference * q,
+          slope < T(kVanishingSlope) ? Vec<T>{} : slope, power * r, y * r * r};
+}
+
 }  // namespace ATTN_EXT_ISA
 }  // namespace attn_ext
