@@ -35,6 +35,14 @@ def test_magnitudes(backend: str, layout: str, scale: float):
     check_scores(make_inputs(layout, features=70, scale=scale), backend)
 
 
+@pytest.mark.parametrize("scale", [0.1, 0.3], ids=named("scale"))
+@pytest.mark.parametrize("layout", ["padded", "one_step"])
+def test_small_scores_of_many_features(backend: str, layout: str, scale: float):
+    """A softmax would forgive the factored form's absolute error; who gets the scores does not."""
+    lengths = {"lengths_q": (2, 2), "lengths_k": (9, 9)}
+    check_scores(make_inputs(layout, features=1000, scale=scale, poison=False, **lengths), backend)
+
+
 @pytest.mark.every_isa
 def test_gradients_that_nearly_sum_to_0(backend: str):
     """Behind a softmax they sum to 0, and what is left is rounding; here it is what was meant."""
