@@ -9,42 +9,33 @@ namespace ATTN_EXT_ISA {
 
 // Which entries of the hidden rows of one head of one sequence dropout keeps: feature d takes word
 // d % 4 of Philox with the counter (key position, d / 4, ~(2 head + factor), sequence).
-template <class T>
 class FeatureMask {
  public:
-  FeatureMask(const Problem& problem, const Sequence& sequence, int64_t head, int64_t columns,
-              Scratch& scratch)
-      : dropout_(problem.feature_dropout), sequence_(sequence.number), head_(head) {
-    if (active()) {
-      factors_ = scratch.take<T>(round_up(columns, kBlock));
-    }
-  }
+  FeatureMask(const Problem& problem, const Sequence& sequence, int64_t head)
+      : dropout_(problem.feature_dropout), sequence_(sequence.number), head_(head) {}
 
   bool active() const { return dropout_[0].active || dropout_[1].active; }
 
-  // By what features [begin, begin + count) of the key at `position` are multiplied, begin being a
-  // multiple of 4: 0, or the scale of what is kept.
-  const T* factors(int64_t position, int64_t begin, int64_t count) const {
-    for (int64_t c = 0; c < count; c += kBlock) {
-      for (int64_t n = 0; n < kBlock; ++n) {
-        factors_[c + n] = 1;
-      }
-      for (int factor = 0; factor < 2; ++factor) {
-        if (dropout_[factor].active) {
-          multiply(dropout_[factor], ~static_cast<uint32_t>(2 * head_ + factor), position,
-                   begin + c, factors_ + c);
-        }
+  // Multiplies the features of the key at `position` that begin with `begin`, a multiple of 4, by 0
+  // or by the scale of what is kept.
+  template <class T>
+  void apply(int64_t position, int64_t begin, int64_t count, T* row) const {
+    for (int factor = 0; factor < 2; ++factor) {
+      for (int64_t c = 0; dropout_[factor].active && c < count; c += kBlock) {
+        const uint32_t number = ~static_cast<uint32_t>(2 * head_ + factor);
+        multiply<T>(dropout_[factor], number, position, begin + c, smaller(kBlock, count - c),
+                    row + c);
       }
     }
-    return factors_;
   }
 
  private:
   static constexpr int kGroups = 16;  // of four features, whose rounds are vectors of operations
   static constexpr int kBlock = 4 * kGroups;
 
+  template <class T>
   void multiply(const Dropout& dropout, uint32_t number, int64_t position, int64_t begin,
-                T* factors) const {
+                int64_t count, T* row) const {
     uint32_t c[4][kGroups];
     for (int n = 0; n < kGroups; ++n) {
       c[0][n] = static_cast<uint32_t>(position);
@@ -60,24 +51,15 @@ class FeatureMask {
     }
     const auto threshold = static_cast<uint32_t>(__builtin_ceil(dropout.threshold));
     const T scale = static_cast<T>(dropout.keep_scale);
-    for (int n = 0; n < kGroups; ++n) {
-      for (int word = 0; word < 4; ++word) {
-        factors[4 * n + word] *= (c[word][n] >> 8) >= threshold ? scale : T(0);
-      }
+    for (int64_t n = 0; n < count; ++n) {
+      row[n] = (c[n % 4][n / 4] >> 8) >= threshold ? row[n] * scale : T(0);
     }
   }
 
   const Dropout* dropout_;
   int64_t sequence_;
   int64_t head_;
-  T* factors_ = nullptr;
 };
-
-// `count` numbers from `source`, at most a vector of them, then zeros.
-template <class T>
-ATTN_EXT_INLINE Vec<T> load_upto(const T* source, int64_t count) {
-  return count >= kLanes<T> ? load<T>(source) : load_partial<T>(source, count);
-}
 
 // The keys and gates of one head of one sequence.
 template <class T>
@@ -87,36 +69,54 @@ class HiddenSource {
                Scratch& scratch)
       : key_(key_rows(problem.key, sequence, head)),
         gate_(key_rows(problem.gate, sequence, head)),
-        mask_(problem, sequence, head, columns, scratch),
-        key_copy_(scratch.take<T>(columns)),
-        gate_copy_(scratch.take<T>(columns)) {}
+        mask_(problem, sequence, head),
+        key_copy_(scratch.take<T>(round_up(columns, kLanes<T>))),
+        gate_copy_(scratch.take<T>(round_up(columns, kLanes<T>))) {}
 
-  // Calls visit(c, parts, factor) for each vector of features begin + c of key j; numbers past
-  // `count` belong to nobody.
+  // Calls visit(c, k) or, where there is a gate, visit(c, k, g) with each vector of features begin
+  // + c of key j, the last one padded by 0.
   template <class Visit>
   ATTN_EXT_INLINE void for_each_vector(int64_t j, int64_t begin, int64_t count,
                                        const Visit& visit) const {
-    const T* factors = mask_.active() ? mask_.factors(key_.position(j), begin, count) : nullptr;
-    const T* key = row_values<T>(key_, j, begin, count, key_copy_);
+    const T* key = whole_vectors(key_, j, begin, count, key_copy_);
     if (gate_.data == nullptr) {
       for (int64_t c = 0; c < count; c += kLanes<T>) {
-        const TanhParts<T> parts = tanh_parts<T>(load_upto<T>(key + c, count - c));
-        visit(c, GatedTanh<T>{parts.tanh, parts.tanh, parts.slope, splat<T>(1), {}},
-              factors == nullptr ? splat<T>(1) : load<T>(factors + c));
+        visit(c, load<T>(key + c));
       }
       return;
     }
-    const T* gate = row_values<T>(gate_, j, begin, count, gate_copy_);
+    const T* gate = whole_vectors(gate_, j, begin, count, gate_copy_);
     for (int64_t c = 0; c < count; c += kLanes<T>) {
-      visit(c, gated_tanh<T>(load_upto<T>(key + c, count - c), load_upto<T>(gate + c, count - c)),
-            factors == nullptr ? splat<T>(1) : load<T>(factors + c));
+      visit(c, load<T>(key + c), load<T>(gate + c));
+    }
+  }
+
+  // Drops features of a hidden row of key j, or of its gradient.
+  ATTN_EXT_INLINE void drop(int64_t j, int64_t begin, int64_t count, T* row) const {
+    if (mask_.active()) {
+      mask_.apply<T>(key_.position(j), begin, count, row);
     }
   }
 
  private:
+  static const T* whole_vectors(const RowSource& source, int64_t j, int64_t begin, int64_t count,
+                                T* copy) {
+    const T* row = row_values<T>(source, j, begin, count, copy);
+    if (count % kLanes<T> == 0) {
+      return row;
+    }
+    for (int64_t c = 0; row != copy && c < count; ++c) {
+      copy[c] = row[c];
+    }
+    for (int64_t c = count; c < round_up(count, kLanes<T>); ++c) {
+      copy[c] = 0;
+    }
+    return copy;
+  }
+
   RowSource key_;
   RowSource gate_;  // data is null without
-  FeatureMask<T> mask_;
+  FeatureMask mask_;
   T* key_copy_;
   T* gate_copy_;
 };
@@ -130,6 +130,8 @@ class HiddenScores {
       : dim_(problem.dim),
         queries_(queries),
         source_(problem, sequence, head, problem.dim, scratch),
+        value_(key_rows(problem.value, sequence, head)),
+        value_bytes_(problem.value_dim * bytes_of(value_.dtype)),
         room_(kTileCols, problem.dim, scratch),
         weights_(panel_of<T>(query_rows(problem.query, sequence, head), query, queries, 0,
                              problem.dim, scratch.take<T>(queries * steps_of<T>(dim_) * kStep<T>),
@@ -142,6 +144,7 @@ class HiddenScores {
     for (int64_t j = 0; j < keys; j += kTileCols) {
       const int64_t cols = smaller(kTileCols, keys - j);
       for (int64_t n = 0; n < cols; ++n) {
+        prefetch_value(first + j + n);
         pack_row(first + j + n, room_.data + n * hidden.row);
       }
       for (int64_t i = 0; i < queries_; i += kTileRows) {
@@ -156,14 +159,29 @@ class HiddenScores {
     if (dim_ % kStep<T> != 0) {  // the last vector may be padding
       store<T>(row + steps_of<T>(dim_) * kStep<T> - kLanes<T>, Vec<T>{});
     }
-    source_.for_each_vector(j, 0, dim_, [&](int64_t c, const GatedTanh<T>& parts, Vec<T> factor) {
-      store<T>(row + c, parts.value * factor);
-    });
+    source_.for_each_vector(
+        j, 0, dim_, [&](int64_t c, auto... x) { store<T>(row + c, hidden_value<T>(x...)); });
+    source_.drop(j, 0, dim_, row);
+  }
+
+  static int64_t bytes_of(DType dtype) {
+    return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+  }
+
+  // Hidden rows are arithmetic and sums of values are reading: the reading begins here already.
+  void prefetch_value(int64_t j) const {
+    const char* row =
+        static_cast<const char*>(value_.data) + value_.offset(j) * bytes_of(value_.dtype);
+    for (int64_t n = 0; value_.col == 1 && n < value_bytes_; n += 64) {
+      __builtin_prefetch(row + n, 0, 2);
+    }
   }
 
   int64_t dim_;
   int64_t queries_;
   HiddenSource<T> source_;
+  RowSource value_;
+  int64_t value_bytes_;
   PanelRoom<T> room_;
   Panel<T> weights_;
 };

@@ -55,16 +55,20 @@ class HiddenGradient {
     }
     for (int64_t j = 0; j < keys; ++j) {
       T* hidden = hidden_ + j * columns();
-      const T* dhidden = dhidden_ + j * columns();
-      source_.for_each_vector(first + j, item_.col, item_.cols,
-                              [&](int64_t c, const GatedTanh<T>& parts, Vec<T> factor) {
-                                store<T>(hidden + c, parts.value * factor);
-                                if (wants_rows) {
-                                  const Vec<T> dh = load<T>(dhidden + c) * factor;
-                                  store<T>(dkey_ + c, dh * parts.sigmoid * parts.slope);
-                                  store<T>(dgate_ + c, dh * parts.tanh * parts.sigmoid_slope);
-                                }
-                              });
+      T* dhidden = dhidden_ + j * columns();
+      if (wants_rows) {
+        source_.drop(first + j, item_.col, item_.cols, dhidden);
+      }
+      source_.for_each_vector(first + j, item_.col, item_.cols, [&](int64_t c, auto... x) {
+        const HiddenParts<T> parts = hidden_parts<T>(x...);
+        store<T>(hidden + c, parts.value);
+        if (wants_rows) {
+          const Vec<T> dh = load<T>(dhidden + c);
+          store<T>(dkey_ + c, dh * parts.sigmoid * parts.slope);
+          store<T>(dgate_ + c, dh * parts.tanh * parts.sigmoid_slope);
+        }
+      });
+      source_.drop(first + j, item_.col, item_.cols, hidden);
       write(call_.dkey, first + j, dkey_);
       write(call_.dgate, first + j, dgate_);
     }
