@@ -5,11 +5,12 @@ from importlib.metadata import version
 from . import reference
 from .functional import additive_attention, additive_scores
 from .memory import AttentionMemory
-from .module import AdditiveAttention
+from .module import AdditiveAttention, AdditivePool
 from .pooling import additive_pool
 
 __all__ = [
     "AdditiveAttention",
+    "AdditivePool",
     "AttentionMemory",
     "additive_attention",
     "additive_pool",

@@ -46,12 +46,11 @@ class KeySide(NamedTuple):
 
     def ignored(self) -> Tensor | None:
         """Which rows ``[Bk, Nk]`` of keys nobody attends to; None where there are none for sure."""
-        if self.padding_mask is not None:
-            return self.padding_mask
-        row = torch.arange(self.key.size(1), device=self.key.device)
-        if self.lengths is not None:
-            return row >= self.lengths.unsqueeze(1)
-        return None if self.cu_seqlens is None else (row >= self.cu_seqlens[-1]).unsqueeze(0)
+        layout = self.cu_seqlens, self.lengths, self.padding_mask
+        ignored = _ignored(self.key.size(1), self.key.device, *layout)
+        if ignored is not None and self.cu_seqlens is not None:
+            return ignored.unsqueeze(0)
+        return ignored
 
     def with_exact_bound(self) -> "KeySide":
         """With the longest sequence itself, which dense weights of jagged keys need."""
@@ -264,6 +263,33 @@ def check_query_side(
     return QuerySide(query, cu_seqlens_q, bound, is_one_step, keys.has_heads, nested)
 
 
+def clear_ignored(
+    name: str,
+    rows: Tensor,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+) -> Tensor:
+    """Zeros in the rows, ``(total, D)`` or ``(B, T, D)``, that attention will ignore.
+
+    For a projection before it, whose weight's gradient would be 0 * NaN. Rows of another shape are
+    left as they are: attention has the error message for them. So are nested tensors.
+    """
+    check_tensor(name, rows)
+    if rows.is_nested or rows.dim() != (3 if cu_seqlens is None else 2):
+        return rows
+    if cu_seqlens is None:
+        check_padding(padding_mask, lengths, None, rows)
+    else:
+        offsets_name = "cu_seqlens_q" if name == "query" else "cu_seqlens_k"
+        check_offsets(offsets_name, cu_seqlens, name, rows)
+        if can_read_values(cu_seqlens) and int(cu_seqlens[-1]) == rows.size(0):
+            return rows
+    ignored = _ignored(rows.size(-2), rows.device, cu_seqlens, lengths, padding_mask)
+    # On CPUs where() takes two thirds of masked_fill's time.
+    return rows if ignored is None else torch.where(ignored.unsqueeze(-1), 0, rows)
+
+
 def no_query(keys: KeySide) -> QuerySide:
     """One query of zeros a sequence, for scores of the keys alone."""
     zeros = keys.key.new_zeros((1, 1, *keys.key.shape[2:]))
@@ -305,6 +331,21 @@ def _rows_of_sequences(cu: Tensor, index: Tensor, total: int) -> tuple[Tensor, T
     shifts = bounds.index_select(0, index) - offsets[:-1]
     numbers = torch.arange(count, device=cu.device, dtype=cu.dtype)
     return numbers + shifts.repeat_interleave(lengths, output_size=count), offsets
+
+
+def _ignored(
+    rows: int,
+    device: torch.device,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
+    padding_mask: Tensor | None,
+) -> Tensor | None:
+    """Which rows ``[B, N]``, of a jagged side ``[N]``, are ignored; None where there are none."""
+    if cu_seqlens is not None:
+        return torch.arange(rows, device=device) >= cu_seqlens[-1]
+    if lengths is not None:
+        return torch.arange(rows, device=device) >= lengths.unsqueeze(1)
+    return padding_mask
 
 
 def _axes(has_heads: bool) -> int:

@@ -1,6 +1,7 @@
 """``attn_ext.AdditiveAttention``: projections, normalisation, heads, dropout and the memory."""
 
 import copy
+import functools
 import importlib
 import warnings
 from collections.abc import Callable, Iterator
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import assert_within_budget, require_dtype
+from helpers import assert_within_budget, require_backend, require_dtype
 from layouts import offsets_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
@@ -329,6 +330,82 @@ def test_functions_agree(backend: str):
         module.query_proj(query), module.key_proj(key), value, module.score_weight, backend=backend
     )
     assert torch.equal(module(query, key, value, backend=backend), expected)
+
+
+# ---- Rows that nobody attends to ----
+
+
+def with_ignored_rows(layout: str, filling: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors of a call whose ignored rows hold ``filling``, and which those rows are."""
+    torch.manual_seed(1)
+    query, key, value = (tensor.detach() for tensor in make_tensors())
+    lengths = torch.tensor([6, 2, 0])
+    ignored = {"query": torch.zeros(B, TQ, dtype=torch.bool)}
+    ignored["key"] = torch.arange(TK) >= lengths[:, None]
+    if layout == "jagged":
+        ignored = {name: torch.arange(rows.numel()) >= 8 for name, rows in ignored.items()}
+        query, key, value = (tensor.flatten(0, 1) for tensor in (query, key, value))
+        options = {"cu_seqlens_q": offsets_of([4, 0, 4]), "cu_seqlens_k": offsets_of([6, 2, 0])}
+    elif layout == "lengths":
+        options = {"key_lengths": lengths}
+    else:
+        options = {"key_padding_mask": ignored["key"]}
+    ignored["value"] = ignored["key"]
+    tensors = {"query": query, "key": key, "value": value}
+    for name, tensor in tensors.items():
+        tensor[ignored[name]] = filling
+    return {**tensors, **options}, ignored
+
+
+def by_call(module: AdditiveAttention, **arguments: object) -> Tensor:
+    return module(**arguments)
+
+
+def by_memory(module: AdditiveAttention, **arguments: object) -> Tensor:
+    query = arguments.pop("query")
+    arguments.pop("cu_seqlens_q", None)
+    memory = module.memory(**arguments)
+    return memory.attend(query[:, 0] if query.dim() == 3 else query[:B])
+
+
+@pytest.mark.parametrize("value_is_key", [False, True], ids=["value", "value_is_key"])
+@pytest.mark.parametrize("attend", [by_call, by_memory])
+@pytest.mark.parametrize("layout", ["lengths", "mask", "jagged"])
+def test_ignored_rows_may_hold_anything(
+    backend: str, layout: str, attend: Callable, value_is_key: bool
+):
+    """They change no result and no gradient, that of a projection's weight above all."""
+    module = make_module("bias")
+    check_ignored_rows(module, functools.partial(attend, module), layout, backend, value_is_key)
+
+
+@pytest.mark.parametrize("layout", ["lengths", "jagged"])
+def test_ignored_rows_may_hold_anything_when_compiled(layout: str):
+    module = make_module("bias")
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    check_ignored_rows(module, compiled, layout, require_backend("cpu"), value_is_key=True)
+
+
+def check_ignored_rows(
+    module: AdditiveAttention, attend: Callable, layout: str, backend: str, value_is_key: bool
+) -> None:
+    found = []
+    for filling in (0.0, torch.nan, torch.inf):
+        arguments, ignored = with_ignored_rows(layout, filling)
+        leaves = {name: arguments[name].requires_grad_() for name in ignored}
+        if value_is_key:
+            del arguments["value"], leaves["value"]
+        context = attend(**arguments, backend=backend)
+        module.zero_grad()
+        context.square().sum().backward()
+        for name, leaf in leaves.items():
+            assert (leaf.grad[ignored[name]] == 0).all(), name
+        gradients = [tensor.grad for tensor in (*module.parameters(), *leaves.values())]
+        found.append([context.detach(), *gradients])
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(other, found[0], strict=True))
+    assert found[0][0].isfinite().all() and module.key_proj.weight.grad.abs().max() > 0
 
 
 # ---- Hooks, adapters and shards ----
