@@ -13,7 +13,8 @@ from .checks import (
     mismatch,
     resolve_deterministic,
 )
-from .layout import KeySide, QuerySide
+from .features import with_features
+from .layout import KeySide, Prepared, QuerySide
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
         max_seqlen_k: int | None
         key_padding_mask: Tensor | None
         key_lengths: Tensor | None
+        features: Tensor | None
+        feature_weight: Tensor | None
         dropout_p: float
         deterministic: bool | None
         backend: str | None
@@ -79,6 +82,8 @@ def additive_attention(
     max_seqlen_k: int | None = None,
     key_padding_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    features: Tensor | None = None,
+    feature_weight: Tensor | None = None,
     dropout_p: float = 0.0,
     need_weights: bool = False,
     deterministic: bool | None = None,
@@ -95,7 +100,7 @@ def additive_attention(
     Args:
         query: ``(B, Tq, D)``; one query a sequence ``(B, D)``; jagged ``(total_q, D)``; or a jagged
             nested tensor. float32, float16, bfloat16 or float64.
-        key: ``(B, Tk, D)``, jagged ``(total_k, D)`` or nested; query's dtype.
+        key: ``(B, Tk, D)``, jagged ``(total_k, D)`` or nested, whatever query is; query's dtype.
         value: as key with ``Dv`` features; float64 goes only with float64.
         score_weight: ``(D,)``, or ``(H, D)`` for H heads: then every other tensor has an H axis
             before its last.
@@ -105,8 +110,12 @@ def additive_attention(
         max_seqlen_q: the rows of the longest query sequence, or more. Given, nothing synchronises
             with an accelerator.
         max_seqlen_k: the same for keys.
-        key_padding_mask: ``(B, Tk)`` bool, True = ignore that key (padded layouts).
-        key_lengths: ``(B,)`` int32 or int64, the valid prefix of each row of keys (padded layouts).
+        key_padding_mask: ``(B, Tk)`` bool, True = ignore that key (padded keys).
+        key_lengths: ``(B,)`` int32 or int64, the valid prefix of each row of keys (padded keys).
+        features: ``(B, Tk, F)`` or, beside jagged keys, ``(total_k, F)``; key's dtype. One more
+            term of each score, ``w . tanh(q + k_j + f_j U)``, as of location-sensitive attention
+            and coverage; only with one query a sequence.
+        feature_weight: U, ``(F, D)``, with heads ``(F, H, D)``.
         dropout_p: probability to drop an attention weight; kept ones are scaled by
             ``1 / (1 - dropout_p)``.
         need_weights: also return the attention weights (after dropout).
@@ -117,10 +126,10 @@ def additive_attention(
     Returns:
         The context, in value's dtype: ``(B, Tq, Dv)``, ``(B, Dv)``, ``(total_q, Dv)``, or nested
         as query is. With ``need_weights``, ``(context, weights)``, weights being ``(B, Tq, Tk)``,
-        ``(B, Tk)`` for one query a sequence, ``(B, max Tq, max Tk)`` with zeros outside for
-        jagged sequences (``max_seqlen_*`` where given), and ``(total_k,)`` for one query a jagged
-        sequence. Heads add an axis before Tq, or ``(B, H, Tk)`` and ``(total_k, H)``. A sequence
-        without keys gets context and weights 0.
+        ``(B, Tk)`` for one query a sequence, and ``(total_k,)`` for one query a jagged sequence of
+        keys. Otherwise the axis of a jagged side is as long as its longest sequence
+        (``max_seqlen_*`` where given), with zeros outside. Heads add an axis before Tq, or
+        ``(B, H, Tk)`` and ``(total_k, H)``. A sequence without keys gets context and weights 0.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -129,10 +138,11 @@ def additive_attention(
             checked under ``ATTN_EXT_CHECK=1`` only.
         RuntimeError: a second derivative, or forward mode, on another backend than "reference".
 
-    Differentiable once in query, key, value and score_weight, through context and weights; on the
-    "reference" backend any number of times. ``torch.func.grad``, ``vjp`` and ``vmap`` work.
-    ``torch.jit.trace`` and ``torch.onnx.export`` are right at other lengths; they may record the
-    ordinary operations of the "reference" backend, whatever the backend.
+    Differentiable once in query, key, value, score_weight, features and feature_weight, through
+    context and weights; on the "reference" backend any number of times. ``torch.func.grad``,
+    ``vjp`` and ``vmap`` work. ``torch.jit.trace`` and ``torch.onnx.export`` are right at other
+    lengths; they may record the ordinary operations of the "reference" backend, whatever the
+    backend.
 
     Example:
         >>> import torch, attn_ext
@@ -168,7 +178,8 @@ def additive_attention(
     dropout_p = check_probability("dropout_p", dropout_p)
     deterministic = resolve_deterministic(deterministic)
     backend = backends.choose(backend, queries.query.device, queries.query.dtype)
-    return attend(queries, keys, dropout_p, need_weights, deterministic, backend)
+    with with_features(keys, features, feature_weight, queries, backend) as keys:
+        return attend(queries, keys, dropout_p, need_weights, deterministic, backend)
 
 
 def additive_scores(
@@ -183,6 +194,8 @@ def additive_scores(
     max_seqlen_k: int | None = None,
     key_padding_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    features: Tensor | None = None,
+    feature_weight: Tensor | None = None,
     deterministic: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -203,7 +216,7 @@ def additive_scores(
         gate: only without a query: as key, ``e_j = w . (tanh(k_j) * sigmoid(gate_j))``. "triton"
             and "cuda" have no kernels for it yet; on CUDA tensors None takes the reference.
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_padding_mask, key_lengths,
-            deterministic, backend: as in :func:`additive_attention`.
+            features, feature_weight, deterministic, backend: as in :func:`additive_attention`.
 
     Returns:
         float32 (float64 for float64) of the shape of :func:`additive_attention`'s weights, or of
@@ -213,8 +226,7 @@ def additive_scores(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`additive_attention`.
 
-    Differentiable once in query, key, score_weight and gate; on the "reference" backend any number
-    of times.
+    Differentiable once in all tensors; on the "reference" backend any number of times.
 
     Example:
         >>> import torch, attn_ext
@@ -226,7 +238,12 @@ def additive_scores(
         >>> loss = torch.nn.functional.cross_entropy(scores, target)
     """
     if query is None:
-        for name, given in (("cu_seqlens_q", cu_seqlens_q), ("max_seqlen_q", max_seqlen_q)):
+        for name, given in (
+            ("cu_seqlens_q", cu_seqlens_q),
+            ("max_seqlen_q", max_seqlen_q),
+            ("features", features),
+            ("feature_weight", feature_weight),
+        ):
             if given is not None:
                 raise mismatch(name, "None without a query", type(given).__name__)
         keys_alone = (cu_seqlens_k, max_seqlen_k, key_padding_mask, key_lengths)
@@ -237,27 +254,40 @@ def additive_scores(
         if backend in pooling.BACKENDS:
             return pooling.scores(side, deterministic, backend)
         queries, keys = side.as_attention()
-    else:
-        if gate is not None:
-            raise mismatch("gate", "None with a query", type(gate).__name__)
-        keys = layout.check_key_side(
-            key,
-            key,
-            score_weight,
-            cu_seqlens_k,
-            max_seqlen_k,
-            key_padding_mask,
-            key_lengths,
-            need_max=True,
-            scores_only=True,
-        )
-        queries = layout.check_query_side(query, keys, cu_seqlens_q, max_seqlen_q, need_max=True)
-        deterministic = resolve_deterministic(deterministic)
-        backend = backends.choose(backend, queries.query.device, queries.query.dtype)
+        return score(queries, keys, deterministic, backend)
+    if gate is not None:
+        raise mismatch("gate", "None with a query", type(gate).__name__)
+    keys = layout.check_key_side(
+        key,
+        key,
+        score_weight,
+        cu_seqlens_k,
+        max_seqlen_k,
+        key_padding_mask,
+        key_lengths,
+        need_max=True,
+        scores_only=True,
+    )
+    queries = layout.check_query_side(query, keys, cu_seqlens_q, max_seqlen_q, need_max=True)
+    deterministic = resolve_deterministic(deterministic)
+    backend = backends.choose(backend, queries.query.device, queries.query.dtype)
+    with with_features(keys, features, feature_weight, queries, backend) as keys:
+        return score(queries, keys, deterministic, backend)
+
+
+def score(
+    queries: QuerySide,
+    keys: KeySide,
+    deterministic: bool,
+    backend: str,
+    prepared: Prepared = (None, None),
+) -> Tensor:
+    """Scores with everything checked and chosen."""
     weights_layout = layout.weights_layout(queries, keys)
-    if backend == "reference" or _must_be_plain(keys, weights_layout, backend):
+    if backend == "reference" or _must_be_plain(queries, keys, weights_layout, backend):
         return reference.scores(queries, keys)
-    _, scores = _call(queries, keys, 0.0, None, weights_layout | layout.RAW, deterministic, backend)
+    raw = weights_layout | layout.RAW
+    _, scores = _call(queries, keys, prepared, 0.0, None, raw, deterministic, backend)
     return queries.restore_weights(scores, weights_layout)
 
 
@@ -268,13 +298,16 @@ def attend(
     need_weights: bool,
     deterministic: bool,
     backend: str,
+    prepared: Prepared = (None, None),
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend with everything checked and chosen."""
     seed = reference.draw_seed(queries.query.device) if dropout_p > 0 else None
     weights_layout = layout.weights_layout(queries, keys) if need_weights else 0
-    if backend == "reference" or _must_be_plain(keys, weights_layout, backend):
+    if backend == "reference" or _must_be_plain(queries, keys, weights_layout, backend):
         return reference.attend(queries, keys, dropout_p, seed, need_weights)
-    context, weights = _call(queries, keys, dropout_p, seed, weights_layout, deterministic, backend)
+    context, weights = _call(
+        queries, keys, prepared, dropout_p, seed, weights_layout, deterministic, backend
+    )
     context = queries.restore_context(context)
     if not need_weights:
         return context
@@ -284,6 +317,7 @@ def attend(
 def _call(
     queries: QuerySide,
     keys: KeySide,
+    prepared: Prepared,
     dropout_p: float,
     seed: Tensor | None,
     weights_layout: int,
@@ -298,8 +332,7 @@ def _call(
         keys.key,
         keys.value,
         keys.score_weight,
-        None,
-        None,
+        *prepared,
         queries.cu_seqlens,
         keys.cu_seqlens,
         keys.lengths,
@@ -316,12 +349,13 @@ def _call(
     return context, weights
 
 
-def _must_be_plain(keys: KeySide, weights_layout: int, backend: str) -> bool:
+def _must_be_plain(queries: QuerySide, keys: KeySide, weights_layout: int, backend: str) -> bool:
     """Whether a graph is being recorded in which only ordinary operations are right.
 
     ONNX has no others. In a trace of ``torch.jit`` the op's bounds and the axes of its dense jagged
     weights are constants; of the backends only the CPU's kernels need bounds for nothing else.
     """
-    dense_jagged = weights_layout == layout.DENSE_WEIGHTS and keys.cu_seqlens is not None
+    is_jagged = queries.cu_seqlens is not None or keys.cu_seqlens is not None
+    dense_jagged = weights_layout == layout.DENSE_WEIGHTS and is_jagged
     traced_rightly = backend == "cpu" and not dense_jagged
     return exports_to_onnx() or (torch.jit.is_tracing() and not traced_rightly)

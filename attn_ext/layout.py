@@ -15,6 +15,7 @@ from .checks import (
     check_bound,
     check_device,
     check_floating,
+    check_index,
     check_offsets,
     check_padding,
     check_tensor,
@@ -25,6 +26,7 @@ from .checks import (
 )
 
 DENSE_WEIGHTS, JAGGED_WEIGHTS = 1, 2  # 0: no weights are returned
+Prepared = tuple[Tensor | None, Tensor | None]  # what a backend made of keys: exp_key, key_bound
 RAW = 4  # added to these: scores instead, as they are before the softmax
 
 
@@ -40,8 +42,56 @@ class KeySide(NamedTuple):
     max_seqlen: int
     batch_size: int
     has_heads: bool
-    is_nested: bool
     autocast: bool  # whether key and value were cast
+
+    def ignored(self) -> Tensor | None:
+        """Which rows ``[Bk, Nk]`` of keys nobody attends to; None where there are none for sure."""
+        if self.padding_mask is not None:
+            return self.padding_mask
+        row = torch.arange(self.key.size(1), device=self.key.device)
+        if self.lengths is not None:
+            return row >= self.lengths.unsqueeze(1)
+        return None if self.cu_seqlens is None else (row >= self.cu_seqlens[-1]).unsqueeze(0)
+
+    def with_exact_bound(self) -> "KeySide":
+        """With the longest sequence itself, which dense weights of jagged keys need."""
+        if self.cu_seqlens is None or records_lengths() or self.max_seqlen <= self.key.size(1):
+            return self
+        bound = _bound_of_unread(self.cu_seqlens, self.key.size(1), need_exact=True)
+        return self._replace(max_seqlen=bound)
+
+    def select(self, index: Tensor, prepared: Prepared) -> tuple["KeySide", Prepared]:
+        """The sequences ``index`` ``(B',)``, in that order, and of ``prepared`` what is theirs.
+
+        Keys are copied unless those sequences are known, on the host, to lie side by side.
+        """
+        _check_sequences(index, self)
+        run = _run_of(index)
+        cu = self.cu_seqlens
+        if cu is None:
+            axis, rows = 0, index if run is None else run
+        elif run is not None and can_read_values(cu):
+            first, end = int(cu[run.start]), int(cu[run.stop])
+            axis, rows, cu = 1, slice(first, end), cu[run.start : run.stop + 1] - first
+        else:
+            axis, (rows, cu) = 1, _rows_of_sequences(cu, index, self.key.size(1))
+
+        def taken(tensor: Tensor | None, axis: int = axis) -> Any:
+            if tensor is None:
+                return None
+            if isinstance(rows, slice):
+                return tensor.narrow(axis, rows.start, rows.stop - rows.start)
+            return tensor.index_select(axis, rows)
+
+        selected = self._replace(
+            key=taken(self.key),
+            value=taken(self.value),
+            cu_seqlens=cu,
+            lengths=taken(self.lengths),
+            padding_mask=taken(self.padding_mask),
+            batch_size=index.size(0),
+        )
+        return selected, (taken(prepared[0]), taken(prepared[1]))
 
     def detached(self) -> "KeySide":
         """The same as constants, to which no gradient flows."""
@@ -159,7 +209,6 @@ def check_key_side(
         bound,
         batch_size,
         has_heads,
-        nest is not None,
         autocast_dtype is not None,
     )
 
@@ -182,7 +231,7 @@ def check_query_side(
     check_floating("query", query)
     check_device("query", query, keys.key.device)
     is_jagged = cu_seqlens_q is not None
-    _check_query_shape(query, keys, is_jagged, nested is not None)
+    _check_query_shape(query, keys, is_jagged)
     if torch.float64 not in (query.dtype, keys.key.dtype):
         if keys.autocast or _autocast_dtype(query) is not None:
             query = query.to(keys.key.dtype)
@@ -222,6 +271,42 @@ def no_query(keys: KeySide) -> QuerySide:
     return QuerySide(query, None, 1, True, keys.has_heads, None)
 
 
+def _check_sequences(index: Tensor, keys: KeySide) -> None:
+    """Numbers of sequences."""
+    check_tensor("index", index)
+    check_index("index", index, keys.key.device)
+    if index.dim() != 1:
+        raise mismatch("index", "shape (B',)", shape_of(index))
+    if can_read_values(index) and index.numel():
+        smallest, largest = (int(extreme) for extreme in index.aminmax())
+        if smallest < 0 or largest >= keys.batch_size:
+            expected = f"numbers of sequences, from 0 to {keys.batch_size - 1}"
+            raise mismatch("index", expected, str(smallest if smallest < 0 else largest))
+
+
+def _run_of(index: Tensor) -> slice | None:
+    """Which consecutive sequences an index means, if it does and the host may know."""
+    if not can_read_values(index) or index.numel() == 0:
+        return None
+    first = int(index[0])
+    run = slice(first, first + index.numel())
+    return run if index.tolist() == list(range(run.start, run.stop)) else None
+
+
+def _rows_of_sequences(cu: Tensor, index: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Numbers of the jagged rows of some sequences, and the offsets of what they make up.
+
+    On an accelerator it synchronises once, for their number.
+    """
+    bounds = cu.clamp(0, total)  # corrupt offsets stay inside the rows
+    lengths = bounds.diff().clamp(min=0).index_select(0, index)
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(cu.dtype)
+    count = int(offsets[-1])
+    shifts = bounds.index_select(0, index) - offsets[:-1]
+    numbers = torch.arange(count, device=cu.device, dtype=cu.dtype)
+    return numbers + shifts.repeat_interleave(lengths, output_size=count), offsets
+
+
 def _axes(has_heads: bool) -> int:
     """Trailing axes of a row: (D,) or (H, D)."""
     return 2 if has_heads else 1
@@ -254,21 +339,13 @@ def _check_key_shapes(key: Tensor, value: Tensor, score_weight: Tensor, is_jagge
         raise mismatch("score_weight", expected, shape_of(score_weight))
 
 
-def _check_query_shape(query: Tensor, keys: KeySide, is_jagged: bool, is_nested: bool) -> None:
-    keys_jagged = keys.cu_seqlens is not None
-    if is_jagged and not keys_jagged:
-        name, got = ("query", "a nested one") if is_nested else ("cu_seqlens_q", "offsets")
-        expected = "padded queries with padded keys (jagged and padded layouts do not mix)"
-        raise mismatch(name, expected, got)
+def _check_query_shape(query: Tensor, keys: KeySide, is_jagged: bool) -> None:
     axes = _axes(keys.has_heads)
-    allows_steps = not is_jagged and (not keys_jagged or keys.is_nested)  # (B, Tq, ...)
-    if query.dim() != axes + 1 and not (allows_steps and query.dim() == axes + 2):
+    if query.dim() != axes + 1 and (is_jagged or query.dim() != axes + 2):
         row = row_text(keys.has_heads)
-        shapes = f"(total_q, {row})" if is_jagged else f"(B, {row})"
-        shapes += f" or (B, Tq, {row})" if allows_steps else ""
+        shapes = f"(total_q, {row})" if is_jagged else f"(B, {row}) or (B, Tq, {row})"
         offsets = "with cu_seqlens_q" if is_jagged else "without cu_seqlens_q"
-        keys_are = "jagged" if keys_jagged else "padded"
-        raise mismatch("query", f"shape {shapes} {offsets} and {keys_are} keys", shape_of(query))
+        raise mismatch("query", f"shape {shapes} {offsets}", shape_of(query))
     tail = keys.key.shape[4 - axes :]
     if query.shape[-axes:] != tail:
         expected = f"last axes {tuple(tail)} = ({row_text(keys.has_heads)}), as key"
@@ -330,6 +407,16 @@ def _unwrap(name: str, tensor: Tensor) -> tuple[Tensor, _Nest | None]:
     return nested.values(), _Nest(nested.offsets(), nested._maybe_max_seqlen)
 
 
+def without_nesting(name: str, tensor: Tensor, keys: KeySide) -> Tensor:
+    """A tensor with a row a key; of a nested one the values."""
+    values, nest = _unwrap(name, tensor)
+    if nest is not None:
+        if keys.cu_seqlens is None:
+            raise mismatch(name, "a dense tensor, as key is", "a nested one")
+        _check_same_offsets(name, keys.cu_seqlens, nest.offsets)
+    return values
+
+
 def values_like(name: str, tensor: Tensor, key: Tensor) -> Tensor:
     """The values of a tensor that must be nested as key is."""
     return _unwrap_like(name, tensor, _unwrap("key", key)[1])
@@ -341,13 +428,16 @@ def _unwrap_like(name: str, tensor: Tensor, nest: _Nest | None) -> Tensor:
         expected, got = ("dense", "nested") if nest is None else ("nested", "dense")
         raise mismatch(name, f"a {expected} tensor, as key is", f"a {got} one")
     if own is not None and nest is not None:
-        ours, theirs = nest.offsets, own.offsets
-        same = ours is theirs or ours.shape == theirs.shape
-        if same and ours is not theirs and can_read_values(ours):
-            same = torch.equal(ours, theirs)
-        if not same:
-            raise mismatch(name, "a nested tensor with key's offsets", "other offsets")
+        _check_same_offsets(name, nest.offsets, own.offsets)
     return values
+
+
+def _check_same_offsets(name: str, ours: Tensor, theirs: Tensor) -> None:
+    same = ours is theirs or ours.shape == theirs.shape
+    if same and ours is not theirs and can_read_values(ours):
+        same = torch.equal(ours, theirs)
+    if not same:
+        raise mismatch(name, "a nested tensor with key's offsets", "other offsets")
 
 
 def _nested_like(values: Tensor, like: Any) -> Tensor:

@@ -1,6 +1,7 @@
 """Additive attention as a module that holds its projections."""
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from .checks import (
     wrong_type,
 )
 from .functional import additive_attention
+from .layout import QuerySide
 from .memory import AttentionMemory
 
 # PyTorch's hooks that set a parameter anew before a call, whatever its arguments.
@@ -148,7 +150,7 @@ class AdditiveAttention(nn.Module):
         deterministic: bool | None = None,
         backend: str | None = None,
     ) -> AttentionMemory:
-        """Prepare keys and values once for a decoder that attends once a step.
+        """Prepare keys and values once for a decoder that attends step by step.
 
         Whether attention weights are dropped is decided here, by ``self.training``.
 
@@ -157,8 +159,8 @@ class AdditiveAttention(nn.Module):
                 backend: as :meth:`forward`.
 
         Returns:
-            An :class:`attn_ext.AttentionMemory` whose ``attend`` takes the unprojected query,
-            ``(B, query_dim)``.
+            An :class:`attn_ext.AttentionMemory` whose ``attend`` and ``scores`` take unprojected
+            queries, ``(B, query_dim)`` or ``(B, n, query_dim)``.
 
         Raises:
             TypeError, ValueError: as :func:`attn_ext.additive_attention`; also a ValueError where
@@ -264,9 +266,11 @@ class _ProjectingMemory(AttentionMemory):
         super().__init__(*arguments, **keywords)
         self._module = module
 
+    def _check_query(self, query: Tensor) -> QuerySide:
+        return super()._check_query(self._module._project_query(query))
+
     def attend(  # type: ignore[override]  # the overloads are inherited
-        self, query: Tensor, *, need_weights: bool = False
+        self, query: Tensor, **options: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Project the query ``(B, query_dim)`` and attend: see :class:`AttentionMemory`."""
-        projected = self._module._project_query(query)
-        return self._module._join_context(super().attend(projected, need_weights=need_weights))
+        """Project the query and attend: see :class:`AttentionMemory`."""
+        return self._module._join_context(super().attend(query, **options))

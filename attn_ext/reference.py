@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import layout
 from .checks import check_flag, check_probability, records_lengths
+from .features import with_features
 from .layout import KeySide, QuerySide
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ def additive_attention(
     max_seqlen_k: int | None = None,
     key_padding_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    features: Tensor | None = None,
+    feature_weight: Tensor | None = None,
     dropout_p: float = 0.0,
     need_weights: bool = False,
     deterministic: bool | None = None,
@@ -54,7 +57,8 @@ def additive_attention(
     queries = layout.check_query_side(query, keys, cu_seqlens_q, max_seqlen_q, need_weights)
     dropout_p = check_probability("dropout_p", dropout_p)
     seed = draw_seed(query.device) if dropout_p > 0 else None
-    return attend(queries, keys, dropout_p, seed, need_weights)
+    with with_features(keys, features, feature_weight, queries, "reference") as keys:
+        return attend(queries, keys, dropout_p, seed, need_weights)
 
 
 def draw_seed(device: torch.device) -> Tensor:

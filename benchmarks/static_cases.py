@@ -14,6 +14,7 @@ import triton
 
 from attn_ext.triton_kernels import configurations, launch_backward, launch_forward, launch_step
 from attn_ext.triton_kernels.gradient import TILE_ROWS
+from attn_ext.triton_kernels.problem import DENSE_WEIGHTS, JAGGED_WEIGHTS, RAW
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 DIMS = (128, 1000, 1024)
@@ -118,6 +119,9 @@ def make_case(launch: tuple, regime: str, pass_: str, dtype: str, dim: int, **re
 def elements_of(name: str, constants: dict) -> tuple[int, int]:
     """(i, j, d) elements of an iteration of the main loop, and its iterations for one tile."""
     c = constants
+    raw = "stats_ptr" in c  # scores are returned, or their gradients come in: there is no softmax
+    if "bwd_scores" in name and raw:
+        return 0, 0
     if "grad" in name:  # one column against all rows; the columns are as many as a sequence has
         return c["ROW_TILES"] * TILE_ROWS.value * 2 * c["BLOCK_D"], 0
     if "fwd" in name or "bwd" in name:
@@ -125,14 +129,18 @@ def elements_of(name: str, constants: dict) -> tuple[int, int]:
             return c["SEGMENT"] * c["BLOCK_D"], triton.cdiv(c["D"], c["BLOCK_D"])
         # The loop over features is unrolled: two blocks an iteration.
         features = 2 * 2 * c["BLOCK_D"]
-        return c["BLOCK_Q"] * c["BLOCK_K"] * features, triton.cdiv(c["D"], features)
+        elements = c["BLOCK_Q"] * c["BLOCK_K"] * features
+        return elements, 0 if raw else triton.cdiv(c["D"], features)
     return 0, 0
 
 
 def launches_of(
-    dtype: torch.dtype, dim: int, length_q: int, length_k: int
+    dtype: torch.dtype, dim: int, length_q: int, length_k: int, scores: bool = False
 ) -> tuple[list, list, list]:
-    """Launches of forward, backward and, for one query a sequence, the memory's backward."""
+    """Launches of forward, backward and, for one query a sequence, the memory's backward.
+
+    With ``scores``, of those of ``additive_scores``, which has no memory.
+    """
     query = torch.empty(1, BATCH * length_q, HEADS, dim, dtype=dtype)
     cu_q = torch.arange(BATCH + 1) * length_q
     if length_q == 1:
@@ -140,20 +148,27 @@ def launches_of(
     key = torch.empty(1, BATCH * length_k, HEADS, dim, dtype=dtype)
     cu_k = torch.arange(BATCH + 1) * length_k
     score_weight = torch.empty(HEADS, dim)
-    inputs = (query, key, key, score_weight)
+    value, dcontext, dweights, weights_layout = key, query, None, 0
+    if scores:
+        value, dcontext = key[..., :0], None
+        dense = length_q > 1
+        weights_layout = RAW + (DENSE_WEIGHTS if dense else JAGGED_WEIGHTS)
+        shape = (BATCH, HEADS, length_q, length_k) if dense else (BATCH * length_k, HEADS)
+        dweights = torch.empty(shape)
+    inputs = (query, key, value, score_weight)
     layout = (cu_q, cu_k, None, None, length_q, length_k)
     stats = query.new_empty((*query.shape[:3], 2), dtype=torch.float32)
     kept = stats, stats.new_empty(0)
     with noted_launches() as forward:
         launch_forward.additive_attention_forward(
-            *inputs, None, None, *layout, 0.0, None, 0, False, False
+            *inputs, None, None, *layout, 0.0, None, weights_layout, False, False
         )
     with noted_launches() as backward:
         launch_backward.additive_attention_backward(
-            query, None, *inputs, *kept, *layout, 0.0, None, 0, 15, False
+            dcontext, dweights, *inputs, *kept, *layout, 0.0, None, weights_layout, 15, False
         )
     memory: list = []
-    if length_q == 1:
+    if length_q == 1 and not scores:
         steps = torch.empty(length_k, BATCH, HEADS, dim, dtype=dtype)
         by_key = torch.empty(length_k, 1, BATCH * length_k, HEADS)
         keys = (key, key, score_weight, None, None, cu_k, None, None, length_k)
@@ -189,6 +204,11 @@ def _cases_of(
     if length_k == SHORT:
         for number, launch in enumerate(memory):
             yield make_case(launch, "memory", f"backward {number + 1}", name, dim)
+    forward, backward, _ = launches_of(dtype, dim, length_q, length_k, scores=True)
+    for launch in forward:
+        yield make_case(launch, regime, "scores", name, dim)
+    # What follows is the gradient pass of attention.
+    yield make_case(backward[0], regime, "scores backward", name, dim)
 
 
 assert configurations.segment(SHORT) >= SHORT and configurations.segment(LONG) < LONG

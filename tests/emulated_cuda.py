@@ -5,6 +5,7 @@ so that the suite's tests of kernels run the sources of ``csrc/cuda`` without a 
 """
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import warnings
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -66,16 +68,20 @@ def build(*definitions: str) -> Path:
         *(f"-I{EMULATION}", f"-isystem{torch_include()}"),
     ]
     host = ROOT / "csrc/cuda/registration.cpp"  # all that definitions are about
-    objects = [
-        cached(f"{path.name}.o", [*flags, *options, "-x", "c++", "-c", str(path)], EMULATION)
-        for path, options in (
-            *((path, ()) for path in (*cuda_sources(), EMULATION / "emulation.cpp")),
-            (host, definitions),
-        )
-    ]
-    libraries = Path(torch.__file__).parent / "lib"
-    link = [compiler, "-shared", "-Wl,-Bsymbolic", *map(str, objects), f"-L{libraries}"]
-    return cached("emulated.so", [*link, "-ltorch_cpu", "-lc10"], EMULATION)
+    sources = [(path, ()) for path in (*cuda_sources(), EMULATION / "emulation.cpp")]
+    sources.append((host, definitions))
+
+    def compiled(source: tuple[Path, tuple[str, ...]]) -> Path:
+        path, options = source
+        return cached(f"{path.name}.o", [*flags, *options, "-x", "c++", "-c", str(path)], EMULATION)
+
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the processes of a test run build together, not each
+        objects = list(pool.map(compiled, sources))
+        libraries = Path(torch.__file__).parent / "lib"
+        link = [compiler, "-shared", "-Wl,-Bsymbolic", *map(str, objects), f"-L{libraries}"]
+        return cached("emulated.so", [*link, "-ltorch_cpu", "-lc10"], EMULATION)
 
 
 def _find_shared_memory(library: Path) -> None:

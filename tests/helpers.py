@@ -28,6 +28,8 @@ else:
 
 def require_backend(name: str) -> str:
     """The name, or a visible skip where the backend is missing."""
+    if name not in BACKEND_DEVICES:
+        pytest.skip(f"backend {name} is not among those that this process tests")
     problem = backends.problem(name, torch.device(BACKEND_DEVICES[name]))
     if problem is not None:
         pytest.skip(f"backend {name}: {problem}")
@@ -151,10 +153,22 @@ def check(
     return actual
 
 
-def check_scores(inputs: Inputs, backend: str, *, alone: bool = False) -> None:
-    """Compare ``attn_ext.additive_scores`` and its gradients with the float64 yardstick.
+def check_scores(
+    inputs: Inputs,
+    backend: str,
+    *,
+    alone: bool = False,
+    incoming: Tensor | None = None,
+    function: Callable[..., Tensor] = attn_ext.additive_scores,
+) -> None:
+    """Compare scores and their gradients with the float64 yardstick.
 
-    ``alone``: without a query, as if it were 0.
+    Args:
+        inputs: what to call with.
+        backend: its name.
+        alone: call without a query, as if it were 0.
+        incoming: gradient of the scores; None draws it.
+        function: called as ``attn_ext.additive_scores``.
     """
     require_dtype(backend, inputs.leaves["query"].dtype)
     inputs = replace(inputs, scores_alone=True)
@@ -165,7 +179,7 @@ def check_scores(inputs: Inputs, backend: str, *, alone: bool = False) -> None:
 
     def call_scores(leaves: dict[str, Tensor]) -> tuple[None, Tensor]:
         query, key, _, score_weight = inputs.arguments(leaves)
-        scores = attn_ext.additive_scores(
+        scores = function(
             None if alone else query, key, score_weight, backend=backend, **inputs.keywords
         )
         assert torch.equal(scores == -torch.inf, ~present), "-inf elsewhere than for absent keys"
@@ -175,9 +189,11 @@ def check_scores(inputs: Inputs, backend: str, *, alone: bool = False) -> None:
 
     wanted = ("key", "score_weight") if alone else ("query", "key", "score_weight")
     scores = formula(inputs, inputs.leaves)[1]
-    incoming = {"weights": randn(scores.shape, torch.Generator("cpu").manual_seed(1)).to(scores)}
-    actual = differentiate(call_scores, inputs.leaves, incoming, wanted)
-    judge(inputs, {n: actual[n] for n in actual if n != "context"}, incoming, wanted)
+    if incoming is None:
+        incoming = randn(scores.shape, torch.Generator("cpu").manual_seed(1)).to(scores)
+    gradients = {"weights": incoming}
+    actual = differentiate(call_scores, inputs.leaves, gradients, wanted)
+    judge(inputs, {n: actual[n] for n in actual if n != "context"}, gradients, wanted)
 
 
 def judge(

@@ -24,9 +24,22 @@ LAYOUTS = (
     "nested_query",  # nested queries over jagged keys and their offsets
     "nested_keys_jagged_query",
 )
+# Of which one side is padded and the other jagged.
+MIXED_LAYOUTS = (
+    "jagged_keys",
+    "jagged_query_lengths",
+    "jagged_query_mask",
+    "nested_query_lengths",
+)
 ONE_STEP_LAYOUTS = tuple(name for name in LAYOUTS if "one_step" in name)
-JAGGED_KEY_LAYOUTS = tuple(name for name in LAYOUTS if "jagged" in name or "nested" in name)
-JAGGED_QUERY_LAYOUTS = ("jagged", "nested", "nested_query", "nested_keys_jagged_query")
+JAGGED_KEY_LAYOUTS = (
+    *(name for name in LAYOUTS if "jagged" in name or "nested" in name),
+    "jagged_keys",
+)
+JAGGED_QUERY_LAYOUTS = (
+    *("jagged", "nested", "nested_query", "nested_keys_jagged_query"),
+    *MIXED_LAYOUTS[1:],
+)
 
 # Sequence lengths in which every kind of sequence occurs: plain, without queries, without keys,
 # with neither, and of length 1.
@@ -128,7 +141,7 @@ def _query_side(
         return _Side((batch,), rows, [], 1, {})
     assert len(lengths) == batch
     if layout in JAGGED_QUERY_LAYOUTS:
-        nested = layout in ("nested", "nested_query")
+        nested = layout == "nested" or layout.startswith("nested_query")
         return _jagged_side("cu_seqlens_q", lengths, index_dtype, tail_rows, nested)
     longest = max(lengths, default=0)
     return _Side((batch, longest), [(b,) for b in range(batch)], [], longest, {})
@@ -196,7 +209,7 @@ def make_inputs(
     """Random inputs of a layout, on the default device, which is that of the backend tested.
 
     Args:
-        layout: one of LAYOUTS.
+        layout: one of LAYOUTS or MIXED_LAYOUTS.
         lengths_q, lengths_k: of each sequence; padded layouts pad to the longest.
         features, value_features: D and Dv.
         heads: None for no head axis.

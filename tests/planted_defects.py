@@ -17,6 +17,30 @@ class Defect(NamedTuple):
 
 PYTHON = [
     Defect(
+        "memory-select-prepared",
+        "attn_ext/layout.py",
+        "        return selected, (taken(prepared[0]), taken(prepared[1]))\n",
+        "        return selected, prepared\n",
+        "tests/test_attention_memory_family.py::test_select",
+        "A chosen part of a memory attends to the keys of other sequences.",
+    ),
+    Defect(
+        "features-of-ignored",
+        "attn_ext/features.py",
+        "return features if ignored is None else",
+        "return features if True else",
+        "tests/test_features.py",
+        "NaN in the padding of features becomes NaN in their weight's gradient.",
+    ),
+    Defect(
+        "features-score-weight",
+        "attn_ext/steps.py",
+        "        sums[1] += dscore_weight\n",
+        "",
+        "tests/test_features.py::test_memory",
+        "Steps with features leave no gradient of the score weight.",
+    ),
+    Defect(
         "layout-bound",
         "attn_ext/layout.py",
         "    return rows + 1\n",
@@ -57,12 +81,12 @@ PYTHON = [
         "A memory made under autocast refuses the float32 queries of steps outside of it.",
     ),
     Defect(
-        "layout-mixes",
+        "layout-jagged-query",
         "attn_ext/layout.py",
-        "allows_steps = not is_jagged and (not keys_jagged or keys.is_nested)",
-        "allows_steps = not is_jagged",
+        "if query.dim() != axes + 1 and (is_jagged or query.dim() != axes + 2):",
+        "if query.dim() not in (axes + 1, axes + 2):",
         "tests/test_errors.py",
-        "Padded queries with jagged keys are taken in silence, though the layouts do not mix.",
+        "Padded queries with cu_seqlens_q are taken, and give an error that names no argument.",
     ),
     Defect(
         "checks-dropout-of-everything",
@@ -107,18 +131,18 @@ PYTHON = [
     Defect(
         "autograd-weights-alone",
         "attn_ext/autograd.py",
-        "if dcontext is None and dweights is None:",
-        "if dcontext is None:",
+        "        no_gradient = (None,) * 14\n        if dcontext is None and dweights is None:\n",
+        "        no_gradient = (None,) * 14\n        if dcontext is None:\n",
         "tests/test_additive_attention.py::test_gradient_through_weights_alone",
         "A loss of the weights alone has no gradient.",
     ),
     Defect(
         "autograd-forward-mode",
         "attn_ext/autograd.py",
-        "    if torch.autograd.forward_ad._current_level >= 0:\n"
-        "        _refuse_tangents(arguments)\n"
-        "    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments[:4]):\n",
-        "    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments[:4]):\n",
+        "            _refuse_tangents(arguments)\n"
+        "        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments[:4]):\n",
+        "            pass\n"
+        "        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments[:4]):\n",
         "tests/test_additive_attention.py::test_forward_mode_is_refused",
         "Forward-mode derivatives are 0 instead of refused.",
     ),
@@ -157,8 +181,10 @@ PYTHON = [
     Defect(
         "ops-memory-mask",
         "attn_ext/ops.py",
-        "grad_mask & 2 << bit",
-        "grad_mask & 1 << bit",
+        "    inputs = (key, value, score_weight)\n"
+        "    return tuple(_gradient(tensor, grad_mask & 2 << bit)",
+        "    inputs = (key, value, score_weight)\n"
+        "    return tuple(_gradient(tensor, grad_mask & 1 << bit)",
         "tests/test_ops.py::test_fakes_of_memory_ops tests/test_ops.py::test_opcheck_of_memory_ops",
         "A compiled decoder whose keys need no gradient fails, or gets one of a wrong shape.",
     ),
@@ -213,8 +239,8 @@ PYTHON = [
     ),
     Defect(
         "memory-mask-modified",
-        "attn_ext/memory.py",
-        "tensors = (*self.inputs, *self.key_layout)",
+        "attn_ext/steps.py",
+        "tensors = (*self.inputs, self.feature_weight, *self.key_layout)",
         "tensors = self.inputs",
         "tests/test_attention_memory_modes.py::test_modification_in_place_before_backward_raises",
         "A mask that is modified between the steps and backward gives wrong gradients in silence.",
@@ -319,6 +345,22 @@ PYTHON = [
 ]
 
 CPU = [
+    Defect(
+        "cpu-raw-row-sum",
+        "csrc/cpu/gradient.h",
+        "!call_.problem->raw_scores && shift.keys",
+        "shift.keys",
+        "tests/test_scores.py::test_gradients_that_nearly_sum_to_0",
+        "Gradients of small queries through scores are 0 where their incoming ones nearly cancel.",
+    ),
+    Defect(
+        "cpu-raw-fill",
+        "csrc/registration.cpp",
+        "-std::numeric_limits<double>::infinity()",
+        "0",
+        "tests/test_scores.py",
+        "Padding scores 0 instead of -inf, and gets a part of the softmax.",
+    ),
     Defect(
         "cpu-merge-chunks",
         "csrc/cpu/plan.cpp",
@@ -512,7 +554,7 @@ TRITON = [
     Defect(
         "triton-delta",
         "triton_kernels/backward.py",
-        "    delta = delta / tl.where(sum_of_weights == 0.0, 1.0, sum_of_weights)\n",
+        "        delta = delta / tl.where(sum_of_weights == 0.0, 1.0, sum_of_weights)\n",
         "",
         "tests/test_numerics.py::test_gradients_that_nearly_cancel tests/test_magnitudes.py",
         "Gradients that nearly cancel consist of rounding errors.",
@@ -631,8 +673,8 @@ NMT = [
     Defect(
         "nmt-prune-by-step",
         "attn_ext/nmt/search.py",
-        "bound = best_going[b] / max_lengths[b] ** alpha",
-        "bound = best_going[b] / step**alpha",
+        "bound = best_going / longest**alpha",
+        "bound = best_going / step**alpha",
         "tests/nmt/test_search.py",
         "Beam search stops before longer and better translations have ended.",
     ),

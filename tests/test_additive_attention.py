@@ -5,11 +5,12 @@ import random
 import pytest
 import torch
 from helpers import assert_within_budget, call, check, compare, incoming_gradients, require_dtype
-from layouts import INPUT_NAMES, LAYOUTS, make_inputs
+from layouts import INPUT_NAMES, LAYOUTS, MIXED_LAYOUTS, make_inputs
 from parameters import DTYPES, MAIN_LAYOUTS, dtype_id, named
 from yardstick import differentiate, yardsticks
 
-from attn_ext import backends
+import attn_ext
+from attn_ext import backends, checks
 
 pytestmark = pytest.mark.every_isa
 
@@ -20,6 +21,29 @@ pytestmark = pytest.mark.every_isa
 def test_layouts(backend: str, layout: str, heads: int | None, need_weights: bool):
     inputs = make_inputs(layout, heads=heads)
     check(inputs, backend, need_weights=need_weights)
+
+
+SEVERAL_TILES = {"lengths_q": (1, 0, 40, 2), "lengths_k": (2, 3, 0, 70)}
+
+
+@pytest.mark.few(interpreted=4, others=4)
+@pytest.mark.parametrize("need_weights", [False, True], ids=["context", "weights"])
+@pytest.mark.parametrize("lengths", [{}, SEVERAL_TILES], ids=["small", "several_tiles"])
+@pytest.mark.parametrize("layout", MIXED_LAYOUTS)
+def test_mixed_layouts(backend: str, layout: str, lengths: dict, need_weights: bool):
+    check(make_inputs(layout, heads=2, **lengths), backend, need_weights=need_weights)
+
+
+@pytest.mark.parametrize("layout", MIXED_LAYOUTS)
+@pytest.mark.few(interpreted=2, others=2)
+def test_mixed_layouts_without_heads_or_bounds(
+    backend: str, layout: str, monkeypatch: pytest.MonkeyPatch
+):
+    """As on a GPU, whose offsets the host does not read."""
+    for module in (checks, attn_ext.layout):
+        monkeypatch.setattr(module, "can_read_values", lambda tensor: False)
+    check(make_inputs(layout), backend)
+    check(make_inputs(layout), backend, need_weights=False)
 
 
 @pytest.mark.parametrize("heads", [None, 2], ids=named("heads"))

@@ -63,7 +63,7 @@ def check_compiled(
 
 @pytest.mark.parametrize(
     ("layout", "dynamic"),
-    [(layout, None) for layout in LAYOUTS]
+    [(layout, None) for layout in (*LAYOUTS, "jagged_keys", "jagged_query_mask")]
     + [(layout, True) for layout in ("padded_mask", "jagged", "nested")],
 )
 def test_op(layout: str, dynamic: bool | None):

@@ -154,15 +154,18 @@ def test_offsets_of_both_sides(kernel_backend: str, case: int):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_offsets_of_one_step(kernel_backend: str, case: int):
+def test_offsets_of_keys_alone(kernel_backend: str, case: int):
+    """One query a sequence, or several, whose weights are as wide as the bound."""
     numbers = random.Random(case)
+    queries = (BATCH, 3) if case % 3 == 0 else (BATCH,)
+    need_weights = numbers.random() < 0.5
     keywords = {
         "cu_seqlens_k": corrupt_offsets(numbers),
-        "max_seqlen_k": random_bound(numbers, False),
-        "need_weights": numbers.random() < 0.5,
+        "max_seqlen_k": random_bound(numbers, need_weights and len(queries) == 2),
+        "need_weights": need_weights,
         "dropout_p": numbers.choice((0.0, 0.0, 0.3)),
     }
-    tensors = random_tensors(numbers, (BATCH,), (ROWS,))
+    tensors = random_tensors(numbers, queries, (ROWS,))
     check_inside(tensors, keywords, attend_at_once(kernel_backend))
 
 
@@ -178,7 +181,7 @@ def test_offsets_of_a_memory(kernel_backend: str, case: int):
     check_inside(tensors, keywords, attend_in_steps(kernel_backend))
 
 
-@pytest.mark.parametrize("kind", ["all_steps", "one_step", "memory"])
+@pytest.mark.parametrize("kind", ["all_steps", "one_step", "memory", "jagged_queries"])
 @pytest.mark.parametrize("case", range(40))
 def test_key_lengths(kernel_backend: str, case: int, kind: str):
     numbers = random.Random(case)
@@ -190,6 +193,9 @@ def test_key_lengths(kernel_backend: str, case: int, kind: str):
     if kind != "memory":
         keywords["need_weights"] = numbers.random() < 0.5
     queries = (BATCH, 3) if kind == "all_steps" else (BATCH,)
+    if kind == "jagged_queries":
+        keywords["cu_seqlens_q"], queries = corrupt_offsets(numbers), (ROWS,)
+        keywords["max_seqlen_q"] = random_bound(numbers, bool(keywords["need_weights"]))
     tensors = random_tensors(numbers, queries, (BATCH, ROWS))
     check_inside(tensors, keywords, attend)
 

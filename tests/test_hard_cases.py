@@ -33,6 +33,7 @@ from layouts import (
     LAYOUTS,
     LENGTHS_K,
     LENGTHS_Q,
+    MIXED_LAYOUTS,
     Inputs,
     make_inputs,
     offsets_of,
@@ -204,7 +205,7 @@ def test_rows_past_the_last_offset(backend: str, layout: str, heads: int | None,
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "larger"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *MIXED_LAYOUTS])
 def test_max_seqlen(backend: str, layout: str, exact: bool):
     """A bound; returned dense weights of jagged sequences are as wide as it."""
     inputs = make_inputs(layout, heads=2)

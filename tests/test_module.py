@@ -171,6 +171,10 @@ def test_layouts_pass_through(backend: str, name: str):
     for keywords in ({"key_lengths": lengths}, {"key_padding_mask": ~valid}):
         memory = module.memory(key, value, backend=backend, **keywords)
         torch.testing.assert_close(memory.attend(query[:, 1]), expected[:, 1])
+    mixed = module(query, keys, values, cu_seqlens_k=cu_k, backend=backend)
+    torch.testing.assert_close(mixed, expected)
+    mixed = module(flat, key, value, cu_seqlens_q=cu_q, key_lengths=lengths, backend=backend)
+    torch.testing.assert_close(mixed.view_as(expected), expected)
     memory = module.memory(keys, values, cu_seqlens_k=cu_k, max_seqlen_k=TK, backend=backend)
     torch.testing.assert_close(memory.attend(query[:, 1]), expected[:, 1])
 

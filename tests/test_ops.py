@@ -21,6 +21,7 @@ from attn_ext import AttentionMemory, backends, ops
 TESTS = Path(__file__).parent
 STEP_LAYOUTS = [name for name in ONE_STEP_LAYOUTS if "nested" not in name]
 OP_LAYOUTS = [name for name in LAYOUTS if "nested" not in name]
+OP_LAYOUTS += ["jagged_keys", "jagged_query_mask"]
 
 
 @pytest.fixture(autouse=True)

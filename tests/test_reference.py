@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from helpers import assert_within_budget, call, check
-from layouts import LAYOUTS, Inputs, make_inputs
+from layouts import LAYOUTS, MIXED_LAYOUTS, Inputs, make_inputs
 from torch import Tensor
 from yardstick import formula
 
@@ -117,7 +117,7 @@ def test_hand_case_without_keys():
 
 
 @pytest.mark.parametrize("heads", [None, 1, 3], ids=lambda heads: f"heads={heads}")
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *MIXED_LAYOUTS])
 def test_forward_by_loops(layout: str, heads: int | None):
     inputs = make_inputs(layout, heads=heads, features=3, value_features=2, dtype=torch.float64)
     expected_context, dense = by_loops(inputs)

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from helpers import BACKEND_DEVICES, assert_within_budget, check_scores, require_backend
-from layouts import LAYOUTS, ONE_STEP_LAYOUTS, make_inputs, offsets_of
+from layouts import LAYOUTS, MIXED_LAYOUTS, ONE_STEP_LAYOUTS, make_inputs, offsets_of
 from parameters import DTYPES, dtype_id, named
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from attn_ext import additive_scores
 
 @pytest.mark.every_isa
 @pytest.mark.parametrize("heads", [None, 3], ids=named("heads"))
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *MIXED_LAYOUTS])
 def test_layouts(backend: str, layout: str, heads: int | None):
     """The same shapes as weights have; keys that are ignored or not there score -inf."""
     check_scores(make_inputs(layout, heads=heads), backend)
@@ -33,6 +33,23 @@ def test_dtypes(backend: str, layout: str, dtype: torch.dtype):
 @pytest.mark.parametrize("layout", ["padded_lengths", "one_step_mask"])
 def test_magnitudes(backend: str, layout: str, scale: float):
     check_scores(make_inputs(layout, features=70, scale=scale), backend)
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.3], ids=named("scale"))
+@pytest.mark.parametrize("layout", ["padded", "one_step"])
+def test_small_scores_of_many_features(backend: str, layout: str, scale: float):
+    """A softmax would forgive the factored form's absolute error; who gets the scores does not."""
+    lengths = {"lengths_q": (2, 2), "lengths_k": (9, 9)}
+    check_scores(make_inputs(layout, features=1000, scale=scale, poison=False, **lengths), backend)
+
+
+@pytest.mark.every_isa
+def test_gradients_that_nearly_sum_to_0(backend: str):
+    """Behind a softmax they sum to 0, and what is left is rounding; here it is what was meant."""
+    inputs = make_inputs("padded", lengths_q=(5, 5), lengths_k=(40, 40), features=33, scale=1e-3)
+    incoming = torch.randn(2, 5, 40)
+    incoming += 1e-4 * incoming.abs().mean(-1, keepdim=True) - incoming.mean(-1, keepdim=True)
+    check_scores(inputs, backend, incoming=incoming)
 
 
 @pytest.mark.parametrize("layout", ["padded", "one_step_mask", "jagged", "jagged_one_step"])

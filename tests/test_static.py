@@ -90,7 +90,10 @@ def kernels(rows) -> list[dict]:
 def test_nothing_spills_where_the_time_goes(kernels):
     """Kernels whose registers are limited, for more of them to run at a time, may spill between."""
     assert kernels
-    assert [row["kernel"] for row in kernels if row["loop_spills"]] == []
+    # The direct route of returned scores reads an address or two again in each iteration.
+    spilled = [row for row in kernels if row["loop_spills"]]
+    assert {(row["kernel"], row["pass_"]) for row in spilled} <= {("fwd", "scores")}
+    assert max((row["loop_spills"] for row in spilled), default=0) <= 4
     assert {row["kernel"] for row in kernels if row["spills"]} <= {"fwd"}
     assert max(row["spills"] for row in kernels) < 500
 
@@ -116,8 +119,20 @@ def test_all_at_once_kernels_issue_little(kernels, pass_, slots, mufu):
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("regime", ["all", "long", "step"])
+def test_scores_cost_no_more_than_in_attention(kernels, regime):
+    def slots(pass_: str) -> list[float]:
+        rows = [row for row in kernels if (row["regime"], row["pass_"]) == (regime, pass_)]
+        return [row["element"]["slots"] for row in rows if row["element"]]
+
+    assert slots("scores")
+    assert max(slots("scores")) <= 1.01 * max(slots("forward"))
+
+
+@pytest.mark.nightly
 def test_step_kernels_load_keys_and_values_16_bytes_at_a_time(kernels):
-    found = [row for row in kernels if (row["regime"], row["pass_"]) == ("step", "forward")]
+    found = [row for row in kernels if row["regime"] == "step"]
+    found = [row for row in found if row["pass_"] in ("forward", "scores")]
     loads = [
         (row["kernel"], pointer, set(row["load_widths"][pointer]))
         for row in found
@@ -162,7 +177,13 @@ def test_every_option_compiles(
         pytest.skip("kernels are interpreted, not compiled, in this process")
     import torch
 
-    from attn_ext.triton_kernels import configurations, launch_backward, launch_forward
+    from attn_ext.triton_kernels import (
+        configurations,
+        launch_backward,
+        launch_forward,
+        launch_step,
+    )
+    from attn_ext.triton_kernels.problem import DENSE_WEIGHTS, RAW
     from benchmarks import static_cases
 
     # The same loop body twice instead of eight times takes a third of the time to compile; as often
@@ -188,6 +209,9 @@ def test_every_option_compiles(
             launch_backward.additive_attention_backward(
                 incoming, dweights, *inputs, *kept, *layout, *dropout, grad_mask, False
             )
+        raw = (*layout, 0.0, None, RAW + DENSE_WEIGHTS)
+        launch_forward.additive_attention_forward(*inputs, None, None, *raw, False, False)
+        launch_backward.additive_attention_backward(None, dweights, *inputs, *kept, *raw, 15, False)
         if length_q == 1:
             steps = torch.empty(4, batch, heads, dim, dtype=torch.bfloat16)
             by_key = torch.empty(4, batch, length_k, heads)
@@ -195,6 +219,19 @@ def test_every_option_compiles(
             keys = (*inputs[1:], None, None, None, lengths, mask, length_k)
             launch_backward.additive_attention_memory_backward(
                 steps, by_key, by_key, contexts, *keys, 14, False
+            )
+            launch_step.additive_attention_step_backward(
+                None,
+                dweights,
+                *inputs,
+                None,
+                None,
+                *kept,
+                *layout[1:4],
+                length_k,
+                *raw[6:],
+                1,
+                False,
             )
     assert len(launches) >= 4
     for launch in launches:

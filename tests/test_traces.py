@@ -38,6 +38,8 @@ OPTIONS = {
     "mask": ("key_padding_mask",),
     "jagged": ("cu_seqlens_k", "cu_seqlens_q"),
     "jagged_step": ("cu_seqlens_k",),
+    "jagged_keys": ("cu_seqlens_k",),
+    "jagged_query": ("cu_seqlens_q",),
 }
 
 
@@ -49,19 +51,20 @@ def inputs(layout: str, heads: int, keys: list[int], queries: list[int]) -> tupl
     """Query, key, value, score weight, and the tensors that OPTIONS names."""
     row = (heads,) if heads > 1 else ()
     batch, longest = len(keys), max(keys)
-    jagged = layout.startswith("jagged")
     # Jagged rows that belong to no sequence, too.
-    key_rows = (sum(keys) + 1,) if jagged else (batch, longest)
+    key_rows = (sum(keys) + 1,) if "cu_seqlens_k" in OPTIONS[layout] else (batch, longest)
     query_rows: tuple[int, ...] = (batch, max(queries))
     if "step" in layout:
         query_rows = (batch,)
-    elif jagged:
+    elif "cu_seqlens_q" in OPTIONS[layout]:
         query_rows = (sum(queries) + 2,)
     options: dict[str, tuple[Tensor, ...]] = {
         "lengths": (torch.tensor(keys),),
         "mask": (torch.arange(longest) >= torch.tensor(keys)[:, None],),
         "jagged": (offsets(keys), offsets(queries)),
         "jagged_step": (offsets(keys),),
+        "jagged_keys": (offsets(keys),),
+        "jagged_query": (offsets(queries),),
     }
     return (
         torch.randn(*query_rows, *row, D),

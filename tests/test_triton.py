@@ -208,3 +208,17 @@ def test_large_numbers_among_the_second_features_of_pairs():
     inputs = make_inputs("padded", features=40)
     inputs.leaves["query"][..., 30] *= 60
     check(inputs, "triton")
+
+
+@pytest.mark.parametrize("layout", ["padded", "one_step", "jagged_one_step"])
+def test_scores_launch_no_softmax(monkeypatch: pytest.MonkeyPatch, layout: str):
+    """Nor merge parts of one; a step's go where they are returned from."""
+    static_cases = pytest.importorskip("benchmarks.static_cases")
+    monkeypatch.setattr(configurations, "SINGLE_SEGMENT", 32)
+    inputs = make_inputs(layout, lengths_q=(3, 3), lengths_k=(70, 70))
+    query, key, _, score_weight = inputs.arguments(inputs.leaves)
+    with static_cases.noted_launches() as launches:
+        attn_ext.additive_scores(query, key, score_weight, backend="triton", **inputs.keywords)
+    kernels = {launch[0].__name__: launch[1] for launch in launches}
+    assert len(launches) == (2 if layout == "padded" else 1), list(kernels)
+    assert all(arguments["stats_ptr"] is None for arguments in kernels.values())

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .arithmetic import dropout_scales, product, weighted_sum
 from .rows import are_attended, attended_keys, find_tile, sequence_rows
-from .scores import write_scores
+from .scores import write_bounds, write_scores
 
 SIZES = ["batch", "rows_q", "rows_k", "max_seqlen_q", "max_seqlen_k", "threshold"]
 
@@ -78,6 +78,7 @@ def additive_attention_bwd_scores_kernel(
     ``g_ij = (dcontext_i . value_j + dweights_ij) (dropout's scale)``. Both go to float32
     [rows, H, stride_scores], for all keys of whole tiles of BLOCK_K, 0 where not attended.
     The bounds of rows by which the gradient pass chooses its route go to [rows, H].
+    Without ``stats`` (and ``weights``), ``dweights`` are the gradients of the scores.
     """
     rows_q = rows_q.to(tl.int64)
     rows_k = rows_k.to(tl.int64)
@@ -96,37 +97,61 @@ def additive_attention_bwd_scores_kernel(
     first_row = (place * rows_q + start) * H + head
     key_row = key_place * rows_k + key_start
     value_rows_ptr = value_ptr + key_place * stride_vb + key_start * stride_vt + head * stride_vh
-    for half in tl.static_range(2):
-        if (length_q - first_query <= BLOCK_Q // 2) == half:
-            write_scores(
-                query_ptr + place * stride_qb + start * stride_qt + head * stride_qh,
-                stride_qt,
-                first_query,
-                length_q,
-                key_ptr + key_place * stride_kb + key_start * stride_kt + head * stride_kh,
-                stride_kt,
-                0,
-                length,
-                length,
-                score_weight_ptr + head * stride_wh,
-                weights_ptr + first_row * stride_scores,
-                H * stride_scores,
-                query_bound_ptr + first_row,
-                key_bound_ptr + key_row * H + head,
-                H,
-                D,
-                BLOCK_Q >> half,
-                BLOCK_K,
-                BLOCK_D << half,
-                REFINE,
-                USE_PTX,
-            )
-    tl.debug_barrier()  # other threads of the program read what these have written
+    query_item = query_ptr + place * stride_qb + start * stride_qt + head * stride_qh
+    key_item = key_ptr + key_place * stride_kb + key_start * stride_kt + head * stride_kh
+    if stats_ptr is None:
+        write_bounds(
+            query_item,
+            stride_qt,
+            first_query,
+            length_q,
+            key_item,
+            stride_kt,
+            length,
+            score_weight_ptr + head * stride_wh,
+            query_bound_ptr + first_row,
+            key_bound_ptr + key_row * H + head,
+            H,
+            D,
+            BLOCK_Q,
+            BLOCK_K,
+            BLOCK_D,
+            USE_PTX,
+        )
+    else:
+        for half in tl.static_range(2):
+            if (length_q - first_query <= BLOCK_Q // 2) == half:
+                write_scores(
+                    query_item,
+                    stride_qt,
+                    first_query,
+                    length_q,
+                    key_item,
+                    stride_kt,
+                    0,
+                    length,
+                    length,
+                    score_weight_ptr + head * stride_wh,
+                    weights_ptr + first_row * stride_scores,
+                    H * stride_scores,
+                    query_bound_ptr + first_row,
+                    key_bound_ptr + key_row * H + head,
+                    H,
+                    D,
+                    BLOCK_Q >> half,
+                    BLOCK_K,
+                    BLOCK_D << half,
+                    False,
+                    REFINE,
+                    USE_PTX,
+                )
+        tl.debug_barrier()  # other threads of the program read what these have written
 
     column = tl.arange(0, BLOCK_K).to(tl.int64)
-    largest = tl.load(stats_ptr + row * 2, mask=query_valid, other=0.0)
-    total = tl.load(stats_ptr + row * 2 + 1, mask=query_valid, other=1.0)
-    total = tl.where(total == 0.0, 1.0, total)
+    if stats_ptr is not None:
+        largest = tl.load(stats_ptr + row * 2, mask=query_valid, other=0.0)
+        total = tl.load(stats_ptr + row * 2 + 1, mask=query_valid, other=1.0)
+        total = tl.where(total == 0.0, 1.0, total)
     delta = tl.zeros((BLOCK_Q,), tl.float32)
     sum_of_weights = tl.zeros((BLOCK_Q,), tl.float32)
     for first in range(0, length, BLOCK_K):
@@ -134,9 +159,10 @@ def additive_attention_bwd_scores_kernel(
         attended = are_attended(padding_mask_ptr, key_place, rows_k, position, length)
         mask = query_valid[:, None] & attended[None, :]
         places = row[:, None] * stride_scores + position[None, :]
-        scores = tl.load(weights_ptr + places, mask=mask, other=0.0)
-        weights = tl.exp(tl.where(mask, scores - largest[:, None], -float("inf")))
-        weights = weights / total[:, None]
+        if stats_ptr is not None:
+            scores = tl.load(weights_ptr + places, mask=mask, other=0.0)
+            weights = tl.exp(tl.where(mask, scores - largest[:, None], -float("inf")))
+            weights = weights / total[:, None]
         gradient = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
         if dcontext_ptr is not None:
             dcontext_rows = (
@@ -174,33 +200,35 @@ def additive_attention_bwd_scores_kernel(
                 query[:, None],
                 position[None, :],
             )
-        delta += tl.sum(weights * gradient, 1)
-        sum_of_weights += tl.sum(weights, 1)
-        tl.debug_barrier()  # all scores have been read before they are replaced
-        tl.store(weights_ptr + places, weights, mask=query_valid[:, None])
-        tl.store(dscores_ptr + places, gradient, mask=query_valid[:, None])
-    # Rounded weights need not sum to 1, but score gradients to 0.
-    delta = delta / tl.where(sum_of_weights == 0.0, 1.0, sum_of_weights)
-    tl.debug_barrier()  # other threads of the program may have written what comes back here
-    for first in range(0, length, BLOCK_K):
-        position = first + column
-        places = row[:, None] * stride_scores + position[None, :]
-        weights = tl.load(weights_ptr + places, mask=query_valid[:, None], other=0.0)
-        gradient = tl.load(dscores_ptr + places, mask=query_valid[:, None], other=0.0)
-        dscores = weights * (gradient - delta[:, None])
-        tl.debug_barrier()  # all has been read before it is replaced
-        tl.store(dscores_ptr + places, dscores, mask=query_valid[:, None])
-        if seed_ptr is not None:
-            weights *= dropout_scales(
-                seed_ptr,
-                threshold,
-                dropout_scale,
-                sequence,
-                head,
-                query[:, None],
-                position[None, :],
-            )
+        if stats_ptr is not None:
+            delta += tl.sum(weights * gradient, 1)
+            sum_of_weights += tl.sum(weights, 1)
+            tl.debug_barrier()  # all scores have been read before they are replaced
             tl.store(weights_ptr + places, weights, mask=query_valid[:, None])
+        tl.store(dscores_ptr + places, gradient, mask=query_valid[:, None])
+    if stats_ptr is not None:
+        # Rounded weights need not sum to 1, but score gradients to 0.
+        delta = delta / tl.where(sum_of_weights == 0.0, 1.0, sum_of_weights)
+        tl.debug_barrier()  # other threads of the program may have written what comes back here
+        for first in range(0, length, BLOCK_K):
+            position = first + column
+            places = row[:, None] * stride_scores + position[None, :]
+            weights = tl.load(weights_ptr + places, mask=query_valid[:, None], other=0.0)
+            gradient = tl.load(dscores_ptr + places, mask=query_valid[:, None], other=0.0)
+            dscores = weights * (gradient - delta[:, None])
+            tl.debug_barrier()  # all has been read before it is replaced
+            tl.store(dscores_ptr + places, dscores, mask=query_valid[:, None])
+            if seed_ptr is not None:
+                weights *= dropout_scales(
+                    seed_ptr,
+                    threshold,
+                    dropout_scale,
+                    sequence,
+                    head,
+                    query[:, None],
+                    position[None, :],
+                )
+                tl.store(weights_ptr + places, weights, mask=query_valid[:, None])
 
 
 @triton.jit(do_not_specialize=["batch", "rows_q", "rows_k", "max_seqlen_k"])

@@ -4,7 +4,7 @@ call time, and nothing depends on how many tokens a call has.
 Reasons are counts from machine code for sm_90 (``python -m benchmarks.static``), not measurements.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -69,5 +69,7 @@ def step_segment(max_seqlen_k: int) -> tuple[int, bool]:
     return segment(max_seqlen_k) if single else STEP_SEGMENT, single
 
 
-def step_tiles(segment: int) -> Tiles:
-    return STEP_128_KEYS if segment >= 128 else STEP
+def step_tiles(segment: int, raw: bool = False) -> Tiles:
+    """``raw``: for scores alone, for which the compiler, left to itself, would spill."""
+    tiles = STEP_128_KEYS if segment >= 128 else STEP
+    return replace(tiles, registers=255) if raw else tiles

@@ -64,7 +64,8 @@ def additive_attention_fwd_kernel(
     ``SINGLE`` a sequence's keys are one segment, and results final. Else program (tile, head, part)
     takes each ``parts``-th segment, and leaves for :func:`merge_parts_kernel` its sum ``partial``
     [parts, rows, H, DV] and its (max, sum) in ``stats`` [parts, rows, H, 2].
-    Scores pass through ``scores`` [(parts,) rows, H, stride_scores], all of them with KEEP_SCORES.
+    Scores pass through ``scores`` [(parts,) rows, H, stride_scores], all of them with KEEP_SCORES;
+    without ``stats`` nothing else is computed.
     """
     rows_q = rows_q.to(tl.int64)
     rows_k = rows_k.to(tl.int64)
@@ -123,56 +124,59 @@ def additive_attention_fwd_kernel(
                     BLOCK_Q >> half,
                     BLOCK_K,
                     BLOCK_D << half,
+                    stats_ptr is None,
                     REFINE,
                     USE_PTX,
                 )
-        tl.debug_barrier()  # other threads of the program read what these have written
-        position = first + column
-        attended = are_attended(padding_mask_ptr, key_place, rows_k, position, length)
-        scores = tl.load(
-            scores_item + (query * H)[:, None] * stride_scores + kept + column[None, :],
-            mask=query_valid[:, None] & attended[None, :],
-            other=-float("inf"),
-        )
-        new_largest = tl.maximum(largest, tl.max(scores, 1))
-        shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)
-        weights = tl.exp(scores - shift[:, None])  # [BLOCK_Q, SEGMENT]
-        shrink = tl.exp(largest - shift)
-        total = total * shrink + tl.sum(weights, 1)
-        largest = new_largest
-        if seed_ptr is not None:
-            weights *= dropout_scales(
-                seed_ptr,
-                threshold,
-                dropout_scale,
-                sequence,
-                head,
-                query[:, None],
-                position[None, :],
+        if stats_ptr is not None:
+            tl.debug_barrier()  # other threads of the program read what these have written
+            position = first + column
+            attended = are_attended(padding_mask_ptr, key_place, rows_k, position, length)
+            scores = tl.load(
+                scores_item + (query * H)[:, None] * stride_scores + kept + column[None, :],
+                mask=query_valid[:, None] & attended[None, :],
+                other=-float("inf"),
             )
-        if SINGLE:
-            weights = weights / tl.where(total == 0.0, 1.0, total)[:, None]
-        for begin in range(0, DV, BLOCK_DV):
-            d = begin + lane
-            value = tl.load(
-                value_rows_ptr + position[:, None] * stride_vt + d[None, :],
-                mask=attended[:, None] & (d[None, :] < DV),
-                other=0.0,
-            )
-            sums = weighted_sum(weights, value)
-            target_mask = query_valid[:, None] & (d[None, :] < DV)
+            new_largest = tl.maximum(largest, tl.max(scores, 1))
+            shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)
+            weights = tl.exp(scores - shift[:, None])  # [BLOCK_Q, SEGMENT]
+            shrink = tl.exp(largest - shift)
+            total = total * shrink + tl.sum(weights, 1)
+            largest = new_largest
+            if seed_ptr is not None:
+                weights *= dropout_scales(
+                    seed_ptr,
+                    threshold,
+                    dropout_scale,
+                    sequence,
+                    head,
+                    query[:, None],
+                    position[None, :],
+                )
             if SINGLE:
-                target = context_ptr + row[:, None] * DV + d[None, :]
-                tl.store(target, sums.to(context_ptr.dtype.element_ty), mask=target_mask)
-            else:
-                target = partial_ptr + part_row[:, None] * DV + d[None, :]
-                if segment != part:
-                    earlier = tl.load(target, mask=target_mask, other=0.0)
-                    sums += earlier * shrink[:, None]
-                tl.store(target, sums, mask=target_mask)
-        tl.debug_barrier()  # the next segment overwrites the scores
-    tl.store(stats_ptr + part_row * 2, largest, mask=query_valid)
-    tl.store(stats_ptr + part_row * 2 + 1, total, mask=query_valid)
+                weights = weights / tl.where(total == 0.0, 1.0, total)[:, None]
+            for begin in range(0, DV, BLOCK_DV):
+                d = begin + lane
+                value = tl.load(
+                    value_rows_ptr + position[:, None] * stride_vt + d[None, :],
+                    mask=attended[:, None] & (d[None, :] < DV),
+                    other=0.0,
+                )
+                sums = weighted_sum(weights, value)
+                target_mask = query_valid[:, None] & (d[None, :] < DV)
+                if SINGLE:
+                    target = context_ptr + row[:, None] * DV + d[None, :]
+                    tl.store(target, sums.to(context_ptr.dtype.element_ty), mask=target_mask)
+                else:
+                    target = partial_ptr + part_row[:, None] * DV + d[None, :]
+                    if segment != part:
+                        earlier = tl.load(target, mask=target_mask, other=0.0)
+                        sums += earlier * shrink[:, None]
+                    tl.store(target, sums, mask=target_mask)
+            tl.debug_barrier()  # the next segment overwrites the scores
+    if stats_ptr is not None:
+        tl.store(stats_ptr + part_row * 2, largest, mask=query_valid)
+        tl.store(stats_ptr + part_row * 2 + 1, total, mask=query_valid)
 
 
 @triton.jit(do_not_specialize=["rows_k", "parts", "rows_apart", "parts_apart"])
@@ -266,6 +270,7 @@ def additive_attention_weights_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """``exp(score - max) / sum``, dropped out, where weights are returned; the rest is not touched.
+    Without ``stats`` they are the scores.
 
     A score is at (sequence's first query row and key row, query, key, head), each with its stride;
     a weight at (sequence, first key row, query, key, head).
@@ -297,10 +302,12 @@ def additive_attention_weights_kernel(
         mask=mask,
         other=0.0,
     )
-    stats = stats_ptr + ((query_row + query) * H + head) * 2
-    largest = tl.load(stats, mask=query < length_q, other=0.0)
-    total = tl.load(stats + 1, mask=query < length_q, other=1.0)
-    weights = tl.exp(scores - largest[:, None]) / total[:, None]
+    weights = scores
+    if stats_ptr is not None:
+        stats = stats_ptr + ((query_row + query) * H + head) * 2
+        largest = tl.load(stats, mask=query < length_q, other=0.0)
+        total = tl.load(stats + 1, mask=query < length_q, other=1.0)
+        weights = tl.exp(scores - largest[:, None]) / total[:, None]
     if seed_ptr is not None:
         weights *= dropout_scales(
             seed_ptr, threshold, dropout_scale, sequence, head, query[:, None], key[None, :]

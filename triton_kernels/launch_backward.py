@@ -12,6 +12,7 @@ from .gradient import TILE_ROWS, additive_attention_grad_kernel
 from .launch_step import step_gradients
 from .problem import (
     GRAD_KEY,
+    RAW,
     Problem,
     describe,
     half_of,
@@ -28,7 +29,7 @@ from .problem import (
 
 @dataclass(frozen=True)
 class ScoreGradients:
-    """Float32 score gradients and weights after dropout, and where those of a pair are.
+    """Float32 score gradients and weights after dropout, if any, and where those of a pair are.
 
     ``strides`` are of (sequence's first query row, first key row, query, key, head). ``is_padded``:
     gradients past a sequence's last key are there, and 0. Bounds are the largest magnitudes of
@@ -36,7 +37,7 @@ class ScoreGradients:
     """
 
     dscores: Tensor
-    weights: Tensor
+    weights: Tensor | None
     strides: tuple[int, int, int, int, int]
     is_padded: bool
     query_bound: Tensor
@@ -65,10 +66,12 @@ def additive_attention_backward(
     grad_mask: int,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    raw, weights_layout = divmod(weights_layout, RAW)
+    weighted = key[..., :0] if raw else value
     problem = describe(
         query,
         key,
-        value,
+        weighted,
         cu_seqlens_q,
         cu_seqlens_k,
         key_lengths,
@@ -86,14 +89,14 @@ def additive_attention_backward(
     if is_constant(problem, dweights) or problem.all_rows_q == 0:
         return _or_empty([g if g is None else g.zero_() for g in gradients], inputs)
     dquery, dkey, dvalue, dscore_weight = gradients
-    rows = tuple(rows_of(tensor) for tensor in inputs)
+    rows = tuple(rows_of(tensor) for tensor in (query, key, weighted, score_weight))
     incoming = None if dcontext is None else rows_of(dcontext), dweights, weights_layout
-    stats = stats.contiguous()
+    softmax = None if raw else stats.contiguous()
     with on_device(query):
         if problem.is_one_step:
-            step_gradients(problem, rows, incoming, stats, None, *gradients)
+            step_gradients(problem, rows, incoming, softmax, None, *gradients)
             return _or_empty(gradients, inputs)
-        found = _score_gradients(problem, rows, incoming, stats)
+        found = _score_gradients(problem, rows, incoming, softmax)
         if dvalue is not None:
             _value_gradient(problem, found, incoming[0], dvalue)
         if any(gradient is not None for gradient in (dquery, dkey, dscore_weight)):
@@ -111,7 +114,7 @@ def _or_empty(gradients: list[Tensor | None], inputs: tuple[Tensor, ...]) -> tup
 
 
 def _score_gradients(
-    problem: Problem, inputs: tuple[Tensor, ...], incoming: tuple, stats: Tensor
+    problem: Problem, inputs: tuple[Tensor, ...], incoming: tuple, stats: Tensor | None
 ) -> ScoreGradients:
     query, key, value, score_weight = inputs
     dcontext, dweights, weights_layout = incoming
@@ -122,7 +125,7 @@ def _score_gradients(
     more_rows = configurations.GRADIENT_ROW_TILES * TILE_ROWS.value
     by_pair = (problem.all_rows_q + more_rows, heads, columns)
     dscores = query.new_empty(by_pair, dtype=torch.float32)
-    weights = query.new_empty(by_pair, dtype=torch.float32)
+    weights = None if stats is None else torch.empty_like(dscores)
     query_bound = query.new_empty((problem.all_rows_q, heads), dtype=torch.float32)
     key_bound = query.new_empty((problem.all_rows_k, heads), dtype=torch.float32)
     additive_attention_bwd_scores_kernel[(problem.tiles("q", tiles.queries), heads)](

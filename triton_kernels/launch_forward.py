@@ -1,5 +1,7 @@
 """Launchers of the forward kernels."""
 
+import math
+
 import torch
 import triton
 from torch import Tensor
@@ -13,6 +15,7 @@ from .forward import (
 from .problem import (
     DENSE_WEIGHTS,
     JAGGED_WEIGHTS,
+    RAW,
     Problem,
     alignment,
     describe,
@@ -49,10 +52,12 @@ def additive_attention_forward(
     keep_scores: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    raw, weights_layout = divmod(weights_layout, RAW)
+    weighted = key[..., :0] if raw else value
     problem = describe(
         query,
         key,
-        value,
+        weighted,
         cu_seqlens_q,
         cu_seqlens_k,
         key_lengths,
@@ -63,7 +68,7 @@ def additive_attention_forward(
         dropout_seed,
     )
     rows = query.shape[:3]
-    context = value.new_empty((*rows, problem.value_dim))
+    context = value.new_empty((*rows, value.size(3)))
     stats = query.new_empty((*rows, 2), dtype=torch.float32)
     no_scores = stats.new_empty((0,))  # backward computes them again
     weights_shape = {
@@ -71,16 +76,28 @@ def additive_attention_forward(
         DENSE_WEIGHTS: (problem.batch, problem.heads, max_seqlen_q, max_seqlen_k),
         JAGGED_WEIGHTS: (problem.rows_k, problem.heads),
     }[weights_layout]
-    weights = value.new_zeros(weights_shape)
-    if context.numel() == 0 and weights.numel() == 0:
-        return context, weights, stats.zero_(), no_scores
-    if problem.all_rows_k == 0 or problem.batch == 0:
-        return context.zero_(), weights, stats.zero_(), no_scores
-    inputs = [rows_of(tensor) for tensor in (query, key, value, score_weight)]
-    forward = _step_forward if problem.is_one_step else _forward
+    absent, dtype = (-math.inf, torch.float32) if raw else (0.0, value.dtype)
+    weights = value.new_full(weights_shape, absent, dtype=dtype)
+    is_empty = problem.all_rows_k == 0 or problem.batch == 0
+    is_empty = is_empty or (context.numel() == 0 and weights.numel() == 0)
+    softmax: tuple[Tensor | None, Tensor | None] = (context, stats)
+    if raw or is_empty:
+        context.zero_()
+        stats.zero_()
+        softmax = None, None
+    if is_empty:
+        return context, weights, stats, no_scores
+    inputs = [rows_of(tensor) for tensor in (query, key, weighted, score_weight)]
+    wanted = problem, inputs, *softmax, bool(weights_layout)
     with on_device(query):
-        scores, strides = forward(problem, inputs, context, stats, bool(weights_layout))
-        if weights_layout and weights.numel():
+        if problem.is_one_step:
+            # Its scores need not be copied where they lie as they are returned.
+            by_key = weights_layout == JAGGED_WEIGHTS
+            by_key = by_key or (problem.heads == 1 and problem.cu_k is None)
+            scores, strides = _step_forward(*wanted, weights if raw and by_key else None)
+        else:
+            scores, strides = _forward(*wanted)
+        if weights_layout and weights.numel() and scores is not weights:
             tiles = configurations.WEIGHTS
             additive_attention_weights_kernel[
                 (
@@ -90,7 +107,7 @@ def additive_attention_forward(
                 )
             ](
                 scores,
-                stats,
+                softmax[1],
                 weights,
                 problem.cu_q,
                 *problem.key_side(),
@@ -112,9 +129,13 @@ def additive_attention_forward(
 
 
 def _forward(
-    problem: Problem, inputs: list[Tensor], context: Tensor, stats: Tensor, keep_scores: bool
+    problem: Problem,
+    inputs: list[Tensor],
+    context: Tensor | None,
+    stats: Tensor | None,
+    keep_scores: bool,
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """Fill context and stats; return raw scores and their strides, for weights."""
+    """Fill context and stats, if any; return raw scores and their strides, for weights."""
     query, key, value, score_weight = inputs
     heads, rows_q = problem.heads, problem.all_rows_q
     tiles = configurations.SCORES
@@ -129,7 +150,8 @@ def _forward(
     copies = 1 if keep_scores else parts
     scores = query.new_empty((copies * rows_q * heads * columns,), dtype=torch.float32)
     partial, part_stats = None, stats
-    if not single:
+    merges = not single and stats is not None
+    if merges:
         partial = query.new_empty((parts, rows_q, heads, problem.value_dim), dtype=torch.float32)
         part_stats = query.new_empty((parts, rows_q, heads, 2), dtype=torch.float32)
     additive_attention_fwd_kernel[(grid_tiles, heads, parts)](
@@ -170,7 +192,7 @@ def _forward(
         num_warps=tiles.warps,
         **register_limit(tiles),
     )
-    if not single:
+    if merges:
         _merge(partial, part_stats, context, stats, None, 0, parts, 1, rows_q, 1)
     return scores, (heads * columns, 0, heads * columns, 1, columns)
 
@@ -208,19 +230,24 @@ def _merge(
 
 
 def _step_forward(
-    problem: Problem, inputs: list[Tensor], context: Tensor, stats: Tensor, keep_scores: bool
+    problem: Problem,
+    inputs: list[Tensor],
+    context: Tensor | None,
+    stats: Tensor | None,
+    keep_scores: bool,
+    scores: Tensor | None,
 ) -> tuple[Tensor | None, tuple[int, ...]]:
-    """As :func:`_forward` for one query a sequence."""
+    """As :func:`_forward` for one query a sequence; ``scores`` may say where they go."""
     query, key, value, score_weight = inputs
     heads, value_dim = problem.heads, problem.value_dim
     segment, single = configurations.step_segment(problem.max_k)
-    config = configurations.step_tiles(segment)
+    config = configurations.step_tiles(segment, raw=stats is None)
     tiles = problem.tiles("k", segment)
-    scores = None
-    if keep_scores:
+    if keep_scores and scores is None:
         scores = query.new_empty((problem.all_rows_k, heads), dtype=torch.float32)
     partial, part_stats = context, stats
-    if not single:
+    merges = not single and stats is not None
+    if merges:
         partial = query.new_empty((tiles, heads, value_dim), dtype=torch.float32)
         part_stats = query.new_empty((tiles, heads, 2), dtype=torch.float32)
     additive_attention_step_fwd_kernel[(tiles, heads)](
@@ -252,8 +279,9 @@ def _step_forward(
         ALIGNMENT=alignment(query, key, value, score_weight),
         num_warps=config.warps,
         USE_PTX=uses_ptx(query),
+        **register_limit(config),
     )
-    if not single:
+    if merges:
         parts = triton.cdiv(problem.rows_k, segment)
         _merge(
             partial,

@@ -7,6 +7,7 @@ from torch import Tensor
 from . import configurations
 from .problem import (
     GRAD_QUERY,
+    RAW,
     Problem,
     alignment,
     describe,
@@ -24,14 +25,17 @@ def step_gradients(
     problem: Problem,
     inputs: tuple[Tensor, ...],
     incoming: tuple,
-    stats: Tensor,
+    stats: Tensor | None,
     records: tuple[Tensor, Tensor] | None,
     dquery: Tensor | None,
     dkey: Tensor | None,
     dvalue: Tensor | None,
     dscore_weight: Tensor | None,
 ) -> None:
-    """Fill the gradients that are not None, and ``records``, the score gradients and weights."""
+    """Fill the gradients that are not None, and ``records``, the score gradients and weights.
+
+    Without ``stats`` the score gradients come in, and weights are 0.
+    """
     query, key, value, score_weight = inputs
     dcontext, dweights, weights_layout = incoming
     heads, dim = problem.heads, problem.dim
@@ -47,13 +51,14 @@ def step_gradients(
 
     partial_dquery = dquery if single else by_tile(dquery is not None, dim)
     partial_dweight = by_tile(dscore_weight is not None, dim)
-    delta = by_tile(not single, 2)
-    if records is None and not single:
+    at_once = single or stats is None
+    delta = by_tile(not at_once, 2)
+    if records is None and not at_once:
         records = tuple(
             query.new_empty((problem.all_rows_k, heads), dtype=torch.float32) for _ in range(2)
         )
     dscores, weights = (None, None) if records is None else records
-    for first, last in [(True, True)] if single else [(True, False), (False, True)]:
+    for first, last in [(True, True)] if at_once else [(True, False), (False, True)]:
         additive_attention_step_bwd_kernel[(tiles, heads)](
             query,
             key,
@@ -142,10 +147,12 @@ def additive_attention_step_backward(
     grad_mask: int,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    raw, weights_layout = divmod(weights_layout, RAW)
+    weighted = key[..., :0] if raw else value
     problem = describe(
         query,
         key,
-        value,
+        weighted,
         None,
         cu_seqlens_k,
         key_lengths,
@@ -159,11 +166,11 @@ def additive_attention_step_backward(
     dscores, weights = (key.new_empty(key.shape[:3], dtype=torch.float32) for _ in range(2))
     if is_constant(problem, dweights):
         return dquery.zero_(), dscores.zero_(), weights.zero_()
-    inputs = tuple(rows_of(tensor) for tensor in (query, key, value, score_weight))
+    inputs = tuple(rows_of(tensor) for tensor in (query, key, weighted, score_weight))
     incoming = None if dcontext is None else rows_of(dcontext), dweights, weights_layout
     wanted = dquery if grad_mask & GRAD_QUERY else None
     with on_device(query):
         records = dscores, weights
-        stats = stats.contiguous()
-        step_gradients(problem, inputs, incoming, stats, records, wanted, None, None, None)
+        softmax = None if raw else stats.contiguous()
+        step_gradients(problem, inputs, incoming, softmax, records, wanted, None, None, None)
     return dquery, dscores, weights

@@ -12,6 +12,9 @@ from .configurations import Tiles
 
 GRAD_QUERY, GRAD_KEY, GRAD_VALUE, GRAD_SCORE_WEIGHT = 1, 2, 4, 8
 DENSE_WEIGHTS, JAGGED_WEIGHTS = 1, 2
+RAW = (
+    4  # added to these: scores instead of weights; values and what else softmax is for are not used
+)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,10 @@ SATURATED_MAGNITUDE = tl.constexpr(1.0)
 # are looked at, and fewer of them meet.
 INFORMATIVE_SHARE = tl.constexpr(1 / 32)
 
+# Of scores that are returned, the least that the largest of a tile may be in roots of sum w^2: the
+# fractions' absolute error, up to 4e-7 of that root, has to be less than a millionth of the score.
+LEAST_SCORE = tl.constexpr(0.5)
+
 
 @triton.jit
 def in_factored_range(query_bound, key_bound, SMALLEST_SUM: tl.constexpr):

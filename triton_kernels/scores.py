@@ -8,6 +8,7 @@ from .route import (
     INFORMATIVE_SHARE,
     LARGEST_WEIGHT_NORM,
     LARGEST_WEIGHT_SUM,
+    LEAST_SCORE,
     SATURATED_MAGNITUDE,
     SMALL_MAGNITUDE,
     SMALLEST_MAGNITUDE_SUM,
@@ -15,6 +16,8 @@ from .route import (
 )
 
 SAMPLED_BLOCKS = tl.constexpr(4)  # of features, that are looked at for informative ones
+# Pairs of features after which half of their score weights is taken from sums of fractions.
+CENTRED_PAIRS = tl.constexpr(64)
 
 
 @triton.constexpr_function
@@ -24,9 +27,17 @@ def half_in_blocks(dim, block):
 
 
 @triton.constexpr_function
-def weight_block(dim):
-    """How many score weights are looked at together: a few a thread."""
-    return min(triton.next_power_of_2(dim), 1024)
+def centred_pairs(half, block):
+    """``CENTRED_PAIRS``, or somewhat fewer if then all loops over blocks of them are equal."""
+    blocks, most = half // block, CENTRED_PAIRS.value // block
+    equal = [count for count in range(most // 2, most + 1) if blocks % count == 0]
+    return block * max(equal, default=most)
+
+
+@triton.constexpr_function
+def feature_block(dim, most):
+    """How many features are looked at together where they are only looked at."""
+    return min(triton.next_power_of_2(dim), most)
 
 
 @triton.jit
@@ -58,6 +69,7 @@ def factored_scores(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    RAW: tl.constexpr,
     REFINE: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
@@ -67,6 +79,7 @@ def factored_scores(
         query_rows: pointers to rows, [BLOCK_Q].
         key_rows: pointers to rows, [BLOCK_K].
         score_weight_ptr: the head's [D].
+        RAW: no sum of fractions may grow with D beyond the score, as its rounding errors do.
 
     Returns:
         scores [BLOCK_Q, BLOCK_K], bounds [BLOCK_Q] and [BLOCK_K].
@@ -79,27 +92,33 @@ def factored_scores(
     constant = tl.zeros((BLOCK_D,), tl.float32)
     query_bound = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     key_bound = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-    for begin in tl.range(0, HALF, BLOCK_D, loop_unroll_factor=2):
-        d0 = begin + lane
-        d1 = d0 + HALF
-        q0 = load_features(query_rows, d0, D, PADDED, USE_PTX)
-        q1 = load_features(query_rows, d1, D, PADDED, USE_PTX)
-        k0 = load_features(key_rows, d0, D, PADDED, USE_PTX)
-        k1 = load_features(key_rows, d1, D, PADDED, USE_PTX)
-        query_bound = tl.maximum(query_bound, tl.maximum(tl.abs(q0), tl.abs(q1)))
-        key_bound = tl.maximum(key_bound, tl.maximum(tl.abs(k0), tl.abs(k1)))
-        w0 = load_weights(score_weight_ptr, d0, D, PADDED)
-        w1 = load_weights(score_weight_ptr, d1, D, PADDED)
-        constant += w0 + w1
-        sums += weighted_pair(
-            exp_twice(q0, REFINE)[:, None, :],
-            exp_twice(q1, REFINE)[:, None, :],
-            exp_twice(k0, REFINE)[None, :, :],
-            exp_twice(k1, REFINE)[None, :, :],
-            w0[None, None, :],
-            w1[None, None, :],
-            USE_PTX,
-        )
+    CHUNK: tl.constexpr = centred_pairs(HALF, BLOCK_D) if RAW else HALF
+    for chunk in range(0, HALF, CHUNK):
+        pairs = CHUNK if HALF % CHUNK == 0 else tl.minimum(HALF - chunk, CHUNK)
+        for begin in tl.range(0, pairs, BLOCK_D, loop_unroll_factor=2):
+            d0 = chunk + begin + lane
+            d1 = d0 + HALF
+            q0 = load_features(query_rows, d0, D, PADDED, USE_PTX)
+            q1 = load_features(query_rows, d1, D, PADDED, USE_PTX)
+            k0 = load_features(key_rows, d0, D, PADDED, USE_PTX)
+            k1 = load_features(key_rows, d1, D, PADDED, USE_PTX)
+            query_bound = tl.maximum(query_bound, tl.maximum(tl.abs(q0), tl.abs(q1)))
+            key_bound = tl.maximum(key_bound, tl.maximum(tl.abs(k0), tl.abs(k1)))
+            w0 = load_weights(score_weight_ptr, d0, D, PADDED)
+            w1 = load_weights(score_weight_ptr, d1, D, PADDED)
+            constant += w0 + w1
+            sums += weighted_pair(
+                exp_twice(q0, REFINE)[:, None, :],
+                exp_twice(q1, REFINE)[:, None, :],
+                exp_twice(k0, REFINE)[None, :, :],
+                exp_twice(k1, REFINE)[None, :, :],
+                w0[None, None, :],
+                w1[None, None, :],
+                USE_PTX,
+            )
+        if RAW:
+            sums -= 0.5 * constant[None, None, :]
+            constant = tl.zeros((BLOCK_D,), tl.float32)
     scores = tl.sum(constant[None, None, :] - 2.0 * sums, 2)
     return scores, tl.max(query_bound, 1), tl.max(key_bound, 1)
 
@@ -131,8 +150,9 @@ def direct_scores(
 @triton.jit
 def weights_are_fit(score_weight_ptr, D: tl.constexpr):
     """Whether scores may be factored for all that the head's score weights say: they are neither
-    too large nor so much of one sign that sums of fractions exceed the scores by far."""
-    BLOCK: tl.constexpr = weight_block(D)
+    too large nor so much of one sign that sums of fractions exceed the scores by far. And the root
+    of sum w^2."""
+    BLOCK: tl.constexpr = feature_block(D, 1024)  # a few a thread
     total = tl.zeros((BLOCK,), tl.float32)
     squares = tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, D, BLOCK):
@@ -140,29 +160,36 @@ def weights_are_fit(score_weight_ptr, D: tl.constexpr):
         total += weight
         squares += weight * weight
     norm = tl.sqrt(tl.sum(squares))
-    return (norm <= LARGEST_WEIGHT_NORM) & (tl.abs(tl.sum(total)) <= LARGEST_WEIGHT_SUM * norm)
+    fit = (norm <= LARGEST_WEIGHT_NORM) & (tl.abs(tl.sum(total)) <= norm * LARGEST_WEIGHT_SUM)
+    return fit, norm
 
 
 @triton.jit
 def are_informative(
     query_rows,
-    key_rows,
+    key_ptr,
+    stride_kt,
+    first_key,
+    length,
     score_weight_ptr,
     D: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
     """Whether enough of the score weights meet a tanh that is neither nearly 0 nor nearly 1.
 
     If few do, as where every key is minus every query up to noise, scores differ so little that the
-    error of the factored form, a part of sum |w|, would show. Looked at are BLOCK pairs of a query
-    and a key each, in a sample of the features.
+    error of the factored form, a part of sum |w|, would show. Looked at is each query with
+    one of the keys [first_key, first_key + BLOCK_K), in a sample of the features.
     """
     HALF: tl.constexpr = half_in_blocks(D, BLOCK_D)
     PADDED: tl.constexpr = 2 * HALF != D
     STRIDE: tl.constexpr = BLOCK_D * max(1, HALF // (SAMPLED_BLOCKS * BLOCK_D))
-    informative = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    paired = first_key + tl.arange(0, BLOCK_Q) % BLOCK_K
+    key_rows = key_ptr + tl.minimum(paired, length - 1) * stride_kt
+    informative = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_D,), tl.float32)
     for begin in range(0, HALF, STRIDE):
         for half in tl.static_range(2):
@@ -174,7 +201,7 @@ def are_informative(
             informs = (magnitude > SMALL_MAGNITUDE) & (magnitude < SATURATED_MAGNITUDE)
             informative += tl.where(informs, weight[None, :], 0.0)
             total += weight
-    return tl.sum(informative) > INFORMATIVE_SHARE * BLOCK * tl.sum(total)
+    return tl.sum(informative) > tl.sum(total) * (INFORMATIVE_SHARE * BLOCK_Q)
 
 
 @triton.jit
@@ -186,6 +213,7 @@ def score_tile(
     length,
     score_weight_ptr,
     weights_fit,
+    weight_norm,
     scores_rows,
     query_valid,
     key_bound_ptr,
@@ -194,13 +222,14 @@ def score_tile(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    RAW: tl.constexpr,
     REFINE: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
     """Write the scores of keys [first_key, first_key + BLOCK_K) by the route that they allow.
 
-    Arguments are those of :func:`write_scores`; ``weights_fit`` is of :func:`weights_are_fit`, and
-    ``scores_rows`` where each query's score of ``first_key`` goes.
+    Arguments are those of :func:`write_scores`; ``weights_fit`` and ``weight_norm`` are of
+    :func:`weights_are_fit`, and ``scores_rows`` where each query's score of ``first_key`` goes.
 
     Returns:
         bounds of the queries' magnitudes [BLOCK_Q], infinite where magnitudes do not tell that the
@@ -210,18 +239,29 @@ def score_tile(
     position = first_key + tl.arange(0, BLOCK_K)
     inside = position < length
     key_rows = key_ptr + tl.minimum(position, length - 1) * stride_kt
-    paired = first_key + tl.arange(0, BLOCK_Q) % BLOCK_K
-    paired_rows = key_ptr + tl.minimum(paired, length - 1) * stride_kt
     informative = are_informative(
-        query_rows, paired_rows, score_weight_ptr, D, BLOCK_Q, BLOCK_D, USE_PTX
+        query_rows,
+        key_ptr,
+        stride_kt,
+        first_key,
+        length,
+        score_weight_ptr,
+        D,
+        BLOCK_Q,
+        BLOCK_K,
+        BLOCK_D,
+        USE_PTX,
     )
     scores, query_bound, key_bound = factored_scores(
-        query_rows, key_rows, score_weight_ptr, D, BLOCK_Q, BLOCK_K, BLOCK_D, REFINE, USE_PTX
+        query_rows, key_rows, score_weight_ptr, D, BLOCK_Q, BLOCK_K, BLOCK_D, RAW, REFINE, USE_PTX
     )
     query_bound = tl.where(informative, query_bound, float("inf"))
     in_range = in_factored_range(
         tl.max(query_bound, 0), tl.max(key_bound, 0), SMALLEST_MAGNITUDE_SUM
     )
+    if RAW:
+        largest = tl.max(tl.max(tl.abs(scores), 1), 0)
+        in_range = in_range & (largest >= LEAST_SCORE * weight_norm)
     if not (weights_fit & in_range):
         scores = direct_scores(
             query_rows, key_rows, score_weight_ptr, D, BLOCK_Q, BLOCK_K, BLOCK_D, USE_PTX
@@ -257,6 +297,7 @@ def write_scores(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    RAW: tl.constexpr,
     REFINE: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
@@ -271,13 +312,14 @@ def write_scores(
         scores_ptr: where the score of query 0 and ``first_key`` goes; a query's are
             ``stride_scores`` apart.
         query_bound_ptr, key_bound_ptr: where bounds of the rows' magnitudes go, H apart, or None.
+        RAW: scores are returned; only their differences matter to a softmax.
     """
     query = first_query + tl.arange(0, BLOCK_Q)
     query_valid = query < length_q
     query_rows = query_ptr + tl.minimum(query, length_q - 1) * stride_qt
     scores_rows = scores_ptr + query * stride_scores
     query_bound = tl.zeros((BLOCK_Q,), tl.float32)
-    weights_fit = weights_are_fit(score_weight_ptr, D)
+    weights_fit, weight_norm = weights_are_fit(score_weight_ptr, D)
     for begin in range(first_key, end_key, BLOCK_K):
         for half in tl.static_range(2):
             if (end_key - begin <= BLOCK_K // 2) == half:
@@ -289,6 +331,7 @@ def write_scores(
                     length,
                     score_weight_ptr,
                     weights_fit,
+                    weight_norm,
                     scores_rows + (begin - first_key),
                     query_valid,
                     key_bound_ptr,
@@ -297,9 +340,67 @@ def write_scores(
                     BLOCK_Q,
                     BLOCK_K >> half,
                     BLOCK_D << half,
+                    RAW,
                     REFINE,
                     USE_PTX,
                 )
                 query_bound = tl.maximum(query_bound, bound)
     if query_bound_ptr is not None:
         tl.store(query_bound_ptr + query * H, query_bound, mask=query_valid)
+
+
+@triton.jit
+def largest_magnitudes(rows_ptr, D: tl.constexpr, ROWS: tl.constexpr, USE_PTX: tl.constexpr):
+    """Of each row, [ROWS]."""
+    BLOCK: tl.constexpr = feature_block(D, 64)
+    bound = tl.zeros((ROWS, BLOCK), tl.float32)
+    for begin in range(0, D, BLOCK):
+        d = begin + tl.arange(0, BLOCK)
+        x = load_features(rows_ptr, d, D, D % BLOCK != 0, USE_PTX)
+        bound = tl.maximum(bound, tl.abs(x))
+    return tl.max(bound, 1)
+
+
+@triton.jit
+def write_bounds(
+    query_ptr,
+    stride_qt,
+    first_query,
+    length_q,
+    key_ptr,
+    stride_kt,
+    length,
+    score_weight_ptr,
+    query_bound_ptr,
+    key_bound_ptr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    USE_PTX: tl.constexpr,
+):
+    """The bounds of BLOCK_Q queries and all keys that :func:`write_scores` writes beside scores."""
+    query = first_query + tl.arange(0, BLOCK_Q)
+    query_rows = query_ptr + tl.minimum(query, length_q - 1) * stride_qt
+    query_bound = largest_magnitudes(query_rows, D, BLOCK_Q, USE_PTX)
+    for begin in range(0, length, BLOCK_K):
+        position = begin + tl.arange(0, BLOCK_K)
+        key_rows = key_ptr + tl.minimum(position, length - 1) * stride_kt
+        key_bound = largest_magnitudes(key_rows, D, BLOCK_K, USE_PTX)
+        tl.store(key_bound_ptr + position * H, key_bound, mask=position < length)
+        informative = are_informative(
+            query_rows,
+            key_ptr,
+            stride_kt,
+            begin,
+            length,
+            score_weight_ptr,
+            D,
+            BLOCK_Q,
+            BLOCK_K,
+            BLOCK_D,
+            USE_PTX,
+        )
+        query_bound = tl.where(informative, query_bound, float("inf"))
+    tl.store(query_bound_ptr + query * H, query_bound, mask=query < length_q)

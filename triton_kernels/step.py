@@ -10,7 +10,13 @@ import triton
 import triton.language as tl
 
 from .arithmetic import dropout_scales, tanh_and_derivative
-from .route import INFORMATIVE_SHARE, LARGEST_WEIGHT_NORM, SATURATED_MAGNITUDE, SMALL_MAGNITUDE
+from .route import (
+    INFORMATIVE_SHARE,
+    LARGEST_WEIGHT_NORM,
+    LEAST_SCORE,
+    SATURATED_MAGNITUDE,
+    SMALL_MAGNITUDE,
+)
 from .rows import are_attended, attended_keys, find_tile
 from .scores import load_weights
 
@@ -82,11 +88,11 @@ def load_row(row_ptr, d, DIM: tl.constexpr):
 
 
 @triton.jit
-def sum_of_tanh(rows, position, attended, options, EXACT: tl.constexpr):
+def sum_of_tanh(rows, position, attended, options, EXACT: tl.constexpr, RAW: tl.constexpr):
     """``sum_d w_d tanh(q_d + k_jd)``, [SEGMENT], and whether that needed no EXACT tanh.
 
     Where few of the score weights meet a tanh that is neither nearly 0 nor nearly 1, or weights are
-    large, scores would show its error.
+    large, scores would show its error; RAW ones, which are returned, also where all are small.
     """
     D: tl.constexpr = options.D
     BLOCK_D: tl.constexpr = options.BLOCK_D
@@ -108,17 +114,22 @@ def sum_of_tanh(rows, position, attended, options, EXACT: tl.constexpr):
             total += tl.abs(weight)
             squares += weight * weight
     share = tl.sum(tl.where(attended, tl.sum(informative, 1), 0.0), 0)
-    least = INFORMATIVE_SHARE * tl.sum(attended.to(tl.float32), 0) * tl.sum(total, 0)
-    fit = tl.sum(squares, 0) <= LARGEST_WEIGHT_NORM * LARGEST_WEIGHT_NORM
-    return tl.sum(sums, 1), (share > least) & fit
+    least = tl.sum(attended.to(tl.float32), 0) * tl.sum(total, 0) * INFORMATIVE_SHARE
+    square = tl.sum(squares, 0)
+    will_do = (share > least) & (square <= LARGEST_WEIGHT_NORM * LARGEST_WEIGHT_NORM)
+    scores = tl.sum(sums, 1)
+    if RAW:
+        largest = tl.max(tl.where(attended, tl.abs(scores), 0.0), 0)
+        will_do = will_do & (largest >= tl.sqrt(square) * LEAST_SCORE)
+    return scores, will_do
 
 
 @triton.jit
-def step_scores(rows, position, attended, options):
+def step_scores(rows, position, attended, options, RAW: tl.constexpr):
     """Scores [SEGMENT] of one query, by the EXACT tanh where the other's errors would show."""
-    scores, will_do = sum_of_tanh(rows, position, attended, options, False)
+    scores, will_do = sum_of_tanh(rows, position, attended, options, False, RAW)
     if not will_do:
-        scores, _ = sum_of_tanh(rows, position, attended, options, True)
+        scores, _ = sum_of_tanh(rows, position, attended, options, True, RAW)
     return scores
 
 
@@ -151,28 +162,29 @@ def step_context(rows, keys, context_row, stats_row, scores_row, options):
 
     Args:
         rows, keys, options: :class:`Rows`, :class:`Keys`, :class:`Options`.
-        context_row, stats_row: where results go.
+        context_row, stats_row: where results go, or None: only scores are wanted.
         scores_row: where the score of key 0 goes, those of others H apart, or None.
     """
     position = keys.first + tl.arange(0, options.SEGMENT)
     attended = attended_of(keys, position)
     value_rows = rows.value + position * rows.stride_vt
-    scores = step_scores(rows, position, attended, options)
+    scores = step_scores(rows, position, attended, options, stats_row is None)
     if scores_row is not None:
         tl.store(scores_row + position * options.H, scores, mask=attended)
-    scores = tl.where(attended, scores, -float("inf"))
-    largest = tl.max(scores, 0)
-    weights = tl.exp(scores - tl.where(largest == -float("inf"), 0.0, largest))
-    total = tl.sum(weights, 0)
-    tl.store(stats_row, largest)
-    tl.store(stats_row + 1, total)
-    if options.SINGLE:
-        weights = weights / tl.where(total == 0.0, 1.0, total)
-    weights *= dropout_of(keys, position)
-    for begin in tl.range(0, options.DV, options.BLOCK_DV, num_stages=STAGES):
-        d = begin + tl.arange(0, options.BLOCK_DV)
-        context = tl.sum(weights[:, None] * load_tile(value_rows, attended, d, options.DV), 0)
-        tl.store(context_row + d, context.to(context_row.dtype.element_ty), mask=d < options.DV)
+    if stats_row is not None:
+        scores = tl.where(attended, scores, -float("inf"))
+        largest = tl.max(scores, 0)
+        weights = tl.exp(scores - tl.where(largest == -float("inf"), 0.0, largest))
+        total = tl.sum(weights, 0)
+        tl.store(stats_row, largest)
+        tl.store(stats_row + 1, total)
+        if options.SINGLE:
+            weights = weights / tl.where(total == 0.0, 1.0, total)
+        weights *= dropout_of(keys, position)
+        for begin in tl.range(0, options.DV, options.BLOCK_DV, num_stages=STAGES):
+            d = begin + tl.arange(0, options.BLOCK_DV)
+            context = tl.sum(weights[:, None] * load_tile(value_rows, attended, d, options.DV), 0)
+            tl.store(context_row + d, context.to(context_row.dtype.element_ty), mask=d < options.DV)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -215,7 +227,7 @@ def additive_attention_step_fwd_kernel(
     """``context = sum_j softmax_j(e_j) value_j``; not SINGLE: the unscaled sum of a tile's keys.
 
     ``context`` and ``stats`` (max, sum) are those of a sequence, or float32 of a tile. ``scores``
-    [rows, H], if any, are what weights are computed from.
+    [rows, H], if any, are what weights are computed from. Either those or these may be None.
     """
     rows_k = rows_k.to(tl.int64)
     tile = tl.program_id(0)
@@ -255,8 +267,11 @@ def additive_attention_step_fwd_kernel(
     if scores_ptr is not None:
         scores_row += (place * rows_k + start) * H + head
     target = (sequence if SINGLE else tile).to(tl.int64) * H + head
-    context_row = context_ptr + target * DV
-    stats_row = stats_ptr + target * 2
+    context_row = context_ptr
+    stats_row = stats_ptr
+    if stats_ptr is not None:
+        context_row += target * DV
+        stats_row += target * 2
     for half in tl.static_range(2):
         if (length - first <= SEGMENT // 2) == half:
             step_context(

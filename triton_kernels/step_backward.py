@@ -26,9 +26,12 @@ PARTS = tl.constexpr(128)  # of delta, one a tile of keys, that are added at a t
 
 
 class Incoming(NamedTuple):
-    """The sequence's (max, sum), its context's gradient, and where that of its weights begins."""
+    """The sequence's (max, sum), its context's gradient, and where that of its weights begins.
 
-    stats: tl.tensor
+    Without (max, sum) the last is the gradient of the scores.
+    """
+
+    stats: tl.tensor | None
     dcontext: tl.tensor | None
     dweights: tl.tensor | None
     stride_dweight_key: tl.tensor
@@ -73,12 +76,14 @@ def tile_range(cu_k_ptr, sequence, rows_k, tiles, SEGMENT: tl.constexpr):
 
 @triton.jit
 def weights_and_gradients(rows, incoming, tile, options):
-    """``w_j`` and ``dcontext . value_j + dweights_j``, [SEGMENT] each."""
-    scores = step_scores(rows, tile.position, tile.attended, options)
-    largest = tl.load(incoming.stats)
-    total = tl.load(incoming.stats + 1)
-    weights = tl.exp(tl.where(tile.attended, scores - largest, -float("inf")))
-    weights = weights / tl.where(total == 0.0, 1.0, total)
+    """``w_j``, or 0 without stats, and ``dcontext . value_j + dweights_j``, [SEGMENT] each."""
+    weights = tl.zeros((options.SEGMENT,), tl.float32)
+    if incoming.stats is not None:
+        scores = step_scores(rows, tile.position, tile.attended, options, False)
+        largest = tl.load(incoming.stats)
+        total = tl.load(incoming.stats + 1)
+        weights = tl.exp(tl.where(tile.attended, scores - largest, -float("inf")))
+        weights = weights / tl.where(total == 0.0, 1.0, total)
     gradient = tl.zeros((options.SEGMENT,), tl.float32)
     if incoming.dcontext is not None:
         value_rows = rows.value + tile.position * rows.stride_vt
@@ -121,8 +126,13 @@ def store_dvalue(dvalue_ptr, dcontext_row, weights, tile, options):
 
 
 @triton.jit
-def store_feature_gradients(rows, gradients, dscores, tile, has_query, options):
-    """``dkey``, ``dquery`` where there is one, and ``dscore_weight`` from dscores [SEGMENT]."""
+def store_feature_gradients(
+    rows, gradients, dscores, tile, has_query, options, SUM_IS_0: tl.constexpr
+):
+    """``dkey``, ``dquery`` where there is one, and ``dscore_weight`` from dscores [SEGMENT].
+
+    ``SUM_IS_0`` is said of the dscores.
+    """
     D: tl.constexpr = options.D
     key_rows = rows.key + tile.position * rows.stride_kt
     for begin in tl.range(0, D, options.BLOCK_D, num_stages=STAGES):
@@ -138,9 +148,9 @@ def store_feature_gradients(rows, gradients, dscores, tile, has_query, options):
                 mask=tile.inside[:, None] & (d < D)[None, :],
             )
         if gradients.dquery is not None:
-            if options.SINGLE:
-                # As the dscores of all keys sum to 0, a slope that all have in common does not
-                # matter; without it their rounding errors do not either.
+            if SUM_IS_0:
+                # A slope that all keys have in common does not matter; without it their rounding
+                # errors do not either.
                 common = tl.min(tl.where(tile.attended[:, None], slope, 1.0), 0)
                 dkey = weight[None, :] * (dscores[:, None] * (slope - common[None, :]))
             tl.store(
@@ -203,10 +213,12 @@ def step_gradients_of_tile(
         tl.debug_barrier()  # all has been read before it is replaced
 
     if LAST:
-        # Rounded weights need not sum to 1, but score gradients to 0.
-        delta = delta / tl.where(sum_of_weights == 0.0, 1.0, sum_of_weights)
-        dscores = weights * (gradient - delta)
-        weights *= keep
+        dscores = gradient
+        if incoming.stats is not None:
+            # Rounded weights need not sum to 1, but score gradients to 0.
+            delta = delta / tl.where(sum_of_weights == 0.0, 1.0, sum_of_weights)
+            dscores = weights * (gradient - delta)
+            weights *= keep
         if records.dscores_ptr is not None:
             tl.store(records.dscores_ptr + row, dscores, mask=inside)
             tl.store(records.weights_ptr + row, weights, mask=inside)
@@ -214,7 +226,15 @@ def step_gradients_of_tile(
             store_dvalue(gradients.dvalue_ptr, incoming.dcontext, weights, tile, options)
         by_row = (gradients.dquery is not None) | (gradients.dkey_ptr is not None)
         if by_row | (gradients.dweight is not None):
-            store_feature_gradients(rows, gradients, dscores, tile, has_query, options)
+            store_feature_gradients(
+                rows,
+                gradients,
+                dscores,
+                tile,
+                has_query,
+                options,
+                options.SINGLE and incoming.stats is not None,
+            )
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -280,6 +300,7 @@ def additive_attention_step_bwd_kernel(
     ``w_j``, ``g_j`` (in ``dscores``) and each tile's parts of delta and of the sum of ``w``, the
     second does the rest.
     ``dquery`` is that of a sequence with SINGLE, else float32 of a tile, as always ``dweight``.
+    Without ``stats``, ``dweights`` are ``s`` as they are and one launch does: FIRST and LAST.
     """
     rows_k = rows_k.to(tl.int64)
     tile = tl.program_id(0)
@@ -333,7 +354,9 @@ def additive_attention_step_bwd_kernel(
     dweight_row = dweight_ptr
     if dweight_ptr is not None:
         dweight_row += (tile.to(tl.int64) * H + head) * D
-    stats_row = stats_ptr + (query * H + head) * 2
+    stats_row = stats_ptr
+    if stats_ptr is not None:
+        stats_row += (query * H + head) * 2
     first_tile, count = tile_range(cu_k_ptr, query, rows_k, tiles, SEGMENT)
     for half in tl.static_range(2):
         if (extent - first <= SEGMENT // 2) == half:

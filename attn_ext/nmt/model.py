@@ -155,10 +155,19 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """What the decoders share: how the hidden state and what it read become output features.
 
-    A subclass makes `attention`, `readout` and `dropout`, in its own order: the parameters' random
-    start depends on it. It can run over whole targets (`forward`) or step by step (`start`, `step`,
-    `select`), with equal results.
+    A subclass makes `backend`, `attention`, `readout` and `dropout`, in its own order: the
+    parameters' random start depends on it. It can run over whole targets (`forward`) or step by
+    step (`remember`, `start`, `step`, `select`), with equal results.
     """
+
+    def remember(self, states):
+        """Jagged encoder states, prepared for steps that attend to them."""
+        return self.attention.memory(
+            states.values,
+            cu_seqlens_k=states.cu_seqlens,
+            max_seqlen_k=states.max_seqlen,
+            backend=self.backend,
+        )
 
     def read(self, hidden, context):
         """Features (..., embedding) of states (..., hidden) and contexts (..., state_dim)."""
@@ -189,12 +198,7 @@ class RNNSearchDecoder(Decoder):
         Returns:
             (features (total_q, embedding), weights (Tq, Tk) of each sentence or None)
         """
-        attend = self.attention.memory(
-            states.values,
-            cu_seqlens_k=states.cu_seqlens,
-            max_seqlen_k=states.max_seqlen,
-            backend=self.backend,
-        ).attend
+        attend = self.remember(states).attend
         # Steps run over a rectangle: a sentence that has ended repeats its last token, and the
         # rows it makes from there on are dropped.
         lengths = embedded.lengths.to(embedded.values.device)

@@ -4,8 +4,11 @@ from typing import NamedTuple
 
 import torch
 
-import attn_ext
 from attn_ext.nmt.data import Jagged, sorted_batches
+
+# The part of a batch that has to go on for those that have ended to stay in it: to leave them out
+# costs about as much as a step.
+FEWEST_GOING = 0.75
 
 
 class Hypothesis(NamedTuple):
@@ -38,10 +41,10 @@ def search(model, source, bos, eos, beam=1, alpha=0.6, max_lengths=None):
     if max_lengths is None:
         max_lengths = [length * 3 // 2 + 10 for length in source.lengths.tolist()]
     states = model.encode(source)
-    attend = make_attend(model.decoder, states, beam)
+    attend = BeamAttention(model.decoder.remember(states), beam)
     state = model.decoder.start(states, sentences * beam)
     tokens = torch.full((sentences * beam,), bos, device=device)
-    first_rows = torch.arange(sentences, device=device)[:, None] * beam
+    going = list(range(sentences))  # a row of hypotheses each
     history = torch.empty(sentences, beam, 0, dtype=torch.long, device=device)
     # At first all hypotheses of a sentence are the same one, so only one may go on.
     scores = torch.full((sentences, beam), -torch.inf, device=device)
@@ -51,7 +54,7 @@ def search(model, source, bos, eos, beam=1, alpha=0.6, max_lengths=None):
     for step in range(1, max(max_lengths) + 1):
         features, state, _ = model.decoder.step(model.embed(tokens), state, attend)
         log_probs = model.project(features).float().log_softmax(-1)
-        totals = (scores[..., None] + log_probs.view(sentences, beam, -1)).flatten(1)
+        totals = (scores[..., None] + log_probs.view(len(going), beam, -1)).flatten(1)
         # Each hypothesis can end in one way, so of twice the beam at least `beam` go on.
         top, where = totals.topk(2 * beam, dim=1)
         origin = where.div(log_probs.size(-1), rounding_mode="floor")
@@ -60,24 +63,31 @@ def search(model, source, bos, eos, beam=1, alpha=0.6, max_lengths=None):
 
         for b, rank in (ends & top.isfinite())[:, :beam].nonzero().tolist():
             tokens_before = history[b, origin[b, rank]]
-            endings[b].add(tokens_before, top[b, rank].item() / step**alpha)
+            endings[going[b]].add(tokens_before, top[b, rank].item() / step**alpha)
         scores, kept = top.masked_fill(ends, -torch.inf).topk(beam, dim=1)
         origin, token = origin.gather(1, kept), token.gather(1, kept)
         history = history.gather(1, origin[..., None].expand(-1, -1, step - 1))
         history = torch.cat([history, token[..., None]], -1)
 
-        best_going = scores[:, 0].tolist()
-        for b, ending in enumerate(endings):
-            at_end = step >= max_lengths[b]
+        for b, best_going in enumerate(scores[:, 0].tolist()):
+            ending, longest = endings[going[b]], max_lengths[going[b]]
+            at_end = step >= longest
             if at_end and ending.best is None:
-                ending.add(history[b, 0], best_going[b] / step**alpha)
+                ending.add(history[b, 0], best_going / step**alpha)
             # The best that a hypothesis still going can reach is to lose no probability.
-            bound = best_going[b] / max_lengths[b] ** alpha
+            bound = best_going / longest**alpha
             ending.done |= at_end or ending.count >= beam
             ending.done |= ending.best is not None and ending.best.score >= bound
-        if all(ending.done for ending in endings):
+        left = [b for b, sentence in enumerate(going) if not endings[sentence].done]
+        if not left:
             break
-        state = model.decoder.select(state, (first_rows + origin).flatten())
+        rows = torch.arange(len(going), device=device)[:, None] * beam + origin
+        if len(left) < FEWEST_GOING * len(going):
+            chosen = torch.tensor(left, device=device)
+            going = [going[b] for b in left]
+            attend = attend.select(chosen)
+            rows, token, scores, history = (t[chosen] for t in (rows, token, scores, history))
+        state = model.decoder.select(state, rows.flatten())
         tokens = token.flatten()
     return [ending.best for ending in endings]
 
@@ -98,35 +108,22 @@ class _Endings:
             self.best = Hypothesis(tokens.tolist(), score)
 
 
-def make_attend(decoder, states, beam):
-    """A function from queries (B * beam, D) to contexts; hypotheses share their source's keys.
+class BeamAttention:
+    """What decoders attend with: queries (rows, D) to contexts, `beam` rows a sentence.
 
-    One query a sentence is what an AttentionMemory is for; the beam's hypotheses are one jagged
-    sequence of queries, so that no key is copied.
+    The hypotheses of a sentence share its keys, so that none is copied.
     """
-    attention = decoder.attention
-    keys = {
-        "cu_seqlens_k": states.cu_seqlens,
-        "max_seqlen_k": states.max_seqlen,
-        "backend": decoder.backend,
-    }
-    if beam == 1:
-        return attention.memory(states.values, **keys).attend
-    projected = attention.key_proj(states.values)
-    cu_seqlens_q = torch.arange(len(states.lengths) + 1, device=states.values.device) * beam
 
-    def attend(query):
-        return attn_ext.additive_attention(
-            attention.query_proj(query),
-            projected,
-            states.values,
-            attention.score_weight,
-            cu_seqlens_q=cu_seqlens_q,
-            max_seqlen_q=beam,
-            **keys,
-        )
+    def __init__(self, memory, beam):
+        self.memory = memory
+        self.beam = beam
 
-    return attend
+    def __call__(self, query):
+        return self.memory.attend(query.unflatten(0, (-1, self.beam))).flatten(0, 1)
+
+    def select(self, sentences):
+        """The same for some of the sentences."""
+        return BeamAttention(self.memory.select(sentences), self.beam)
 
 
 @torch.inference_mode()

@@ -205,15 +205,16 @@ class GradientBlock {
     }
   }
 
-  // What is to be added to the sums of query i: 0 where all keys were shifted, as sum_j s_ij = 0,
-  // unless finish_scores left it as it is: of a weight that is 1 but for less than epsilon, s is 0.
+  // What is to be added to the sums of query i. Behind a softmax sum_j s_ij = 0, so where all keys
+  // were shifted it is 0, unless finish_scores left that sum as it is, as beside a weight that is 1
+  // but for less than epsilon, whose s is 0.
   T shift_of_query(int64_t i) const {
     constexpr double kRounding = 0x1p-12;  // more of sum |s| than rounding leaves
     const Shift& shift = shifts_[i];
     const double size = shift.left_out < 0 ? -shift.left_out : shift.left_out;
-    return shift.keys == unit_.key_count && size <= kRounding * shift.magnitude
-               ? T(0)
-               : static_cast<T>(shift.left_out);
+    const bool is_rounding = !call_.problem->raw_scores && shift.keys == unit_.key_count &&
+                             size <= kRounding * shift.magnitude;
+    return is_rounding ? T(0) : static_cast<T>(shift.left_out);
   }
 
   int64_t dquery_size() const { return steps_ * step_stride<T>(unit_.query_count); }

@@ -77,14 +77,12 @@ def test_every_parameter_learns(model, batch):
 @pytest.mark.parametrize("rows", [[0, 0, 1], [1, 0]])
 def test_select_picks_hypotheses(model, examples, vocabulary, rows):
     """A step from selected states is the selection of a step."""
-    from attn_ext.nmt.search import make_attend
-
     batch = data.make_batch(examples[:1] * 2, vocabulary)
     selected = data.make_batch([examples[0]] * len(rows), vocabulary)
     with torch.no_grad():
         states, selected_states = model.encode(batch.source), model.encode(selected.source)
-        attend = make_attend(model.decoder, states, 1)
-        selected_attend = make_attend(model.decoder, selected_states, 1)
+        attend = model.decoder.remember(states).attend
+        selected_attend = model.decoder.remember(selected_states).attend
         state = model.decoder.start(states, 2)
         tokens = torch.tensor([5, 9])
         _, state, _ = model.decoder.step(model.embed(tokens), state, attend)

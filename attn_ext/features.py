@@ -1,0 +1,115 @@
+"""One more additive term of scores, ``e_j = w . tanh(q + k_j + f_j U)``, for every backend.
+
+The term is added to the keys, which the kernels then see as any others. Of location-sensitive
+attention (Chorowski et al. 2015, "Attention-Based Models for Speech Recognition") the features f
+are convolutions of earlier weights; of coverage (See, Liu and Manning 2017, "Get To The Point"),
+their sum.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .checks import check_device, check_floating, mismatch, shape_of, wrong_type
+from .layout import KeySide, QuerySide, row_text, without_nesting
+
+
+def check_feature_weight(feature_weight: Tensor, keys: KeySide) -> Tensor:
+    """Check ``(F, D)`` or ``(F, H, D)``; returns ``[F, H, D]``."""
+    check_floating("feature_weight", feature_weight)
+    check_device("feature_weight", feature_weight, keys.key.device)
+    row = keys.key.shape[2 if keys.has_heads else 3 :]
+    if feature_weight.dim() != 1 + len(row) or feature_weight.shape[1:] != row:
+        expected = f"shape (F, {row_text(keys.has_heads)}), {tuple(row)} after F as in key"
+        raise mismatch("feature_weight", expected, shape_of(feature_weight))
+    if (feature_weight.dtype == torch.float64) != (keys.key.dtype == torch.float64):
+        expected = f"a dtype that goes with key's {keys.key.dtype} (float64 does not mix)"
+        raise wrong_type("feature_weight", expected, feature_weight.dtype)
+    return feature_weight if keys.has_heads else feature_weight.unsqueeze(1)
+
+
+def check_features(
+    features: Tensor, feature_weight: Tensor, keys: KeySide, queries: QuerySide
+) -> Tensor:
+    """Check ``(B, Tk, F)``, ``(total_k, F)`` or nested; returns ``[Bk, Nk, F]``, 0 if ignored."""
+    if not queries.is_one_step:
+        expected = f"None unless query is (B, {row_text(keys.has_heads)}), one query a sequence"
+        raise mismatch("features", expected, f"a {type(features).__name__}")
+    features = without_nesting("features", features, keys)
+    check_floating("features", features)
+    check_device("features", features, keys.key.device)
+    jagged = keys.cu_seqlens is not None
+    shape = (*keys.key.shape[1 if jagged else 0 : 2], feature_weight.size(0))
+    if features.shape != shape:
+        expected = f"shape {shape} = ({'total_k' if jagged else 'B, Tk'}, F)"
+        raise mismatch("features", expected, shape_of(features))
+    if keys.autocast and features.dtype != torch.float64:
+        features = features.to(keys.key.dtype)
+    if features.dtype != keys.key.dtype:
+        raise wrong_type("features", f"dtype {keys.key.dtype}, as key", features.dtype)
+    if jagged:
+        features = features.unsqueeze(0)
+    ignored = keys.ignored()  # may hold NaN, which no gradient of 0 would stop
+    return features if ignored is None else features.masked_fill(ignored.unsqueeze(2), 0)
+
+
+def shifted_keys(key: Tensor, features: Tensor, feature_weight: Tensor) -> Tensor:
+    """``key + features @ feature_weight``, rounded once."""
+    weight = feature_weight.to(key.dtype).flatten(1)  # [F, H * D]
+    rows = torch.addmm(key.reshape(-1, weight.size(1)), features.flatten(0, 1), weight)
+    return rows.view(key.shape)
+
+
+def with_features(
+    keys: KeySide,
+    features: Tensor | None,
+    feature_weight: Tensor | None,
+    queries: QuerySide,
+    backend: str,
+) -> contextlib.AbstractContextManager[KeySide]:
+    """Keys with what features add to them, where both arguments are given."""
+    if features is None and feature_weight is None:
+        return contextlib.nullcontext(keys)
+    if features is None or feature_weight is None:
+        missing, given = "features", "feature_weight"
+        if features is not None:
+            missing, given = given, missing
+        raise mismatch(missing, f"a tensor beside {given}", "None")
+    weight = check_feature_weight(feature_weight, keys)
+    return added_to_keys(keys, check_features(features, weight, keys, queries), weight, backend)
+
+
+@contextlib.contextmanager
+def added_to_keys(
+    keys: KeySide, features: Tensor, feature_weight: Tensor, backend: str
+) -> Iterator[KeySide]:
+    """Keys with the term in them. Attention keeps for backward what they were made of, not them."""
+    shifted = shifted_keys(keys.key, features, feature_weight)
+    with_term = keys._replace(key=shifted)
+    if (
+        backend == "reference"  # which may be differentiated twice
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        yield with_term
+        return
+    key, version = keys.key.detach(), keys.key._version
+    term = features.detach(), feature_weight.detach()
+    place = shifted.data_ptr(), shifted.shape
+
+    def leave_out(saved: Tensor) -> Tensor | None:
+        return None if (saved.data_ptr(), saved.shape) == place else saved
+
+    def make_again(saved: Tensor | None) -> Tensor:
+        if saved is not None:
+            return saved
+        if key._version != version:
+            raise RuntimeError("attn_ext: key was modified in place before the backward pass")
+        with torch.no_grad():
+            return shifted_keys(key, *term)
+
+    with torch.autograd.graph.saved_tensors_hooks(leave_out, make_again):
+        yield with_term

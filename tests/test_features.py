@@ -1,0 +1,198 @@
+"""One more term of scores, ``f_j U``: in attention, scores and memories, on every backend."""
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import assert_within_budget
+from layouts import Inputs, make_inputs, nest, randn
+from parameters import dtype_id, named
+from torch import Tensor
+
+from attn_ext import AttentionMemory, additive_attention, additive_scores, features, steps
+
+LAYOUTS = ("one_step", "one_step_lengths", "one_step_mask", "jagged_one_step", "nested_one_step")
+F = 5
+
+
+def compare(
+    inputs: Inputs, backend: str, program: Callable[..., list[Tensor]], nested: bool = False
+) -> None:
+    """Results and gradients of ``program`` beside the reference's, and in float64.
+
+    ``program(leaves, backend, keywords)`` with ``features`` and ``feature_weight`` among leaves.
+    """
+    dtype = inputs.leaves["query"].dtype
+    heads = () if not inputs.has_heads else (inputs.num_heads,)
+    generator = torch.Generator("cpu").manual_seed(7)
+    rows = inputs.owned("key", inputs.key_rows)
+    more = {
+        "features": randn((*rows.shape, F), generator).to(rows.device, dtype),
+        "feature_weight": randn((F, *heads, 16), generator).to(rows.device, dtype),
+    }
+    poisoned = more["features"].masked_fill(~rows.unsqueeze(-1), torch.nan)
+
+    def run(backend: str, dtype: torch.dtype, ignored: Tensor) -> dict[str, Tensor]:
+        leaves = {**inputs.leaves, **more, "features": ignored}
+        leaves = {name: leaf.detach().to(dtype, copy=True) for name, leaf in leaves.items()}
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+        results = program(leaves, backend, inputs.keywords)
+        weights = (torch.linspace(1, 2, r.numel(), dtype=r.dtype, device=r.device) for r in results)
+        sum((r.flatten() * w).sum() for r, w in zip(results, weights)).backward()
+        gradients = {f"d{n}": leaf.grad for n, leaf in leaves.items() if leaf.grad is not None}
+        return gradients | {f"result {n}": r.detach() for n, r in enumerate(results)}
+
+    actual = run(backend, dtype, poisoned)
+    exact = run("reference", torch.float64, more["features"])
+    eager = run("reference", dtype, more["features"])
+    assert {"dquery", "dkey", "dfeatures", "dfeature_weight"} <= actual.keys() == exact.keys()
+    for name, result in actual.items():
+        assert_within_budget(name, result, exact[name], eager[name])
+    assert (actual["dfeatures"][~rows] == 0).all()
+
+
+def inputs_of(leaves: dict[str, Tensor], inputs: Inputs) -> dict[str, Tensor]:
+    """Keywords of a call, nested where the layout is."""
+    query, key, value, weight = inputs.arguments(leaves)
+    term = leaves["features"]
+    if inputs.offsets_k is not None:
+        term = nest(term, inputs.offsets_k)
+    more = {"features": term, "feature_weight": leaves["feature_weight"]}
+    return {"query": query, "key": key, "value": value, "score_weight": weight, **more}
+
+
+@pytest.mark.parametrize("heads", [None, 2], ids=named("heads"))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_attention_and_scores(backend: str, layout: str, heads: int | None):
+    inputs = make_inputs(layout, heads=heads)
+
+    def program(leaves, backend, keywords):
+        tensors = inputs_of(leaves, inputs)
+        call = functools.partial(additive_attention, **tensors, **keywords, backend=backend)
+        context, weights = call(need_weights=True)
+        del tensors["value"]
+        scores = additive_scores(**tensors, **keywords, backend=backend)
+        if context.is_nested:
+            context = context.values()
+        return [context, weights, scores.masked_fill(scores == -torch.inf, 0)]
+
+    compare(inputs, backend, program)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+def test_low_precision(backend: str, dtype: torch.dtype):
+    inputs = make_inputs("one_step_lengths", dtype=dtype)
+
+    def program(leaves, backend, keywords):
+        return [additive_attention(**inputs_of(leaves, inputs), **keywords, backend=backend)]
+
+    compare(inputs, backend, program)
+
+
+@pytest.mark.parametrize("heads", [None, 2], ids=named("heads"))
+@pytest.mark.parametrize("layout", ["one_step_mask", "jagged_one_step"])
+def test_memory(backend: str, layout: str, heads: int | None):
+    """A decoder whose features follow from earlier weights, and a step without any."""
+    inputs = make_inputs(layout, heads=heads)
+
+    def program(leaves, backend, keywords):
+        tensors = inputs_of(leaves, inputs)
+        query, term = tensors.pop("query"), tensors.pop("features")
+        memory = AttentionMemory(**tensors, **keywords, backend=backend)
+        context, weights = memory.attend(query, features=term, need_weights=True)
+        if heads is not None:
+            weights = weights.mean(1)
+        moved = term + weights.unsqueeze(-1)
+        scores = memory.scores(2 * query, features=moved)
+        plain = memory.attend(query)
+        return [context, weights, scores.masked_fill(scores == -torch.inf, 0), plain]
+
+    compare(inputs, backend, program)
+
+
+@pytest.mark.parametrize("module", [steps, features], ids=["memory", "attention"])
+def test_sums_are_made_again_for_backward(module, monkeypatch: pytest.MonkeyPatch):
+    """Nothing as large as the keys is kept for each of many steps."""
+    calls = []
+    shifted = module.shifted_keys
+    monkeypatch.setattr(module, "shifted_keys", lambda *a: calls.append(None) or shifted(*a))
+    key = torch.randn(2, 50, 16, requires_grad=True)
+    inputs, weight = (key, key, torch.randn(16)), torch.randn(3, 16)
+    if module is steps:
+        attend = AttentionMemory(*inputs, feature_weight=weight).attend
+    else:
+
+        def attend(query, features):
+            return additive_attention(query, *inputs, features=features, feature_weight=weight)
+
+    contexts = [attend(torch.randn(2, 16), features=torch.randn(2, 50, 3)) for _ in "123"]
+    assert len(calls) == 3
+    sum(contexts).sum().backward()
+    assert len(calls) == 6
+
+
+def test_key_modified_before_backward_is_an_error():
+    key = torch.randn(2, 5, 4, requires_grad=True)
+    term, weight = torch.randn(2, 5, 3), torch.randn(3, 4)
+    context = additive_attention(
+        torch.randn(2, 4), key, key.detach(), torch.randn(4), features=term, feature_weight=weight
+    )
+    with torch.no_grad():
+        key.add_(1)
+    with pytest.raises(RuntimeError, match="key was modified in place"):
+        context.sum().backward()
+
+
+def test_compile():
+    query, key, term, weight = (
+        torch.randn(shape, requires_grad=True) for shape in ((2, 4), (2, 5, 4), (2, 5, 3), (3, 4))
+    )
+
+    def attend(query, key, term, weight):
+        options = {"features": term, "feature_weight": weight}
+        return additive_attention(query, key, key, key.new_ones(4), **options)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    results = [f(query, key, term, weight) for f in (attend, compiled)]
+    torch.testing.assert_close(*results)
+    leaves = [query, key, term, weight]
+    torch.testing.assert_close(*(torch.autograd.grad(r.sum(), leaves) for r in results))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"feature_weight": None}, "feature_weight: expected a tensor beside features, got None"),
+        ({"features": None}, "features: expected a tensor beside feature_weight, got None"),
+        ({"query": torch.randn(2, 3, 4)}, r"features: expected None unless query is \(B, D\)"),
+        ({"features": torch.randn(2, 5, 2)}, r"features: expected shape \(2, 5, 3\) = \(B, Tk, F"),
+        ({"features": torch.randn(2, 5, 3).double()}, "features: expected dtype torch.float32"),
+        ({"features": [1.0]}, "features: expected a torch.Tensor"),
+        ({"feature_weight": torch.randn(3, 5)}, r"feature_weight: expected shape \(F, D\)"),
+        ({"feature_weight": torch.randn(3, 4).double()}, "feature_weight: expected a dtype"),
+        ({"feature_weight": torch.randn(3, 4, device="meta")}, "feature_weight: expected device"),
+    ],
+)
+def test_wrong_calls(changes: dict, message: str):
+    arguments = {
+        "query": torch.randn(2, 4),
+        "key": torch.randn(2, 5, 4),
+        "score_weight": torch.randn(4),
+        "features": torch.randn(2, 5, 3),
+        "feature_weight": torch.randn(3, 4),
+        **changes,
+    }
+    for function in (
+        additive_scores,
+        functools.partial(additive_attention, value=torch.ones(2, 5, 1)),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            function(**arguments)
+
+
+def test_features_of_a_memory_without_a_weight():
+    memory = AttentionMemory(torch.randn(2, 5, 4), torch.randn(2, 5, 4), torch.randn(4))
+    with pytest.raises(ValueError, match="feature_weight: expected a tensor, where the memory is"):
+        memory.attend(torch.randn(2, 4), features=torch.randn(2, 5, 3))
