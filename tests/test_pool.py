@@ -73,16 +73,31 @@ def make_bags(
     return Bags(of, leaves)
 
 
+class ExactSigmoid(torch.autograd.Function):
+    """Whose slope stays exact where 1 - sigmoid cancels."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sigmoid()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient * x.sigmoid() * (-x).sigmoid()
+
+
 def formula(
     bags: Bags,
     leaves: dict[str, Tensor],
-    tanh: Callable[[Tensor], Tensor] = torch.tanh,
+    exact: bool = False,
     reverse: bool = False,
     raw: bool = False,
 ) -> Results:
     """Pooling by the formulas of the paper, a bag at a time; masks from the seed of the call."""
     if raw:
         leaves = {name: leaf.to(compute_dtype(leaf.dtype)) for name, leaf in leaves.items()}
+    tanh, sigmoid = (exact_tanh, ExactSigmoid.apply) if exact else (torch.tanh, torch.sigmoid)
     key, value, rows = leaves["key"], leaves["value"], leaves["score_weight"]
     if reverse:
         key, rows = key.flip(-1), rows.flip(-1)
@@ -98,7 +113,7 @@ def formula(
         hidden = tanh(key[row])
         if "gate" in leaves:
             gate = leaves["gate"][row]
-            hidden = hidden * (gate.flip(-1) if reverse else gate).sigmoid()
+            hidden = hidden * sigmoid(gate.flip(-1) if reverse else gate)
         for factor, p in enumerate(bags.feature_dropout):
             if p:
                 shape = torch.Size((batch, places, 1, key.size(-1)))
@@ -176,7 +191,7 @@ def check_scores(bags: Bags, backend: str) -> None:
 def compare(bags: Bags, function: Callable[[dict[str, Tensor]], Results], raw: bool) -> Results:
     by_formula = functools.partial(formula, bags, raw=raw)
     actual = run(function, bags.leaves)
-    exact = run(functools.partial(by_formula, tanh=exact_tanh), bags.leaves, torch.float64)
+    exact = run(functools.partial(by_formula, exact=True), bags.leaves, torch.float64)
     eager = (
         run(by_formula, bags.leaves),
         run(functools.partial(by_formula, reverse=True), bags.leaves),

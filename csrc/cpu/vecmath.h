@@ -216,7 +216,8 @@ ATTN_EXT_INLINE Vec<T> hidden_value(Vec<T> x, Vec<T> g) {
   using C = ExpConstants<T>;
   const TanhRatio<T> ratio(x);
   constexpr T largest = static_cast<T>(kSaturatedGate[sizeof(T) / 8]);
-  const ExpParts<T> parts = exp_parts<T>(clamp<T>(g, C::kVanishing, largest), C::kLift);
+  // At the lower end the result is less than half of the smallest number.
+  const ExpParts<T> parts = exp_parts<T>(clamp<T>(g, C::kVanishing - 1, largest), C::kLift);
   const Vec<T> lifted = parts.scale + parts.scale * parts.fraction;
   return ratio.difference * lifted / (ratio.sum * (lifted + 1 / C::kUnlift));
 }
@@ -255,8 +256,10 @@ ATTN_EXT_INLINE HiddenParts<T> hidden_parts(Vec<T> x, Vec<T> g) {
   const Vec<T> q = inverse * (y + 1);
   const Vec<T> r = inverse * (z + 1);
   const Vec<T> slope = 4 * (z * q) * q;
-  return {difference * power * inverse, difference * q,
-          slope < T(kVanishingSlope) ? Vec<T>{} : slope, power * r, y * r * r};
+  // As 1 - tanh^2, 1 - sigmoid counts as 0 where it is in double precision.
+  const VecBits<T> closed = (g > 0) & (y < T(kVanishingSlope));
+  return {difference * inverse * power, difference * q,
+          slope < T(kVanishingSlope) ? Vec<T>{} : slope, power * r, closed ? Vec<T>{} : y * r * r};
 }
 
 }  // namespace ATTN_EXT_ISA
