@@ -28,6 +28,8 @@ else:
 
 def require_backend(name: str) -> str:
     """The name, or a visible skip where the backend is missing."""
+    if name not in BACKEND_DEVICES:
+        pytest.skip(f"backend {name} is not among those that this process tests")
     problem = backends.problem(name, torch.device(BACKEND_DEVICES[name]))
     if problem is not None:
         pytest.skip(f"backend {name}: {problem}")

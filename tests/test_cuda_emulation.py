@@ -60,6 +60,7 @@ def passed(report: str) -> int:
 SUITE = {
     ("additive_attention", "masks", "strides"): 100,
     ("attention_memory", "attention_memory_modes", "attention_memory_programs", "dropout"): 100,
+    ("scores", "attention_memory_family"): 60,
     ("corrupt_values", "fake_tensors", "hard_cases", "magnitudes"): 100,
 }
 
@@ -77,7 +78,7 @@ def test_several_tiles_splits_and_orders():
 
 def test_several_waves_of_queries():
     """Scores of few queries at a time: gradients of keys and values gather over waves."""
-    files = [f"tests/test_{name}.py" for name in ("additive_attention", "dropout")]
+    files = [f"tests/test_{name}.py" for name in ("additive_attention", "dropout", "scores")]
     layouts = "test_layouts or test_dtypes or test_dropout"
     assert passed(run_emulated(*files, "-k", layouts, small=True)) > 40
 

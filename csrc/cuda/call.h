@@ -30,7 +30,8 @@ class Call {
  public:
   // With `step_major`, query is [S, B, H, D]: its rows are the steps.
   Call(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& score_weight,
-       const SequenceArguments& sequences, const Dropout& dropout, bool step_major = false)
+       const SequenceArguments& sequences, const Dropout& dropout, int64_t weights_layout,
+       bool step_major = false)
       : device_(query), query_(query) {
     check_dtype("query", query);
     check_dtype("key", key);
@@ -46,6 +47,7 @@ class Call {
     describe_sequences(query.size(step_major ? 1 : 0), query.size(step_major ? 0 : 1), key,
                        sequences);
     problem.dropout = dropout;
+    problem.raw_scores = weights_layout & kRaw;
   }
 
   cudaStream_t stream() const { return device_.stream(); }

@@ -145,8 +145,9 @@ __device__ inline int64_t key_offset(const Rows& rows, const Span& span, int64_t
 __device__ inline int64_t score_offset(const Scores& scores, const Span& span, int64_t head,
                                        int64_t i, int64_t j) {
   if (scores.by_key) {
-    return span.key_batch * scores.batch + (span.key_begin + span.position(j)) * scores.key +
-           head * scores.head + (span.first_query + i) * scores.query;
+    return span.number * scores.batch + span.key_begin * scores.begin +
+           span.position(j) * scores.key + head * scores.head +
+           (span.first_query + i) * scores.query;
   }
   return (span.flat_row + i) * scores.query + head * scores.head + j * scores.key;
 }

@@ -202,7 +202,8 @@ __device__ inline void run_unit(const Unit& unit, Shared& shared) {
         in_factored_range(query_bound, key_bound, kSmallestGradientSum)) {
       route = Route::kFactored;
     } else {
-      if (query_bound + key_bound < static_cast<float>(kSmallestMagnitudeSum)) {
+      if (query_bound + key_bound < static_cast<float>(kSmallestMagnitudeSum) &&
+          !unit.call.problem.raw_scores) {  // whose s need not sum to 0
         route = Route::kSmall;
       }
       __syncthreads();

@@ -32,7 +32,8 @@ struct SoftmaxCall {
 };
 void launch_softmax(const SoftmaxCall& call, cudaStream_t stream);
 
-// scores -> alpha after dropout, and dalpha -> s = alpha (dalpha - sum alpha dalpha), in place.
+// scores -> alpha after dropout, and dalpha -> s = alpha (dalpha - sum alpha dalpha), in place. Of
+// raw scores dalpha becomes dweights, which is s, and the scores are left alone.
 struct SoftmaxGradientCall {
   Problem problem;
   Scores scores;

@@ -27,14 +27,15 @@ struct Sequences {
 };
 
 // A number for each query and key: those of the keys of a query side by side, rows of queries
-// counted from Sequences::first_row; or `by_key`, where keys have the places that they have in the
-// key tensor.
+// counted from Sequences::first_row; or `by_key`, where rows of queries count from the first of
+// their sequence, and keys have the places that they have in the key tensor or in dense weights.
 struct Scores {
   float* data = nullptr;
   bool by_key = false;
-  int64_t batch = 0;
+  int64_t batch = 0;  // by sequence
   int64_t query = 0;
   int64_t key = 0;
+  int64_t begin = 0;  // by rows before a jagged sequence: as `key`, but 0 in dense weights
   int64_t head = 0;
 };
 
@@ -55,6 +56,7 @@ struct Problem {
   Rows value;
   Rows score_weight;  // head, col
   Dropout dropout;
+  bool raw_scores = false;  // weights are the scores, and their gradient the scores'
 };
 
 }  // namespace cuda

@@ -2,6 +2,7 @@
 // the kernels in order. attn_ext/ops.py hands CUDA tensors on to them.
 #include <torch/csrc/stable/library.h>
 
+#include <limits>
 #include <tuple>
 
 #include "gradients.h"
@@ -28,6 +29,13 @@ InnerCall inner_call(const Call& call, bool scores, const Rows& left, const Rows
   inner.dim = dim;
   inner.out = out;
   return inner;
+}
+
+// Scores of all queries straight into the result.
+void forward_raw(const Call& call, const Scores& scores) {
+  const Problem& problem = call.problem;
+  const auto run = call.one_step() ? launch_step_inner : launch_inner;
+  run(inner_call(call, kScores, problem.query, problem.key, problem.dim, scores), call.stream());
 }
 
 // Every sequence's only query: scores, softmax and weighted sum in one kernel, or two if there are
@@ -97,26 +105,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_forward(
     int64_t weights_layout, bool /*keep_scores*/, bool /*deterministic*/) {
   Call call(query, key, value, score_weight,
             {cu_seqlens_q, cu_seqlens_k, key_lengths, key_padding_mask, max_seqlen_q, max_seqlen_k},
-            dropout_of(dropout_p, dropout_seed));
+            dropout_of(dropout_p, dropout_seed), weights_layout);
+  const bool raw = call.problem.raw_scores;
+  const ScalarType weights_type = raw ? ScalarType::Float : value.scalar_type();
+  const bool by_key = weights_layout & kWeightsByKey;
   Tensor context = allocate(query, with_last(query, value.size(3)), value.scalar_type());
   Tensor stats = allocate(query, with_last(query, 2), ScalarType::Float);
-  Tensor weights = nothing(value, value.scalar_type());
+  Tensor weights = nothing(value, weights_type);
   Weights weights_view;
-  if (call.leaves_rows()) {
+  if (call.leaves_rows() || raw) {
     clear(context, call.stream());
     clear(stats, call.stream());
   }
-  if (weights_layout != 0) {
-    const bool by_key = weights_layout == 2;
+  if (weights_layout != kNoWeights) {
     weights = allocate(value,
                        by_key ? std::vector<int64_t>{key.size(1), key.size(2)}
                               : std::vector<int64_t>{call.batch(), key.size(2), call.max_queries(),
                                                      call.max_keys()},
-                       value.scalar_type());
-    clear(weights, call.stream());
+                       weights_type);
+    if (raw) {
+      torch::stable::fill_(weights, -std::numeric_limits<double>::infinity());
+    } else {
+      clear(weights, call.stream());
+    }
     weights_view = weights_of(weights, by_key);
   }
-  if (call.one_step()) {
+  if (raw) {
+    forward_raw(call, raw_scores(weights, by_key));
+  } else if (call.one_step()) {
     forward_step(call, rows_of(context), rows_of(stats), weights_view);
   } else {
     forward_rows(call, rows_of(context), rows_of(stats), weights_view);
@@ -148,12 +164,14 @@ struct Incoming {
   bool weights_by_key;
 };
 
-// alpha and s of a wave's queries.
+// alpha and s of a wave's queries; of raw scores only s.
 void softmax_gradient(const Call& call, const Incoming& incoming, bool wants_scores,
                       const Scores& alpha, const Scores& dscores) {
   const Problem& problem = call.problem;
   const auto run = call.one_step() ? launch_step_inner : launch_inner;
-  run(inner_call(call, kScores, problem.query, problem.key, problem.dim, alpha), call.stream());
+  if (!problem.raw_scores) {
+    run(inner_call(call, kScores, problem.query, problem.key, problem.dim, alpha), call.stream());
+  }
   SoftmaxGradientCall softmax;
   softmax.problem = problem;
   softmax.scores = alpha;
@@ -182,31 +200,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
     bool /*deterministic*/) {
   Call call(query, key, value, score_weight,
             {cu_seqlens_q, cu_seqlens_k, key_lengths, key_padding_mask, max_seqlen_q, max_seqlen_k},
-            dropout_of(dropout_p, dropout_seed));
+            dropout_of(dropout_p, dropout_seed), weights_layout);
   check_dtype("dcontext", dcontext);
   check_dtype("dweights", dweights);
-  const Incoming incoming{dcontext, dweights, stats, weights_layout == 2};
+  const bool raw = call.problem.raw_scores;
+  const bool has_dcontext = dcontext.has_value() && !raw;
+  const bool by_key = weights_layout & kWeightsByKey;
+  const Incoming incoming{dcontext, dweights, stats, by_key};
   const int64_t rows =
       call.one_step() ? std::max<int64_t>(call.query_rows(), 1) : call.wave_rows(2);
   const int64_t waves = (call.query_rows() + rows - 1) / rows;
-  const Gradients gradients(call, query, key, value, score_weight, grad_mask, dcontext.has_value(),
+  const Gradients gradients(call, query, key, value, score_weight, grad_mask, has_dcontext,
                             waves > 1);
   const std::vector<int64_t> sizes =
-      call.one_step() ? std::vector<int64_t>{key.size(0), key.size(1), key.size(2)}
-                      : std::vector<int64_t>{rows, call.problem.heads, call.longest_key()};
+      raw               ? std::vector<int64_t>{0, 0, 0}  // s is what comes in
+      : call.one_step() ? std::vector<int64_t>{key.size(0), key.size(1), key.size(2)}
+                        : std::vector<int64_t>{rows, call.problem.heads, call.longest_key()};
   const Tensor alpha_room = call.floats(sizes);
   const Tensor dscores_room = call.floats(sizes);
   const auto view = [&](const Tensor& room) {
     return call.one_step() ? key_scores(room) : call.dense_scores(room);
   };
   const Scores alpha = view(alpha_room);
-  const Scores dscores = view(dscores_room);
+  const Scores dscores = raw ? raw_scores(*dweights, by_key) : view(dscores_room);
   const GradientPhase phase(call, gradients, waves, rows);
   for (int64_t wave = 0; wave < waves; ++wave) {
     call.begin_wave(wave * rows, rows);
-    softmax_gradient(call, incoming, gradients.wants_scores(), alpha, dscores);
+    if (!raw) {
+      softmax_gradient(call, incoming, gradients.wants_scores(), alpha, dscores);
+    }
     phase.run(dscores);
-    if (dcontext.has_value()) {
+    if (has_dcontext) {
       value_gradient(call, gradients, rows_of(*dcontext), alpha);
     }
   }
@@ -224,10 +248,11 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_step_backward(
     bool /*deterministic*/) {
   Call call(query, key, value, score_weight,
             {{}, cu_seqlens_k, key_lengths, key_padding_mask, 1, max_seqlen_k},
-            dropout_of(dropout_p, dropout_seed));
+            dropout_of(dropout_p, dropout_seed), weights_layout);
   check_dtype("dcontext", dcontext);
   check_dtype("dweights", dweights);
-  const Incoming incoming{dcontext, dweights, stats, weights_layout == 2};
+  const bool by_key = weights_layout & kWeightsByKey;
+  const Incoming incoming{dcontext, dweights, stats, by_key};
   const Gradients gradients(call, query, key, value, score_weight, grad_mask & kGradQuery, true,
                             false);
   const std::vector<int64_t> sizes{key.size(0), key.size(1), key.size(2)};
@@ -235,6 +260,8 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_step_backward(
   Tensor weights = call.floats(sizes);
   if (call.leaves_rows()) {
     clear(dscores, call.stream());
+  }
+  if (call.leaves_rows() || call.problem.raw_scores) {
     clear(weights, call.stream());
   }
   const bool wants_scores = grad_mask & (kGradQuery | kGradKey | kGradScoreWeight);
@@ -254,7 +281,7 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_memory_backward(
   check_dtype("dcontext", dcontext);
   const Call call(query, key, value, score_weight,
                   {{}, cu_seqlens_k, key_lengths, key_padding_mask, query.size(0), max_seqlen_k},
-                  {}, true);
+                  {}, kNoWeights, true);
   const Gradients gradients(call, query, key, value, score_weight, grad_mask & ~kGradQuery, true,
                             false);
   const GradientPhase phase(call, gradients, 1, call.query_rows());

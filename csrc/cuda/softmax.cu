@@ -97,6 +97,9 @@ struct GradientRow {
   __device__ float& dalpha(int64_t j) const {
     return call.dalpha.data[score_offset(call.dalpha, span, head, i, j)];
   }
+  __device__ float dweight(int64_t j) const {
+    return load(call.dweights.rows, weight_offset(call.dweights, span, head, i, j));
+  }
   __device__ float factor(int64_t j) const {
     return dropout_factor(call.problem.dropout, span, head, i, j);
   }
@@ -113,8 +116,7 @@ __device__ inline float row_delta(const GradientRow& row, float (&room)[kGroup /
     const float alpha = expf(row.alpha(j) - row.shift) * row.scale;
     float dalpha = call.has_dalpha ? row.dalpha(j) : 0.0f;
     if (call.dweights.rows.data != nullptr) {
-      dalpha +=
-          load(call.dweights.rows, weight_offset(call.dweights, row.span, row.head, row.i, j));
+      dalpha += row.dweight(j);
     }
     const float factor = row.factor(j);
     dalpha = factor > 0 ? dalpha * factor : 0.0f;
@@ -157,6 +159,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     return;
   }
   for (int64_t head = blockIdx.y; head < call.problem.heads; head += gridDim.y) {
+    if (call.problem.raw_scores) {
+      const GradientRow row{call, span, head, found.i, 0, 0};
+      for (int64_t j = threadIdx.x % kGroup; j < span.key_count; j += kGroup) {
+        row.dalpha(j) = row.dweight(j);
+      }
+      continue;
+    }
     const int64_t stats = query_offset(call.stats, span, head, found.i);
     const GradientRow row{call,
                           span,

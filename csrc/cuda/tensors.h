@@ -52,9 +52,24 @@ inline Scores key_scores(const Tensor& tensor) {
   scores.data = static_cast<float*>(tensor.data_ptr());
   scores.by_key = true;
   scores.query = first == 1 ? tensor.stride(0) : 0;
-  scores.batch = tensor.stride(first);
+  scores.batch = tensor.size(first) > 1 ? tensor.stride(first) : 0;  // jagged keys have one for all
   scores.key = tensor.stride(first + 1);
+  scores.begin = scores.key;
   scores.head = tensor.stride(first + 2);
+  return scores;
+}
+
+// Weights that are raw scores.
+inline Scores raw_scores(const Tensor& weights, bool by_key) {
+  const Rows rows = weight_rows(weights, by_key);
+  Scores scores;
+  scores.data = static_cast<float*>(rows.data);
+  scores.by_key = true;
+  scores.batch = rows.batch;
+  scores.query = rows.row;
+  scores.key = rows.col;
+  scores.begin = by_key ? rows.col : 0;
+  scores.head = rows.head;
   return scores;
 }
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import emulated_cuda
 import pytest
 import torch
-from helpers import call, check, incoming_gradients
+from helpers import assert_within_budget, call, check, check_scores, incoming_gradients
 from layouts import INPUT_NAMES, LENGTHS_K, Inputs, make_inputs
 from yardstick import Results, differentiate
 
@@ -66,6 +66,61 @@ def test_long_steps(layout: str, processors: str):
     )
     with environment(ATTN_EXT_EMULATED_PROCESSORS=processors):
         check(inputs, "cuda", dropout_p=0.3)
+
+
+@pytest.mark.parametrize("processors", ["1", "64"])
+@pytest.mark.parametrize("layout", ["padded_mask", "jagged", "nested_keys", "jagged_one_step"])
+def test_scores_of_several_tiles(layout: str, processors: str):
+    lengths_k = (130, 70, 0) if "one_step" in layout else LONG_K
+    with environment(ATTN_EXT_EMULATED_PROCESSORS=processors):
+        check_scores(large_inputs(layout, lengths_k=lengths_k, heads=2), "cuda")
+
+
+@pytest.mark.parametrize("layout", ["padded_mask", "one_step_mask", "jagged_one_step"])
+def test_gradients_of_scores_need_not_sum_to_0(layout: str):
+    """As those of a softmax do, which dquery relies on where every tanh is small."""
+    inputs = make_inputs(layout, features=24, scale=1e-3)
+    query, key, _, weight = inputs.leaves.values()
+
+    def run(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [leaf.to(dtype, copy=True).requires_grad_() for leaf in (query, key, weight)]
+        scores = attn_ext.additive_scores(*leaves, backend=backend, **inputs.keywords)
+        scores.masked_fill(scores == -torch.inf, 0).sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    runs = (
+        run("cuda", torch.float32),
+        run("reference", torch.float64),
+        run("reference", query.dtype),
+    )
+    for name, *results in zip(("dquery", "dkey", "dscore_weight"), *runs):
+        assert_within_budget(name, *results)
+
+
+@pytest.mark.parametrize("step", ["padded", "masked", "jagged"])
+def test_gradients_that_a_step_of_scores_leaves(step: str):
+    """Those that come in, in the places of the keys, and 0 for keys that are not attended to."""
+    mask = torch.rand(3, 150) < (0.4 if step == "masked" else 0)
+    mask[1] = step == "masked"
+    key = torch.randn(3, 150, 2, 24)
+    layout = None, None, mask if step == "masked" else None
+    dscores = torch.randn(3, 2, 1, 150)
+    expected = dscores[:, :, 0].transpose(1, 2).masked_fill(mask[:, :, None], 0)
+    dscores = dscores.masked_fill(mask[:, None, None], torch.nan)
+    if step == "jagged":
+        key = key.reshape(1, 450, 2, 24)
+        layout = torch.tensor([0, 150, 150, 440]), None, None
+        dscores = torch.randn(450, 2)
+        expected = dscores[None].clone()
+        expected[:, 440:] = 0
+        dscores[440:] = torch.nan
+    query, value = torch.randn(3, 1, 2, 24), key[..., :5]
+    inputs = query, key, value, torch.randn(2, 24)
+    rest = *layout, 290, 0.0, None, 4 + (2 if step == "jagged" else 1), 15, False
+    _, left, weights = torch.ops.attn_ext_cuda.additive_attention_step_backward(
+        None, dscores, *inputs, None, None, torch.empty(0, 0, 0, 2), torch.empty(0), *rest
+    )
+    assert torch.equal(left, expected) and not weights.any()
 
 
 @pytest.mark.parametrize("scale", [1e-3, 12.0], ids=["small", "large"])
