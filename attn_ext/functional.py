@@ -214,7 +214,7 @@ def additive_scores(
         score_weight: ``(D,)``, or ``(H, D)`` for H heads. Without a query ``(K, D)`` also gives K
             scores of each of the keys ``(B, Tk, D)``, ``(total_k, D)`` or nested.
         gate: only without a query: as key, ``e_j = w . (tanh(k_j) * sigmoid(gate_j))``. "triton"
-            and "cuda" have no kernels for it yet; on CUDA tensors None takes the reference.
+            has no kernels for it.
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_padding_mask, key_lengths,
             features, feature_weight, deterministic, backend: as in :func:`additive_attention`.
 

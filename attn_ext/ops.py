@@ -49,8 +49,7 @@ _SCHEMAS = {
     f"int weights_layout, int grad_mask, {_CHOICE}) "
     "-> (Tensor dkey, Tensor dvalue, Tensor dscore_weight, Tensor dgate)",
 }
-# Which "triton" and "cuda" do not have.
-_CPU_ONLY = ("additive_attention_prepare", "additive_pool_forward", "additive_pool_backward")
+_CPU_ONLY = ("additive_attention_prepare",)
 
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"attn_ext::{_name}", _schema)

@@ -25,7 +25,7 @@ from .checks import (
 )
 from .layout import KeySide, QuerySide
 
-BACKENDS = ("cpu", "reference")  # those that pool
+BACKENDS = ("cuda", "cpu", "reference")  # those that pool
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -159,12 +159,13 @@ def check_feature_dropout(
 
 
 def choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """As :func:`attn_ext.backends.choose`, of those that pool: nothing on a GPU so far."""
+    """As :func:`attn_ext.backends.choose`, of those that pool."""
     if backend in backends.BACKENDS and backend not in BACKENDS:
         expected = f"one of {', '.join(BACKENDS)}, or None, for pooling and gated scores"
         raise mismatch("backend", expected, f"{backend!r}, which has no kernels for them yet")
     if backend is None and device.type == "cuda":
-        return "reference"
+        usable = dtype != torch.float64 and backends.problem("cuda", device) is None
+        return "cuda" if usable else "reference"
     return backends.choose(backend, device, dtype)
 
 
@@ -239,8 +240,8 @@ def additive_pool(
         dropout_p: probability to drop an attention weight, with the same scaling.
         need_weights: also return the attention weights (after dropout).
         deterministic: as in :func:`attn_ext.additive_attention`.
-        backend: "cpu" or "reference"; None takes the best available, on CUDA tensors the reference,
-            since "triton" and "cuda" have no kernels for pooling yet.
+        backend: "cuda", "cpu" or "reference"; None takes the best available. "triton" has no
+            kernels for pooling.
 
     Returns:
         The context ``(B, Dv)``, with branches ``(B, K, Dv)``, in value's dtype; with

@@ -56,6 +56,9 @@ ATTN_EXT_HOST_DEVICE float add_factored_pair(float sum, float w0, float w1, floa
   return std::fma(std::fma(w0, x1, w1 * x0), fast_reciprocal(x0 * x1), sum);
 }
 
+// Below it 1 - tanh(x)^2 is 0 in double precision, so it is in pooling too.
+constexpr double kVanishingSlope = 0x1p-53;
+
 // tanh(x) and (1 - tanh(x)^2) / 4.
 struct TanhSlope {
   float tanh;
@@ -72,6 +75,12 @@ ATTN_EXT_HOST_DEVICE void factored_pair(float a0, float a1, float b0, float b1, 
   h1 = std::fma(x0, inverse, -0.5f);
 }
 
+// 1 / x for x between 1 and 2, to all but half a unit of the last place.
+ATTN_EXT_HOST_DEVICE float refined_reciprocal(float x) {
+  const float guess = fast_reciprocal(x);
+  return std::fma(guess, std::fma(-guess, x, 1.0f), guess);
+}
+
 // tanh(x) = x + x^3 (c0 + c1 x^2 + ...) for |x| <= 0.55, fitted for an error of 5e-9 of tanh.
 constexpr float kSmallTanh[5] = {-0.3333332f, 0.13332598f, -0.053853363f, 0.021075668f,
                                  -0.0062794993f};
@@ -82,9 +91,7 @@ ATTN_EXT_HOST_DEVICE TanhSlope exact_tanh(float x) {
   constexpr float kPolynomial = 0.55f;
   const float size = std::fabs(x);
   const float z = fast_exp2(-kTwoLog2E * size);
-  const float guess = fast_reciprocal(1 + z);
-  const float inverse = std::fma(guess, std::fma(-guess, 1 + z, 1.0f), guess);
-  const float part = z * inverse;
+  const float part = z * refined_reciprocal(1 + z);
   const float square = x * x;
   // Device code reads the host's array in constants only.
   constexpr float c0 = kSmallTanh[0];
@@ -100,6 +107,18 @@ ATTN_EXT_HOST_DEVICE TanhSlope exact_tanh(float x) {
   const float large = std::copysign(std::fma(-2.0f, part, 1.0f), x);
   // part (1 - part), to which errors of part = 1/2 are nothing: slopes of tiny x are all the same.
   return {size < kPolynomial ? small : large, std::fma(-part, part, part)};
+}
+
+// sigmoid(x) and sigmoid(x) (1 - sigmoid(x)), subnormal ones too: exp(-|x|) does not overflow.
+struct SigmoidSlope {
+  float sigmoid;
+  float slope;
+};
+
+ATTN_EXT_HOST_DEVICE SigmoidSlope exact_sigmoid(float x) {
+  const float y = std::exp(-std::fabs(x));
+  const float r = refined_reciprocal(1 + y);
+  return {x < 0 ? y * r : r, y * r * r};
 }
 
 // A softmax over some of the keys: largest score and sum of exponentials relative to it.

@@ -23,7 +23,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / "build" / "cuda_tests"
 EMULATION = Path(__file__).parent / "cuda_emulation"
-OPS = ("forward", "backward", "step_backward", "memory_backward")
+OPS = (
+    *("forward", "backward", "step_backward", "memory_backward"),
+    *("pool_forward", "pool_backward"),
+)  # as attn_ext.ops calls them
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # So little room that small tests need several waves of queries and gather gradients.
 SMALL = "-DATTN_EXT_CUDA_WAVE_BYTES=4096"
@@ -120,7 +123,7 @@ def _dispatching(name: str) -> Callable:
 @functools.cache
 def install(*definitions: str) -> torch.library.Library:
     """Make backend "cuda" compute on CPU tensors in this process."""
-    from attn_ext import backends
+    from attn_ext import backends, ops
 
     path = build(*definitions)
     torch.ops.load_library(str(path))
@@ -129,7 +132,7 @@ def install(*definitions: str) -> torch.library.Library:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's, that these kernels override others
         for op in OPS:
-            name = f"additive_attention_{op}"
+            name = getattr(ops, op)._opname
             library.impl(name, _dispatching(name), "CPU", with_keyset=True, allow_override=True)
     problem = backends.problem
     backends.problem = lambda name, device: None if name == "cuda" else problem(name, device)

@@ -51,6 +51,13 @@ void tanh_and_slope(const float* x, float* tanh, float* slope, long n) {
     slope[i] = result.slope;
   }
 }
+void sigmoid_and_slope(const float* x, float* sigmoid, float* slope, long n) {
+  for (long i = 0; i < n; ++i) {
+    const SigmoidSlope result = exact_sigmoid(x[i]);
+    sigmoid[i] = result.sigmoid;
+    slope[i] = result.slope;
+  }
+}
 // Scores of pairs of features by the factored form, and tanh and slope of the first feature.
 void factored(const float* q, const float* k, const float* w, float* score, float* tanh,
               float* slope, long n) {
@@ -177,6 +184,17 @@ def test_exact_tanh_at_the_ends(arithmetic, x: float, tanh: float):
     call(arithmetic.tanh_and_slope, values, out, slope, size=1)
     assert out.item() == tanh
     assert slope.item() == (0.25 if x == 0 else 0.0)
+
+
+def test_sigmoid_and_slope_keep_their_relative_accuracy(arithmetic):
+    """Down to subnormal numbers, of which the last place is as large as that of the smallest."""
+    size = torch.cat([torch.logspace(-30, 2, 100_000), torch.linspace(0, 110, 100_000)])
+    x = torch.cat([size, -size, torch.tensor([-1e4, 1e4])])
+    results = torch.empty_like(x), torch.empty_like(x)
+    call(arithmetic.sigmoid_and_slope, x, *results, size=x.numel())
+    exact = x.double().sigmoid()
+    for result, value in zip(results, (exact, exact * (-x.double()).sigmoid())):
+        assert ((result - value).abs() <= 4 * ULP * value + 2.0**-149).all()
 
 
 def factored(arithmetic, q: Tensor, k: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from attn_ext.reference import draw_seed, dropout_keep_mask, feature_keep_mask
 Results = dict[str, Tensor]
 
 
-@pytest.fixture(params=backend_parameters("triton", "cuda"))
+@pytest.fixture(params=backend_parameters("triton"))
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """As everywhere, without those that have no kernels for pooling."""
     with backend_in_use(request.param):
@@ -481,8 +481,7 @@ def nested(*lengths: int) -> Tensor:
         ({"feature_dropout_p": (0.1, 0.2), "gate": None}, "feature_dropout_p: expected one prob"),
         ({"dropout_p": -1.0}, "dropout_p: expected a probability"),
         ({"need_weights": 1}, "need_weights: expected a bool"),
-        ({"backend": "triton"}, "backend: expected one of cpu, reference, or None, for pooling"),
-        ({"backend": "cuda"}, "backend: expected one of .* got 'cuda', which has no kernels"),
+        ({"backend": "triton"}, "backend: expected one of cuda, cpu, reference, or None, for"),
         ({"backend": "gpu"}, "backend: expected None or one of"),
     ],
 )

@@ -125,9 +125,6 @@ ATTN_EXT_INLINE Vec<T> quarter_slope(Vec<T> p) {
   return p - p * p;
 }
 
-// Below it 1 - tanh(x)^2 is 0 in double precision, so it is here too.
-constexpr double kVanishingSlope = 0x1p-53;
-
 // Up to where tanh is taken from small_tanh.
 constexpr double kSmallTanhLimit = 0.55;
 

@@ -28,30 +28,37 @@ inline int shift_for(int64_t count) {
 
 class Call {
  public:
+  // Pooling: the rows of score_weight, [H, K, D], are the queries of every sequence.
+  Call(const Tensor& key, const Tensor& value, const Tensor& score_weight,
+       const SequenceArguments& sequences, const Dropout& dropout, int64_t weights_layout)
+      : device_(key), query_(key) {
+    const int64_t batch =
+        sequences.cu_seqlens_k.has_value() ? sequences.cu_seqlens_k->size(0) - 1 : key.size(0);
+    describe(key, value, score_weight, dropout, weights_layout);
+    problem.query = view(score_weight, 0, score_weight.stride(1), score_weight.stride(0),
+                         score_weight.stride(2));
+    describe_sequences(batch, score_weight.size(1), key, sequences);
+    few_rows_ = true;
+  }
+
   // With `step_major`, query is [S, B, H, D]: its rows are the steps.
   Call(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& score_weight,
        const SequenceArguments& sequences, const Dropout& dropout, int64_t weights_layout,
        bool step_major = false)
       : device_(query), query_(query) {
     check_dtype("query", query);
-    check_dtype("key", key);
-    check_dtype("value", value);
-    check_dtype("score_weight", score_weight);
-    problem.heads = key.size(2);
-    problem.dim = key.size(3);
-    problem.value_dim = value.size(3);
+    describe(key, value, score_weight, dropout, weights_layout);
     problem.query = step_major ? step_rows_of(query) : rows_of(query);
-    problem.key = rows_of(key);
-    problem.value = rows_of(value);
     problem.score_weight = score_weight_rows(score_weight);
     describe_sequences(query.size(step_major ? 1 : 0), query.size(step_major ? 0 : 1), key,
                        sequences);
-    problem.dropout = dropout;
-    problem.raw_scores = weights_layout & kRaw;
+    few_rows_ = one_step_;
   }
 
   cudaStream_t stream() const { return device_.stream(); }
   bool one_step() const { return one_step_; }
+  // Whether rows of scores are few and long.
+  bool few_rows() const { return few_rows_; }
   // Whether rows of queries, or of keys, may belong to nobody, and so must be cleared.
   bool leaves_rows() const { return leaves_rows_; }
   int64_t batch() const { return problem.sequences.count; }
@@ -93,6 +100,20 @@ class Call {
   Problem problem;
 
  private:
+  void describe(const Tensor& key, const Tensor& value, const Tensor& score_weight,
+                const Dropout& dropout, int64_t weights_layout) {
+    check_dtype("key", key);
+    check_dtype("value", value);
+    check_dtype("score_weight", score_weight);
+    problem.heads = key.size(2);
+    problem.dim = key.size(3);
+    problem.value_dim = value.size(3);
+    problem.key = rows_of(key);
+    problem.value = rows_of(value);
+    problem.dropout = dropout;
+    problem.raw_scores = weights_layout & kRaw;
+  }
+
   void describe_sequences(int64_t query_batch, int64_t query_rows, const Tensor& key,
                           const SequenceArguments& arguments) {
     Sequences& sequences = problem.sequences;
@@ -138,6 +159,7 @@ class Call {
   Tensor query_;
   OptionalTensor key_index_;
   bool one_step_ = false;
+  bool few_rows_ = false;
   bool leaves_rows_ = false;
   int64_t query_rows_ = 0;
   int64_t max_queries_ = 0;

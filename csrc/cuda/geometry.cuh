@@ -156,7 +156,8 @@ __device__ inline int64_t weight_offset(const Weights& weights, const Span& span
                                         int64_t i, int64_t j) {
   const Rows& rows = weights.rows;
   if (weights.by_key) {
-    return (span.key_begin + span.position(j)) * rows.col + head * rows.head;
+    return (span.key_begin + span.position(j)) * rows.col + head * rows.head +
+           (span.first_query + i) * rows.row;
   }
   return span.number * rows.batch + head * rows.head + (span.first_query + i) * rows.row +
          span.position(j) * rows.col;

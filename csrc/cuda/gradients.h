@@ -36,6 +36,15 @@ class Gradients {
   Rows dkey_sums() const { return rows_of(*dkey_sums_); }
   Rows dvalue_sums() const { return rows_of(*dvalue_sums_); }
 
+  static Tensor make(const Call& call, const Tensor& like, bool wanted, bool zeros) {
+    Tensor result = wanted ? allocate(like, sizes_of(like), like.scalar_type())
+                           : nothing(like, like.scalar_type());
+    if (zeros) {
+      clear(result, call.stream());
+    }
+    return result;
+  }
+
   Tensor dquery;
   Tensor dkey;
   Tensor dvalue;
@@ -46,15 +55,6 @@ class Gradients {
   bool wants_weight;
 
  private:
-  static Tensor make(const Call& call, const Tensor& like, bool wanted, bool zeros) {
-    Tensor result = wanted ? allocate(like, sizes_of(like), like.scalar_type())
-                           : nothing(like, like.scalar_type());
-    if (zeros) {
-      clear(result, call.stream());
-    }
-    return result;
-  }
-
   // Gradients gather in float32, those of that type where they are.
   static Tensor sums(const Tensor& gradient, bool gathers) {
     const bool in_place = !gathers || gradient.scalar_type() == ScalarType::Float;

@@ -41,7 +41,7 @@ struct SoftmaxGradientCall {
   bool has_dalpha = false;  // else it counts as 0
   Rows stats;
   Weights dweights;       // data is null without
-  bool one_step = false;  // few long rows
+  bool few_rows = false;  // but long
 };
 void launch_softmax_gradient(const SoftmaxGradientCall& call, cudaStream_t stream);
 
@@ -81,7 +81,7 @@ void launch_merge_dquery(const GradientCall& call, cudaStream_t stream);
 void launch_merge_dweight(const float* partial, int64_t tiles, int64_t heads, int64_t dim,
                           const Rows& dscore_weight, cudaStream_t stream);
 
-// Context and statistics for one query a sequence.
+// Context and statistics for one query a sequence, or with `scored` for the few of pooling.
 struct StepCall {
   Problem problem;
   Rows context;
@@ -90,12 +90,28 @@ struct StepCall {
   int key_shift = 0;                     // a block has 2^key_shift keys
   bool merges = false;                   // whether a sequence may have more than one block; then
   Scores scores;                         // with weights: where scores wait for their softmax
-  float* partial_sums = nullptr;         // [tiles of keys, heads, value_dim]
-  SoftmaxPart* partial_stats = nullptr;  // [tiles of keys, heads]
+  bool scored = false;                   // whether they stand there already
+  float* partial_sums = nullptr;         // [tiles of keys, queries, heads, value_dim]
+  SoftmaxPart* partial_stats = nullptr;  // [tiles of keys, queries, heads]
 };
 constexpr int kMostStepShift = 10;  // of key_shift
 void launch_step(const StepCall& call, cudaStream_t stream);
 void launch_step_merge(const StepCall& call, cudaStream_t stream);
+
+// Keys that are scored without a query: the rows of the score weights, which are problem.query and
+// the same for every sequence, meet hidden rows (see pool.cu).
+struct PoolCall {
+  Problem problem;
+  Rows gate;                   // by key; data is null without
+  Dropout feature_dropout[2];  // of the tanh, and of the gate
+  Scores scores;               // or in backward s
+  Rows dkey;                   // data of what is not wanted is null
+  Rows dgate;
+  float* partial_dweight = nullptr;  // [tiles of keys, heads, queries, dim]
+};
+constexpr int kPoolShift = 6;  // a block has 2^kPoolShift keys
+void launch_pool_scores(const PoolCall& call, cudaStream_t stream);
+void launch_pool_gradient(const PoolCall& call, cudaStream_t stream);
 
 // Positions of the keys that a mask of `rows` keys for each of `count` sequences leaves, in order.
 void launch_compact_mask(const Mask& mask, int64_t count, int64_t rows, int32_t* key_index,

@@ -102,6 +102,67 @@ __device__ __forceinline__ void load_granule(const Rows& rows, int64_t offset, i
   }
 }
 
+// The same granule of several rows, whose loads are all under way before the first is used.
+template <int kRows>
+__device__ __forceinline__ void load_granules(const Rows& rows, const int64_t (&offsets)[kRows],
+                                              int64_t col, int64_t dim,
+                                              float (&values)[kRows][kGranule]) {
+  if (is_whole(rows, col, dim)) {
+    Granule raw[kRows];
+#pragma unroll
+    for (int n = 0; n < kRows; ++n) {
+      raw[n] = load_raw(rows, offsets[n] + col);
+    }
+#pragma unroll
+    for (int n = 0; n < kRows; ++n) {
+      unpack(rows.dtype, raw[n], values[n]);
+    }
+    return;
+  }
+#pragma unroll
+  for (int n = 0; n < kRows; ++n) {
+#pragma unroll
+    for (int f = 0; f < kGranule; ++f) {
+      values[n][f] = col + f < dim ? load(rows, offsets[n] + (col + f) * rows.col) : 0.0f;
+    }
+  }
+}
+
+// A number as one of 16 bits.
+__device__ inline unsigned short_bits(DType dtype, float value) {
+  return dtype == DType::kBFloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(value))
+                                   : __half_as_ushort(__float2half_rn(value));
+}
+
+// Stores columns [col, col + kGranule) of the row at `offset`, as far as they are below `dim`.
+__device__ __forceinline__ void store_granule(const Rows& rows, int64_t offset, int64_t col,
+                                              int64_t dim, const float (&values)[kGranule]) {
+  if (!is_whole(rows, col, dim)) {
+#pragma unroll
+    for (int n = 0; n < kGranule; ++n) {
+      if (col + n < dim) {
+        store(rows, offset + (col + n) * rows.col, values[n]);
+      }
+    }
+    return;
+  }
+  if (rows.dtype == DType::kFloat32) {
+    auto* target = reinterpret_cast<float4*>(static_cast<float*>(rows.data) + offset + col);
+    // nvcc splits assignments of vectors here into single numbers (test_cuda_build.py counts).
+    __stwb(target, make_float4(values[0], values[1], values[2], values[3]));
+    __stwb(target + 1, make_float4(values[4], values[5], values[6], values[7]));
+    return;
+  }
+  unsigned words[kGranule / 2];
+#pragma unroll
+  for (int n = 0; n < kGranule / 2; ++n) {
+    words[n] = short_bits(rows.dtype, values[2 * n]) | short_bits(rows.dtype, values[2 * n + 1])
+                                                           << 16;
+  }
+  __stwb(reinterpret_cast<uint4*>(static_cast<unsigned short*>(rows.data) + offset + col),
+         uint4{words[0], words[1], words[2], words[3]});
+}
+
 // Starts to copy a whole granule into shared memory, past the registers.
 __device__ __forceinline__ void copy_async(Granule* target, const Rows& rows, int64_t offset) {
   const bool wide = rows.dtype == DType::kFloat32;

@@ -39,7 +39,8 @@ struct Scores {
   int64_t head = 0;
 };
 
-// Attention weights as the caller sees them: [B, H, max_seqlen_q, max_seqlen_k], or [Nk, H].
+// Attention weights as the caller sees them: [B, H, max_seqlen_q, max_seqlen_k], or by key [Nk, H],
+// of more than one query [Nk, H, Nq].
 struct Weights {
   Rows rows;  // row: query, col: key
   bool by_key = false;

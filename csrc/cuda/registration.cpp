@@ -39,9 +39,9 @@ void forward_raw(const Call& call, const Scores& scores) {
 }
 
 // Every sequence's only query: scores, softmax and weighted sum in one kernel, or two if there are
-// too few sequences for a block each.
-void forward_step(const Call& call, const Rows& context, const Rows& stats,
-                  const Weights& weights) {
+// too few sequences for a block each. Pooling has few queries, whose scores are given.
+void forward_step(const Call& call, const Rows& context, const Rows& stats, const Weights& weights,
+                  const Scores& given = {}) {
   constexpr int kFewestShift = 6;
   const Problem& problem = call.problem;
   const int64_t processors = cuda::processors();
@@ -50,6 +50,8 @@ void forward_step(const Call& call, const Rows& context, const Rows& stats,
   step.context = context;
   step.stats = stats;
   step.weights = weights;
+  step.scores = given;
+  step.scored = given.data != nullptr;
   const int whole = shift_for(call.longest_key());
   int share = kMostStepShift - 1;
   if (call.batch() * problem.heads < 2 * processors) {
@@ -62,13 +64,14 @@ void forward_step(const Call& call, const Rows& context, const Rows& stats,
     launch_step(step, call.stream());
     return;
   }
-  const int64_t parts = call.key_tiles(step.key_shift) * problem.heads;
+  const int64_t parts =
+      call.key_tiles(step.key_shift) * problem.heads * problem.sequences.query.longest;
   const Tensor sums = call.floats({parts, problem.value_dim});
   const Tensor part_stats = call.floats({parts, 2});
   step.partial_sums = static_cast<float*>(sums.data_ptr());
   step.partial_stats = static_cast<SoftmaxPart*>(part_stats.data_ptr());
   OptionalTensor scores;
-  if (weights.rows.data != nullptr) {
+  if (weights.rows.data != nullptr && !step.scored) {
     const bool jagged = problem.sequences.key.offsets.data != nullptr;
     scores = call.floats({jagged ? 1 : call.batch(), problem.sequences.key.rows, problem.heads});
     step.scores = key_scores(*scores);
@@ -96,6 +99,30 @@ void forward_rows(Call& call, const Rows& context, const Rows& stats, const Weig
   }
 }
 
+// What is returned as weights, those by key of this shape, with what they are for absent keys.
+Tensor make_weights(const Call& call, const Tensor& value, int64_t weights_layout,
+                    const std::vector<int64_t>& by_key) {
+  const bool raw = call.problem.raw_scores;
+  const ScalarType dtype = raw ? ScalarType::Float : value.scalar_type();
+  if (weights_layout == kNoWeights) {
+    return nothing(value, dtype);
+  }
+  const std::vector<int64_t> dense{call.batch(), call.problem.heads, call.max_queries(),
+                                   call.max_keys()};
+  Tensor weights = allocate(value, weights_layout & kWeightsByKey ? by_key : dense, dtype);
+  if (raw) {
+    torch::stable::fill_(weights, -std::numeric_limits<double>::infinity());
+  } else {
+    clear(weights, call.stream());
+  }
+  return weights;
+}
+
+Weights view_weights(const Tensor& weights, int64_t weights_layout) {
+  return weights_layout == kNoWeights ? Weights{}
+                                      : weights_of(weights, weights_layout & kWeightsByKey);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& score_weight,
     const OptionalTensor& /*exp_key*/, const OptionalTensor& /*key_bound*/,
@@ -107,31 +134,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_forward(
             {cu_seqlens_q, cu_seqlens_k, key_lengths, key_padding_mask, max_seqlen_q, max_seqlen_k},
             dropout_of(dropout_p, dropout_seed), weights_layout);
   const bool raw = call.problem.raw_scores;
-  const ScalarType weights_type = raw ? ScalarType::Float : value.scalar_type();
-  const bool by_key = weights_layout & kWeightsByKey;
   Tensor context = allocate(query, with_last(query, value.size(3)), value.scalar_type());
   Tensor stats = allocate(query, with_last(query, 2), ScalarType::Float);
-  Tensor weights = nothing(value, weights_type);
-  Weights weights_view;
+  const Tensor weights =
+      make_weights(call, value, weights_layout, {key.size(1), call.problem.heads});
   if (call.leaves_rows() || raw) {
     clear(context, call.stream());
     clear(stats, call.stream());
   }
-  if (weights_layout != kNoWeights) {
-    weights = allocate(value,
-                       by_key ? std::vector<int64_t>{key.size(1), key.size(2)}
-                              : std::vector<int64_t>{call.batch(), key.size(2), call.max_queries(),
-                                                     call.max_keys()},
-                       weights_type);
-    if (raw) {
-      torch::stable::fill_(weights, -std::numeric_limits<double>::infinity());
-    } else {
-      clear(weights, call.stream());
-    }
-    weights_view = weights_of(weights, by_key);
-  }
+  const Weights weights_view = view_weights(weights, weights_layout);
   if (raw) {
-    forward_raw(call, raw_scores(weights, by_key));
+    forward_raw(call, raw_scores(weights, weights_view.by_key));
   } else if (call.one_step()) {
     forward_step(call, rows_of(context), rows_of(stats), weights_view);
   } else {
@@ -164,30 +177,38 @@ struct Incoming {
   bool weights_by_key;
 };
 
-// alpha and s of a wave's queries; of raw scores only s.
-void softmax_gradient(const Call& call, const Incoming& incoming, bool wants_scores,
-                      const Scores& alpha, const Scores& dscores) {
+// alpha and s of a wave's queries, from their scores in place of alpha.
+void gradient_of_scores(const Call& call, const Incoming& incoming, bool wants_scores,
+                        const Scores& alpha, const Scores& dscores) {
   const Problem& problem = call.problem;
-  const auto run = call.one_step() ? launch_step_inner : launch_inner;
-  if (!problem.raw_scores) {
-    run(inner_call(call, kScores, problem.query, problem.key, problem.dim, alpha), call.stream());
-  }
   SoftmaxGradientCall softmax;
   softmax.problem = problem;
   softmax.scores = alpha;
   softmax.dalpha = dscores;
   softmax.stats = rows_of(incoming.stats);
-  softmax.one_step = call.one_step();
+  softmax.few_rows = call.few_rows();
   if (incoming.dweights.has_value()) {
     softmax.dweights = weights_of(*incoming.dweights, incoming.weights_by_key);
   }
   if (incoming.dcontext.has_value() && wants_scores) {
+    const auto run = call.one_step() ? launch_step_inner : launch_inner;
     softmax.has_dalpha = true;
     run(inner_call(call, kProducts, rows_of(*incoming.dcontext), problem.value, problem.value_dim,
                    dscores),
         call.stream());
   }
   launch_softmax_gradient(softmax, call.stream());
+}
+
+// The same from nothing; of raw scores only s.
+void softmax_gradient(const Call& call, const Incoming& incoming, bool wants_scores,
+                      const Scores& alpha, const Scores& dscores) {
+  const Problem& problem = call.problem;
+  if (!problem.raw_scores) {
+    const auto run = call.one_step() ? launch_step_inner : launch_inner;
+    run(inner_call(call, kScores, problem.query, problem.key, problem.dim, alpha), call.stream());
+  }
+  gradient_of_scores(call, incoming, wants_scores, alpha, dscores);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
@@ -291,6 +312,122 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_memory_backward(
   return {gradients.dkey, gradients.dvalue, gradients.dscore_weight};
 }
 
+PoolCall pool_call(const Call& call, const OptionalTensor& gate, double tanh_dropout_p,
+                   double gate_dropout_p, const OptionalTensor& seed) {
+  check_dtype("gate", gate);
+  PoolCall pool;
+  pool.problem = call.problem;
+  if (gate.has_value()) {
+    pool.gate = rows_of(*gate);
+  }
+  pool.feature_dropout[0] = dropout_of(tanh_dropout_p, seed);
+  pool.feature_dropout[1] = dropout_of(gate_dropout_p, seed);
+  return pool;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> additive_pool_forward(
+    const Tensor& key, const Tensor& value, const Tensor& score_weight, const OptionalTensor& gate,
+    const OptionalTensor& cu_seqlens_k, const OptionalTensor& key_lengths,
+    const OptionalTensor& key_padding_mask, int64_t max_seqlen_k, double tanh_dropout_p,
+    double gate_dropout_p, double dropout_p, const OptionalTensor& dropout_seed,
+    int64_t weights_layout, bool keep_scores, bool /*deterministic*/) {
+  const Call call(key, value, score_weight,
+                  {{}, cu_seqlens_k, key_lengths, key_padding_mask, 0, max_seqlen_k},
+                  dropout_of(dropout_p, dropout_seed), weights_layout);
+  const bool raw = call.problem.raw_scores;
+  const int64_t heads = key.size(2);
+  const int64_t branches = score_weight.size(1);
+  Tensor context =
+      allocate(key, {call.batch(), branches, heads, value.size(3)}, value.scalar_type());
+  Tensor stats = call.floats({call.batch(), branches, heads, 2});
+  Tensor scores = raw ? call.floats({0}) : call.floats({key.size(0), key.size(1), heads, branches});
+  if (call.leaves_rows() || raw) {
+    clear(context, call.stream());
+    clear(stats, call.stream());
+    clear(scores, call.stream());
+  }
+  const Tensor weights = make_weights(call, value, weights_layout, {key.size(1), heads, branches});
+  const Weights weights_view = view_weights(weights, weights_layout);
+  PoolCall pool = pool_call(call, gate, tanh_dropout_p, gate_dropout_p, dropout_seed);
+  pool.scores = raw ? raw_scores(weights, weights_view.by_key) : branch_scores(scores);
+  launch_pool_scores(pool, call.stream());
+  if (!raw) {
+    forward_step(call, rows_of(context), rows_of(stats), weights_view, pool.scores);
+  }
+  return {context, weights, stats, keep_scores ? scores : call.floats({0})};
+}
+
+// dkey, dgate and dscore_weight from s.
+void pool_gradient(const Call& call, const Gradients& gradients, PoolCall pool) {
+  const Problem& problem = pool.problem;
+  if (gradients.wants_key) {
+    pool.dkey = rows_of(gradients.dkey);
+  }
+  if (!gradients.wants_weight) {
+    launch_pool_gradient(pool, call.stream());
+    return;
+  }
+  const Tensor& dweight = gradients.dscore_weight;  // [H, K, D]
+  const int64_t rows = problem.heads * dweight.size(1);
+  const int64_t tiles = call.key_tiles(kPoolShift);
+  const Tensor partial = call.floats({tiles, rows, problem.dim});
+  pool.partial_dweight = static_cast<float*>(partial.data_ptr());
+  launch_pool_gradient(pool, call.stream());
+  launch_merge_dweight(pool.partial_dweight, tiles, rows, problem.dim,
+                       view(dweight, 0, 0, dweight.stride(1), dweight.stride(2)), call.stream());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> additive_pool_backward(
+    const OptionalTensor& dcontext, const OptionalTensor& dweights, const Tensor& key,
+    const Tensor& value, const Tensor& score_weight, const OptionalTensor& gate,
+    const Tensor& stats, const Tensor& scores, const OptionalTensor& cu_seqlens_k,
+    const OptionalTensor& key_lengths, const OptionalTensor& key_padding_mask, int64_t max_seqlen_k,
+    double tanh_dropout_p, double gate_dropout_p, double dropout_p,
+    const OptionalTensor& dropout_seed, int64_t weights_layout, int64_t grad_mask,
+    bool /*deterministic*/) {
+  const Call call(key, value, score_weight,
+                  {{}, cu_seqlens_k, key_lengths, key_padding_mask, 0, max_seqlen_k},
+                  dropout_of(dropout_p, dropout_seed), weights_layout);
+  check_dtype("dcontext", dcontext);
+  check_dtype("dweights", dweights);
+  const bool raw = call.problem.raw_scores;
+  const bool has_dcontext = dcontext.has_value() && !raw;
+  const bool by_key = weights_layout & kWeightsByKey;
+  const bool wants_gate = gate.has_value() && (grad_mask & kGradGate);
+  // There is no query to want a gradient of.
+  const Gradients gradients(call, key, key, value, score_weight, grad_mask & ~kGradQuery,
+                            has_dcontext, false);
+  const Tensor dgate = Gradients::make(call, gate.value_or(key), wants_gate, call.leaves_rows());
+  const bool wants_scores = gradients.wants_scores() || wants_gate;
+  PoolCall pool = pool_call(call, gate, tanh_dropout_p, gate_dropout_p, dropout_seed);
+  if (wants_gate) {
+    pool.dgate = rows_of(dgate);
+  }
+  const bool kept = scores.dim() > 1;
+  const int64_t rows = raw ? 0 : key.size(1);  // of raw scores s is what comes in
+  const std::vector<int64_t> sizes{key.size(0), rows, key.size(2), score_weight.size(1)};
+  const Tensor alpha = kept ? torch::stable::clone(scores) : call.floats(sizes);
+  const Tensor dscores = call.floats(sizes);
+  if (raw) {
+    pool.scores = raw_scores(dweights.value(), by_key);
+  } else {
+    pool.scores = branch_scores(alpha);
+    if (!kept) {
+      launch_pool_scores(pool, call.stream());
+    }
+    pool.scores = branch_scores(dscores);
+    gradient_of_scores(call, {dcontext, dweights, stats, by_key}, wants_scores,
+                       branch_scores(alpha), pool.scores);
+  }
+  if (wants_scores) {
+    pool_gradient(call, gradients, pool);
+  }
+  if (has_dcontext) {
+    value_gradient(call, gradients, rows_of(*dcontext), branch_scores(alpha));
+  }
+  return {gradients.dkey, gradients.dvalue, gradients.dscore_weight, dgate};
+}
+
 }  // namespace
 }  // namespace cuda
 }  // namespace attn_ext
@@ -301,6 +438,8 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_memory_backward(
 #define ATTN_EXT_LAYOUT \
   "Tensor? cu_seqlens_q, " ATTN_EXT_KEY_LAYOUT "SymInt max_seqlen_q, SymInt max_seqlen_k, "
 #define ATTN_EXT_DROPOUT "float dropout_p, Tensor? dropout_seed, int weights_layout, "
+#define ATTN_EXT_POOLED "Tensor key, Tensor value, Tensor score_weight, Tensor? gate, "
+#define ATTN_EXT_POOL_DROPOUT "float tanh_dropout_p, float gate_dropout_p, " ATTN_EXT_DROPOUT
 #define ATTN_EXT_GRADS "Tensor? dcontext, Tensor? dweights, "
 
 STABLE_TORCH_LIBRARY_FRAGMENT(attn_ext_cuda, m) {
@@ -315,6 +454,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(attn_ext_cuda, m) {
   m.def("additive_attention_step_backward(" ATTN_EXT_GRADS ATTN_EXT_INPUTS ATTN_EXT_PREPARED
         "Tensor stats, Tensor scores, " ATTN_EXT_KEY_LAYOUT "SymInt max_seqlen_k, " ATTN_EXT_DROPOUT
         "int grad_mask, bool deterministic) -> (Tensor dquery, Tensor dscores, Tensor weights)");
+  m.def("additive_pool_forward(" ATTN_EXT_POOLED ATTN_EXT_KEY_LAYOUT
+        "SymInt max_seqlen_k, " ATTN_EXT_POOL_DROPOUT
+        "bool keep_scores, bool deterministic) "
+        "-> (Tensor context, Tensor weights, Tensor stats, Tensor scores)");
+  m.def("additive_pool_backward(" ATTN_EXT_GRADS ATTN_EXT_POOLED
+        "Tensor stats, Tensor scores, " ATTN_EXT_KEY_LAYOUT
+        "SymInt max_seqlen_k, " ATTN_EXT_POOL_DROPOUT
+        "int grad_mask, bool deterministic) "
+        "-> (Tensor dkey, Tensor dvalue, Tensor dscore_weight, Tensor dgate)");
   m.def(
       "additive_attention_memory_backward(Tensor query, Tensor dscores, Tensor weights, "
       "Tensor dcontext, Tensor key, Tensor value, Tensor "
@@ -327,6 +475,8 @@ STABLE_TORCH_LIBRARY_IMPL(attn_ext_cuda, ATTN_EXT_CUDA_KEY, m) {
   using namespace attn_ext::cuda;
   m.impl("additive_attention_forward", TORCH_BOX(&additive_attention_forward));
   m.impl("additive_attention_backward", TORCH_BOX(&additive_attention_backward));
+  m.impl("additive_pool_forward", TORCH_BOX(&additive_pool_forward));
+  m.impl("additive_pool_backward", TORCH_BOX(&additive_pool_backward));
   m.impl("additive_attention_step_backward", TORCH_BOX(&additive_attention_step_backward));
   m.impl("additive_attention_memory_backward", TORCH_BOX(&additive_attention_memory_backward));
 }

@@ -199,7 +199,7 @@ void launch_softmax(const SoftmaxCall& call, cudaStream_t stream) {
 }
 
 void launch_softmax_gradient(const SoftmaxGradientCall& call, cudaStream_t stream) {
-  if (call.one_step) {
+  if (call.few_rows) {
     launch_rows<kThreads>("softmax gradient", softmax_gradient_kernel<kThreads>, call, stream);
   } else {
     launch_rows<kWarp>("softmax gradient", softmax_gradient_kernel<kWarp>, call, stream);

@@ -1,6 +1,7 @@
 // One query a sequence, bound by memory: every key and value is read once, 16 bytes a load. A warp
 // takes 4 keys at a time, its lanes the features; tanh is exact everywhere, as there is time for
-// it. Long sequences are split over blocks, whose partial softmaxes are merged in order.
+// it. Long sequences are split over blocks, whose partial softmaxes are merged in order. Pooling,
+// whose few queries are the same for all sequences, has its scores computed before (pool.cu).
 #include "kernels.h"
 #include "launch.cuh"
 #include "memory.cuh"
@@ -10,32 +11,6 @@ namespace cuda {
 namespace {
 
 constexpr int kKeys = 4;  // a warp's at a time
-
-// The same granule of several rows, whose loads are all under way before the first is used.
-template <int kRows>
-__device__ __forceinline__ void load_granules(const Rows& rows, const int64_t (&offsets)[kRows],
-                                              int64_t col, int64_t dim,
-                                              float (&values)[kRows][kGranule]) {
-  if (is_whole(rows, col, dim)) {
-    Granule raw[kRows];
-#pragma unroll
-    for (int n = 0; n < kRows; ++n) {
-      raw[n] = load_raw(rows, offsets[n] + col);
-    }
-#pragma unroll
-    for (int n = 0; n < kRows; ++n) {
-      unpack(rows.dtype, raw[n], values[n]);
-    }
-    return;
-  }
-#pragma unroll
-  for (int n = 0; n < kRows; ++n) {
-#pragma unroll
-    for (int f = 0; f < kGranule; ++f) {
-      values[n][f] = col + f < dim ? load(rows, offsets[n] + (col + f) * rows.col) : 0.0f;
-    }
-  }
-}
 
 // What a warp multiplies: scores of queries and keys, or inner products of dcontext and values.
 template <bool kScores>
@@ -122,19 +97,24 @@ struct Shared {
   float room[kWarps];
 };
 
-// A block's keys of one head.
+// A block's keys of one head, and a query.
 struct Part {
   const StepCall& call;
   const Span& span;
   int64_t head;
+  int query;
   int first;
   int keys;
 };
 
-// Scores of the block's keys, and their softmax: exponentials, after dropout, take their place.
-__device__ inline SoftmaxPart score_part(const Part& part, Shared& shared) {
-  const StepCall& call = part.call;
-  const Problem& problem = call.problem;
+// The number of a partial result.
+__device__ inline int64_t partial_row(const StepCall& call, const Span& span, int64_t tile,
+                                      int64_t head, int query) {
+  return (tile * span.query_count + query) * call.problem.heads + head;
+}
+
+__device__ inline void compute_scores(const Part& part, Shared& shared) {
+  const Problem& problem = part.call.problem;
   const StepRows<true> rows{problem.query, problem.key, problem.score_weight, problem.dim};
   const int lane = threadIdx.x % kWarp;
 #pragma unroll 1
@@ -147,6 +127,23 @@ __device__ inline SoftmaxPart score_part(const Part& part, Shared& shared) {
         shared.scores[key + n] = sums[n];
       }
     }
+  }
+}
+
+// Scores of the block's keys, and their softmax: exponentials, after dropout, take their place.
+template <bool kScored>
+__device__ inline SoftmaxPart score_part(const Part& part, Shared& shared) {
+  const StepCall& call = part.call;
+  const auto score_at = [&](int j) -> float& {
+    return call.scores
+        .data[score_offset(call.scores, part.span, part.head, part.query, part.first + j)];
+  };
+  if constexpr (kScored) {
+    for (int j = threadIdx.x; j < part.keys; j += kThreads) {
+      shared.scores[j] = score_at(j);
+    }
+  } else {
+    compute_scores(part, shared);
   }
   __syncthreads();
   float largest = -INFINITY;
@@ -161,11 +158,11 @@ __device__ inline SoftmaxPart score_part(const Part& part, Shared& shared) {
     const float score = shared.scores[j];
     const float exponential = expf(score - shift);
     total += exponential;
-    if (call.merges && call.scores.data != nullptr) {
-      call.scores.data[score_offset(call.scores, part.span, part.head, 0, part.first + j)] = score;
+    if (!kScored && call.merges && call.scores.data != nullptr) {
+      score_at(j) = score;
     }
-    shared.scores[j] =
-        exponential * dropout_factor(problem.dropout, part.span, part.head, 0, part.first + j);
+    shared.scores[j] = exponential * dropout_factor(call.problem.dropout, part.span, part.head,
+                                                    part.query, part.first + j);
   }
   total = reduce<Sum, kThreads>(total, shared.room);
   return {largest, total};
@@ -228,8 +225,8 @@ __device__ inline void write_values(const Part& part, int64_t col, float scale,
                                     const float (&sums)[kGranule]) {
   const StepCall& call = part.call;
   const int64_t dim = call.problem.value_dim;
-  const int64_t context = query_offset(call.context, part.span, part.head, 0);
-  const int64_t partial = (int64_t{blockIdx.x} * call.problem.heads + part.head) * dim;
+  const int64_t context = query_offset(call.context, part.span, part.head, part.query);
+  const int64_t partial = partial_row(call, part.span, blockIdx.x, part.head, part.query) * dim;
 #pragma unroll
   for (int f = 0; f < kGranule; ++f) {
     if (col + f < dim && call.merges) {
@@ -243,14 +240,15 @@ __device__ inline void write_values(const Part& part, int64_t col, float scale,
 __device__ inline void write_stats(const Part& part, const SoftmaxPart& softmax) {
   const StepCall& call = part.call;
   if (call.merges) {
-    call.partial_stats[int64_t{blockIdx.x} * call.problem.heads + part.head] = softmax;
+    call.partial_stats[partial_row(call, part.span, blockIdx.x, part.head, part.query)] = softmax;
     return;
   }
-  const int64_t stats = query_offset(call.stats, part.span, part.head, 0);
+  const int64_t stats = query_offset(call.stats, part.span, part.head, part.query);
   store(call.stats, stats, softmax.largest);
   store(call.stats, stats + 1, softmax.total);
 }
 
+template <bool kScored>
 __global__ void __launch_bounds__(kThreads, 2) step_kernel(const StepCall call) {
   __shared__ __align__(16) Shared shared;
   const Problem& problem = call.problem;
@@ -263,17 +261,21 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const StepCall call) 
   const int keys = static_cast<int>(smaller<int64_t>(1 << call.key_shift, span.key_count - first));
   const int columns = larger(static_cast<int>((problem.value_dim + kGranule - 1) / kGranule), 1);
   const int shares = larger(kThreads / columns, 1);
-  for (int64_t head = blockIdx.y; head < problem.heads; head += gridDim.y) {
-    const Part part{call, span, head, first, keys};
+  const int queries = kScored ? span.query_count : 1;
+  // A head's queries are one block's, so that values come from the L2 cache for all but the first.
+  for (int64_t row = blockIdx.y; row < problem.heads * queries; row += gridDim.y) {
+    const int64_t head = kScored ? row % problem.heads : row;
+    const int query = kScored ? static_cast<int>(row / problem.heads) : 0;
+    const Part part{call, span, head, query, first, keys};
     __syncthreads();
-    const SoftmaxPart softmax = score_part(part, shared);
+    const SoftmaxPart softmax = score_part<kScored>(part, shared);
     const float scale = 1 / softmax.total;
     if (threadIdx.x == 0) {
       write_stats(part, softmax);
     }
     if (call.weights.rows.data != nullptr && !call.merges) {
       for (int j = threadIdx.x; j < keys; j += kThreads) {
-        store(call.weights.rows, weight_offset(call.weights, span, head, 0, first + j),
+        store(call.weights.rows, weight_offset(call.weights, span, head, query, first + j),
               shared.scores[j] * scale);
       }
     }
@@ -302,34 +304,36 @@ __global__ void __launch_bounds__(kThreads) step_merge_kernel(const StepCall cal
   const int64_t begin = first_tile(sequences.key, n, 0, key_rows(sequences), call.key_shift);
   const int64_t keys = int64_t{1} << call.key_shift;
   const int64_t end = begin + ((span.key_count + keys - 1) >> call.key_shift);
-  for (int64_t head = blockIdx.y; head < problem.heads; head += gridDim.y) {
+  for (int64_t row = blockIdx.y; row < problem.heads * span.query_count; row += gridDim.y) {
+    const int64_t head = row % problem.heads;
+    const int query = static_cast<int>(row / problem.heads);
     SoftmaxPart whole{-INFINITY, 0};
     for (int64_t tile = begin; tile < end; ++tile) {
-      whole = merge_softmax(whole, call.partial_stats[tile * problem.heads + head]);
+      whole = merge_softmax(whole, call.partial_stats[partial_row(call, span, tile, head, query)]);
     }
     const float scale = 1 / whole.total;
     if (threadIdx.x == 0) {
-      const int64_t stats = query_offset(call.stats, span, head, 0);
+      const int64_t stats = query_offset(call.stats, span, head, query);
       store(call.stats, stats, whole.largest);
       store(call.stats, stats + 1, whole.total);
     }
     for (int64_t col = threadIdx.x; col < problem.value_dim; col += kThreads) {
       float sum = 0;
       for (int64_t tile = begin; tile < end; ++tile) {
-        const int64_t row = tile * problem.heads + head;
-        sum = fmaf(softmax_scale(call.partial_stats[row].largest, whole.largest),
-                   call.partial_sums[row * problem.value_dim + col], sum);
+        const int64_t part = partial_row(call, span, tile, head, query);
+        sum = fmaf(softmax_scale(call.partial_stats[part].largest, whole.largest),
+                   call.partial_sums[part * problem.value_dim + col], sum);
       }
-      store(call.context, query_offset(call.context, span, head, 0) + col, sum * scale);
+      store(call.context, query_offset(call.context, span, head, query) + col, sum * scale);
     }
     if (call.weights.rows.data == nullptr) {
       continue;
     }
     for (int64_t j = threadIdx.x; j < span.key_count; j += kThreads) {
-      const float score = call.scores.data[score_offset(call.scores, span, head, 0, j)];
-      store(call.weights.rows, weight_offset(call.weights, span, head, 0, j),
+      const float score = call.scores.data[score_offset(call.scores, span, head, query, j)];
+      store(call.weights.rows, weight_offset(call.weights, span, head, query, j),
             softmax_scale(score, whole.largest) * scale *
-                dropout_factor(problem.dropout, span, head, 0, j));
+                dropout_factor(problem.dropout, span, head, query, j));
     }
   }
 }
@@ -346,13 +350,14 @@ void launch_step_inner(const InnerCall& call, cudaStream_t stream) {
 
 void launch_step(const StepCall& call, cudaStream_t stream) {
   const Sequences& sequences = call.problem.sequences;
-  launch("step", step_kernel, tile_bound(key_rows(sequences), sequences.count, call.key_shift),
-         call.problem.heads, 1, kThreads, call, stream);
+  launch("step", call.scored ? step_kernel<true> : step_kernel<false>,
+         tile_bound(key_rows(sequences), sequences.count, call.key_shift), call.problem.heads, 1,
+         kThreads, call, stream);
 }
 
 void launch_step_merge(const StepCall& call, cudaStream_t stream) {
-  launch("merge of a step", step_merge_kernel, call.problem.sequences.count, call.problem.heads, 1,
-         kThreads, call, stream);
+  launch("merge of a step", step_merge_kernel, call.problem.sequences.count,
+         call.problem.heads * call.problem.sequences.query.longest, 1, kThreads, call, stream);
 }
 
 }  // namespace cuda

@@ -45,18 +45,28 @@ inline Weights weights_of(const Tensor& tensor, bool by_key) {
   return {weight_rows(tensor, by_key), by_key};
 }
 
-// Scores of one query a sequence, [batch, key, head], or of steps, [step, batch, key, head].
-inline Scores key_scores(const Tensor& tensor) {
-  const int64_t first = tensor.dim() - 3;
+// Scores by key: from dimension `first` on [batch, key, head].
+inline Scores scores_by_key(const Tensor& tensor, int64_t first, int64_t query_stride) {
   Scores scores;
   scores.data = static_cast<float*>(tensor.data_ptr());
   scores.by_key = true;
-  scores.query = first == 1 ? tensor.stride(0) : 0;
+  scores.query = query_stride;
   scores.batch = tensor.size(first) > 1 ? tensor.stride(first) : 0;  // jagged keys have one for all
   scores.key = tensor.stride(first + 1);
   scores.begin = scores.key;
   scores.head = tensor.stride(first + 2);
   return scores;
+}
+
+// Scores of one query a sequence, [batch, key, head], or of steps, [step, batch, key, head].
+inline Scores key_scores(const Tensor& tensor) {
+  const int64_t first = tensor.dim() - 3;
+  return scores_by_key(tensor, first, first == 1 ? tensor.stride(0) : 0);
+}
+
+// Scores of pooling, [batch, key, head, branch].
+inline Scores branch_scores(const Tensor& tensor) {
+  return scores_by_key(tensor, 0, tensor.stride(3));
 }
 
 // Weights that are raw scores.

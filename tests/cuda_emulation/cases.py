@@ -6,12 +6,16 @@ Run by ``tests/test_cuda_emulation.py`` under the plugin ``emulated_cuda``.
 import ctypes
 import os
 from contextlib import contextmanager
+from dataclasses import replace
 
 import emulated_cuda
 import pytest
 import torch
 from helpers import assert_within_budget, call, check, check_scores, incoming_gradients
 from layouts import INPUT_NAMES, LENGTHS_K, Inputs, make_inputs
+from test_pool import check as check_pool
+from test_pool import check_scores as check_pool_scores
+from test_pool import make_bags
 from yardstick import Results, differentiate
 
 import attn_ext
@@ -123,6 +127,42 @@ def test_gradients_that_a_step_of_scores_leaves(step: str):
     assert torch.equal(left, expected) and not weights.any()
 
 
+@pytest.mark.parametrize("processors", ["1", "64"])
+@pytest.mark.parametrize("layout", ["one_step_mask", "jagged_one_step"])
+def test_pool_of_several_tiles(layout: str, processors: str):
+    """Past the keys of a block, the features of a warp, the branches that are summed at once."""
+    sizes = {"lengths_k": (700, 3, 0, 300), "features": 300, "value_features": 72}
+    bags = make_bags(layout, branches=6, **sizes)
+    with environment(ATTN_EXT_EMULATED_PROCESSORS=processors):
+        check_pool(replace(bags, feature_dropout=(0.2, 0.3), dropout=0.3), "cuda")
+        check_pool_scores(bags, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("features", [1, 64, 257])
+def test_features_of_a_pool(features: int, dtype: torch.dtype):
+    check_pool(make_bags(branches=2, features=features, dtype=dtype), "cuda")
+
+
+def test_pool_of_heads_with_branches():
+    """Which vmap makes of its calls: each head is as a call of its own."""
+    leaves = (*torch.randn(3, 3, 2, 70, 9).unbind(0), torch.randn(3, 2, 9))
+
+    def gradients(key, gate, value, weight):
+        def loss(key, gate, value, weight):
+            context, weights = attn_ext.additive_pool(
+                key, value, weight, gate=gate, need_weights=True, backend="cuda"
+            )
+            return context.cos().sum() + weights.square().sum()
+
+        return torch.func.grad_and_value(loss, (0, 1, 2, 3))(key, gate, value, weight)
+
+    each, losses = zip(*(gradients(*call) for call in zip(*leaves, strict=True)))
+    found, loss = torch.vmap(gradients)(*leaves)
+    torch.testing.assert_close(loss, torch.stack(losses))
+    torch.testing.assert_close(found, tuple(torch.stack(column) for column in zip(*each)))
+
+
 @pytest.mark.parametrize("scale", [1e-3, 12.0], ids=["small", "large"])
 @pytest.mark.parametrize("layout", ["jagged", "jagged_one_step"])
 def test_several_tiles_of_the_exact_route(layout: str, scale: float):
@@ -174,6 +214,28 @@ def test_order_of_threads_changes_no_bit(layout: str):
         assert torch.equal(result, backwards[name]), name
 
 
+@pytest.mark.parametrize("branches", [1, 6])
+def test_order_of_threads_changes_no_bit_of_a_pool(branches: int):
+    key, gate = torch.randn(2, 1, 400, 1, 300).unbind(0)
+    inputs = key, key[..., :20], torch.randn(1, branches, 300), gate
+    layout = torch.tensor([0, 300, 300, 390]), None, None, 300
+    rest = *layout, 0.1, 0.2, 0.3, torch.tensor([5]), 2
+    ops = torch.ops.attn_ext_cuda
+
+    def run(keep_scores: bool) -> list[torch.Tensor]:
+        context, weights, *kept = ops.additive_pool_forward(*inputs, *rest, keep_scores, False)
+        before = [tensor.clone() for tensor in kept]
+        gradients = ops.additive_pool_backward(context, weights, *inputs, *kept, *rest, 30, False)
+        assert all(map(torch.equal, kept, before)), "backward writes to what forward left"
+        return [context, weights, kept[0], *gradients]
+
+    with environment(ATTN_EXT_EMULATED_PROCESSORS="64"):
+        forwards = run(True)
+        with environment(ATTN_EXT_EMULATED_ORDER="reversed"):
+            backwards = run(False)
+    assert all(map(torch.equal, forwards, backwards))
+
+
 def memory_call(inputs: Inputs, leaves, steps: int):
     query, key, value, score_weight = (leaves[name] for name in INPUT_NAMES)
     memory = attn_ext.AttentionMemory(key, value, score_weight, **inputs.keywords, backend="cuda")
@@ -222,6 +284,29 @@ def test_corrupt_offsets_stay_inside_the_tensors(side: str, offsets: tuple[int, 
     gradients = ops.additive_attention_backward(context, weights, *inputs, *kept, *rows, 15, False)
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert room[:guard].isnan().all() and room[guard + 20 :].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "offsets", [(0, 90, 40, 200), (0, -5, 10**9, 200), (3, 3, 100, 7), (10**9, 0, 5, 200)]
+)
+@pytest.mark.parametrize("keep_scores", [False, True])
+def test_corrupt_offsets_of_a_pool(keep_scores: bool, offsets: tuple[int, ...]):
+    """As above; the scores are those of forward, or computed again."""
+    guard = 1000
+    room = torch.full((200 + 2 * guard, 1, 24), torch.nan)
+    key = room[guard : guard + 200][None].normal_()
+    inputs = key, key, torch.ones(1, 5, 24), key
+    rest = torch.tensor(offsets), None, None, 200, 0.1, 0.2, 0.3, torch.tensor([5]), 2
+    ops = torch.ops.attn_ext_cuda
+    context, weights, stats, scores = ops.additive_pool_forward(*inputs, *rest, keep_scores, False)
+    assert context.isfinite().all() and weights.isfinite().all()
+    assert scores.numel() == 1000 * keep_scores
+    dcontext = torch.randn_like(context)
+    gradients = ops.additive_pool_backward(
+        dcontext, weights, *inputs, stats, scores, *rest, 30, False
+    )
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert room[:guard].isnan().all() and room[guard + 200 :].isnan().all()
 
 
 @pytest.mark.parametrize("one_step", [False, True], ids=["rows", "one_step"])

@@ -17,3 +17,4 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
   }
   return {static_cast<unsigned short>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
+inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 value) { return value.bits; }

@@ -127,6 +127,11 @@ T __ldg(const T* source) {
   return *source;
 }
 
+template <class T>
+void __stwb(T* target, T value) {
+  *target = value;
+}
+
 inline void emulated_copy_async(void* target, const void* source, size_t bytes) {
   emulation::copy_later(target, source, bytes);
 }
