@@ -36,6 +36,9 @@ class AdditiveAttention(nn.Module):
     score is ``g * v / |v| . tanh(W_q query_i + W_k key_j + b)``, the weight-normalised form of GNMT
     (Wu et al. 2016; Salimans and Kingma 2016).
 
+    What rows hold that nobody attends to, of padding or past the last offset, NaN or infinity say,
+    changes no result and no gradient (but past the last offset of a nested tensor).
+
     Args:
         query_dim: features of a query.
         key_dim: features of a key.

@@ -89,6 +89,14 @@ PYTHON = [
         "Padded queries with cu_seqlens_q are taken, and give an error that names no argument.",
     ),
     Defect(
+        "layout-ignored-lengths",
+        "attn_ext/layout.py",
+        "torch.arange(rows, device=device) >= lengths.unsqueeze(1)",
+        "torch.arange(rows, device=device) > lengths.unsqueeze(1)",
+        "tests/test_module.py::test_ignored_rows_may_hold_anything",
+        "NaN in the first padded row makes the gradient of the key projection NaN.",
+    ),
+    Defect(
         "checks-dropout-of-everything",
         "attn_ext/checks.py",
         "if not 0.0 <= value <= 1.0:",
