@@ -248,6 +248,17 @@ def test_closed_and_open_gates(backend: str, scale: float, gate_shift: float):
 
 
 @pytest.mark.every_isa
+@GATED
+def test_saturated_keys_get_no_gradient(backend: str, gated: bool):
+    """Of which 1 - tanh^2 is 0 even in double precision: neither do all of them together."""
+    key = torch.full((2, 5, 16), 25.0, requires_grad=True)
+    gate = torch.randn(2, 5, 16) if gated else None
+    weight = torch.randn(16)
+    additive_pool(key, torch.randn(2, 5, 3), weight, gate=gate, backend=backend).sum().backward()
+    assert not key.grad.any()
+
+
+@pytest.mark.every_isa
 @pytest.mark.parametrize("branches", [None, 5], ids=named("branches"))
 @pytest.mark.parametrize("layout", ["one_step_lengths", "jagged_one_step"])
 def test_long_bags(backend: str, layout: str, branches: int | None):
