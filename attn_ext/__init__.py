@@ -6,10 +6,12 @@ from . import reference
 from .functional import additive_attention, additive_scores
 from .memory import AttentionMemory
 from .module import AdditiveAttention
+from .pool_module import AdditivePool
 from .pooling import additive_pool
 
 __all__ = [
     "AdditiveAttention",
+    "AdditivePool",
     "AttentionMemory",
     "additive_attention",
     "additive_pool",
