@@ -5,7 +5,8 @@ from importlib.metadata import version
 from . import reference
 from .functional import additive_attention, additive_scores
 from .memory import AttentionMemory
-from .module import AdditiveAttention, AdditivePool
+from .module import AdditiveAttention
+from .pool_module import AdditivePool
 from .pooling import additive_pool
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Additive attention and pooling as modules that hold their projections."""
+"""Additive attention as a module that holds its projections."""
 
 import warnings
 from typing import Any
@@ -12,7 +12,6 @@ from torch.nn.utils.weight_norm import WeightNorm
 from . import layout
 from .checks import (
     check_count,
-    check_flag,
     check_probability,
     check_tensor,
     mismatch,
@@ -22,7 +21,6 @@ from .checks import (
 from .functional import additive_attention
 from .layout import QuerySide
 from .memory import AttentionMemory
-from .pooling import additive_pool, check_feature_dropout
 
 # PyTorch's hooks that set a parameter anew before a call, whatever its arguments.
 _SETTING_PARAMETERS = (WeightNorm, SpectralNorm, BasePruningMethod)
@@ -266,112 +264,6 @@ def _project(name: str, tensor: Tensor, projection: nn.Linear) -> Tensor:
         if isinstance(weight, Tensor) and tensor.dtype != weight.dtype:
             raise wrong_type(name, f"dtype {weight.dtype}, as {name}_proj", tensor.dtype) from error
         raise
-
-
-class AdditivePool(nn.Module):
-    """Attention pooling with learned projections: of each bag of rows, one weighted sum a branch.
-
-    ``e_kj = w_k . (tanh(W key_j) * sigmoid(V key_j))``, and without a gate ``w_k . tanh(W key_j)``
-    (Ilse, Tomczak and Welling, "Attention-based Deep Multiple Instance Learning", ICML 2018).
-
-    Args:
-        key_dim: features of a key.
-        attn_dim: features of the projections.
-        branches: sets of weights that share the projections.
-        gated: whether there is a gate.
-        bias: whether the projections have biases.
-        dropout: probability to drop an attention weight in training.
-        feature_dropout: probability to drop a feature of the hidden rows in training, or
-            ``(p_tanh, p_gate)``, as ``feature_dropout_p`` of :func:`attn_ext.additive_pool`.
-
-    Attributes:
-        key_proj, gate_proj: ``nn.Linear`` to ``attn_dim``; ``gate_proj`` is None without a gate.
-        score_weight: ``(attn_dim,)``, or ``(branches, attn_dim)`` for several.
-    """
-
-    def __init__(
-        self,
-        key_dim: int,
-        attn_dim: int,
-        *,
-        branches: int = 1,
-        gated: bool = True,
-        bias: bool = True,
-        dropout: float = 0.0,
-        feature_dropout: float | tuple[float, float] = 0.0,
-    ):
-        super().__init__()
-        for name, size in (("key_dim", key_dim), ("attn_dim", attn_dim), ("branches", branches)):
-            check_count(name, size, 1)
-        check_flag("gated", gated)
-        self.dropout = check_probability("dropout", dropout)
-        check_feature_dropout("feature_dropout", feature_dropout, gated)
-        self.feature_dropout = feature_dropout
-        self.key_proj = nn.Linear(key_dim, attn_dim, bias=bias)
-        self.gate_proj = nn.Linear(key_dim, attn_dim, bias=bias) if gated else None
-        shape = (attn_dim,) if branches == 1 else (branches, attn_dim)
-        self.score_weight = nn.Parameter(torch.empty(shape))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
-        self.key_proj.reset_parameters()
-        if self.gate_proj is not None:
-            self.gate_proj.reset_parameters()
-        bound = self.score_weight.size(-1) ** -0.5
-        nn.init.uniform_(self.score_weight, -bound, bound)
-
-    def extra_repr(self) -> str:
-        branches = self.score_weight.size(0) if self.score_weight.dim() == 2 else 1
-        return (
-            f"branches={branches}, dropout={self.dropout}, feature_dropout={self.feature_dropout}"
-        )
-
-    def forward(
-        self,
-        key: Tensor,
-        value: Tensor | None = None,
-        *,
-        cu_seqlens_k: Tensor | None = None,
-        max_seqlen_k: int | None = None,
-        key_padding_mask: Tensor | None = None,
-        key_lengths: Tensor | None = None,
-        need_weights: bool = False,
-        deterministic: bool | None = None,
-        backend: str | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Project the keys and pool.
-
-        Args:
-            key: ``key_dim`` wide, in a layout of :func:`attn_ext.additive_pool`.
-            value: likewise, of any width; None takes key.
-            cu_seqlens_k, max_seqlen_k, key_padding_mask, key_lengths, need_weights, deterministic,
-                backend: as :func:`attn_ext.additive_pool`.
-
-        Returns:
-            The context, as wide as value, and with ``need_weights`` the weights, as
-            :func:`attn_ext.additive_pool`.
-
-        Raises:
-            TypeError, ValueError: as :func:`attn_ext.additive_pool`.
-        """
-        value = key if value is None else value
-        key = layout.clear_ignored("key", key, cu_seqlens_k, key_lengths, key_padding_mask)
-        return additive_pool(
-            _project("key", key, self.key_proj),
-            value,
-            self.score_weight,
-            gate=None if self.gate_proj is None else _project("key", key, self.gate_proj),
-            cu_seqlens_k=cu_seqlens_k,
-            max_seqlen_k=max_seqlen_k,
-            key_padding_mask=key_padding_mask,
-            key_lengths=key_lengths,
-            feature_dropout_p=self.feature_dropout if self.training else 0.0,
-            dropout_p=self.dropout if self.training else 0.0,
-            need_weights=need_weights,
-            deterministic=deterministic,
-            backend=backend,
-        )
 
 
 class _ProjectingMemory(AttentionMemory):

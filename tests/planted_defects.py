@@ -613,8 +613,8 @@ CUDA = [
     Defect(
         "cuda-merge-heads",
         "csrc/cuda/step.cu",
-        "call.partial_stats[tile * problem.heads + head]",
-        "call.partial_stats[tile + head]",
+        "(tile * span.query_count + query) * call.problem.heads + head",
+        "tile * span.query_count + query + head",
         "tests/cuda_emulation/cases.py",
         "A long sequence of one query and several heads gets a wrong context.",
     ),

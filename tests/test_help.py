@@ -5,14 +5,18 @@ import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import attn_ext
-from attn_ext import compat, functional
+from attn_ext import compat, functional, pool_module, pooling
 
 DOCUMENTED = [
     attn_ext.additive_attention,
+    attn_ext.additive_pool,
+    attn_ext.AdditivePool,
+    attn_ext.AdditivePool.forward,
     attn_ext.AdditiveAttention,
     attn_ext.AdditiveAttention.forward,
     attn_ext.AdditiveAttention.memory,
@@ -32,9 +36,10 @@ def test_help_names_every_argument(function: Callable):
     assert sorted(named) == sorted(taken)
 
 
-def test_example_of_help_runs():
-    results = doctest.testmod(functional)
-    assert results.attempted >= 8 and results.failed == 0
+@pytest.mark.parametrize("module", [functional, pooling, pool_module], ids=lambda m: m.__name__)
+def test_examples_of_help_run(module: ModuleType):
+    results = doctest.testmod(module)
+    assert results.attempted >= 5 and results.failed == 0
 
 
 def test_types_are_there_for_type_checkers():
