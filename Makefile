@@ -8,8 +8,9 @@ CORPUS ?= homeassistant
 OUT ?= runs/$(CORPUS)
 # Tests that have the triton backend as a parameter, or are about it.
 INTERPRETED := $(patsubst %,tests/test_%.py,additive_attention attention_memory \
-    attention_memory_modes attention_memory_programs corrupt_values dropout fake_tensors \
-    hard_cases magnitudes masks numerics properties strides triton)
+    attention_memory_family attention_memory_modes attention_memory_programs corrupt_values \
+    dropout fake_tensors features hard_cases magnitudes masks numerics pool properties scores \
+    strides triton)
 # `make gpu` works beside the checkout's own build, whose libraries may be for another torch.
 GPU_ENV := PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR) PYTHONSAFEPATH=1
 GPU := $(GPU_ENV) $(PYTHON)

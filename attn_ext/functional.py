@@ -213,8 +213,7 @@ def additive_scores(
         key: as in :func:`additive_attention`.
         score_weight: ``(D,)``, or ``(H, D)`` for H heads. Without a query ``(K, D)`` also gives K
             scores of each of the keys ``(B, Tk, D)``, ``(total_k, D)`` or nested.
-        gate: only without a query: as key, ``e_j = w . (tanh(k_j) * sigmoid(gate_j))``. "triton"
-            has no kernels for it.
+        gate: only without a query: as key, ``e_j = w . (tanh(k_j) * sigmoid(gate_j))``.
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_padding_mask, key_lengths,
             features, feature_weight, deterministic, backend: as in :func:`additive_attention`.
 
@@ -249,12 +248,8 @@ def additive_scores(
         keys_alone = (cu_seqlens_k, max_seqlen_k, key_padding_mask, key_lengths)
         side = pooling.check_pool_side(key, key, score_weight, gate, *keys_alone, scores_only=True)
         deterministic = resolve_deterministic(deterministic)
-        choose = backends.choose if gate is None else pooling.choose_backend
-        backend = choose(backend, side.keys.key.device, side.keys.key.dtype)
-        if backend in pooling.BACKENDS:
-            return pooling.scores(side, deterministic, backend)
-        queries, keys = side.as_attention()
-        return score(queries, keys, deterministic, backend)
+        backend = backends.choose(backend, side.keys.key.device, side.keys.key.dtype)
+        return pooling.scores(side, deterministic, backend)
     if gate is not None:
         raise mismatch("gate", "None with a query", type(gate).__name__)
     keys = layout.check_key_side(

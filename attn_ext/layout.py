@@ -290,13 +290,6 @@ def clear_ignored(
     return rows if ignored is None else torch.where(ignored.unsqueeze(-1), 0, rows)
 
 
-def no_query(keys: KeySide) -> QuerySide:
-    """One query of zeros a sequence, for scores of the keys alone."""
-    zeros = keys.key.new_zeros((1, 1, *keys.key.shape[2:]))
-    query = zeros.expand(keys.batch_size, -1, -1, -1)
-    return QuerySide(query, None, 1, True, keys.has_heads, None)
-
-
 def _check_sequences(index: Tensor, keys: KeySide) -> None:
     """Numbers of sequences."""
     check_tensor("index", index)

@@ -49,7 +49,7 @@ _SCHEMAS = {
     f"int weights_layout, int grad_mask, {_CHOICE}) "
     "-> (Tensor dkey, Tensor dvalue, Tensor dscore_weight, Tensor dgate)",
 }
-_CPU_ONLY = ("additive_attention_prepare",)
+_CPU_ONLY = ("additive_attention_prepare",)  # which "triton" and "cuda" do not have
 
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"attn_ext::{_name}", _schema)

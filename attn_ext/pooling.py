@@ -23,9 +23,7 @@ from .checks import (
     shape_of,
     wrong_type,
 )
-from .layout import KeySide, QuerySide
-
-BACKENDS = ("cuda", "cpu", "reference")  # those that pool
+from .layout import KeySide
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -55,17 +53,6 @@ class PoolSide(NamedTuple):
         """``[B, H, K, Tk]``, or of jagged keys ``[total_k, H, K]``."""
         jagged = self.keys.cu_seqlens is not None
         return layout.JAGGED_WEIGHTS if jagged else layout.DENSE_WEIGHTS
-
-    def as_attention(self) -> tuple[QuerySide, KeySide]:
-        """One query of zeros a sequence and a head a score weight: the same scores."""
-        score_weight = self.score_weight.flatten(0, 1)  # of one head, or of one branch
-        heads = score_weight.size(0)
-        key, value = (rows.expand(-1, -1, heads, -1) for rows in (self.keys.key, self.keys.value))
-        has_heads = self.has_branches or self.keys.has_heads
-        keys = self.keys._replace(
-            key=key, value=value, score_weight=score_weight, has_heads=has_heads
-        )
-        return layout.no_query(keys), keys
 
     def restore_context(self, context: Tensor) -> Tensor:
         """Shape an internal context ``[B, K, H, Dv]`` as the caller's layout has it."""
@@ -158,17 +145,6 @@ def check_feature_dropout(
     return check_probability(name, of_tanh), check_probability(name, of_gate)
 
 
-def choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """As :func:`attn_ext.backends.choose`, of those that pool."""
-    if backend in backends.BACKENDS and backend not in BACKENDS:
-        expected = f"one of {', '.join(BACKENDS)}, or None, for pooling and gated scores"
-        raise mismatch("backend", expected, f"{backend!r}, which has no kernels for them yet")
-    if backend is None and device.type == "cuda":
-        usable = dtype != torch.float64 and backends.problem("cuda", device) is None
-        return "cuda" if usable else "reference"
-    return backends.choose(backend, device, dtype)
-
-
 # For type checkers: what is returned depends on need_weights.
 @overload
 def additive_pool(
@@ -240,8 +216,7 @@ def additive_pool(
         dropout_p: probability to drop an attention weight, with the same scaling.
         need_weights: also return the attention weights (after dropout).
         deterministic: as in :func:`attn_ext.additive_attention`.
-        backend: "cuda", "cpu" or "reference"; None takes the best available. "triton" has no
-            kernels for pooling.
+        backend: as in :func:`attn_ext.additive_attention`.
 
     Returns:
         The context ``(B, Dv)``, with branches ``(B, K, Dv)``, in value's dtype; with
@@ -289,7 +264,7 @@ def additive_pool(
     dropout_p = check_probability("dropout_p", dropout_p)
     deterministic = resolve_deterministic(deterministic)
     device = side.keys.key.device
-    backend = choose_backend(backend, device, side.keys.key.dtype)
+    backend = backends.choose(backend, device, side.keys.key.dtype)
     drops = dropout_p > 0 or any(probability > 0 for probability in feature_dropout)
     seed = reference.draw_seed(device) if drops else None
     if _must_be_plain(backend):

@@ -52,7 +52,7 @@ YARDSTICK = "libdevice.tanh"
 # What benchmarks.tanh_yardstick stands for: the loop that torch.compile emits for sm_90.
 TORCH_COMPILE_SLOTS = 20.75
 # MUFU operations an element, by regime: what takes more is the direct route.
-MOST_MUFU = {"all": 0.9, "long": 0.9, "memory": 0.9, "step": 1.9}
+MOST_MUFU = {"all": 0.9, "long": 0.9, "memory": 0.9, "step": 1.9, "pool": 4.5}
 TANH_APPROX_CEILING = 16  # elements a clock an SM: one MUFU.TANH each
 
 
@@ -61,7 +61,7 @@ class Figures:
     """One kernel for one target; what a target has no counterpart for is None."""
 
     kernel: str
-    regime: str  # "step" or "all"
+    regime: str  # "step", "pool" or "all"
     pass_: str
     dtype: str
     dim: int
@@ -354,7 +354,7 @@ def _element_cells(row: Figures, tanh: float | None) -> tuple[str, ...]:
 
 
 def _load_cell(widths: dict[str, dict[int, int]] | None) -> str:
-    shown = {name: (widths or {}).get(f"{name}_ptr") for name in ("query", "key", "value")}
+    shown = {name: (widths or {}).get(f"{name}_ptr") for name in ("query", "key", "gate", "value")}
     return " ".join(
         f"{name} {'+'.join(str(width) for width in sorted(found, reverse=True))}"
         for name, found in shown.items()

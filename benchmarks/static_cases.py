@@ -12,7 +12,14 @@ from unittest import mock
 import torch
 import triton
 
-from attn_ext.triton_kernels import configurations, launch_backward, launch_forward, launch_step
+from attn_ext.triton_kernels import (
+    configurations,
+    launch_backward,
+    launch_forward,
+    launch_step,
+    pool,
+    pool_backward,
+)
 from attn_ext.triton_kernels.gradient import TILE_ROWS
 from attn_ext.triton_kernels.problem import DENSE_WEIGHTS, JAGGED_WEIGHTS, RAW
 
@@ -21,6 +28,7 @@ DIMS = (128, 1000, 1024)
 BATCH, HEADS = 4, 1
 # Keys a sequence: all scores of a query in one tile, or in several.
 SHORT, LONG = 75, 300
+POOL_BRANCHES = (1, 5, 8)  # the last in two groups
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ def noted_launches() -> Iterator[list]:
     """The launches (kernel, arguments by name, warps, register limit) of what runs inside."""
     seen: list = []
     with contextlib.ExitStack() as stack:
-        for module in (launch_forward, launch_backward, launch_step):
+        for module in (launch_forward, launch_backward, launch_step, pool, pool_backward):
             kernels = [name for name in vars(module) if name.endswith("_kernel")]
             for name in kernels:
                 stand_in = Launches(getattr(module, name), seen)
@@ -124,8 +132,10 @@ def elements_of(name: str, constants: dict) -> tuple[int, int]:
         return 0, 0
     if "grad" in name:  # one column against all rows; the columns are as many as a sequence has
         return c["ROW_TILES"] * TILE_ROWS.value * 2 * c["BLOCK_D"], 0
+    if "bwd_weights" in name:  # of pooling, which computes no hidden rows
+        return 0, 0
     if "fwd" in name or "bwd" in name:
-        if "step" in name:
+        if "step" in name or "pool" in name:
             return c["SEGMENT"] * c["BLOCK_D"], triton.cdiv(c["D"], c["BLOCK_D"])
         # The loop over features is unrolled: two blocks an iteration.
         features = 2 * 2 * c["BLOCK_D"]
@@ -179,6 +189,23 @@ def launches_of(
     return forward, backward, memory
 
 
+def pool_launches(dtype: torch.dtype, dim: int, branches: int) -> list:
+    """Launches of forward and backward of gated pooling, of bags of several tiles."""
+    key = torch.empty(1, BATCH * LONG, HEADS, dim, dtype=dtype)
+    inputs = (key, key, torch.empty(HEADS, branches, dim), key)
+    layout = (torch.arange(BATCH + 1) * LONG, None, None, LONG)
+    dcontext = torch.empty(BATCH, branches, HEADS, dim, dtype=dtype)
+    stats = torch.empty(BATCH, branches, HEADS, 2)
+    scores = torch.empty(*key.shape[:3], branches)
+    options = (0.0, 0.0, 0.0, None, 0)
+    with noted_launches() as launches:
+        pool.additive_pool_forward(*inputs, *layout, *options, True, False)
+        pool_backward.additive_pool_backward(
+            dcontext, None, *inputs, stats, scores, *layout, *options, 30, False
+        )
+    return launches
+
+
 def static_cases() -> Iterator[Case]:
     """Every kernel, for each row of the table of configurations, dtype and some feature counts."""
     for dtype, name in DTYPES.items():
@@ -190,6 +217,9 @@ def static_cases() -> Iterator[Case]:
                 ("step", 1, LONG),
             ):
                 yield from _cases_of(dtype, name, dim, regime, length_q, length_k)
+            for branches in POOL_BRANCHES:
+                for launch in pool_launches(dtype, dim, branches):
+                    yield make_case(launch, "pool", f"K = {branches}", name, dim)
 
 
 def _cases_of(

@@ -27,7 +27,7 @@ else:
 
 
 def require_backend(name: str) -> str:
-    """The name, or a visible skip where the backend is missing."""
+    """The name, or a visible skip where the backend is missing or not what is tested."""
     if name not in BACKEND_DEVICES:
         pytest.skip(f"backend {name} is not among those that this process tests")
     problem = backends.problem(name, torch.device(BACKEND_DEVICES[name]))

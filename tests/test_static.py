@@ -130,16 +130,20 @@ def test_scores_cost_no_more_than_in_attention(kernels, regime):
 
 
 @pytest.mark.nightly
-def test_step_kernels_load_keys_and_values_16_bytes_at_a_time(kernels):
-    found = [row for row in kernels if row["regime"] == "step"]
-    found = [row for row in found if row["pass_"] in ("forward", "scores")]
+@pytest.mark.parametrize(
+    ("regime", "pointers"),
+    [("step", ("key_ptr", "value_ptr")), ("pool", ("key_ptr", "gate_ptr", "value_ptr"))],
+)
+def test_kernels_bound_by_memory_load_rows_16_bytes_at_a_time(kernels, regime, pointers):
+    found = [row for row in kernels if row["regime"] == regime]
+    found = [row for row in found if regime == "pool" or row["pass_"] in ("forward", "scores")]
     loads = [
         (row["kernel"], pointer, set(row["load_widths"][pointer]))
         for row in found
-        for pointer in ("key_ptr", "value_ptr")
+        for pointer in pointers
         if pointer in row["load_widths"]
     ]
-    assert {pointer for _, pointer, _ in loads} == {"key_ptr", "value_ptr"}
+    assert {pointer for _, pointer, _ in loads} == set(pointers)
     assert [load for load in loads if load[2] != {"16"}] == []
 
 
@@ -236,6 +240,35 @@ def test_every_option_compiles(
     assert len(launches) >= 4
     for launch in launches:
         case = static_cases.make_case(launch, "all", "", "bf16", dim)
+        assert static.compile_case(case, "sm_90").asm["cubin"]
+
+
+@pytest.mark.parametrize("raw", [False, True], ids=["pooled", "scores"])
+def test_every_option_of_pooling_compiles(raw: bool):
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("kernels are interpreted, not compiled, in this process")
+    import torch
+
+    from attn_ext.triton_kernels import pool, pool_backward
+    from benchmarks import static_cases
+
+    batch, length, heads, branches, dim, value_dim = 3, 70, 2, 3, 20, 0 if raw else 24
+    key, gate = torch.empty(2, batch, length, heads, dim, dtype=torch.bfloat16).unbind(0)
+    value, weight = torch.empty(batch, length, heads, value_dim), torch.empty(heads, branches, dim)
+    mask = torch.zeros(batch, length, dtype=torch.bool)
+    inputs, layout = (key, value, weight, None if raw else gate), (None, None, mask, length)
+    dropout = (0.3, 0.0 if raw else 0.2, 0.4, torch.zeros(1, dtype=torch.int64), 5 if raw else 1)
+    dcontext = None if raw else torch.empty(batch, branches, heads, value_dim)
+    dweights = torch.empty(batch, heads, branches, length)
+    stats, no_scores = torch.empty(batch, branches, heads, 2), torch.empty(0)
+    with static_cases.noted_launches() as launches:
+        pool.additive_pool_forward(*inputs, *layout, *dropout, False, False)
+        pool_backward.additive_pool_backward(
+            dcontext, dweights, *inputs, stats, no_scores, *layout, *dropout, 30, False
+        )
+    assert len(launches) == (2 if raw else 6)
+    for launch in launches:
+        case = static_cases.make_case(launch, "pool", "", "bf16", dim)
         assert static.compile_case(case, "sm_90").asm["cubin"]
 
 

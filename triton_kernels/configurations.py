@@ -39,10 +39,15 @@ GRADIENT_ROW_TILES = 8
 STEP = Tiles(warps=4, features=64, value_features=64)
 # Twice the keys take twice the threads, or the backward spills.
 STEP_128_KEYS = Tiles(warps=8, features=64, value_features=64)
+POOL = Tiles(warps=4, features=64, value_features=64)
+# 32 numbers a thread, of each of hidden rows, two slopes and a gradient, would spill.
+POOL_GRADIENT = Tiles(warps=4, features=32, value_features=32)
 MERGE = Tiles(warps=4, value_features=256)
 
 SINGLE_SEGMENT = 128  # the most keys whose scores and weights are one tile
 STEP_SEGMENT = 64  # keys a program, where sequences are longer
+POOL_SEGMENT = 64  # keys a program in pooling
+POOL_BRANCHES = 5  # the most whose weights of a tile a program has in registers without a spill
 # Up to so many (query, key) pairs a program computes all gradients of a sequence (7.6 issue slots
 # an element). Of longer ones those of queries and of keys are computed apart (13.3), tile by tile,
 # for no program to be busy long after the others.
@@ -67,6 +72,16 @@ def step_segment(max_seqlen_k: int) -> tuple[int, bool]:
     """Keys a program where sequences have one query, and whether that is all keys of any."""
     single = max_seqlen_k <= SINGLE_SEGMENT
     return segment(max_seqlen_k) if single else STEP_SEGMENT, single
+
+
+def pool_segment(max_seqlen_k: int) -> int:
+    """The same of pooling; it is all keys where no sequence is longer."""
+    return min(POOL_SEGMENT, segment(max_seqlen_k))
+
+
+def pool_group(branches: int) -> int:
+    """Branches a program, about as many in each; every group of them reads keys or values anew."""
+    return -(-branches // -(-branches // POOL_BRANCHES))
 
 
 def step_tiles(segment: int, raw: bool = False) -> Tiles:

@@ -10,10 +10,14 @@ from .launch_backward import (
 )
 from .launch_forward import additive_attention_forward
 from .launch_step import additive_attention_step_backward
+from .pool import additive_pool_forward
+from .pool_backward import additive_pool_backward
 
 __all__ = [
     "additive_attention_backward",
     "additive_attention_forward",
     "additive_attention_memory_backward",
     "additive_attention_step_backward",
+    "additive_pool_backward",
+    "additive_pool_forward",
 ]

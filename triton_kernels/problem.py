@@ -10,11 +10,9 @@ from torch import Tensor
 
 from .configurations import Tiles
 
-GRAD_QUERY, GRAD_KEY, GRAD_VALUE, GRAD_SCORE_WEIGHT = 1, 2, 4, 8
+GRAD_QUERY, GRAD_KEY, GRAD_VALUE, GRAD_SCORE_WEIGHT, GRAD_GATE = 1, 2, 4, 8, 16
 DENSE_WEIGHTS, JAGGED_WEIGHTS = 1, 2
-RAW = (
-    4  # added to these: scores instead of weights; values and what else softmax is for are not used
-)
+RAW = 4  # added to these: scores instead of weights; values and softmax are not used
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,9 @@ INFORMATIVE_SHARE = tl.constexpr(1 / 32)
 # fractions' absolute error, up to 4e-7 of that root, has to be less than a millionth of the score.
 LEAST_SCORE = tl.constexpr(0.5)
 
+# Slopes 1 - tanh^2 below count as 0, as they are in double precision: csrc/arithmetic.h.
+VANISHING_SLOPE = tl.constexpr(2.0**-53)
+
 
 @triton.jit
 def in_factored_range(query_bound, key_bound, SMALLEST_SUM: tl.constexpr):
