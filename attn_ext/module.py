@@ -1,13 +1,10 @@
 """Additive attention as a module that holds its projections."""
 
-import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from . import layout
 from .checks import (
@@ -22,9 +19,7 @@ from .functional import additive_attention
 from .layout import QuerySide
 from .memory import AttentionMemory
 
-# PyTorch's hooks that set a parameter anew before a call, whatever its arguments.
-_SETTING_PARAMETERS = (WeightNorm, SpectralNorm, BasePruningMethod)
-_SHARDING = "with FSDP shard the module around, whose forward calls memory() and attend()"
+_SHARDING = "with FSDP call memory() and attend() within the forward of what is sharded"
 
 
 class AdditiveAttention(nn.Module):
@@ -169,46 +164,72 @@ class AdditiveAttention(nn.Module):
             queries, ``(B, query_dim)`` or ``(B, n, query_dim)``.
 
         Raises:
-            TypeError, ValueError: as :func:`attn_ext.additive_attention`; also a ValueError where
-                ``fully_shard`` was called with this module itself.
+            TypeError, ValueError: as :func:`attn_ext.additive_attention`; also a ValueError for
+                backward hooks of the module and for pre-hooks that return other arguments.
 
-        Hooks of the module do not run, but those of ``torch.nn.utils`` that norm or prune a
-        parameter.
+        Forward pre-hooks of the module, such as those of ``torch.nn.utils`` that norm or prune a
+        parameter, run here, once, with this method's arguments. Forward hooks run in each
+        ``attend``, with its query and what it returns. Where ``fully_shard`` was called with the
+        module itself, its parameters are gathered here and for the query of each step.
         """
-        self._run_hooks_of_parameters()
-        key = layout.clear_ignored("key", key, cu_seqlens_k, key_lengths, key_padding_mask)
-        return _ProjectingMemory(
-            self,
-            self._project_key(key),
-            self._split(key if value is None else value),
-            self._normed_score_weight(),
-            cu_seqlens_k=cu_seqlens_k,
-            max_seqlen_k=max_seqlen_k,
-            key_padding_mask=key_padding_mask,
-            key_lengths=key_lengths,
-            dropout_p=self.dropout if self.training else 0.0,
-            deterministic=deterministic,
-            backend=backend,
-        )
+        options: dict[str, Any] = {
+            "cu_seqlens_k": cu_seqlens_k,
+            "max_seqlen_k": max_seqlen_k,
+            "key_padding_mask": key_padding_mask,
+            "key_lengths": key_lengths,
+            "deterministic": deterministic,
+            "backend": backend,
+        }
+        keys = _gathering(self, "_key_side")(key, value, options)
+        dropout_p = self.dropout if self.training else 0.0
+        return _ProjectingMemory(self, *keys, dropout_p=dropout_p, **options)
 
-    def _run_hooks_of_parameters(self) -> None:
-        """Set anew what hooks compute before a call; tell of hooks that only a call runs."""
-        if any(kind.__name__ == "FSDPModule" for kind in type(self).__mro__):
-            got = f"one that fully_shard wrapped itself, whose hooks would gather them; {_SHARDING}"
-            raise mismatch("memory", "a module whose parameters are whole between calls", got)
-        kinds = (self._forward_hooks, self._backward_pre_hooks, self._backward_hooks)
-        others: list[object] = [hook for hooks in kinds for hook in hooks.values()]
-        for hook in self._forward_pre_hooks.values():
-            if isinstance(hook, _SETTING_PARAMETERS):
-                hook(self, ())
+    def _key_side(
+        self, key: Tensor, value: Tensor | None, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What a memory is made of: projected key, value and score weight."""
+        self._run_pre_hooks((key, value), options)
+        offsets, lengths, mask = (
+            options[name] for name in ("cu_seqlens_k", "key_lengths", "key_padding_mask")
+        )
+        key = layout.clear_ignored("key", key, offsets, lengths, mask)
+        score_weight = self._normed_score_weight()
+        if _is_sharded(self):
+            score_weight = score_weight.clone()  # FSDP frees what it gathered
+        return self._project_key(key), self._split(key if value is None else value), score_weight
+
+    def _step_query(self, query: Tensor) -> Tensor:
+        """The projected query of a memory's step: apart from forward, around which FSDP gathers."""
+        return self._project_query(query)
+
+    def _run_pre_hooks(self, arguments: tuple, keywords: dict[str, Any]) -> None:
+        """As a call of the module does; refuse hooks that only a call could honour."""
+        backward = (*self._backward_pre_hooks.values(), *self._backward_hooks.values())
+        if backward:
+            got = f"{_names(backward)}, which only a call of the module runs"
+            raise mismatch("memory", "a module without backward hooks", got)
+        for number, hook in self._forward_pre_hooks.items():
+            if _is_of_fsdp(hook):
+                continue
+            if number in self._forward_pre_hooks_with_kwargs:
+                result = hook(self, arguments, keywords)
             else:
-                others.append(hook)
-        if others:
-            names = ", ".join(getattr(hook, "__qualname__", type(hook).__name__) for hook in others)
-            message = (
-                f"attn_ext: unlike a call of the module, memory() does not run its hooks: {names}"
-            )
-            warnings.warn(message, RuntimeWarning, stacklevel=3)
+                result = hook(self, arguments)
+            if result is not None:
+                got = f"{_names([hook])}, which returns others"
+                raise mismatch("memory", "forward pre-hooks that leave arguments as they are", got)
+
+    def _run_forward_hooks(self, query: Tensor, keywords: dict[str, Any], result: Any) -> Any:
+        """As a call of the module does; a hook may return another result."""
+        for number, hook in self._forward_hooks.items():
+            if _is_of_fsdp(hook):
+                continue
+            if number in self._forward_hooks_with_kwargs:
+                other = hook(self, (query,), keywords, result)
+            else:
+                other = hook(self, (query,), result)
+            result = result if other is None else other
+        return result
 
     def _project_query(self, query: Tensor) -> Tensor:
         projected = self._split(_project("query", query, self.query_proj))
@@ -266,6 +287,32 @@ def _project(name: str, tensor: Tensor, projection: nn.Linear) -> Tensor:
         raise
 
 
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called with the module itself."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+
+
+def _gathering(module: nn.Module, method: str) -> Callable[..., Any]:
+    """The method, around which FSDP gathers the parameters of a module that it has sharded.
+
+    Also around its backward: what it returns must be tensors, on whose gradients FSDP waits.
+    """
+    if _is_sharded(module) and method not in vars(module):
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        register_fsdp_forward_method(module, method)
+    return getattr(module, method)
+
+
+def _is_of_fsdp(hook: Any) -> bool:
+    """Whether it is one of those that gather and free parameters; see :func:`_gathering`."""
+    return type(getattr(hook, "__self__", None)).__name__ == "FSDPState"
+
+
+def _names(hooks: Iterable[Any]) -> str:
+    return ", ".join(getattr(hook, "__qualname__", type(hook).__name__) for hook in hooks)
+
+
 class _ProjectingMemory(AttentionMemory):
     """An attention memory whose queries pass through the module's projection."""
 
@@ -274,10 +321,11 @@ class _ProjectingMemory(AttentionMemory):
         self._module = module
 
     def _check_query(self, query: Tensor) -> QuerySide:
-        return super()._check_query(self._module._project_query(query))
+        return super()._check_query(_gathering(self._module, "_step_query")(query))
 
     def attend(  # type: ignore[override]  # the overloads are inherited
         self, query: Tensor, **options: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Project the query and attend: see :class:`AttentionMemory`."""
-        return self._module._join_context(super().attend(query, **options))
+        result = self._module._join_context(super().attend(query, **options))
+        return self._module._run_forward_hooks(query, options, result)

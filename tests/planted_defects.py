@@ -273,10 +273,26 @@ PYTHON = [
     Defect(
         "module-memory-hooks",
         "attn_ext/module.py",
-        "                hook(self, ())\n",
-        "                pass\n",
+        "                result = hook(self, arguments)\n",
+        "                result = None\n",
         "tests/test_module.py",
         "A memory of a weight-normalised module has the score weight of the call before.",
+    ),
+    Defect(
+        "module-memory-forward-hooks",
+        "attn_ext/module.py",
+        "        return self._module._run_forward_hooks(query, options, result)\n",
+        "        return result\n",
+        "tests/test_module.py",
+        "A forward hook on the attention changes its calls, but in silence not a memory's steps.",
+    ),
+    Defect(
+        "module-memory-arguments",
+        "attn_ext/module.py",
+        "            if result is not None:\n                got",
+        "            if False:\n                got",
+        "tests/test_module.py",
+        "A forward pre-hook that scales the query is ignored by memories in silence.",
     ),
     Defect(
         "reference-nothing-left",

@@ -452,12 +452,73 @@ def test_memory_of_a_module_whose_score_weight_is_computed(name: str):
             expected = other(query[:, 0], key)
 
 
-@pytest.mark.parametrize("kind", ["forward", "full_backward", "full_backward_pre"])
-def test_memory_tells_of_hooks_that_it_does_not_run(kind: str):
+@pytest.mark.parametrize("with_kwargs", [False, True])
+def test_memory_runs_forward_pre_hooks(with_kwargs: bool):
+    """As whatever sets parameters before a call may be one."""
+    module, source = make_module("plain"), make_module("plain").score_weight.detach()
+    query, key, value = make_tensors()
+    lengths, seen = torch.tensor([6, 2, 0]), []
+
+    def set_score_weight(module: AdditiveAttention, *arguments: object) -> None:
+        seen.append(arguments)
+        module.score_weight.data = source
+
+    module.register_forward_pre_hook(set_score_weight, with_kwargs=with_kwargs)
+    context = module.memory(key, value, key_lengths=lengths).attend(query[:, 0])
+    assert module.score_weight.data_ptr() == source.data_ptr()
+    torch.testing.assert_close(context, module(query[:, 0], key, value, key_lengths=lengths))
+    assert seen[0][0] == (key, value)
+    if with_kwargs:
+        assert seen[0][1]["key_lengths"] is lengths
+
+
+def test_attend_runs_forward_hooks(backend: str):
+    """With its query and result, which they may replace, as in a call of the module."""
+    module, (query, key, value) = make_module("heads"), make_tensors()
+    seen = []
+
+    def double(module: AdditiveAttention, arguments: tuple, result: tuple) -> tuple:
+        seen.append(arguments[0])
+        return 2 * result[0], result[1]
+
+    def keep_options(module: AdditiveAttention, arguments: tuple, keywords: dict, result: tuple):
+        assert keywords["need_weights"] is True
+
+    module.register_forward_hook(double)
+    module.register_forward_hook(keep_options, with_kwargs=True)
+    memory = module.memory(key, value, backend=backend)
+    assert not seen
+    parts = (memory, slice(0, B)), (memory.select(torch.tensor([1])), slice(1, 2))
+    for part, sequences in parts:
+        actual = part.attend(query[sequences, 0], need_weights=True)
+        assert torch.equal(seen[-1], query[sequences, 0])
+        tensors = query[sequences, 0], key[sequences], value[sequences]
+        expected = module(*tensors, need_weights=True, backend=backend)
+        for ours, theirs in zip(actual, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["full_backward", "full_backward_pre"])
+def test_memory_refuses_backward_hooks(kind: str):
     module = make_module("plain")
     getattr(module, f"register_{kind}_hook")(print)
+    with pytest.raises(ValueError, match="^memory: expected .* without backward hooks, got print"):
+        module.memory(make_tensors()[1])
+
+
+@pytest.mark.parametrize("with_kwargs", [False, True])
+def test_memory_refuses_pre_hooks_that_change_its_arguments(with_kwargs: bool):
+    """Whose first is no query: it would be taken for one, and the query of a step left as it is."""
+    module = make_module("plain")
+
+    def scale(module: AdditiveAttention, arguments: tuple, *keywords: dict):
+        scaled = 2 * arguments[0], *arguments[1:]
+        return (scaled, *keywords) if with_kwargs else scaled
+
+    module.register_forward_pre_hook(scale, with_kwargs=with_kwargs)
     query, key, _ = make_tensors()
-    with pytest.warns(RuntimeWarning, match=r"memory\(\) does not run its hooks: print"):
+    module(query, key)
+    with pytest.raises(ValueError, match="^memory: expected forward pre-hooks .*got .*scale"):
         module.memory(key)
 
 
@@ -540,16 +601,47 @@ def test_fully_shard_of_the_module_around(group: None):
         alone.zero_grad(), sharded.zero_grad()
 
 
-@pytest.mark.parametrize("registered", [False, True])
-def test_fully_shard_of_the_attention_itself_is_refused(group: None, registered: bool):
-    model = Model()
-    shard(model.decoder.attention)
-    if registered:
-        torch.distributed.fsdp.register_fsdp_forward_method(model.decoder.attention, "memory")
-    shard(model)
+class TwoMemories(nn.Module):
+    """Steps over two memories by turns, so that gradients of both are pending at once."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.attention = make_module(name).double()
+        self.output = nn.Linear(KEY_DIM, QUERY_DIM, dtype=torch.float64)
+
+    def forward(self, query: Tensor, key: Tensor) -> Tensor:
+        memories = self.attention.memory(key), self.attention.memory(2 * key)
+        for memory in (*memories, memories[0]):
+            query = query + self.output(memory.attend(query))
+        return query
+
+
+@pytest.mark.parametrize("key_learns", [False, True], ids=["fixed_key", "learnt_key"])
+@pytest.mark.parametrize("registered", [False, True], ids=["", "registered"])
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_fully_shard_of_the_attention_itself(
+    group: None, name: str, registered: bool, key_learns: bool
+):
+    """Its parameters are gathered for the memory and for each step, and freed in between."""
+    alone = TwoMemories(name)
+    sharded = copy.deepcopy(alone)
+    shard(sharded.attention)
+    if registered:  # as for any other method that users call
+        torch.distributed.fsdp.register_fsdp_forward_method(sharded.attention, "memory")
+    shard(sharded)
     query, key, _ = make_tensors(torch.float64)
-    with pytest.raises(ValueError, match="^memory: expected .*FSDP shard the module around"):
-        model(query[:, 0], key)
+    for _ in range(2):
+        keys = [key.detach().requires_grad_(key_learns) for _ in range(2)]
+        contexts = [model(query[:, 0], k) for model, k in zip((alone, sharded), keys)]
+        assert type(sharded.attention.score_weight.data).__name__ == "DTensor"
+        torch.testing.assert_close(*contexts)
+        for context, model in zip(contexts, (alone, sharded)):
+            context.sin().sum().backward()
+            torch.optim.SGD(model.parameters(), 0.1).step()
+        for ours, theirs in zip(sharded.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad)
+        torch.testing.assert_close(keys[1].grad, keys[0].grad)
+        alone.zero_grad(), sharded.zero_grad()
 
 
 def test_steps_out_of_the_forward_that_gathers_are_refused(group: None):
