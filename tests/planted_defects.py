@@ -17,6 +17,32 @@ class Defect(NamedTuple):
 
 PYTHON = [
     Defect(
+        "pool-feature-factor",
+        "attn_ext/reference.py",
+        "keep = feature_keep_mask(seed, dropped, hidden.shape, factor)",
+        "keep = feature_keep_mask(seed, dropped, hidden.shape, 0)",
+        "tests/test_pool.py::test_dropout",
+        "Dropout of features drops tanh and gate of the same entries, and backends differ.",
+    ),
+    Defect(
+        "pool-gate-dtype",
+        "attn_ext/pooling.py",
+        """    if keys.autocast:
+        rows = rows.to(keys.key.dtype)
+""",
+        "",
+        "tests/test_pool.py::test_autocast_and_determinism",
+        "Pooling with a gate under autocast is an error.",
+    ),
+    Defect(
+        "pool-vmap-axis",
+        "attn_ext/batching.py",
+        "ops.pool_forward: ((2, 2, 0, 2), (2, 1, 2, 2))",
+        "ops.pool_forward: ((2, 2, 1, 2), (2, 1, 2, 2))",
+        "tests/test_pool.py::test_compile_vmap_and_traces",
+        "vmap over pooling mixes the branches of its calls.",
+    ),
+    Defect(
         "memory-select-prepared",
         "attn_ext/layout.py",
         "        return selected, (taken(prepared[0]), taken(prepared[1]))\n",
@@ -369,6 +395,78 @@ PYTHON = [
 ]
 
 CPU = [
+    Defect(
+        "pool-closed-gate",
+        "csrc/cpu/vecmath.h",
+        "clamp<T>(g, C::kVanishing - 1, largest)",
+        "clamp<T>(g, -20, largest)",
+        "tests/test_pool.py::test_closed_and_open_gates",
+        "Gates that are nearly closed are not: rows of tiny weight keep some.",
+    ),
+    Defect(
+        "pool-small-tanh",
+        "csrc/cpu/vecmath.h",
+        "difference = (parts.scale - 1) + tail;",
+        "difference = (parts.scale + tail) - 1;",
+        "tests/test_pool.py::test_magnitudes",
+        "Scores of small keys lose their relative accuracy.",
+    ),
+    Defect(
+        "pool-gate-slope",
+        "csrc/cpu/hidden_gradient.h",
+        "dh * parts.sigmoid * parts.slope",
+        "dh * parts.slope",
+        "tests/test_pool.py::test_layouts",
+        "The gradient of gated keys lacks the gate.",
+    ),
+    Defect(
+        "pool-dropped-gradient",
+        "csrc/cpu/hidden_gradient.h",
+        "source_.drop(first + j, item_.col, item_.cols, dhidden);",
+        ";",
+        "tests/test_pool.py::test_dropout",
+        "Dropped features of pooling get gradients.",
+    ),
+    Defect(
+        "pool-mask-position",
+        "csrc/cpu/hidden.h",
+        "mask_.apply<T>(key_.position(j), begin, count, row);",
+        "mask_.apply<T>(j, begin, count, row);",
+        "tests/test_pool.py::test_dropout",
+        "Which features are dropped depends on the padding mask.",
+    ),
+    Defect(
+        "pool-branch-sums",
+        "csrc/cpu/driver.cpp",
+        "call.dscore_weight + merge.head * numbers",
+        "call.dscore_weight + merge.head * call.problem->dim",
+        "tests/test_pool.py::test_compile_vmap_and_traces",
+        "Under vmap the gradients of score weights of several branches overlap.",
+    ),
+    Defect(
+        "pool-branch-scores",
+        "csrc/cpu/softmax.h",
+        "rows.base += query * view.col;",
+        ";",
+        "tests/test_pool.py::test_layouts",
+        "Backward takes the first branch's scores for every branch.",
+    ),
+    Defect(
+        "pool-last-vector",
+        "csrc/cpu/hidden.h",
+        "dim_ % kStep<T> != 0",
+        "false",
+        "tests/test_pool.py::test_features_beyond_the_last_are_0",
+        "Pooling of features that do not fill whole vectors adds what lay in memory.",
+    ),
+    Defect(
+        "pool-many-rows",
+        "csrc/registration.cpp",
+        "problem.weight_rows = score_weight.size(1);",
+        ";",
+        "tests/test_pool.py",
+        "Gradients of several branches write outside of their memory.",
+    ),
     Defect(
         "cpu-raw-row-sum",
         "csrc/cpu/gradient.h",

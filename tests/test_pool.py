@@ -223,6 +223,13 @@ def test_dtypes_and_strides(backend: str, layout: str, strides: str, dtype: torc
 
 
 @pytest.mark.every_isa
+def test_features_beyond_the_last_are_0(backend: str):
+    """Whatever an earlier call left in the memory that rows are padded in."""
+    additive_scores(None, torch.full((1, 8, 96), torch.nan), torch.ones(3, 96), backend=backend)
+    check(make_bags(features=33, branches=3), backend)
+
+
+@pytest.mark.every_isa
 @GATED
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 0.1, 30.0, 1e4], ids=named("scale"))
 def test_magnitudes(backend: str, scale: float, gated: bool):
