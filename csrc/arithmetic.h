@@ -109,7 +109,8 @@ ATTN_EXT_HOST_DEVICE TanhSlope exact_tanh(float x) {
   return {size < kPolynomial ? small : large, std::fma(-part, part, part)};
 }
 
-// sigmoid(x) and sigmoid(x) (1 - sigmoid(x)), subnormal ones too: exp(-|x|) does not overflow.
+// sigmoid(x) and sigmoid(x) (1 - sigmoid(x)), subnormal ones too: exp(-|x|) does not overflow. As
+// 1 - tanh^2, 1 - sigmoid(x) counts as 0 where it is in double precision.
 struct SigmoidSlope {
   float sigmoid;
   float slope;
@@ -118,7 +119,8 @@ struct SigmoidSlope {
 ATTN_EXT_HOST_DEVICE SigmoidSlope exact_sigmoid(float x) {
   const float y = std::exp(-std::fabs(x));
   const float r = refined_reciprocal(1 + y);
-  return {x < 0 ? y * r : r, y * r * r};
+  const bool saturated = x > 0 && y < static_cast<float>(kVanishingSlope);
+  return {x < 0 ? y * r : r, saturated ? 0.0f : y * r * r};
 }
 
 // A softmax over some of the keys: largest score and sum of exponentials relative to it.
