@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arithmetic import LN_2, LOG2_E, reciprocal, tanh_and_derivative
+from .arithmetic import LN_2, LOG2_E, dropout_scales, reciprocal, tanh_and_derivative
 from .problem import Problem, describe, rows_of, strides_of
 from .route import VANISHING_SLOPE
 from .rows import are_attended, attended_keys, find_tile, sequence_rows
@@ -96,6 +96,18 @@ def kept_features(dropout, tile, begin, FACTOR: tl.constexpr, BLOCK_D: tl.conste
 
 
 @triton.jit
+def kept_weights(seed_ptr, threshold, scale, tile, branch):
+    """What the weights of a branch are multiplied by, [SEGMENT], or 1 for all."""
+    if seed_ptr is None:
+        return 1.0
+    else:
+        branches = tile.position * 0 + branch
+        return dropout_scales(
+            seed_ptr, threshold, scale, tile.sequence, tile.head, branches, tile.position
+        )
+
+
+@triton.jit
 def hidden_and_slopes(
     keys,
     gates,
@@ -124,9 +136,8 @@ def hidden_and_slopes(
     else:
         gate = load_tile(gates, tile.attended, d, D)
         size = tl.abs(gate)
-        # exp may be subnormal, unlike exp2; the rounding of its exponent is taken off.
-        decay = tl.exp(-size)
-        decay += decay * tl.fma(size * LOG2_E, LN_2, -size)
+        decay = tl.exp(-size)  # may be subnormal, while PTX's exp2 flushes to 0
+        decay += decay * tl.fma(size * LOG2_E, LN_2, -size)  # for its exponent's rounding
         larger = reciprocal(1.0 + decay, USE_PTX)  # sigmoid(|g|)
         smaller = decay * larger  # sigmoid(-|g|)
         kept = kept_features(of_gate, tile, begin, 1, BLOCK_D)

@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configurations
-from .arithmetic import dropout_scales
 from .forward import additive_attention_weights_kernel, merge_parts_kernel
 from .hidden import (
     SIZES,
@@ -22,6 +21,7 @@ from .hidden import (
     first_branch,
     gate_rows,
     hidden_and_slopes,
+    kept_weights,
     key_tile,
     rows_of_tile,
     strides_of_gate,
@@ -133,16 +133,7 @@ def additive_pool_fwd_kernel(
                 tl.store(stats_row + 1, total)
             if SINGLE:
                 weight = weight / tl.where(total == 0.0, 1.0, total)
-            if seed_ptr is not None:
-                weight *= dropout_scales(
-                    seed_ptr,
-                    threshold,
-                    dropout_scale,
-                    tile.sequence,
-                    tile.head,
-                    tile.position * 0 + branch + i,
-                    tile.position,
-                )
+            weight *= kept_weights(seed_ptr, threshold, dropout_scale, tile, branch + i)
             weights += (weight,)
         values = rows_of_tile(value_ptr, tile, stride_vb, stride_vt, stride_vh, ALIGNMENT)
         for begin in tl.range(0, DV, BLOCK_DV, num_stages=STAGES):
@@ -285,17 +276,8 @@ def additive_pool_forward(
     keep_scores: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    problem = describe_pool(
-        key,
-        value,
-        score_weight,
-        cu_seqlens_k,
-        key_lengths,
-        key_padding_mask,
-        max_seqlen_k,
-        dropout_p,
-        dropout_seed,
-    )
+    layout = (cu_seqlens_k, key_lengths, key_padding_mask, max_seqlen_k)
+    problem = describe_pool(key, value, score_weight, *layout, dropout_p, dropout_seed)
     raw, weights_layout = divmod(weights_layout, RAW)
     batch, branches, heads = problem.batch, problem.rows_q, problem.heads
     context = value.new_empty((batch, branches, heads, problem.value_dim))

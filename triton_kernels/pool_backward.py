@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configurations
-from .arithmetic import dropout_scales
 from .hidden import (
     SIZES,
     Dropout,
@@ -20,6 +19,7 @@ from .hidden import (
     first_branch,
     gate_rows,
     hidden_and_slopes,
+    kept_weights,
     key_tile,
     rows_of_tile,
     strides_of_gate,
@@ -37,7 +37,6 @@ from .problem import (
     alignment,
     is_constant,
     on_device,
-    register_limit,
     rows_of,
     strides_of,
     uses_ptx,
@@ -112,15 +111,7 @@ def additive_pool_bwd_weights_kernel(
                 dweight = tl.load(dweights_ptr + entry, mask=tile.attended, other=0.0)
                 gradient += dweight.to(tl.float32)
             if seed_ptr is not None:
-                gradient *= dropout_scales(
-                    seed_ptr,
-                    threshold,
-                    dropout_scale,
-                    tile.sequence,
-                    tile.head,
-                    tile.position * 0 + k,
-                    tile.position,
-                )
+                gradient *= kept_weights(seed_ptr, threshold, dropout_scale, tile, k)
             tl.store(weights_ptr + entry, weight, mask=tile.attended)
             tl.store(gradients_ptr + entry, gradient, mask=tile.attended)
             tl.store(delta_ptr + (part + k * H) * 2, tl.sum(weight * gradient, 0))
@@ -195,15 +186,7 @@ def additive_pool_bwd_kernel(
             gradient = tl.load(dscores_ptr + row * K + k, mask=tile.attended, other=0.0)
             tl.store(dscores_ptr + row * K + k, weight * (gradient - delta), mask=tile.attended)
             if seed_ptr is not None:
-                weight *= dropout_scales(
-                    seed_ptr,
-                    threshold,
-                    dropout_scale,
-                    tile.sequence,
-                    tile.head,
-                    tile.position * 0 + k,
-                    tile.position,
-                )
+                weight *= kept_weights(seed_ptr, threshold, dropout_scale, tile, k)
                 tl.store(weights_ptr + row * K + k, weight, mask=tile.attended)
         tl.debug_barrier()  # other threads of the program read what these have written
     if dvalue_ptr is not None:
@@ -345,7 +328,6 @@ def _launch_gradients(
         ALIGNMENT=alignment(key, gate),
         USE_PTX=uses_ptx(key),
         num_warps=config.warps,
-        **register_limit(config),
     )
     if dscore_weight is not None:
         dscore_weight.copy_(partial.sum(0))
@@ -372,17 +354,8 @@ def additive_pool_backward(
     grad_mask: int,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    problem = describe_pool(
-        key,
-        value,
-        score_weight,
-        cu_seqlens_k,
-        key_lengths,
-        key_padding_mask,
-        max_seqlen_k,
-        dropout_p,
-        dropout_seed,
-    )
+    layout = (cu_seqlens_k, key_lengths, key_padding_mask, max_seqlen_k)
+    problem = describe_pool(key, value, score_weight, *layout, dropout_p, dropout_seed)
     bits = (GRAD_KEY, GRAD_VALUE, GRAD_SCORE_WEIGHT, GRAD_GATE)
     inputs = (key, value, score_weight, key if gate is None else gate)
     gradients = [
@@ -410,6 +383,6 @@ def additive_pool_backward(
             if scores.numel() == 0:
                 scores = stats.new_empty((*key.shape[:3], problem.rows_q))
                 launch_forward(problem, inputs, features, None, None, scores)
-            softmax = _launch_weights(problem, value, dcontext, dweights, stats, scores)
+            softmax = _launch_weights(problem, inputs[1], dcontext, dweights, stats, scores)
         _launch_gradients(problem, inputs, features, dcontext, softmax, wanted)
     return tuple(gradients)
