@@ -282,9 +282,8 @@ PYTHON = [
     Defect(
         "module-memory-dropout",
         "attn_ext/module.py",
-        "            dropout_p=self.dropout if self.training else 0.0,\n"
-        "            deterministic=deterministic,\n",
-        "            dropout_p=self.dropout,\n            deterministic=deterministic,\n",
+        "        dropout_p = self.dropout if self.training else 0.0\n",
+        "        dropout_p = self.dropout\n",
         "tests/test_module.py",
         "A decoder's attention still drops weights in eval mode.",
     ),
