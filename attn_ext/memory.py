@@ -202,7 +202,8 @@ class AttentionMemory:
         return queries.is_one_step and self._steps is not None and can_collect()
 
     def _prepared(self) -> Prepared:
-        if self._steps is None:
+        # A compiled graph has no use for what was prepared outside of it, or in another call.
+        if self._steps is None or not can_collect():
             return None, None
         self._steps.check_unchanged()
         return self._steps.prepared
