@@ -177,20 +177,26 @@ void outer_stream(Scalars<T> scalars, Panel<T> b, int64_t steps, T* sums) {
   }
 }
 
+// Terms of a sum up to which rows are summed one by one: the terms stay in the first cache.
+constexpr int64_t kFewTerms = 4;
+
 // sums[i] += sum_k scalars(i, k) b_k for `rows` rows of `steps` steps, one row after the other.
 template <class T>
 void outer_products(Scalars<T> scalars, int64_t rows, Panel<T> b, int64_t inner, int64_t steps,
                     T* sums) {
   const int64_t sums_row = steps * kStep<T>;
-  if (rows == 1) {
-    int64_t k = 0;
-    for (; k + 4 <= inner; k += 4) {
-      outer_stream<T, 4>({scalars.data + k * scalars.col, 0, scalars.col}, b.from_row(k), steps,
-                         sums);
-    }
-    for (; k < inner; ++k) {
-      outer_stream<T, 1>({scalars.data + k * scalars.col, 0, scalars.col}, b.from_row(k), steps,
-                         sums);
+  if (rows == 1 || inner <= kFewTerms) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const T* row = scalars.data + i * scalars.row;
+      int64_t k = 0;
+      for (; k + 4 <= inner; k += 4) {
+        outer_stream<T, 4>({row + k * scalars.col, 0, scalars.col}, b.from_row(k), steps,
+                           sums + i * sums_row);
+      }
+      for (; k < inner; ++k) {
+        outer_stream<T, 1>({row + k * scalars.col, 0, scalars.col}, b.from_row(k), steps,
+                           sums + i * sums_row);
+      }
     }
     return;
   }
