@@ -67,13 +67,10 @@ def key_tile(cu_k_ptr, lengths_ptr, mask_ptr, batch, rows_k, max_seqlen_k, SEGME
 
 @triton.jit
 def rows_of_tile(rows_ptr, tile, stride_b, stride_t, stride_h, ALIGNMENT: tl.constexpr):
-    """Pointers to the rows of keys, gates or values, [SEGMENT]; None of None."""
-    if rows_ptr is None:
-        return None
-    else:
-        rows_ptr += tile.place * aligned(stride_b, ALIGNMENT)
-        rows_ptr += tile.head * aligned(stride_h, ALIGNMENT)
-        return rows_ptr + tile.key * aligned(stride_t, ALIGNMENT)
+    """Pointers to the rows of keys, gates or values, [SEGMENT]."""
+    rows_ptr += tile.place * aligned(stride_b, ALIGNMENT)
+    rows_ptr += tile.head * aligned(stride_h, ALIGNMENT)
+    return rows_ptr + tile.key * aligned(stride_t, ALIGNMENT)
 
 
 @triton.jit

@@ -97,7 +97,9 @@ def additive_pool_fwd_kernel(
         return
     branch = first_branch(GROUP, K)
     keys = rows_of_tile(key_ptr, tile, stride_kb, stride_kt, stride_kh, ALIGNMENT)
-    gates = rows_of_tile(gate_ptr, tile, stride_gb, stride_gt, stride_gh, ALIGNMENT)
+    gates = gate_ptr
+    if gate_ptr is not None:
+        gates = rows_of_tile(gate_ptr, tile, stride_gb, stride_gt, stride_gh, ALIGNMENT)
     score_weights_ptr = score_weight_ptr + tile.head * (K * D)
     scores = zeros_of_branches(GROUP, SEGMENT)
     for begin in tl.range(0, D, BLOCK_D, num_stages=STAGES):

@@ -204,7 +204,9 @@ def additive_pool_bwd_kernel(
             )
     if (dkey_ptr is not None) | (dgate_ptr is not None) | (dweight_ptr is not None):
         keys = rows_of_tile(key_ptr, tile, stride_kb, stride_kt, stride_kh, ALIGNMENT)
-        gates = rows_of_tile(gate_ptr, tile, stride_gb, stride_gt, stride_gh, ALIGNMENT)
+        gates = gate_ptr
+        if gate_ptr is not None:
+            gates = rows_of_tile(gate_ptr, tile, stride_gb, stride_gt, stride_gh, ALIGNMENT)
         for begin in tl.range(0, D, BLOCK_D, num_stages=STAGES):
             hidden, by_key, by_gate = hidden_and_slopes(
                 keys,
