@@ -89,15 +89,17 @@ def added_to_keys(
     shifted = shifted_keys(keys.key, features, feature_weight)
     with_term = keys._replace(key=shifted)
     if (
-        backend == "reference"  # which may be differentiated twice
+        not torch.is_grad_enabled()
+        or backend == "reference"  # which may be differentiated twice
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
     ):
         yield with_term
         return
-    key, version = keys.key.detach(), keys.key._version
-    term = features.detach(), feature_weight.detach()
+    parts = {"key": keys.key, "features": features, "feature_weight": feature_weight}
+    parts = {name: tensor.detach() for name, tensor in parts.items()}
+    versions = {name: t._version for name, t in parts.items() if not t.is_inference()}
     place = shifted.data_ptr(), shifted.shape
 
     def leave_out(saved: Tensor) -> Tensor | None:
@@ -106,10 +108,12 @@ def added_to_keys(
     def make_again(saved: Tensor | None) -> Tensor:
         if saved is not None:
             return saved
-        if key._version != version:
-            raise RuntimeError("attn_ext: key was modified in place before the backward pass")
+        for name, version in versions.items():
+            if parts[name]._version != version:
+                message = f"attn_ext: {name} was modified in place before the backward pass"
+                raise RuntimeError(message)
         with torch.no_grad():
-            return shifted_keys(key, *term)
+            return shifted_keys(*parts.values())
 
     with torch.autograd.graph.saved_tensors_hooks(leave_out, make_again):
         yield with_term

@@ -53,8 +53,9 @@ class KeySide(NamedTuple):
         return ignored
 
     def with_exact_bound(self) -> "KeySide":
-        """With the longest sequence itself, which dense weights of jagged keys need."""
-        if self.cu_seqlens is None or records_lengths() or self.max_seqlen <= self.key.size(1):
+        """With the longest sequence where no bound is known, for dense weights of jagged keys."""
+        unknown = self.max_seqlen == self.key.size(1) + 1  # see _bound_of_unread
+        if self.cu_seqlens is None or records_lengths() or not unknown:
             return self
         bound = _bound_of_unread(self.cu_seqlens, self.key.size(1), need_exact=True)
         return self._replace(max_seqlen=bound)
@@ -74,6 +75,9 @@ class KeySide(NamedTuple):
             axis, rows, cu = 1, slice(first, end), cu[run.start : run.stop + 1] - first
         else:
             axis, (rows, cu) = 1, _rows_of_sequences(cu, index, self.key.size(1))
+        longest = self.max_seqlen
+        if cu is not None:
+            longest = _bound_of_unread(cu, self.key.size(1), True) if index.size(0) else 0
 
         def taken(tensor: Tensor | None, axis: int = axis) -> Any:
             if tensor is None:
@@ -88,6 +92,7 @@ class KeySide(NamedTuple):
             cu_seqlens=cu,
             lengths=taken(self.lengths),
             padding_mask=taken(self.padding_mask),
+            max_seqlen=longest,
             batch_size=index.size(0),
         )
         return selected, (taken(prepared[0]), taken(prepared[1]))

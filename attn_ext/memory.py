@@ -166,8 +166,8 @@ class AttentionMemory:
 
         For decoders whose sentences end one by one, or whose beams are sequences of their own.
         Nothing is prepared again: keys, values and what was prepared are taken over, without a copy
-        where the sequences are consecutive and ``index`` is on the CPU. Gradients go to key, value
-        and score_weight of this memory. On an accelerator jagged keys cost a synchronisation.
+        where the sequences are consecutive and ``index`` is on the CPU. Gradients go to what this
+        memory was made of. On an accelerator jagged keys cost synchronisations.
 
         Args:
             index: ``(B',)`` int32 or int64, numbers of sequences.

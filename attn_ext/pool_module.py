@@ -14,7 +14,8 @@ class AdditivePool(nn.Module):
 
     ``alpha_j = softmax_j(w . (tanh(V key_j) * sigmoid(U key_j)))`` weighs the values of a bag, the
     gated attention of Ilse, Tomczak and Welling, "Attention-based Deep Multiple Instance Learning"
-    (ICML 2018); ``gated=False`` leaves the sigmoid out.
+    (ICML 2018); ``gated=False`` leaves the sigmoid out. What ignored rows hold, NaN too, changes no
+    result and no gradient; but those past the last offset of a nested tensor reach the projections.
 
     Args:
         key_dim: features of a key.

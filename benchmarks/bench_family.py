@@ -1,6 +1,8 @@
 """Time scores, pooling, features and beams beside what users would write instead.
 
-python -m benchmarks.bench_family [--threads 1] [--only scores pooling features beam]
+python -m benchmarks.bench_family [--threads 1] [--rounds 7] [--only scores pooling features beam]
+
+With all cases it writes benchmarks/results/family_*.json.
 
 Calls take turns in one process; of each its median, and of each rival the median ratio to ours.
 Results are compared before any time is taken. float32, on the CPU.
@@ -223,11 +225,13 @@ def main() -> None:
         case = CASES[name]()
         print(f"\n{case.title}")
         rows += measure(case, options.rounds)
+    if len(options.only) < len(CASES):
+        return
+    report = {"machine": about, "date": str(date.today()), "torch": torch.__version__}
+    report |= {"threads": options.threads, "rows": rows}
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"family_{about['slug']}_{options.threads}.json"
-    path.write_text(
-        json.dumps({"machine": about, "threads": options.threads, "rows": rows}, indent=1) + "\n"
-    )
+    path.write_text(json.dumps(report, indent=1) + "\n")
     print(f"\nwrote {path}")
 
 

@@ -104,6 +104,19 @@ def test_select(backend: str, layout: str, index: list[int], monkeypatch: pytest
         assert_within_budget(name, result, exact[name], eager[name])
 
 
+@pytest.mark.parametrize("index", [[1], [2, 0], []], ids=str)
+def test_weights_are_as_wide_as_the_longest_chosen_sequence(backend: str, index: list[int]):
+    """And those of the whole memory as wide as the bound that was given."""
+    key, weight, lengths = torch.randn(60, 8), torch.randn(8), (5, 50, 5)
+    options = {"cu_seqlens_k": offsets_of(lengths), "backend": backend}
+    chosen = torch.tensor(index, dtype=torch.int64)
+    some = AttentionMemory(key, key, weight, **options).select(chosen)
+    longest = max((lengths[i] for i in index), default=0)
+    assert some.scores(torch.randn(len(index), 2, 8)).shape == (len(index), 2, longest)
+    bound = AttentionMemory(key, key, weight, max_seqlen_k=70, **options)
+    assert bound.scores(torch.randn(3, 2, 8)).shape == (3, 2, 70)
+
+
 def test_consecutive_sequences_are_not_copied():
     key, offsets = torch.randn(9, 4), offsets_of((3, 4, 2))
     memory = AttentionMemory(key, key, torch.ones(4), cu_seqlens_k=offsets, backend="cpu")

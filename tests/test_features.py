@@ -133,16 +133,29 @@ def test_sums_are_made_again_for_backward(module, monkeypatch: pytest.MonkeyPatc
     assert len(calls) == 6
 
 
-def test_key_modified_before_backward_is_an_error():
-    key = torch.randn(2, 5, 4, requires_grad=True)
-    term, weight = torch.randn(2, 5, 3), torch.randn(3, 4)
+@pytest.mark.parametrize("name", ["key", "features", "feature_weight"])
+def test_modified_before_backward_is_an_error(name: str):
+    """Also where autograd itself keeps none of them, as nothing but the query needs a gradient."""
+    parts = {"key": torch.randn(2, 5, 4), "features": torch.randn(2, 5, 3)}
+    parts["feature_weight"] = torch.randn(3, 4)
+    query = torch.randn(2, 4, requires_grad=True)
     context = additive_attention(
-        torch.randn(2, 4), key, key.detach(), torch.randn(4), features=term, feature_weight=weight
+        query, value=torch.randn(2, 5, 4), score_weight=torch.ones(4), **parts
     )
-    with torch.no_grad():
-        key.add_(1)
-    with pytest.raises(RuntimeError, match="key was modified in place"):
+    parts[name].add_(1)
+    with pytest.raises(RuntimeError, match=f"{name} was modified in place"):
         context.sum().backward()
+
+
+def test_inference_mode(backend: str):
+    with torch.inference_mode():
+        query, key = torch.randn(2, 4), torch.randn(2, 5, 4)
+        parts = {"features": torch.randn(2, 5, 3), "feature_weight": torch.randn(3, 4)}
+        inputs = key, key, torch.randn(4)
+        context = additive_attention(query, *inputs, backend=backend, **parts)
+        weight = parts.pop("feature_weight")
+        memory = AttentionMemory(*inputs, feature_weight=weight, backend=backend)
+        torch.testing.assert_close(memory.attend(query, **parts), context)
 
 
 def test_compile():
