@@ -37,7 +37,7 @@ def centred_pairs(half, block):
 @triton.constexpr_function
 def feature_block(dim, most):
     """How many features are looked at together where they are only looked at."""
-    return min(triton.next_power_of_2(dim), most)
+    return min(triton.next_power_of_2(max(dim, 1)), most)
 
 
 @triton.jit
