@@ -92,7 +92,7 @@ def factored_scores(
     constant = tl.zeros((BLOCK_D,), tl.float32)
     query_bound = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     key_bound = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-    CHUNK: tl.constexpr = centred_pairs(HALF, BLOCK_D) if RAW else HALF
+    CHUNK: tl.constexpr = centred_pairs(HALF, BLOCK_D) if RAW else max(HALF, 1)
     for chunk in range(0, HALF, CHUNK):
         pairs = CHUNK if HALF % CHUNK == 0 else tl.minimum(HALF - chunk, CHUNK)
         for begin in tl.range(0, pairs, BLOCK_D, loop_unroll_factor=2):
