@@ -119,6 +119,19 @@ def can_read_values(tensor: Tensor) -> bool:
     return tensor.is_cpu or os.environ.get("ATTN_EXT_CHECK") == "1"
 
 
+def runs_eagerly() -> bool:
+    """Whether Python may keep account of calls, for their backward pass.
+
+    A compiled graph cannot follow a list or a hook of Python's, nor can a trace or torch.func.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
 def exports_to_onnx() -> bool:
     """Whether ``torch.onnx.export`` is recording, which knows ordinary operations only."""
     recording = torch.jit.is_tracing() or torch.compiler.is_exporting()

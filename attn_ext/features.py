@@ -12,7 +12,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .checks import check_device, check_floating, mismatch, shape_of, wrong_type
+from .checks import (
+    check_device,
+    check_floating,
+    mismatch,
+    runs_eagerly,
+    shape_of,
+    wrong_type,
+)
 from .layout import KeySide, QuerySide, row_text, without_nesting
 
 
@@ -88,13 +95,8 @@ def added_to_keys(
     """Keys with the term in them. Attention keeps for backward what they were made of, not them."""
     shifted = shifted_keys(keys.key, features, feature_weight)
     with_term = keys._replace(key=shifted)
-    if (
-        not torch.is_grad_enabled()
-        or backend == "reference"  # which may be differentiated twice
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-    ):
+    # The reference may be differentiated twice.
+    if backend == "reference" or not torch.is_grad_enabled() or not runs_eagerly():
         yield with_term
         return
     parts = {"key": keys.key, "features": features, "feature_weight": feature_weight}

@@ -67,17 +67,15 @@ class KeySide(NamedTuple):
         """
         _check_sequences(index, self)
         run = _run_of(index)
-        cu = self.cu_seqlens
+        cu, longest = self.cu_seqlens, self.max_seqlen
         if cu is None:
             axis, rows = 0, index if run is None else run
-        elif run is not None and can_read_values(cu):
-            first, end = int(cu[run.start]), int(cu[run.stop])
-            axis, rows, cu = 1, slice(first, end), cu[run.start : run.stop + 1] - first
+        elif run is None:
+            axis, (rows, cu, longest) = 1, _rows_of_sequences(cu, index, self.key.size(1))
         else:
-            axis, (rows, cu) = 1, _rows_of_sequences(cu, index, self.key.size(1))
-        longest = self.max_seqlen
-        if cu is not None:
-            longest = _bound_of_unread(cu, self.key.size(1), True) if index.size(0) else 0
+            bounds = cu[run.start : run.stop + 1]
+            axis, rows = 1, slice(int(bounds[0]), int(bounds[-1]))
+            cu, longest = bounds - bounds[0], int(bounds.diff().max())
 
         def taken(tensor: Tensor | None, axis: int = axis) -> Any:
             if tensor is None:
@@ -317,18 +315,19 @@ def _run_of(index: Tensor) -> slice | None:
     return run if index.tolist() == list(range(run.start, run.stop)) else None
 
 
-def _rows_of_sequences(cu: Tensor, index: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """Numbers of the jagged rows of some sequences, and the offsets of what they make up.
+def _rows_of_sequences(cu: Tensor, index: Tensor, total: int) -> tuple[Tensor, Tensor, int]:
+    """Numbers of the jagged rows of some sequences, the offsets of what they make up, the longest.
 
-    On an accelerator it synchronises once, for their number.
+    On an accelerator it synchronises once.
     """
     bounds = cu.clamp(0, total)  # corrupt offsets stay inside the rows
     lengths = bounds.diff().clamp(min=0).index_select(0, index)
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(cu.dtype)
-    count = int(offsets[-1])
+    longest = lengths.amax() if index.size(0) else offsets[-1]
+    count, longest = torch.stack((offsets[-1], longest.to(cu.dtype))).tolist()
     shifts = bounds.index_select(0, index) - offsets[:-1]
     numbers = torch.arange(count, device=cu.device, dtype=cu.dtype)
-    return numbers + shifts.repeat_interleave(lengths, output_size=count), offsets
+    return numbers + shifts.repeat_interleave(lengths, output_size=count), offsets, longest
 
 
 def _ignored(

@@ -1,4 +1,4 @@
-"""Attention for decoders that attend once a step, with the key side prepared once."""
+"""Attention for decoders that attend step by step, with the key side prepared once."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,11 +8,17 @@ import torch
 from torch import Tensor
 
 from . import backends, layout, reference
-from .checks import check_flag, check_probability, mismatch, resolve_deterministic
+from .checks import (
+    check_flag,
+    check_probability,
+    mismatch,
+    resolve_deterministic,
+    runs_eagerly,
+)
 from .features import added_to_keys, check_feature_weight, check_features
 from .functional import attend, score
 from .layout import RAW, KeySide, Prepared, QuerySide
-from .steps import Steps, can_collect
+from .steps import Steps
 
 
 class AttentionMemory:
@@ -79,7 +85,7 @@ class AttentionMemory:
     def _prepare(self, keys: KeySide, prepared: Prepared | None = None) -> None:
         self._keys = keys
         self._steps: Steps | None = None
-        if self._choice[1] != "reference" and can_collect():
+        if self._choice[1] != "reference" and runs_eagerly():
             self._steps = Steps(keys, self._feature_weight, self._choice, prepared)
             self._token = self._steps.make_token()
 
@@ -167,7 +173,7 @@ class AttentionMemory:
         For decoders whose sentences end one by one, or whose beams are sequences of their own.
         Nothing is prepared again: keys, values and what was prepared are taken over, without a copy
         where the sequences are consecutive and ``index`` is on the CPU. Gradients go to what this
-        memory was made of. On an accelerator jagged keys cost synchronisations.
+        memory was made of. On an accelerator jagged keys cost a synchronisation.
 
         Args:
             index: ``(B',)`` int32 or int64, numbers of sequences.
@@ -199,11 +205,11 @@ class AttentionMemory:
 
     def _collects(self, queries: QuerySide) -> bool:
         """Whether a step leaves the gradients of the key side to the batched pass."""
-        return queries.is_one_step and self._steps is not None and can_collect()
+        return queries.is_one_step and self._steps is not None and runs_eagerly()
 
     def _prepared(self) -> Prepared:
         # A compiled graph has no use for what was prepared outside of it, or in another call.
-        if self._steps is None or not can_collect():
+        if self._steps is None or not runs_eagerly():
             return None, None
         self._steps.check_unchanged()
         return self._steps.prepared

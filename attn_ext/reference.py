@@ -85,17 +85,20 @@ def attend(
     if not need_weights:
         return context
     weights = weights.to(keys.value.dtype)
-    return context, _restore_weights(weights, queries, keys, 0)
+    places = query_valid, key_rows, key_valid
+    return context, _restore_weights(weights, queries, keys, places, 0)
 
 
 def scores(queries: QuerySide, keys: KeySide) -> Tensor:
     """The scores of :func:`attn_ext.additive_scores`, padded for the while as in attention."""
-    query = _take(queries.query, *_query_rows(queries, keys))
+    query_rows, query_valid = _query_rows(queries, keys)
+    query = _take(queries.query, query_rows, query_valid)
     key_rows, key_valid = _key_rows(keys)
     with _without_autocast(query.device.type):
         padded = _scores_padded(query, _take(keys.key, key_rows, key_valid), keys.score_weight)
     padded = padded.masked_fill(~key_valid[:, None, None, :], -torch.inf)
-    return _restore_weights(padded, queries, keys, -torch.inf)
+    places = query_valid, key_rows, key_valid
+    return _restore_weights(padded, queries, keys, places, -torch.inf)
 
 
 def pool(
@@ -109,7 +112,7 @@ def pool(
         hidden = _hidden(side, key_rows, key_valid, feature_dropout, seed)
         padded_scores = _branch_scores(hidden, side.score_weight)
         context, weights = _weigh(padded_scores, value, key_valid, dropout_p, seed)
-    weights = _by_key(weights, keys, 0) if key_rows is not None else _pad_to(weights, keys, 0)
+    weights = _restore_branches(weights, keys, key_rows, key_valid, 0)
     return context.to(keys.value.dtype), weights.to(keys.value.dtype)
 
 
@@ -120,8 +123,7 @@ def pool_scores(side: "PoolSide") -> Tensor:
         hidden = _hidden(side, key_rows, key_valid, (0.0, 0.0), None)
         padded = _branch_scores(hidden, side.score_weight)
     padded = padded.masked_fill(~key_valid[:, None, None, :], -torch.inf)
-    restore = _by_key if key_rows is not None else _pad_to
-    return restore(padded, side.keys, -torch.inf)
+    return _restore_branches(padded, side.keys, key_rows, key_valid, -torch.inf)
 
 
 def _hidden(
@@ -166,22 +168,40 @@ def _key_rows(keys: KeySide) -> tuple[Tensor | None, Tensor]:
     return key_rows, key_valid
 
 
-def _restore_weights(weights: Tensor, queries: QuerySide, keys: KeySide, absent: float) -> Tensor:
-    """Padded ``[B, H, Tq, Tk]`` in the caller's layout, with ``absent`` where nobody attends."""
-    _, query_valid = _query_rows(queries, keys)
+def _restore_weights(
+    weights: Tensor,
+    queries: QuerySide,
+    keys: KeySide,
+    places: tuple[Tensor, Tensor | None, Tensor],
+    absent: float,
+) -> Tensor:
+    """Padded ``[B, H, Tq, Tk]`` in the caller's layout, with ``absent`` where nobody attends.
+
+    ``places``: which queries are real, and what :func:`_key_rows` gives.
+    """
+    query_valid, key_rows, key_valid = places
     weights = weights.masked_fill(~query_valid[:, None, :, None], absent)
     weights_layout = layout.weights_layout(queries, keys)
-    if weights_layout == layout.JAGGED_WEIGHTS:
-        weights = _by_key(weights, keys, absent).squeeze(2)
+    if key_rows is not None and weights_layout == layout.JAGGED_WEIGHTS:
+        weights = _by_key(weights, keys, key_rows, key_valid, absent).squeeze(2)
     else:
         weights = _pad_to(weights, keys, absent, queries.max_seqlen)
     return queries.restore_weights(weights, weights_layout)
 
 
-def _by_key(weights: Tensor, keys: KeySide, absent: float) -> Tensor:
+def _restore_branches(
+    weights: Tensor, keys: KeySide, key_rows: Tensor | None, key_valid: Tensor, absent: float
+) -> Tensor:
+    """Padded ``[B, H, K, Tk]`` as the pool ops have it."""
+    if key_rows is None:
+        return _pad_to(weights, keys, absent)
+    return _by_key(weights, keys, key_rows, key_valid, absent)
+
+
+def _by_key(
+    weights: Tensor, keys: KeySide, key_rows: Tensor, key_valid: Tensor, absent: float
+) -> Tensor:
     """Padded ``[B, H, Tq, Tk]`` of jagged keys as ``[total_k, H, Tq]``."""
-    key_rows, key_valid = _key_rows(keys)
-    assert key_rows is not None
     by_key = weights.permute(0, 3, 1, 2)
     return _scatter(by_key, key_rows, key_valid, keys.key.size(1), absent).squeeze(0)
 

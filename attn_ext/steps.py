@@ -17,20 +17,6 @@ from .layout import DENSE_WEIGHTS, JAGGED_WEIGHTS, RAW, KeySide, Prepared
 GRAD_QUERY, GRAD_KEY, GRAD_VALUE, GRAD_SCORE_WEIGHT = 1, 2, 4, 8  # bits of the ops' grad_mask
 
 
-def can_collect() -> bool:
-    """Whether steps may leave their gradients to one batched pass.
-
-    A compiled graph cannot follow the Python list that collects them, nor can a trace or
-    torch.func; there, and on the reference backend, each step computes all its gradients itself.
-    """
-    return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
-
-
 class _Records:
     """What the steps of one backward pass leave."""
 
@@ -281,10 +267,13 @@ def _featured_step_gradients(
 ):
     """Of a step with features: dquery and dfeatures; the gradient of its own keys gives both."""
     steps = ctx.steps
+    needs = GRAD_QUERY * ctx.needs_input_grad[0] | GRAD_KEY * (collects or ctx.needs_input_grad[2])
+    needs |= steps.grad_mask & GRAD_SCORE_WEIGHT if collects else 0
+    if not needs:
+        return None, None
     key = shifted_keys(steps.inputs[0], features, steps.feature_weight)
-    needs = GRAD_KEY | GRAD_SCORE_WEIGHT
     _, dscores, weights = _step_backward(
-        ctx, needs, dcontext, dweights, query, key, (None, None), stats, scores, seed
+        ctx, GRAD_KEY, dcontext, dweights, query, key, (None, None), stats, scores, seed
     )
     jagged = steps.keys.cu_seqlens is not None
     by_weights = dscores.squeeze(0) if jagged else dscores.transpose(1, 2).unsqueeze(2)
@@ -303,11 +292,12 @@ def _featured_step_gradients(
         0.0,
         None,
         (JAGGED_WEIGHTS if jagged else DENSE_WEIGHTS) | RAW,
-        GRAD_QUERY | needs,
+        needs,
         *steps.choice,
     )
-    rows = dkey.flatten(0, 1).flatten(1)  # [Bk * Nk, H * D]
     weight = steps.feature_weight.flatten(1)  # [F, H * D]
+    if needs & GRAD_KEY:
+        rows = dkey.flatten(0, 1).flatten(1)  # [Bk * Nk, H * D]
     if collects:
         records = steps.records()
         if dcontext is None:
@@ -315,11 +305,12 @@ def _featured_step_gradients(
         records.featured.append((query, dscores, weights, dcontext))
         if not records.sums:
             wide = ops.compute_dtype(dkey.dtype)
-            shapes = dkey, dscore_weight, steps.feature_weight
+            shapes = dkey, steps.inputs[2], steps.feature_weight
             records.sums = [torch.zeros_like(tensor, dtype=wide) for tensor in shapes]
         sums = records.sums
         sums[0] += dkey
-        sums[1] += dscore_weight
+        if needs & GRAD_SCORE_WEIGHT:
+            sums[1] += dscore_weight
         wide_rows, wide_features = rows.to(sums[2].dtype), features.to(sums[2].dtype)
         sums[2].view_as(weight).addmm_(wide_features.flatten(0, 1).t(), wide_rows)
     dfeatures = None

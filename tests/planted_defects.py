@@ -61,8 +61,8 @@ PYTHON = [
     Defect(
         "features-score-weight",
         "attn_ext/steps.py",
-        "        sums[1] += dscore_weight\n",
-        "",
+        "            sums[1] += dscore_weight\n",
+        "            pass\n",
         "tests/test_features.py::test_memory",
         "Steps with features leave no gradient of the score weight.",
     ),
@@ -300,7 +300,7 @@ PYTHON = [
         "attn_ext/module.py",
         "                result = hook(self, arguments)\n",
         "                result = None\n",
-        "tests/test_module.py",
+        "tests/test_module_wrapped.py",
         "A memory of a weight-normalised module has the score weight of the call before.",
     ),
     Defect(
@@ -308,7 +308,7 @@ PYTHON = [
         "attn_ext/module.py",
         "        return self._module._run_forward_hooks(query, options, result)\n",
         "        return result\n",
-        "tests/test_module.py",
+        "tests/test_module_wrapped.py",
         "A forward hook on the attention changes its calls, but in silence not a memory's steps.",
     ),
     Defect(
@@ -316,7 +316,7 @@ PYTHON = [
         "attn_ext/module.py",
         "            if result is not None:\n                got",
         "            if False:\n                got",
-        "tests/test_module.py",
+        "tests/test_module_wrapped.py",
         "A forward pre-hook that scales the query is ignored by memories in silence.",
     ),
     Defect(
