@@ -19,6 +19,7 @@ class ESPnetAttAdd(Stepwise):
     """
 
     original = "espnet.nets.pytorch_backend.rnn.attentions.AttAdd"
+    package, tested = "espnet", "202511"
     sizes = ("eprojs", "dunits", "att_dim", "han_mode")
     layers = ("mlp_enc", "mlp_dec", "gvec")
     kept = ("enc_h", "pre_compute_enc_h", "_lengths")
