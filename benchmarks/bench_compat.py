@@ -19,7 +19,6 @@ import json
 import statistics
 import sys
 import time
-import types
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -34,7 +33,7 @@ from attn_ext.compat.replacement import Replacement
 
 from .bench_additive_attention import RESULTS, machine
 from .bench_family import leaf
-from .harness import peak_memory
+from .harness import peak_of
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 if str(TESTS) not in sys.path:
@@ -256,14 +255,11 @@ def measure(kind: type[Replacement], case: Case, rounds: int) -> dict[str, objec
                     taken[name].append(1e3 * seconds)
         row[mode] = {name: statistics.median(times) for name, times in taken.items()}
         row[mode]["ratio"] = statistics.median(map(float.__truediv__, *taken.values()))
-    row["peak"] = {name: peak(case, module) for name, module in modules.items()}
+    row["peak_mib"] = {
+        name: peak_of(functools.partial(run, case, module, "forward + backward"), "cpu") / 2**20
+        for name, module in modules.items()
+    }
     return row
-
-
-def peak(case: Case, module: nn.Module) -> float:
-    """Megabytes that a call with a backward pass holds at most, its results included."""
-    called = types.SimpleNamespace(call=functools.partial(run, case, module))
-    return peak_memory(called, "forward + backward", "cpu") / 1e6
 
 
 def main() -> None:
@@ -278,7 +274,7 @@ def main() -> None:
     about = machine("cpu")
     print(f"{about['name']}, torch {torch.__version__}, {options.threads} threads, {date.today()}")
     titles = "class", "version", "case", "Δ output", "Δ gradients"
-    print(f"\n| {' | '.join((*titles, 'forward ms', 'with backward ms', 'peak MB'))} |")
+    print(f"\n| {' | '.join((*titles, 'forward ms', 'with backward ms', 'peak MiB'))} |")
     print("|---|---|---|---|---|---|---|---|")
     rows = []
     for kind, make in CASES:
@@ -297,7 +293,7 @@ def main() -> None:
             for mode in ("forward", "forward + backward")
         )
         cells = row["version"], row["case"], f"{row['output']:.0e}", f"{row['gradients']:.0e}"
-        peaks = f"{row['peak']['before']:.0f} → {row['peak']['after']:.0f}"
+        peaks = f"{row['peak_mib']['before']:.0f} → {row['peak_mib']['after']:.0f}"
         print(f"| `{kind.__name__}` | {' | '.join((*cells, *times, peaks))} |", flush=True)
     if len(rows) < len(CASES):
         return
