@@ -29,7 +29,7 @@ EVERYTHING = os.environ.get("ATTN_EXT_TEST_ALL") == "1"
 # Prime to the numbers of magnitudes and of dtypes, so that every pair of them is tested.
 STRIDE = 11
 # From here on a point takes seconds: STRIDE times as few.
-EXPENSIVE = 1 << 22
+EXPENSIVE = 1 << 21
 # The interpreter and emulated threads compute small points; see benchmarks.accuracy.
 EMULATED = BACKEND_DEVICES.get("triton") == "cpu" or BACKEND_DEVICES.get("cuda") == "cpu"
 
@@ -47,7 +47,7 @@ def points_of_grid() -> Iterator:
     for point in selected(accuracy.grid()):
         dtype = str(point.dtype).removeprefix("torch.")
         name = f"{point.magnitude:g}-{dtype}-D={point.features}-Tk={point.keys}"
-        is_huge = point.elements > 16 * EXPENSIVE  # takes 20 seconds
+        is_huge = point.elements > 32 * EXPENSIVE  # takes 20 seconds
         yield pytest.param(point, id=name, marks=pytest.mark.nightly if is_huge else ())
 
 

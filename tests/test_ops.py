@@ -89,8 +89,7 @@ def run_opcheck(op: torch._ops.OpOverload, arguments: tuple, requires_grad: bool
     torch.library.opcheck(op, arguments)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["no_dropout", "dropout"])
-@pytest.mark.parametrize("heads", [None, 2], ids=lambda heads: f"heads={heads}")
+@pytest.mark.parametrize(("heads", "dropout_p"), [(None, 0.3), (2, 0.0)], ids=["dropout", "heads"])
 @pytest.mark.parametrize("layout", OP_LAYOUTS)
 def test_opcheck(layout: str, heads: int | None, dropout_p: float):
     # opcheck compares results by torch.testing.assert_close, to which NaN differs from NaN.
