@@ -1,6 +1,7 @@
 """ESPnet's additive attention."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,16 @@ class ESPnetAttAdd(Stepwise):
     """
 
     original = "espnet.nets.pytorch_backend.rnn.attentions.AttAdd"
-    sizes = ("eprojs", "dunits", "att_dim", "han_mode")
-    layers = ("mlp_enc", "mlp_dec", "gvec")
-    kept = ("enc_h", "pre_compute_enc_h", "_lengths")
+    sizes: ClassVar[tuple[str, ...]] = ("eprojs", "dunits", "att_dim", "han_mode")
+    layers: ClassVar[tuple[str, ...]] = ("mlp_enc", "mlp_dec", "gvec")
+    kept: ClassVar[tuple[str, ...]] = ("enc_h", "pre_compute_enc_h", "_lengths")
+    mlp_enc: nn.Linear
+    mlp_dec: nn.Linear
+    gvec: nn.Linear
+    eprojs: int
+    dunits: int
+    att_dim: int
+    han_mode: bool
 
     def __init__(
         self,

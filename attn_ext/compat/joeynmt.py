@@ -1,6 +1,6 @@
 """JoeyNMT's Bahdanau attention."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,11 @@ class JoeyNMTBahdanauAttention(Stepwise):
     """
 
     original = "joeynmt.attention.BahdanauAttention"
-    layers = ("key_layer", "query_layer", "energy_layer")
-    kept = ("proj_keys", "proj_query")
+    layers: ClassVar[tuple[str, ...]] = ("key_layer", "query_layer", "energy_layer")
+    kept: ClassVar[tuple[str, ...]] = ("proj_keys", "proj_query")
+    key_layer: nn.Linear
+    query_layer: nn.Linear
+    energy_layer: nn.Linear
 
     def __init__(
         self,

@@ -23,6 +23,8 @@ class KerasAdditiveAttention(nn.Module):
         backend: as :func:`attn_ext.additive_attention`.
     """
 
+    dim: int
+    dropout: float
     scale: nn.Parameter | None
 
     def __init__(

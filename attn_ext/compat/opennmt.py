@@ -1,7 +1,7 @@
 """OpenNMT-py's "mlp" attention."""
 
 import contextlib
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,15 @@ class OpenNMTGlobalAttention(Replacement):
     """
 
     original = "onmt.modules.global_attention.GlobalAttention"
-    sizes = ("dim", "attn_type", "attn_func")
-    layers = ("linear_context", "linear_query", "v", "linear_out")
+    sizes: ClassVar[tuple[str, ...]] = ("dim", "attn_type", "attn_func")
+    layers: ClassVar[tuple[str, ...]] = ("linear_context", "linear_query", "v", "linear_out")
+    dim: int
+    attn_type: str
+    attn_func: str
+    linear_context: nn.Linear
+    linear_query: nn.Linear
+    v: nn.Linear
+    linear_out: nn.Linear
 
     def __init__(
         self,
