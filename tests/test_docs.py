@@ -32,7 +32,7 @@ def run_page(text: str, name: str) -> int:
         else:
             assert re.fullmatch(r"needs .+|takes \d+ s", reason), f"{name}: {reason}"
     # No block is missed for its form.
-    assert blocks == text.count("```python"), name
+    assert blocks == len(re.findall(r"^ *(?:```|~~~) *(?:py|pycon|python)\b", text, re.M)), name
     return blocks
 
 

@@ -39,7 +39,10 @@ def test_a_backend_that_computes_something_else_fails(monkeypatch, capsys, plant
         if planted == "raises":
             raise RuntimeError("illegal instruction")
         context = right(*arguments, **options)
-        return context * (torch.nan if planted == "nan" else 1 + 1e-5)
+        if planted == "nan":
+            return context * torch.nan
+        of_query = arguments[0].sum()  # whose gradient alone is wrong
+        return context + 1e-3 * (of_query - of_query.detach())
 
     monkeypatch.setattr(attn_ext, "additive_attention", attend)
     assert report.main() == 1
