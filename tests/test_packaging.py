@@ -52,7 +52,14 @@ def test_library_serves_every_python_and_torch():
     assert not [name for name in names if name.startswith(unstable)]
 
 
-DOCUMENTS = ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "README.md", "mkdocs.yml")
+DOCUMENTS = (
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "README.md",
+    "mkdocs.yml",
+)
 
 
 @pytest.fixture
