@@ -90,7 +90,7 @@ bench: $(VENV)/.built ## time the op beside what one would pick instead (ARGS="-
 	$(PY) -m benchmarks.bench_additive_attention $(or $(ARGS),--more)
 
 docs: .venv-docs/.installed ## build the documentation site in build/site, offline; warnings are errors
-	.venv-docs/bin/mkdocs build --quiet --strict --site-dir build/site
+	.venv-docs/bin/mkdocs build --strict --site-dir build/site
 
 dist: $(VENV)/.installed .venv-release/.installed ## make dist/: sources and a wheel, both tried in new environments
 	PATH=$(CURDIR)/.venv-release/bin:$$PATH $(PY) tests/dist.py $(ARGS)
