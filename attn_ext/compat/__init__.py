@@ -14,23 +14,40 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..checks import mismatch
-from .espnet import ESPnetAttAdd
+from .coqui import CoquiOriginalAttention
+from .espnet import ESPnetAttAdd, ESPnetAttCov, ESPnetAttLoc
 from .gnmt import GNMTBahdanauAttention
 from .joeynmt import JoeyNMTBahdanauAttention
 from .keras import KerasAdditiveAttention
 from .opennmt import OpenNMTGlobalAttention
 from .replacement import Replacement
+from .speechbrain import SpeechBrainContentBasedAttention, SpeechBrainLocationAwareAttention
 
 __all__ = [
+    "CoquiOriginalAttention",
     "ESPnetAttAdd",
+    "ESPnetAttCov",
+    "ESPnetAttLoc",
     "GNMTBahdanauAttention",
     "JoeyNMTBahdanauAttention",
     "KerasAdditiveAttention",
     "OpenNMTGlobalAttention",
+    "SpeechBrainContentBasedAttention",
+    "SpeechBrainLocationAwareAttention",
     "replace_attention",
 ]
 
-_KINDS = (OpenNMTGlobalAttention, GNMTBahdanauAttention, JoeyNMTBahdanauAttention, ESPnetAttAdd)
+_KINDS = (
+    OpenNMTGlobalAttention,
+    GNMTBahdanauAttention,
+    JoeyNMTBahdanauAttention,
+    ESPnetAttAdd,
+    ESPnetAttCov,
+    ESPnetAttLoc,
+    SpeechBrainContentBasedAttention,
+    SpeechBrainLocationAwareAttention,
+    CoquiOriginalAttention,
+)
 _REPLACEMENTS: dict[str, type[Replacement]] = {kind.original: kind for kind in _KINDS}
 
 
