@@ -7,6 +7,7 @@ layers are called instead of read.
 """
 
 import functools
+import inspect
 import warnings
 from collections.abc import Mapping
 
@@ -266,4 +267,8 @@ def _warn_once(kind: str) -> None:
         f"attn_ext is slow here, and stores B * Tq * Tk * D values: a {kind} that is quantised, "
         "wrapped or hooked computes the scores, and has to be called for every query and key"
     )
-    warnings.warn(message, RuntimeWarning, stacklevel=5)
+    # The first caller outside of this package, PyTorch as a rule.
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals["__name__"].startswith("attn_ext."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
