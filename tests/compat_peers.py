@@ -4,6 +4,7 @@ The peers are the originals where they are installed (without what they depend o
 attention does not need), and always the same modules rewritten from their papers.
 """
 
+import ast
 import copy
 import importlib
 import importlib.util
@@ -134,18 +135,52 @@ class NormedAttention(nn.Module):
 # ---- The peers themselves ----
 
 
-def original(monkeypatch: pytest.MonkeyPatch, full_name: str) -> type[nn.Module]:
-    """A class of an installed package, none of whose ``__init__.py`` is run; or a visible skip."""
+class Shell(types.ModuleType):
+    """A package whose ``__init__.py`` is not run, but read for what it takes from where."""
+
+    def __getattr__(self, name: str) -> object:
+        init = Path(self.__path__[0], "__init__.py")
+        for node in ast.walk(ast.parse(init.read_text())):
+            for alias in node.names if isinstance(node, ast.ImportFrom) else []:
+                if (alias.asname or alias.name) == name:
+                    source = "." * node.level + (node.module or "")
+                    module = importlib.import_module(source, self.__name__)
+                    return getattr(module, alias.name)
+        raise AttributeError(name)
+
+
+def find_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have imports find what `make` installed beside the environment for these tests alone."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(sys.prefix, "peers"))])
+
+
+def original(
+    monkeypatch: pytest.MonkeyPatch,
+    full_name: str,
+    stand_ins: dict[str, dict[str, object]] | None = None,
+) -> type[nn.Module]:
+    """A class of an installed package, none of whose ``__init__.py`` is run; or a visible skip.
+
+    Args:
+        full_name: with the module that the class is in.
+        stand_ins: of other modules that are imported there and not needed, or not installed, the
+            names that are asked for.
+    """
     module_name, _, class_name = full_name.rpartition(".")
+    find_installed(monkeypatch)
     spec = importlib.util.find_spec(module_name.partition(".")[0])
     if spec is None:
         pytest.skip(f"{module_name} is not installed")
     root = Path(spec.submodule_search_locations[0])
     for init in [root / "__init__.py", *root.rglob("__init__.py")]:
         parts = (root.name, *init.parent.relative_to(root).parts)
-        package = types.ModuleType(".".join(parts))
+        package = Shell(".".join(parts))
         package.__path__ = [str(init.parent)]
         monkeypatch.setitem(sys.modules, package.__name__, package)
+    for name, names in (stand_ins or {}).items():
+        if name not in sys.modules:
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        vars(sys.modules[name]).update(names)
     return getattr(importlib.import_module(module_name), class_name)
 
 

@@ -54,6 +54,7 @@ class CoquiOriginalAttention(Scoring):
     """
 
     original = f"{_LAYERS}.attentions.OriginalAttention"
+    package, tested = "coqui-tts", "0.28.0"
     sizes = (
         "location_attention",
         "windowing",

@@ -17,6 +17,7 @@ class _ESPnet(Scoring):
     As there, those are used until ``reset``, and with ``han_mode`` every step is a first one.
     """
 
+    package, tested = "espnet", "202511"
     sizes = ("eprojs", "dunits", "att_dim", "han_mode")
     kept = ("enc_h", "pre_compute_enc_h", "_lengths")
     gvec: nn.Linear

@@ -17,6 +17,7 @@ class GNMTBahdanauAttention(Replacement):
     """
 
     original = "seq2seq.models.attention.BahdanauAttention"
+    package = "NVIDIA's DeepLearningExamples"
     sizes = ("num_units", "normalize", "batch_first")
     layers = ("linear_q", "linear_k")
     normalize_scalar: nn.Parameter | None

@@ -19,6 +19,7 @@ class JoeyNMTBahdanauAttention(Stepwise):
     """
 
     original = "joeynmt.attention.BahdanauAttention"
+    package, tested = "joeynmt", "2.3.0"
     layers = ("key_layer", "query_layer", "energy_layer")
     kept = ("proj_keys", "proj_query")
 

@@ -23,6 +23,9 @@ class KerasAdditiveAttention(nn.Module):
         backend: as :func:`attn_ext.additive_attention`.
     """
 
+    # As a Replacement has them, for the table of supported(); the layer itself is no nn.Module.
+    package, tested = "keras", "3.15.1"
+    needs = "`from_keras`, as it is no `nn.Module`"
     scale: nn.Parameter | None
 
     def __init__(
@@ -36,6 +39,10 @@ class KerasAdditiveAttention(nn.Module):
         if self.scale is not None:
             bound = (3 / dim) ** 0.5  # Glorot's, of a vector
             nn.init.uniform_(self.scale, -bound, bound)
+
+    @staticmethod
+    def replaces() -> str:
+        return "`keras.layers.AdditiveAttention`"
 
     @classmethod
     def from_keras(cls, layer: Any, *, backend: str | None = None) -> "KerasAdditiveAttention":

@@ -19,6 +19,8 @@ class OpenNMTGlobalAttention(Replacement):
     """
 
     original = "onmt.modules.global_attention.GlobalAttention"
+    package, tested = "OpenNMT-py", "3.5.1"
+    needs = 'attn_type="mlp", attn_func="softmax", no coverage'
     sizes = ("dim", "attn_type", "attn_func")
     layers = ("linear_context", "linear_query", "v", "linear_out")
 

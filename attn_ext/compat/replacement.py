@@ -27,7 +27,7 @@ class Replacement(nn.Module):
     @classmethod
     def replaces(cls) -> str:
         """What is replaced, for the table of :func:`attn_ext.compat.supported`."""
-        return cls.original
+        return f"`{cls.original}`"
 
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:

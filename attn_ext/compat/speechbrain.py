@@ -13,6 +13,7 @@ from .scoring import Rows, Scoring
 class _SpeechBrain(Scoring):
     """What the two share: the encoder states of a batch, and the output layer."""
 
+    package, tested = "speechbrain", "1.1.2"
     sizes = ("scaling",)
     kept = ("precomputed_enc_h", "_lengths")
     mlp_enc: nn.Linear
