@@ -153,7 +153,7 @@ COQUI_OPTIONS = {
 
 
 class Coqui(nn.Module):
-    """Tacotron's attention: alpha_j by e_j = v . tanh(V h_j + W s + U f_j) + b, and what follows."""
+    """Tacotron: e_j = v . tanh(V h_j + W s + U f_j) + b, f of the weights before and their sum."""
 
     def __init__(self, **options: Any):
         super().__init__()
@@ -296,10 +296,13 @@ _ESPNET = {"eprojs": KEY_DIM, "dunits": QUERY_DIM, "att_dim": D}
 
 def _coqui(attend: Call = coqui, training: bool = True, **options: Any) -> Peer:
     arguments = {
-        **{"query_dim": QUERY_DIM, "embedding_dim": KEY_DIM, "attention_dim": D},
-        **{"attention_location_n_filters": FILTERS},
-        **{"attention_location_kernel_size": 2 * HALF_WIDTH + 1},
-        **{**COQUI_OPTIONS, **options},
+        "query_dim": QUERY_DIM,
+        "embedding_dim": KEY_DIM,
+        "attention_dim": D,
+        "attention_location_n_filters": FILTERS,
+        "attention_location_kernel_size": 2 * HALF_WIDTH + 1,
+        **COQUI_OPTIONS,
+        **options,
     }
     layers = ("query_layer", "inputs_layer", "v", "v.linear_layer")
     if arguments["location_attention"]:
@@ -310,45 +313,45 @@ def _coqui(attend: Call = coqui, training: bool = True, **options: Any) -> Peer:
     return Peer(attend, kind, arguments, lambda: Coqui(**options), layers, training)
 
 
-PEERS = dict(
-    speechbrain_content=Peer(
+PEERS = {
+    "speechbrain_content": Peer(
         speechbrain,
         compat.SpeechBrainContentBasedAttention,
         {**_SPEECHBRAIN, "scaling": 1.5},
         lambda: SpeechBrain(location=False),
         ("mlp_enc", "mlp_dec", "mlp_attn", "mlp_out", "softmax"),
     ),
-    speechbrain_location=Peer(
+    "speechbrain_location": Peer(
         speechbrain,
         compat.SpeechBrainLocationAwareAttention,
         {**_SPEECHBRAIN, "conv_channels": FILTERS, "kernel_size": HALF_WIDTH, "scaling": 1.5},
         lambda: SpeechBrain(location=True),
         ("mlp_enc", "mlp_dec", "mlp_attn", "conv_loc", "mlp_loc", "mlp_out", "softmax"),
     ),
-    espnet_location=Peer(
+    "espnet_location": Peer(
         espnet_location,
         compat.ESPnetAttLoc,
         {**_ESPNET, "aconv_chans": FILTERS, "aconv_filts": HALF_WIDTH},
         lambda: ESPnet(location=True),
         ("mlp_enc", "mlp_dec", "mlp_att", "loc_conv", "gvec"),
     ),
-    espnet_coverage=Peer(
+    "espnet_coverage": Peer(
         espnet_coverage,
         compat.ESPnetAttCov,
         _ESPNET,
         lambda: ESPnet(location=False),
         ("mlp_enc", "mlp_dec", "wvec", "gvec"),
     ),
-    coqui=_coqui(),
-    coqui_content=_coqui(location_attention=False),
-    coqui_sigmoid=_coqui(norm="sigmoid"),
-    coqui_forward=_coqui(forward_attn=True),
-    coqui_agent=_coqui(forward_attn=True, trans_agent=True, norm="sigmoid"),
-    coqui_forward_mask=_coqui(
+    "coqui": _coqui(),
+    "coqui_content": _coqui(location_attention=False),
+    "coqui_sigmoid": _coqui(norm="sigmoid"),
+    "coqui_forward": _coqui(forward_attn=True),
+    "coqui_agent": _coqui(forward_attn=True, trans_agent=True, norm="sigmoid"),
+    "coqui_forward_mask": _coqui(
         coqui_unmasked, training=False, forward_attn=True, forward_attn_mask=True, trans_agent=True
     ),
-    coqui_window=_coqui(coqui_unmasked, training=False, windowing=True),
-)
+    "coqui_window": _coqui(coqui_unmasked, training=False, windowing=True),
+}
 
 
 def rewritten(name: str) -> nn.Module:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from compat_peers import IGNORED, KEY_DIM, LENGTHS, QUERY_DIM, TQ, B, assert_parity, results_of
+from compat_peers import IGNORED, KEY_DIM, LENGTH_LIST, QUERY_DIM, TQ, B, assert_parity, results_of
 from compat_speech_peers import PEERS, original_of, rewritten
 from helpers import assert_within_budget
 from test_compat_takeover import COPIES, TREATMENTS
@@ -70,8 +70,9 @@ def test_inference_mode(name: str):
         assert_same(PEERS[name].attend(module, queries.clone(), states.clone()), expected)
 
 
-@pytest.mark.parametrize("name", PEERS)
-def test_autocast(name: str):
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bfloat16"])
+@pytest.mark.parametrize("name", [n for n in PEERS if PEERS[n].training])
+def test_low_precision(name: str, autocast: bool):
     """With errors as the rewrite's, which runs every operation in the dtype PyTorch chooses."""
     peer = rewritten(name)
     ours = take_over(name, peer)
@@ -82,7 +83,8 @@ def test_autocast(name: str):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             return PEERS[name].attend(module, queries, states)
 
-    actual, eager = (results_of(low, m, queries, states, torch.float32) for m in (ours, peer))
+    dtype = torch.float32 if autocast else torch.bfloat16
+    actual, eager = (results_of(low, m, queries, states, dtype) for m in (ours, peer))
     exact = results_of(low, peer, queries, states, torch.float64)
     for key, result in actual.items():
         assert_within_budget(key, result.to(torch.bfloat16), exact[key], eager[key])
@@ -131,7 +133,11 @@ def test_a_hooked_layer_is_refused(name: str, layer: str):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("speechbrain_location", lambda m: setattr(m.conv_loc, "padding", (1,)), r"\.conv_loc: .*padding"),
+        (
+            "speechbrain_location",
+            lambda m: setattr(m.conv_loc, "padding", (1,)),
+            r"\.conv_loc: .*padding",
+        ),
         ("espnet_location", lambda m: setattr(m.loc_conv, "stride", (1, 2)), r"\.loc_conv: "),
         ("speechbrain_content", lambda m: setattr(m.softmax, "dim", 1), r"\.softmax: .*dim=1"),
         (
@@ -269,6 +275,33 @@ def test_training_then_decoding_then_training(name: str):
                 optimizer.step()
 
 
+class TwoSteps(nn.Module):
+    def __init__(self, name: str):
+        super().__init__()
+        self.name, self.attention = name, take_over(name, rewritten(name)).requires_grad_(False)
+
+    def forward(self, query: Tensor, states: Tensor, mask: Tensor):
+        step = begin(self.name, self.attention, states, mask)
+        step(query)
+        return step(2 * query)
+
+
+@pytest.mark.parametrize("name", [name for name in PEERS if name != "coqui_window"])
+def test_a_trace_is_right_at_other_lengths(name: str):
+    module = TwoSteps(name)
+    query, states = inputs(name)
+    traced = torch.jit.trace(module, (query[:, 0], states, states[..., 0] < 1), check_trace=False)
+    query, states = torch.randn(5, QUERY_DIM), torch.randn(5, 40, KEY_DIM)
+    mask = torch.arange(40) < torch.tensor([1, 40, 7, 33, 2])[:, None]
+    assert_same(traced(query, states, mask), module(query, states, mask))
+
+
+def test_a_trace_of_a_window_is_refused():
+    arguments = (torch.randn(B, QUERY_DIM), torch.randn(B, 7, KEY_DIM), ~IGNORED)
+    with pytest.raises(ValueError, match="^windowing: expected False while a graph is recorded"):
+        torch.jit.trace(TwoSteps("coqui_window"), arguments)
+
+
 @pytest.mark.parametrize("copied", COPIES)
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
 @pytest.mark.parametrize("name", NAMES)
@@ -326,9 +359,7 @@ def test_coqui_norm_is_checked():
 
 
 @pytest.mark.parametrize("source", ["rewritten", "original"])
-def test_espnet_monotonic_constraint(
-    backend: str, monkeypatch: pytest.MonkeyPatch, source: str
-):
+def test_espnet_monotonic_constraint(backend: str, monkeypatch: pytest.MonkeyPatch, source: str):
     """Each step near where the one before attended most, of one sequence."""
     peer = rewritten("espnet_location")
     if source == "original":
@@ -373,12 +404,11 @@ def test_espnet_hierarchical_mode(name: str):
 def test_espnet_first_coverage(monkeypatch: pytest.MonkeyPatch):
     """Uniform weights of its own, in the list that grows."""
     peer = original_of(monkeypatch, "espnet_coverage")
-    ours = take_over("espnet_coverage", peer)
     queries, states = inputs("espnet_coverage")
-    for t in range(2):
-        (context, theirs), (our_context, weights) = (
-            module(states, LENGTHS.tolist(), queries[:, t], None if t == 0 else earlier)
-            for module, earlier in ((peer, None if t == 0 else theirs), (ours, None if t == 0 else weights))
-        )
-        assert_same((our_context, *weights), (context, *theirs))
-    assert len(weights) == 3
+    results = []
+    for module in (peer, take_over("espnet_coverage", peer)):
+        first, earlier = module(states, LENGTH_LIST, queries[:, 0], None)
+        second, later = module(states, LENGTH_LIST, queries[:, 1], earlier)
+        assert later is earlier and len(later) == 3
+        results.append((first, second, *later))
+    assert_same(*results)

@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import mismatch
+from ..checks import mismatch, records_lengths
 from .plain import is_plain, masked_softmax
 from .scoring import Rows, Scoring
 
 _LAYERS = "TTS.tts.layers.tacotron"
+_TANH_GAIN = nn.init.calculate_gain("tanh")
 
 
-def _linear(in_features: int, out_features: int, bias: bool, gain: str) -> nn.Sequential:
+def _linear(in_features: int, out_features: int, bias: bool, gain: float) -> nn.Sequential:
     """A layer with the parameter names and the initialisation of coqui's ``Linear``."""
     layer = nn.Linear(in_features, out_features, bias)
-    nn.init.xavier_uniform_(layer.weight, nn.init.calculate_gain(gain))
+    nn.init.xavier_uniform_(layer.weight, gain)
     return nn.Sequential(OrderedDict(linear_layer=layer))
 
 
@@ -29,7 +30,7 @@ class _LocationLayer(nn.Module):
         self.location_conv1d = nn.Conv1d(
             2, filters, kernel_size, padding=(kernel_size - 1) // 2, bias=False
         )
-        self.location_dense = _linear(filters, attention_dim, bias=False, gain="tanh")
+        self.location_dense = _linear(filters, attention_dim, bias=False, gain=_TANH_GAIN)
 
     def features(self, attention_cat: Tensor) -> Tensor:
         """What is projected of weights ``[B, 2, Tk]``: ``[B, Tk, filters]``."""
@@ -45,8 +46,8 @@ class CoquiOriginalAttention(Scoring):
     Parameters: ``query_layer``, ``inputs_layer``, ``v``, with ``trans_agent`` ``ta``, with
     ``location_attention`` ``location_layer``. As there, ``init_states`` is called before the steps
     of a batch, and the weights of the last step are ``attention_weights``. The options are
-    attributes that may be changed: windowing and ``forward_attn_mask`` act in ``eval`` mode. With
-    ``norm="softmax"`` the bias of ``v`` changes no weight; its gradient is exactly 0.
+    attributes that may be changed; ``windowing`` and ``forward_attn_mask`` act in ``eval`` mode.
+    With ``norm="softmax"`` the bias of ``v`` changes no weight; its gradient is exactly 0.
 
     Location-sensitive attention is of Shen et al. 2018, "Natural TTS Synthesis by Conditioning
     WaveNet on Mel Spectrogram Predictions"; forward attention of Zhang, Ling and Dai 2018, "Forward
@@ -85,9 +86,9 @@ class CoquiOriginalAttention(Scoring):
         backend: str | None = None,
     ):
         super().__init__(backend)
-        self.query_layer = _linear(query_dim, attention_dim, bias=False, gain="tanh")
-        self.inputs_layer = _linear(embedding_dim, attention_dim, bias=False, gain="tanh")
-        self.v = _linear(attention_dim, 1, bias=True, gain="linear")
+        self.query_layer = _linear(query_dim, attention_dim, bias=False, gain=_TANH_GAIN)
+        self.inputs_layer = _linear(embedding_dim, attention_dim, bias=False, gain=_TANH_GAIN)
+        self.v = _linear(attention_dim, 1, bias=True, gain=1)
         if trans_agent:
             self.ta = nn.Linear(query_dim + embedding_dim, 1)
         if location_attention:
@@ -229,6 +230,9 @@ class CoquiOriginalAttention(Scoring):
 
         As in the original, the first sequence of a batch moves the window of all.
         """
+        if records_lengths():
+            expected = "False while a graph is recorded, in which the window would be a constant"
+            raise mismatch("windowing", expected, "True")
         assert self.win_idx is not None
         places = torch.arange(scores.size(1), device=scores.device)
         first, end = self.win_idx - self.win_back, self.win_idx + self.win_front

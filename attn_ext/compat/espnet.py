@@ -22,9 +22,7 @@ class _ESPnet(Scoring):
     kept = ("enc_h", "pre_compute_enc_h", "_lengths")
     gvec: nn.Linear
 
-    def __init__(
-        self, eprojs: int, dunits: int, att_dim: int, han_mode: bool, backend: str | None
-    ):
+    def __init__(self, eprojs: int, dunits: int, att_dim: int, han_mode: bool, backend: str | None):
         super().__init__(backend)
         self.mlp_enc = nn.Linear(eprojs, att_dim)
         self.mlp_dec = nn.Linear(dunits, att_dim, bias=False)
@@ -195,7 +193,7 @@ class ESPnetAttLoc(_ESPnet):
         rows = self._rows(enc_hs_pad, enc_hs_len, scaling, self.mlp_att)
         if att_prev is None:
             att_prev = self._uniform(rows)
-        features = self.loc_conv(att_prev.view(len(att_prev), 1, 1, -1)).squeeze(2).transpose(1, 2)
+        features = self.loc_conv(att_prev[:, None, None]).squeeze(2).transpose(1, 2)
         step = self._step(rows, self._query(enc_hs_pad, dec_z), features)
         if last_attended_idx is None:
             return step.attend()
@@ -216,6 +214,9 @@ class ESPnetAttCov(_ESPnet):
 
     Parameters: ``mlp_enc``, ``mlp_dec``, ``wvec``, ``gvec``. Encoder states are kept as in
     :class:`ESPnetAttAdd`. Formula: See, Liu and Manning 2017, "Get To The Point".
+
+    ESPnet's ``att_to_numpy``, which its ``calculate_all_attentions`` uses, asks for the class of
+    the original, and does not know the lists of this one.
     """
 
     original = "espnet.nets.pytorch_backend.rnn.attentions.AttCov"

@@ -27,10 +27,9 @@ class Rows(NamedTuple):
     scaling: float = 1.0  # of scores
     kept: bool = False  # whether steps share the values of the first, whatever they are given
 
-    def padding(self) -> dict[str, Tensor | None]:
-        """Which keys are ignored, as AttentionMemory is told."""
-        ignored = None if self.mask is None else self.mask == 0
-        return {"key_padding_mask": ignored, "key_lengths": self.lengths}
+    def ignored(self) -> Tensor | None:
+        """``[B, Tk]``, True = ignore, of a mask."""
+        return None if self.mask is None else self.mask == 0
 
 
 class Step(NamedTuple):
@@ -46,18 +45,31 @@ class Step(NamedTuple):
         """The context ``[B, Dv]`` and the weights ``[B, Tk]``."""
         if self.memory is not None:
             return self.memory.attend(self.query, features=self.features, need_weights=True)
-        layer, scaling, padding = self.rows.score_layer, self.rows.scaling, self.rows.padding()
-        keys, values = self.rows[:2]
-        return attend_by_calls(layer, self.query, keys, values, **padding, scaling=scaling)
+        rows = self.rows
+        return attend_by_calls(
+            rows.score_layer,
+            self.query,
+            rows.keys,
+            rows.values,
+            key_padding_mask=rows.ignored(),
+            key_lengths=rows.lengths,
+            scaling=rows.scaling,
+        )
 
     def scores(self) -> Tensor:
         """The scores ``[B, Tk]``, -inf for ignored keys; float32 or float64."""
-        scaling = self.rows.scaling
+        rows = self.rows
         if self.memory is None:
-            layer, padding = self.rows.score_layer, self.rows.padding()
-            return scores_by_calls(layer, self.query, self.rows.keys, **padding, scaling=scaling)
+            return scores_by_calls(
+                rows.score_layer,
+                self.query,
+                rows.keys,
+                key_padding_mask=rows.ignored(),
+                key_lengths=rows.lengths,
+                scaling=rows.scaling,
+            )
         scores = self.memory.scores(self.query, features=self.features)
-        return scores if self.score_bias is None else scores + scaling * self.score_bias
+        return scores if self.score_bias is None else scores + rows.scaling * self.score_bias
 
 
 class Scoring(Stepwise):
@@ -93,8 +105,9 @@ class Scoring(Stepwise):
         """The memory of the step before, or another one where it does not serve this."""
         keys, values = rows.keys, rows.values
         watched = [t for t in (rows.mask, score_weight, feature_weight) if t is not None]
-        # Changes of inference tensors are not counted, and comparing large ones takes long. Keys are
-        # taken as they were; values are read anew by each step, but where autocast copied them.
+        # Changes of inference tensors are not counted, and comparing large ones takes long. Their
+        # keys are taken as they were; values are read anew by each step, unless autocast copied
+        # them.
         watched += [t for t in (keys, values) if is_counted(t)]
         if torch._C._is_any_autocast_enabled() and not is_counted(values) and not rows.kept:
             watched.append(values)
@@ -102,13 +115,15 @@ class Scoring(Stepwise):
         memory = self._recall((*made_for, score_weight, feature_weight), tuple(watched))
         if memory is None:
             vector = rows.scaling * score_weight.squeeze(0)
-            if score_bias is not None:  # changes no weight; DistributedDataParallel wants a gradient
+            if score_bias is not None:
+                # It changes no weight. DistributedDataParallel wants all to have a gradient.
                 vector = vector + 0 * score_bias
             memory = self._memory = AttentionMemory(
                 keys,
                 values,
                 vector,
-                **rows.padding(),
+                key_padding_mask=rows.ignored(),
+                key_lengths=rows.lengths,
                 feature_weight=None if feature_weight is None else feature_weight.t(),
                 backend=self.backend,
             )

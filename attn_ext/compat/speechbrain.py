@@ -1,7 +1,7 @@
 """SpeechBrain's additive attentions: content-based and location-aware."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ class _SpeechBrain(Scoring):
 
     package, tested = "speechbrain", "1.1.2"
     sizes = ("scaling",)
-    kept = ("precomputed_enc_h", "_lengths")
+    kept: ClassVar[tuple[str, ...]] = ("precomputed_enc_h", "_lengths")
     mlp_enc: nn.Linear
     mlp_dec: nn.Linear
     mlp_attn: nn.Linear
