@@ -7,7 +7,8 @@ Python and machine at once. Pins that are there stay until `make lock ARGS=--upg
     locked.txt         everything but
     locked-torch.txt   PyTorch's build in the registry, for CUDA: `make TORCH=cuda`;
     locked-cuda.txt    what that needs besides, several GB, triton among it;
-    locked-triton.txt  triton for the build for CPUs, torch-cpu.txt, which does not bring it.
+    locked-triton.txt  triton for the build for CPUs, torch-cpu.txt, which does not bring it;
+    locked-peers.txt   the packages that attn_ext.compat's tests compare with, peers.txt.
 """
 
 import os
@@ -62,6 +63,8 @@ def main():
         write(name, packages)
     triton = FOLDER / "locked-triton.txt"
     write(triton.name, resolve([triton], FOLDER / "triton.txt"))
+    peers = FOLDER / "locked-peers.txt"
+    write(peers.name, resolve([peers], "--no-deps", FOLDER / "peers.txt"))
 
 
 main()
