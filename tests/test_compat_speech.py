@@ -5,7 +5,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from compat_peers import IGNORED, KEY_DIM, LENGTH_LIST, QUERY_DIM, TQ, B, assert_parity, results_of
+from compat_peers import (
+    IGNORED,
+    KEY_DIM,
+    LENGTH_LIST,
+    LENGTHS,
+    QUERY_DIM,
+    TQ,
+    B,
+    assert_parity,
+    results_of,
+)
 from compat_speech_peers import PEERS, original_of, rewritten
 from helpers import assert_within_budget
 from test_compat_takeover import COPIES, TREATMENTS
@@ -112,6 +122,15 @@ def test_takeover_in_a_model(name: str):
     assert_same(
         PEERS[name].attend(anew, queries, states), PEERS[name].attend(ours, queries, states)
     )
+
+
+def test_espnet_of_later_versions():
+    """Which have the same classes elsewhere."""
+    model = nn.Sequential(rewritten("espnet_location"), rewritten("espnet_coverage"))
+    for module in model:
+        kind = type(module)
+        kind.__module__ = kind.__module__.replace("espnet.", "espnet2.legacy.")
+    assert compat.replace_attention(model) == ["0", "1"]
 
 
 def treat(module: nn.Module, layer: str, treatment: str) -> None:
@@ -239,21 +258,41 @@ def test_changes_in_place_between_steps(name: str, mode: Callable, what: str):
     assert_same(*results)
 
 
+@pytest.mark.parametrize("anew", [False, True], ids=["filled", "another"])
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-def test_coqui_notices_a_mask_that_is_filled_anew(mode: Callable):
+def test_coqui_notices_another_mask(mode: Callable, anew: bool):
     peer, ours = pair("coqui")
     results = []
     for module in (peer, ours):
         with mode():
             torch.manual_seed(1)
             queries, states = (rows.double() for rows in inputs("coqui"))
-            mask = ~IGNORED
-            step = begin("coqui", module, states, mask)
-            step(queries[:, 0])
-            mask[:, 1:] = False
-            results.append(step(queries[:, 1]))
+            keys, mask = module.preprocess_inputs(states), ~IGNORED
+            module.init_states(states)
+            module(queries[:, 0], states, keys, mask)
+            if anew:
+                mask = mask & (torch.arange(mask.size(1)) == 0)
+            else:
+                mask[:, 1:] = False
+            context = module(queries[:, 1], states, keys, mask)
+            results.append((context, module.attention_weights))
     assert_same(*results)
     assert (results[1][1][:, 0] == 1).all()
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("anew", [False, True], ids=["filled", "other"])
+def test_speechbrain_weighs_the_states_of_each_step(anew: bool, autocast: bool):
+    """By the keys of the first."""
+    module = take_over("speechbrain_content", rewritten("speechbrain_content"))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        queries, states = inputs("speechbrain_content")
+        module(states, LENGTHS, queries[:, 0])
+        states = states.clone() if anew else states
+        states.mul_(-2)
+        actual = module(states, LENGTHS, queries[:, 0])
+        module._forget()  # what was prepared, but for the keys
+        assert_same(actual, module(states, LENGTHS, queries[:, 0]))
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -356,6 +395,13 @@ def test_coqui_norm_is_checked():
     module.norm = "sparsemax"
     with pytest.raises(ValueError, match="^norm: expected 'softmax' or 'sigmoid', got 'sparsemax'"):
         PEERS["coqui"].attend(module, *inputs("coqui"))
+
+
+def test_coqui_needs_its_states():
+    module = take_over("coqui", rewritten("coqui"))
+    query, states = (rows[:, :1].squeeze(1) for rows in inputs("coqui"))
+    with pytest.raises(RuntimeError, match="init_states must be called before the first step"):
+        module(query, states.unsqueeze(1), module.preprocess_inputs(states.unsqueeze(1)), None)
 
 
 @pytest.mark.parametrize("source", ["rewritten", "original"])

@@ -185,6 +185,8 @@ class CoquiOriginalAttention(Scoring):
         """
         if self.norm not in ("softmax", "sigmoid"):
             raise mismatch("norm", "'softmax' or 'sigmoid'", repr(self.norm))
+        if self.attention_weights is None:
+            raise RuntimeError("init_states must be called before the first step")
         rows = Rows(processed_inputs, inputs, self.v, mask=mask)
         features = None
         if self.location_attention:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_count, mismatch, shape_of
-from .plain import masked_softmax
+from .plain import masked_softmax, original_class_name
 from .scoring import Rows, Scoring
 
 
@@ -28,6 +28,12 @@ class _ESPnet(Scoring):
         self.mlp_dec = nn.Linear(dunits, att_dim, bias=False)
         self.eprojs, self.dunits, self.att_dim, self.han_mode = eprojs, dunits, att_dim, han_mode
         self.reset()
+
+    @classmethod
+    def recognises(cls, module: nn.Module) -> bool:
+        # Version 202611 moved the module, as it is.
+        name = original_class_name(module)
+        return name.replace("espnet2.legacy.", "espnet.", 1) == cls.original
 
     def reset(self) -> None:
         """Forget the encoder states."""
