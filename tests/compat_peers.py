@@ -98,15 +98,22 @@ class StepwiseAdditive(nn.Module):
 class NormedAttention(nn.Module):
     """score = g v/|v| . tanh(W_q q + W_k k + b), as GNMT's implementations write it out."""
 
-    def __init__(self, normalize: bool = True, batch_first: bool = True):
+    def __init__(
+        self,
+        normalize: bool = True,
+        batch_first: bool = True,
+        query_size: int = QUERY_DIM,
+        key_size: int = KEY_DIM,
+        num_units: int = D,
+    ):
         super().__init__()
-        self.num_units, self.normalize, self.batch_first = D, normalize, batch_first
-        self.linear_q = nn.Linear(QUERY_DIM, D, bias=False)
-        self.linear_k = nn.Linear(KEY_DIM, D, bias=False)
-        self.linear_att = nn.Parameter(torch.randn(D) * 0.5)
+        self.num_units, self.normalize, self.batch_first = num_units, normalize, batch_first
+        self.linear_q = nn.Linear(query_size, num_units, bias=False)
+        self.linear_k = nn.Linear(key_size, num_units, bias=False)
+        self.linear_att = nn.Parameter(torch.randn(num_units) * 0.5)
         if normalize:
             self.normalize_scalar = nn.Parameter(torch.randn(1))
-            self.normalize_bias = nn.Parameter(torch.randn(D))
+            self.normalize_bias = nn.Parameter(torch.randn(num_units))
 
     def set_mask(self, context_len: Tensor, context: Tensor) -> None:
         self.ignored = torch.arange(context.size(int(self.batch_first))) >= context_len[:, None]
