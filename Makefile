@@ -44,7 +44,7 @@ train: $(VENV)/.built ## train a translation model (CORPUS=homeassistant|libreof
 	$(PY) -m attn_ext.nmt.train --corpus $(CORPUS) --out $(OUT) \
 	    $$([ ! -e $(OUT)/checkpoint.pt ] || echo --resume) $(ARGS)
 
-test: $(VENV)/.built ## run the tests (ARGS="-k name")
+test: $(VENV)/.built $(VENV)/.peers ## run the tests (ARGS="-k name")
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 	@# The Triton kernels, run by its interpreter: on machines without a GPU they are Python too.
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal \
@@ -125,7 +125,7 @@ clean: ## remove what was built; .venv and runs/ stay
 distclean: clean ## remove .venv too
 	rm -rf $(VENV) .venv-docs .venv-release
 
-# Three stamps, each written when its step is whole. An install that was cut off leaves
+# Stamps, each written when its step is whole. An install that was cut off leaves
 # .incomplete behind, and the next one starts again from nothing.
 $(VENV)/.installed: $(wildcard requirements/*.txt)
 	@command -v $(PYTHON) >/dev/null || { \
@@ -160,6 +160,13 @@ endif
 	@echo '$(TORCH)' >$(VENV)/.torch
 	@rm $(VENV)/.incomplete
 	@touch $@
+
+# What attn_ext.compat replaces, beside the environment so that only its tests find it; without a
+# network they skip, visibly.
+$(VENV)/.peers: $(VENV)/.installed
+	@$(PIP) $(LOCKED) --no-compile --upgrade --retries 1 --timeout 10 --target $(VENV)/peers \
+	    -r requirements/locked-peers.txt && touch $@ || \
+	    echo "make: without the packages that attn_ext.compat replaces, some of its tests skip" >&2
 
 # What pyproject.toml names is locked and there already; the next step builds.
 $(VENV)/.editable: $(VENV)/.installed pyproject.toml setup.py

@@ -196,6 +196,7 @@ def additive_scores(
     key_lengths: Tensor | None = None,
     features: Tensor | None = None,
     feature_weight: Tensor | None = None,
+    feature_dropout_p: float | tuple[float, float] = 0.0,
     deterministic: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -216,6 +217,7 @@ def additive_scores(
         gate: only without a query: as key, ``e_j = w . (tanh(k_j) * sigmoid(gate_j))``.
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_padding_mask, key_lengths,
             features, feature_weight, deterministic, backend: as in :func:`additive_attention`.
+        feature_dropout_p: only without a query: as in :func:`attn_ext.additive_pool`.
 
     Returns:
         float32 (float64 for float64) of the shape of :func:`additive_attention`'s weights, or of
@@ -247,11 +249,16 @@ def additive_scores(
                 raise mismatch(name, "None without a query", type(given).__name__)
         keys_alone = (cu_seqlens_k, max_seqlen_k, key_padding_mask, key_lengths)
         side = pooling.check_pool_side(key, key, score_weight, gate, *keys_alone, scores_only=True)
+        feature_dropout = pooling.check_feature_dropout(
+            "feature_dropout_p", feature_dropout_p, gate is not None
+        )
         deterministic = resolve_deterministic(deterministic)
         backend = backends.choose(backend, side.keys.key.device, side.keys.key.dtype)
-        return pooling.scores(side, deterministic, backend)
+        return pooling.scores(side, feature_dropout, deterministic, backend)
     if gate is not None:
         raise mismatch("gate", "None with a query", type(gate).__name__)
+    if feature_dropout_p != 0.0:
+        raise mismatch("feature_dropout_p", "0.0 with a query", str(feature_dropout_p))
     keys = layout.check_key_side(
         key,
         key,

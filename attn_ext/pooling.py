@@ -277,12 +277,15 @@ def additive_pool(
     return (context, side.restore_weights(weights)) if need_weights else context
 
 
-def scores(side: PoolSide, deterministic: bool, backend: str) -> Tensor:
+def scores(
+    side: PoolSide, feature_dropout: tuple[float, float], deterministic: bool, backend: str
+) -> Tensor:
     """The scores of keys alone of :func:`attn_ext.additive_scores`, everything being checked."""
+    seed = reference.draw_seed(side.keys.key.device) if any(feature_dropout) else None
     if _must_be_plain(backend):
-        return side.restore_weights(reference.pool_scores(side))
+        return side.restore_weights(reference.pool_scores(side, feature_dropout, seed))
     weights_layout = side.weights_layout() | layout.RAW
-    _, raw = _call(side, (0.0, 0.0), 0.0, None, weights_layout, deterministic, backend)
+    _, raw = _call(side, feature_dropout, 0.0, seed, weights_layout, deterministic, backend)
     return side.restore_weights(raw)
 
 

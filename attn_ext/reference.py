@@ -116,11 +116,13 @@ def pool(
     return context.to(keys.value.dtype), weights.to(keys.value.dtype)
 
 
-def pool_scores(side: "PoolSide") -> Tensor:
+def pool_scores(
+    side: "PoolSide", feature_dropout: tuple[float, float], seed: Tensor | None
+) -> Tensor:
     """The scores of keys alone of :func:`attn_ext.additive_scores`, in the internal form."""
     key_rows, key_valid = _key_rows(side.keys)
     with _without_autocast(side.keys.key.device.type):
-        hidden = _hidden(side, key_rows, key_valid, (0.0, 0.0), None)
+        hidden = _hidden(side, key_rows, key_valid, feature_dropout, seed)
         padded = _branch_scores(hidden, side.score_weight)
     padded = padded.masked_fill(~key_valid[:, None, None, :], -torch.inf)
     return _restore_branches(padded, side.keys, key_rows, key_valid, -torch.inf)

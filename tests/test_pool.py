@@ -173,7 +173,13 @@ def check_scores(bags: Bags, backend: str) -> None:
     def scores(leaves: dict[str, Tensor]) -> Results:
         arguments = bags.arguments(leaves)
         del arguments["value"]
-        found = additive_scores(None, **arguments, backend=backend, **bags.keywords)
+        found = additive_scores(
+            None,
+            **arguments,
+            feature_dropout_p=bags.feature_dropout if "gate" in leaves else bags.feature_dropout[0],
+            backend=backend,
+            **bags.keywords,
+        )
         assert torch.equal(found == -torch.inf, absent), "-inf elsewhere than for absent keys"
         return {"weights": found}
 
@@ -311,6 +317,14 @@ def test_dropout(backend: str, layout: str, feature_dropout: tuple[float, float]
     """For the masks that the seed stands for, on every backend the same."""
     bags = make_bags(layout, branches=2, features=22)
     check(replace(bags, feature_dropout=feature_dropout, dropout=dropout), backend)
+
+
+@pytest.mark.parametrize("layout", ["one_step_mask", "jagged_one_step"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_dropout_of_scores(backend: str, layout: str, gated: bool):
+    """The same masks, without a softmax."""
+    bags = make_bags(layout, branches=2, features=22, gated=gated)
+    check_scores(replace(bags, feature_dropout=(0.3, 0.4 * gated)), backend)
 
 
 def test_dropout_of_all_features(backend: str):
@@ -518,6 +532,10 @@ def test_wrong_gates_of_scores():
     query, key, gate, weight = *torch.randn(3, 2, 4).unbind(0), torch.randn(4)
     with pytest.raises(ValueError, match="gate: expected None with a query"):
         additive_scores(query, key.unsqueeze(1), weight, gate=gate.unsqueeze(1))
+    with pytest.raises(ValueError, match="feature_dropout_p: expected 0.0 with a query, got 0.5"):
+        additive_scores(query, key.unsqueeze(1), weight, feature_dropout_p=0.5)
+    with pytest.raises(ValueError, match="feature_dropout_p: expected a probability"):
+        additive_scores(None, key.unsqueeze(1), weight, feature_dropout_p=1.5)
 
 
 def test_scores_that_were_not_kept_are_computed_again(backend: str):

@@ -3,44 +3,101 @@
 Each class has the constructor, the parameter names, the call and the results of the module it
 replaces: ``load_state_dict`` takes over trained parameters, ``from_original`` a module with its
 parameters themselves (an optimizer that holds them goes on), and :func:`replace_attention` all
-such modules of a model at once. Keras's layer is no PyTorch module of known size: its replacement
-is told ``dim``, and ``from_keras`` copies a layer. One thing is other, and meant to be: where every
-key is masked the context and the weights are 0, not NaN or a mean over padding.
+such modules of a model at once; :func:`supported` prints which there are. Keras's layer is no
+PyTorch module of known size: its replacement is told ``dim``, and ``from_keras`` copies a layer.
+
+Two things are other, and meant to be. Where every key is masked the context and the weights are 0,
+not NaN or a mean over padding. And modules that project the same states anew in each step of a
+decoder do it once here, for as long as they are given the very same tensor.
 
 Every constructor also takes ``backend``, as :func:`attn_ext.additive_attention` does.
 """
 
+from typing import Any
+
 from torch import nn
-from torch.nn.utils import parametrize
 
 from ..checks import mismatch
-from .espnet import ESPnetAttAdd
+from .clam import CLAMAttnNet, CLAMAttnNetGated
+from .coqui import CoquiOriginalAttention
+from .doctr import DocTRAttentionModule
+from .espnet import ESPnetAttAdd, ESPnetAttCov, ESPnetAttLoc
 from .gnmt import GNMTBahdanauAttention
 from .joeynmt import JoeyNMTBahdanauAttention
 from .keras import KerasAdditiveAttention
+from .monai import MONAIMILAttention
 from .opennmt import OpenNMTGlobalAttention
 from .replacement import Replacement
+from .speechbrain import SpeechBrainContentBasedAttention, SpeechBrainLocationAwareAttention
+from .torchmil import TorchMILAttentionPool
+from .transformers import (
+    TransformersSLANetAttentionGRUCell,
+    TransformersSLANeXtAttentionGRUCell,
+)
 
 __all__ = [
+    "CLAMAttnNet",
+    "CLAMAttnNetGated",
+    "CoquiOriginalAttention",
+    "DocTRAttentionModule",
     "ESPnetAttAdd",
+    "ESPnetAttCov",
+    "ESPnetAttLoc",
     "GNMTBahdanauAttention",
     "JoeyNMTBahdanauAttention",
     "KerasAdditiveAttention",
+    "MONAIMILAttention",
     "OpenNMTGlobalAttention",
+    "SpeechBrainContentBasedAttention",
+    "SpeechBrainLocationAwareAttention",
+    "TorchMILAttentionPool",
+    "TransformersSLANeXtAttentionGRUCell",
+    "TransformersSLANetAttentionGRUCell",
     "replace_attention",
+    "supported",
 ]
 
-_KINDS = (OpenNMTGlobalAttention, GNMTBahdanauAttention, JoeyNMTBahdanauAttention, ESPnetAttAdd)
-_REPLACEMENTS: dict[str, type[Replacement]] = {kind.original: kind for kind in _KINDS}
+_KINDS: tuple[type[Replacement], ...] = (
+    OpenNMTGlobalAttention,
+    GNMTBahdanauAttention,
+    JoeyNMTBahdanauAttention,
+    ESPnetAttAdd,
+    ESPnetAttCov,
+    ESPnetAttLoc,
+    SpeechBrainContentBasedAttention,
+    SpeechBrainLocationAwareAttention,
+    CoquiOriginalAttention,
+    TransformersSLANetAttentionGRUCell,
+    TransformersSLANeXtAttentionGRUCell,
+    DocTRAttentionModule,
+    TorchMILAttentionPool,
+    MONAIMILAttention,
+    CLAMAttnNetGated,
+    CLAMAttnNet,
+)
+
+
+def supported() -> None:
+    """Print what :func:`replace_attention` replaces, as a table in Markdown.
+
+    Of each class its name here, what it replaces (a full name, or how a module is known), the
+    package with the version that the tests compare with, and what a module has to be.
+    """
+    print("| here | replaces | package, version tested | has to have |\n|---|---|---|---|")
+    kinds: tuple[Any, ...] = (*_KINDS, KerasAdditiveAttention)
+    for kind in kinds:
+        package = f"{kind.package} {kind.tested or '(on no index)'}"
+        print(f"| `{kind.__name__}` | {kind.replaces()} | {package} | {kind.needs} |")
 
 
 def replace_attention(model: nn.Module, *, backend: str | None = None) -> list[str]:
     """Replace every attention module of ``model`` that has one here, keeping its parameters.
 
-    Modules are known by the full name of their class; those that compute something else (OpenNMT's
-    with ``attn_type="dot"``) stay as they are. Do this before ``torch.compile``, before wrapping
-    for distributed training, and before layers are quantised, pruned, parametrised, given adapters
-    or hooks. All of that is right afterwards; before, it is refused where it concerns an attention.
+    Modules are known by the full name of their class, or as :func:`supported` says; those that
+    compute something else (OpenNMT's with ``attn_type="dot"``) stay as they are. Do this before
+    ``torch.compile``, before wrapping for distributed training, and before layers are quantised,
+    pruned, parametrised, given adapters or hooks. All of that is right afterwards; before, it is
+    refused where it concerns an attention.
 
     Args:
         model: changed in place, or not at all where this raises.
@@ -56,8 +113,12 @@ def replace_attention(model: nn.Module, *, backend: str | None = None) -> list[s
     planned: list[tuple[str, nn.Module]] = []
     made: dict[int, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        kind = _REPLACEMENTS.get(_class_name(module))
-        if kind is None or not kind.is_additive(module):
+        kind = next((kind for kind in _KINDS if kind.recognises(module)), None)
+        if kind is None:
+            continue
+        if kind.child:
+            name, module = f"{name}.{kind.child}".lstrip("."), module.get_submodule(kind.child)
+        if not kind.is_additive(module):
             continue
         if not name:
             got = f"the attention itself; use {kind.__name__}.from_original(model)"
@@ -71,11 +132,3 @@ def replace_attention(model: nn.Module, *, backend: str | None = None) -> list[s
     for name, ours in planned:
         model.set_submodule(name, ours)
     return [name for name, _ in planned]
-
-
-def _class_name(module: nn.Module) -> str:
-    """The full name of a module's class, also where a parametrisation has made another of it."""
-    kind = type(module)
-    if parametrize.is_parametrized(module):
-        kind = parametrize.type_before_parametrizations(module)
-    return f"{kind.__module__}.{kind.__qualname__}"

@@ -17,16 +17,17 @@ class GNMTBahdanauAttention(Replacement):
     """
 
     original = "seq2seq.models.attention.BahdanauAttention"
+    package = "NVIDIA's DeepLearningExamples"
     sizes: ClassVar[tuple[str, ...]] = ("num_units", "normalize", "batch_first")
     layers: ClassVar[tuple[str, ...]] = ("linear_q", "linear_k")
+    normalize_scalar: nn.Parameter | None
+    normalize_bias: nn.Parameter | None
     num_units: int
     normalize: bool
     batch_first: bool
     linear_q: nn.Linear
     linear_k: nn.Linear
     linear_att: nn.Parameter
-    normalize_scalar: nn.Parameter | None
-    normalize_bias: nn.Parameter | None
 
     def __init__(
         self,

@@ -19,6 +19,8 @@ class JoeyNMTBahdanauAttention(Stepwise):
     """
 
     original = "joeynmt.attention.BahdanauAttention"
+    package = "joeynmt"
+    tested = "2.3.0"
     layers: ClassVar[tuple[str, ...]] = ("key_layer", "query_layer", "energy_layer")
     kept: ClassVar[tuple[str, ...]] = ("proj_keys", "proj_query")
     key_layer: nn.Linear

@@ -23,9 +23,13 @@ class KerasAdditiveAttention(nn.Module):
         backend: as :func:`attn_ext.additive_attention`.
     """
 
+    # As a Replacement has them, for the table of supported(); the layer itself is no nn.Module.
+    package = "keras"
+    tested = "3.15.1"
+    needs = "`from_keras`, as it is no `nn.Module`"
+    scale: nn.Parameter | None
     dim: int
     dropout: float
-    scale: nn.Parameter | None
 
     def __init__(
         self, dim: int, use_scale: bool = True, dropout: float = 0.0, *, backend: str | None = None
@@ -38,6 +42,10 @@ class KerasAdditiveAttention(nn.Module):
         if self.scale is not None:
             bound = (3 / dim) ** 0.5  # Glorot's, of a vector
             nn.init.uniform_(self.scale, -bound, bound)
+
+    @staticmethod
+    def replaces() -> str:
+        return "`keras.layers.AdditiveAttention`"
 
     @classmethod
     def from_keras(cls, layer: Any, *, backend: str | None = None) -> "KerasAdditiveAttention":

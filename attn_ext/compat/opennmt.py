@@ -19,6 +19,9 @@ class OpenNMTGlobalAttention(Replacement):
     """
 
     original = "onmt.modules.global_attention.GlobalAttention"
+    package = "OpenNMT-py"
+    tested = "3.5.1"
+    needs = 'attn_type="mlp", attn_func="softmax", no coverage'
     sizes: ClassVar[tuple[str, ...]] = ("dim", "attn_type", "attn_func")
     layers: ClassVar[tuple[str, ...]] = ("linear_context", "linear_query", "v", "linear_out")
     dim: int

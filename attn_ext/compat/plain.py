@@ -7,7 +7,9 @@ layers are called instead of read.
 """
 
 import functools
+import inspect
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -22,24 +24,46 @@ _WAY_OUT = (
 )
 
 
-def check_plain(path: str, module: nn.Module, layers: tuple[str, ...]) -> None:
-    """Check that a module has the children ``layers``, all plain ``nn.Linear``, and no hooks.
+def check_plain(path: str, module: nn.Module, layers: Mapping[str, type[nn.Module] | str]) -> None:
+    """Check that a module has the layers ``layers``, of just these classes, and no hooks.
+
+    Args:
+        path: what messages call ``module``.
+        module: what is looked at, with all layers inside of it.
+        layers: their classes, or the full names of these, by their paths inside of ``module``.
 
     Raises:
         ValueError: with the path of what is not so, the reason and the way out.
     """
     _check_untouched(path, module)
-    # named_children() leaves out what comes twice.
-    children = {name: child for name, child in module._modules.items() if child is not None}
-    for name in layers:
-        child = children.pop(name, None)
-        if type(child) is not nn.Linear:
-            got = "none" if child is None else _class_of(child)
-            raise _refusal(f"{path}.{name}", "a plain torch.nn.Linear", got)
+    found = dict(module.named_modules(remove_duplicate=False))
+    del found[""]
+    for name, kind in layers.items():
+        child = found.pop(name, None)
+        expected = kind if isinstance(kind, str) else class_name(kind)
+        if child is None or class_name(type(child)) != expected:
+            got = "none" if child is None else class_name(type(child))
+            public = f"torch.nn.{kind.__name__}" if isinstance(kind, type) else kind
+            raise _refusal(f"{path}.{name}", f"a plain {public}", got)
         _check_untouched(f"{path}.{name}", child)
-    if children:
+    others = [name for name in found if name.rpartition(".")[0] not in found]
+    if others:
         expected = f"no other layers than {', '.join(layers)}"
-        raise _refusal(path, expected, f"{', '.join(children)} beside them")
+        raise _refusal(path, expected, f"{', '.join(others)} beside them")
+
+
+def check_same_settings(
+    path: str, theirs: nn.Module, ours: nn.Module, layers: Mapping[str, object]
+) -> None:
+    """Check that the layers of two modules print the same settings, as strides and probabilities.
+
+    Raises:
+        ValueError: with the path of what is not so, the reason and the way out.
+    """
+    for name in layers:
+        found, wanted = (module.get_submodule(name).extra_repr() for module in (theirs, ours))
+        if found != wanted:
+            raise _refusal(f"{path}.{name}", f"the settings ({wanted})", f"({found})")
 
 
 def check_same_parameters(path: str, theirs: nn.Module, ours: nn.Module) -> None:
@@ -67,12 +91,20 @@ def _refusal(path: str, expected: str, got: str) -> ValueError:
     return mismatch(path, expected, f"{got}; nothing was replaced: {_WAY_OUT}")
 
 
-def _class_of(thing: object) -> str:
-    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+def class_name(kind: type) -> str:
+    """The full name of a class."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def original_class_name(module: nn.Module) -> str:
+    """That of a module's class, also where a parametrisation has made another of it."""
+    if parametrize.is_parametrized(module):
+        return class_name(parametrize.type_before_parametrizations(module))
+    return class_name(type(module))
 
 
 def _text_of(tensor: Tensor) -> str:
-    return f"a {_class_of(tensor)} of shape {tuple(tensor.shape)}"
+    return f"a {class_name(type(tensor))} of shape {tuple(tensor.shape)}"
 
 
 def _check_untouched(path: str, module: nn.Module) -> None:
@@ -94,25 +126,45 @@ def _check_untouched(path: str, module: nn.Module) -> None:
 # ---- After the takeover ----
 
 
-def readable_weight(layer: nn.Module) -> Tensor | None:
-    """The weight ``[1, D]`` of a layer of one output; None if only a call tells what it computes.
+def is_plain(layer: nn.Module, expected: type[nn.Module]) -> bool:
+    """Whether a call of ``layer`` does what its class does; parametrised weights are allowed."""
+    kind = type(layer)
+    if kind is not expected and parametrize.is_parametrized(layer):
+        kind = parametrize.type_before_parametrizations(layer)
+    if kind is not expected or "forward" in layer.__dict__:
+        return False
+    if layer._forward_pre_hooks or layer._forward_hooks:
+        return False
+    return not (layer._backward_pre_hooks or layer._backward_hooks)
+
+
+def readable_weight(layer: nn.Module, expected: type[nn.Module] = nn.Linear) -> Tensor | None:
+    """The weight of a layer that scores; None if only a call tells what it computes.
 
     A parametrised weight can be read: its layer's forward does nothing else.
+
+    Args:
+        layer: of one output or several, ``[K, D]``, or of another shape where it is no Linear.
+        expected: the class that it has where nothing was done to it.
     """
-    kind = type(layer)
-    if kind is not nn.Linear and parametrize.is_parametrized(layer):
-        kind = parametrize.type_before_parametrizations(layer)
-    if kind is not nn.Linear or "forward" in layer.__dict__:
-        return None
-    if layer._forward_pre_hooks or layer._forward_hooks:
-        return None
-    if layer._backward_pre_hooks or layer._backward_hooks:
+    if not is_plain(layer, expected):
         return None
     weight: Tensor = layer.weight  # type: ignore[assignment]
     # A tensor of another class, as quantisation makes, may have a product of its own.
     if type(weight) not in (Tensor, nn.Parameter) and not torch.compiler.is_compiling():
         return None
     return weight
+
+
+def readable(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a linear layer, as :func:`readable_weight`.
+
+    The layer may be alone in an ``nn.Sequential``.
+    """
+    while is_plain(layer, nn.Sequential) and len(layer._modules) == 1:
+        (layer,) = layer.children()
+    weight = readable_weight(layer)
+    return None if weight is None else (weight, layer.bias)  # type: ignore[return-value]
 
 
 def attend_by_calls(
@@ -139,7 +191,48 @@ def attend_by_calls(
     Returns:
         The context ``(B, Tq, Dv)`` and the weights ``(B, Tq, Tk)``, without Tq for one query.
     """
-    _warn_of_calls(_class_of(layer))
+    warn_of_calls(layer)
+    scores, ignored = _scores_and_ignored(
+        layer, query, key, value, key_padding_mask, key_lengths, scaling
+    )
+    value = value.masked_fill(ignored.unsqueeze(-1), 0)  # padding may hold anything, NaN too
+    weights = masked_softmax(scores, ignored.unsqueeze(1)).to(value.dtype)
+    context = weights @ value
+    return (context, weights) if query.dim() == 3 else (context.squeeze(1), weights.squeeze(1))
+
+
+def scores_by_calls(
+    layer: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    """The scores ``(B, Tq, Tk)`` of :func:`attend_by_calls`, -inf for ignored keys.
+
+    They are without Tq for one query, and at least float32.
+    """
+    warn_of_calls(layer)
+    scores, ignored = _scores_and_ignored(
+        layer, query, key, key, key_padding_mask, key_lengths, scaling
+    )
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = scores.masked_fill(ignored.unsqueeze(1), -torch.inf)
+    return scores if query.dim() == 3 else scores.squeeze(1)
+
+
+def _scores_and_ignored(
+    layer: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """Scores ``[B, Tq, Tk]``, anything for ignored keys, and which those are, ``[B, Tk]``."""
     keys = layout.check_key_side(
         key, value, key.new_empty(key.shape[-1:]), None, None, key_padding_mask, key_lengths
     )
@@ -150,12 +243,9 @@ def attend_by_calls(
         ignored = key_padding_mask
     elif key_lengths is not None:
         ignored = torch.arange(key.size(1), device=key.device) >= key_lengths[:, None]
-    # Padding may hold anything, NaN too.
-    key, value = (rows.masked_fill(ignored.unsqueeze(-1), 0) for rows in (key, value))
+    key = key.masked_fill(ignored.unsqueeze(-1), 0)
     scores = scaling * layer(torch.tanh(steps.unsqueeze(2) + key.unsqueeze(1))).squeeze(-1)
-    weights = masked_softmax(scores, ignored.unsqueeze(1)).to(value.dtype)
-    context = weights @ value
-    return (context.squeeze(1), weights.squeeze(1)) if is_one_step else (context, weights)
+    return scores, ignored
 
 
 def masked_softmax(scores: Tensor, ignored: Tensor) -> Tensor:
@@ -165,9 +255,10 @@ def masked_softmax(scores: Tensor, ignored: Tensor) -> Tensor:
     return weights.masked_fill(ignored, 0)
 
 
-def _warn_of_calls(kind: str) -> None:
+def warn_of_calls(layer: nn.Module) -> None:
+    """Say once, of each class of layer, that scores are computed by calling one."""
     if not torch.compiler.is_compiling():
-        _warn_once(kind)
+        _warn_once(class_name(type(layer)))
 
 
 @functools.cache
@@ -176,4 +267,8 @@ def _warn_once(kind: str) -> None:
         f"attn_ext is slow here, and stores B * Tq * Tk * D values: a {kind} that is quantised, "
         "wrapped or hooked computes the scores, and has to be called for every query and key"
     )
-    warnings.warn(message, RuntimeWarning, stacklevel=5)
+    # The first caller outside of this package, PyTorch as a rule.
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals["__name__"].startswith("attn_ext."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, RuntimeWarning, stacklevel=level)

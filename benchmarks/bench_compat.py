@@ -1,0 +1,273 @@
+"""Time the attentions that attn_ext.compat replaces, before and after.
+
+python -m benchmarks.bench_compat [--threads 1] [--rounds 9] [--only CLAMAttnNet ...]
+
+With all cases it writes benchmarks/results/compat_*.json.
+
+The modules are those of the packages (in .venv/peers, where `make test` installs them), and of
+those that are on no index a rewrite. Both take turns in one process; printed are medians a step of
+a decoder or a call, and the largest differences of results and of gradients as parts of the
+largest result and gradient. float32, on the CPU.
+"""
+
+import argparse
+import copy
+import importlib.metadata
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attn_ext import compat
+from attn_ext.compat.replacement import Replacement
+
+from .bench_additive_attention import RESULTS, machine
+from .bench_family import leaf
+
+TESTS = Path(__file__).resolve().parent.parent / "tests"
+if str(TESTS) not in sys.path:
+    sys.path.append(str(TESTS))
+
+from compat_peers import NormedAttention, original  # noqa: E402
+from compat_pictures import (  # noqa: E402
+    DOCTR_STAND_INS,
+    GatedScores,
+    PlainScores,
+    of_transformers,
+)
+
+PATH = pytest.MonkeyPatch()  # as the tests find packages
+
+
+class Case(NamedTuple):
+    """A module to replace, as a model has it, and what a model does with it."""
+
+    title: str
+    theirs: nn.Module
+    call: Callable[[nn.Module], Tensor]
+    leaves: list[Tensor]  # what is given, to be differentiated by beside the parameters
+    steps: int = 1  # of the call
+
+
+def renamed(rewritten: type[nn.Module], full_name: str) -> type[nn.Module]:
+    """A rewrite whose class goes by the name of the original."""
+    module, _, name = full_name.rpartition(".")
+    return type(name, (rewritten,), {"__module__": module})
+
+
+def stacked(steps: list[Tensor]) -> Tensor:
+    return torch.stack(steps, 1)
+
+
+def opennmt(kind: type[Replacement]) -> Case:
+    source, queries = leaf(16, 50, 512), leaf(16, 50, 512)
+    lengths = torch.linspace(20, 50, 16).long()
+    theirs = original(PATH, kind.original)(512, attn_type="mlp")
+    return Case(
+        "B 16, Tq 50, Tk 50, D 512",
+        theirs,
+        lambda module: module(queries, source, lengths)[0],
+        [source, queries],
+    )
+
+
+def gnmt(kind: type[Replacement]) -> Case:
+    source, queries = leaf(16, 50, 1024), leaf(16, 50, 1024)
+    theirs = renamed(NormedAttention, kind.original)(query_size=1024, key_size=1024, num_units=1024)
+
+    def call(module: nn.Module) -> Tensor:
+        module.set_mask(torch.linspace(20, 50, 16).long(), source)
+        return module(queries, source)[0]
+
+    return Case("B 16, Tq 50, Tk 50, D 1024", theirs, call, [source, queries])
+
+
+def joeynmt(kind: type[Replacement]) -> Case:
+    states, queries = leaf(32, 50, 1024), leaf(32, 30, 512)
+    mask = torch.ones(32, 1, 50, dtype=torch.bool)
+    theirs = original(PATH, kind.original)(512, 1024, 512)
+
+    def call(module: nn.Module) -> Tensor:
+        module.compute_proj_keys(states)
+        return stacked([module(query, mask, states)[0] for query in queries.split(1, 1)])
+
+    return Case("30 steps, B 32, Tk 50, D 512, Dv 1024", theirs, call, [states, queries], 30)
+
+
+def espnet(kind: type[Replacement]) -> Case:
+    states, queries = leaf(16, 300, 320), leaf(16, 50, 320)
+    theirs, lengths = original(PATH, kind.original)(320, 320, 320), torch.full((16,), 300)
+
+    def call(module: nn.Module) -> Tensor:
+        module.reset()
+        return stacked([module(states, lengths, query, None)[0] for query in queries.unbind(1)])
+
+    return Case("50 steps, B 16, Tk 300, D 320", theirs, call, [states, queries], 50)
+
+
+def table(input_size: int, hidden_size: int) -> Callable[[type[Replacement]], Case]:
+    def make(kind: type[Replacement]) -> Case:
+        states, queries, tokens = leaf(1, 256, input_size), leaf(1, 100, hidden_size), torch.eye(50)
+        theirs = of_transformers(PATH, kind.original)(input_size, hidden_size, 50)
+
+        def call(module: nn.Module) -> Tensor:
+            steps = enumerate(queries.unbind(1))
+            return stacked([module(q, states, tokens[t % 50 : t % 50 + 1])[0] for t, q in steps])
+
+        title = f"100 tokens, B 1, Tk 256, D {hidden_size}, Dv {input_size}"
+        return Case(title, theirs, call, [states, queries], 100)
+
+    return make
+
+
+def doctr(kind: type[Replacement]) -> Case:
+    features, queries = leaf(8, 512, 4, 32), leaf(8, 30, 512)
+    theirs = original(PATH, kind.original, DOCTR_STAND_INS)(512, 512, 512)
+    return Case(
+        "30 characters, B 8, 4 x 32 places, D 512",
+        theirs,
+        lambda module: stacked([module(features, query) for query in queries.unbind(1)]),
+        [features, queries],
+        30,
+    )
+
+
+def torchmil(kind: type[Replacement]) -> Case:
+    bag = leaf(1, 10_000, 512)
+    theirs = original(PATH, kind.original)(in_dim=512, att_dim=256, gated=True)
+    return Case("gated, 10,000 rows of 512, D 256", theirs, lambda module: module(bag), [bag])
+
+
+def monai(kind: type[Replacement]) -> Case:
+    bags = leaf(4, 500, 512)
+    theirs = original(PATH, kind.original)(2, "att", False, nn.Identity(), 512)
+    return Case(
+        "4 bags of 500 rows of 512, D 2048", theirs, lambda module: module.calc_head(bags), [bags]
+    )
+
+
+def clam(rewritten: type[nn.Module]) -> Callable[[type[Replacement]], Case]:
+    def make(kind: type[Replacement]) -> Case:
+        rows = leaf(20_000, 512)
+        theirs = renamed(rewritten, kind.original)(512, 256)
+
+        def call(module: nn.Module) -> Tensor:
+            scores, values = module(rows)
+            return scores.t().softmax(-1) @ values
+
+        return Case("20,000 rows of 512, D 256, the model's sum too", theirs, call, [rows])
+
+    return make
+
+
+CASES: dict[type[Replacement], Callable[[type[Replacement]], Case]] = {
+    compat.OpenNMTGlobalAttention: opennmt,
+    compat.GNMTBahdanauAttention: gnmt,
+    compat.JoeyNMTBahdanauAttention: joeynmt,
+    compat.ESPnetAttAdd: espnet,
+    compat.TransformersSLANetAttentionGRUCell: table(96, 256),
+    compat.TransformersSLANeXtAttentionGRUCell: table(512, 512),
+    compat.DocTRAttentionModule: doctr,
+    compat.TorchMILAttentionPool: torchmil,
+    compat.MONAIMILAttention: monai,
+    compat.CLAMAttnNetGated: clam(GatedScores),
+    compat.CLAMAttnNet: clam(PlainScores),
+}
+
+
+def run(case: Case, module: nn.Module, mode: str) -> tuple[float, list[Tensor]]:
+    """Seconds a step; the result and, with a backward pass, all gradients."""
+    start = time.perf_counter()
+    with torch.set_grad_enabled(mode != "forward"):
+        results = [case.call(module)]
+    if mode != "forward":
+        wanted = [*case.leaves, *module.parameters()]
+        # A gradient of 0 may be none: MONAI's model has layers that are not asked for here.
+        results += torch.autograd.grad(results[0].sum(), wanted, materialize_grads=True)
+    return (time.perf_counter() - start) / case.steps, [result.detach() for result in results]
+
+
+def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """The largest, as a part of the largest value."""
+    largest = max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+    return largest / max(tensor.abs().max().item() for tensor in theirs)
+
+
+def measure(kind: type[Replacement], case: Case, rounds: int) -> dict[str, object]:
+    model = nn.ModuleDict({"model": case.theirs})
+    replaced = copy.deepcopy(model)
+    if not compat.replace_attention(replaced):
+        raise AssertionError(f"{kind.__name__}: nothing was replaced")
+    modules = {"before": model["model"], "after": replaced["model"]}
+    try:
+        version = importlib.metadata.version(kind.package)
+    except importlib.metadata.PackageNotFoundError:
+        version = "rewritten"
+    row: dict[str, object] = {"kind": kind.__name__, "version": version, "case": case.title}
+    (_, theirs), (_, ours) = (run(case, m, "forward + backward") for m in modules.values())
+    row["output"] = difference(ours[:1], theirs[:1])
+    row["gradients"] = difference(ours[1:], theirs[1:])
+    if max(row["output"], row["gradients"]) > 1e-3:
+        raise AssertionError(f"{kind.__name__}: results differ: {row}")
+    for mode in ("forward", "forward + backward"):
+        taken: dict[str, list[float]] = {name: [] for name in modules}
+        for turn in range(rounds + 1):
+            for name, module in modules.items():
+                seconds, _ = run(case, module, mode)
+                if turn:  # the first may allocate
+                    taken[name].append(1e3 * seconds)
+        row[mode] = {name: statistics.median(times) for name, times in taken.items()}
+        row[mode]["ratio"] = statistics.median(map(float.__truediv__, *taken.values()))
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = [kind.__name__ for kind in CASES]
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    about = machine("cpu")
+    print(f"{about['name']}, torch {torch.__version__}, {options.threads} threads, {date.today()}")
+    print("\n| class | version | case | Δ output | Δ gradients | forward ms | with backward ms |")
+    print("|---|---|---|---|---|---|---|")
+    rows = []
+    for kind, make in CASES.items():
+        if kind.__name__ not in options.only:
+            continue
+        torch.manual_seed(0)
+        try:
+            case = make(kind)
+        except pytest.skip.Exception as missing:
+            print(f"{kind.__name__}: {missing}", file=sys.stderr)
+            continue
+        row = measure(kind, case, options.rounds)
+        rows.append(row)
+        times = (
+            f"{row[mode]['before']:.3g} → {row[mode]['after']:.3g} ({row[mode]['ratio']:.1f}x)"
+            for mode in ("forward", "forward + backward")
+        )
+        cells = row["version"], row["case"], f"{row['output']:.0e}", f"{row['gradients']:.0e}"
+        print(f"| `{kind.__name__}` | {' | '.join((*cells, *times))} |", flush=True)
+    if len(rows) < len(CASES):
+        return
+    report = {"machine": about, "threads": options.threads, "rows": rows}
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"compat_{about['slug']}_{options.threads}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\nwrote {path}")
+
+
+if __name__ == "__main__":
+    main()
