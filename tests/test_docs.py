@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from attn_ext import compat
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A comment that the reader does not see, or a block, with what is said of it before.
@@ -40,6 +42,12 @@ def run_page(text: str, name: str) -> int:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_code_of_a_page_runs(page: Path):
     run_page(page.read_text(), page.name)
+
+
+@pytest.mark.skipif(not (ROOT / "docs").exists(), reason="an installed package has no pages")
+def test_the_table_of_replacements_is_what_is_supported(capsys: pytest.CaptureFixture):
+    compat.supported()
+    assert capsys.readouterr().out in (ROOT / "docs" / "replace.md").read_text()
 
 
 @pytest.mark.skipif(not (ROOT / "docs").exists(), reason="an installed package has no pages")
