@@ -17,6 +17,22 @@ class Defect(NamedTuple):
 
 PYTHON = [
     Defect(
+        "report-of-nan",
+        "attn_ext/__main__.py",
+        "good = error <= allowed",
+        "good = not error > allowed",
+        "tests/test_report.py",
+        "A backend that computes NaN is reported to be ok.",
+    ),
+    Defect(
+        "report-of-one-gradient",
+        "attn_ext/__main__.py",
+        "        kept &= good\n",
+        "        kept = good\n",
+        "tests/test_report.py",
+        "A wrong gradient is printed and reported to be ok.",
+    ),
+    Defect(
         "pool-feature-factor",
         "attn_ext/reference.py",
         "keep = feature_keep_mask(seed, dropped, hidden.shape, factor)",
