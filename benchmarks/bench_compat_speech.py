@@ -1,22 +1,31 @@
-"""The cases of benchmarks.bench_compat that are of speech: SpeechBrain, ESPnet, coqui-tts."""
+"""The cases of benchmarks.bench_compat that are of speech: SpeechBrain, ESPnet, coqui-tts.
+
+python -m benchmarks.bench_compat_speech: all of bench_compat's and these (--only ... as there).
+"""
 
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 from attn_ext import compat
 
-from .bench_compat import Case, leaf, original, stacked  # isort: split
+from .bench_compat import (
+    CASES,
+    PATH,
+    Case,
+    leaf,
+    main,
+    original,
+    stacked,
+)  # it finds the tests, too
 
-from compat_speech_peers import COQUI_OPTIONS, STAND_INS
+from compat_speech_peers import COQUI_OPTIONS, STAND_INS  # isort: skip
 
 
 def made(kind, **arguments: Any) -> nn.Module:
-    with pytest.MonkeyPatch.context() as path:  # for each anew: several are of one package
-        return original(path, kind.original, STAND_INS)(**arguments)
+    return original(PATH, kind.original, STAND_INS)(**arguments)
 
 
 def lengths_of(states: Tensor) -> Tensor:
@@ -82,3 +91,7 @@ SPEECH_CASES: dict[type, Callable[[type], Case]] = {
     compat.ESPnetAttCov: espnet(),
     compat.CoquiOriginalAttention: coqui,
 }
+
+if __name__ == "__main__":
+    CASES.update(SPEECH_CASES)
+    main()

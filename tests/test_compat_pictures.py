@@ -369,6 +369,25 @@ def test_a_decoder_in_a_checkpoint(name: str):
     torch.testing.assert_close(*gradients)
 
 
+def test_steps_of_other_states_meanwhile(monkeypatch: pytest.MonkeyPatch):
+    """As of another thread: while one projects its states, the other makes all of a step."""
+    ours, theirs = pair("slanet")
+    queries, states = inputs_of("slanet")
+    others = torch.randn(B, TK, KEY_DIM)
+    forward = nn.Linear.forward
+
+    def interrupted(layer: nn.Module, rows: Tensor) -> Tensor:
+        if rows is states:
+            monkeypatch.setattr(nn.Linear, "forward", forward)
+            step(ours, queries[:, 0], others)
+        return forward(layer, rows)
+
+    monkeypatch.setattr(nn.Linear, "forward", interrupted)
+    for t, given in enumerate((states, others, states)):
+        found = step(ours, queries[:, t], given)
+        torch.testing.assert_close(found, step(theirs, queries[:, t], given))
+
+
 class Decoder(nn.Module):
     def __init__(self, cell: nn.Module):
         super().__init__()
@@ -378,13 +397,16 @@ class Decoder(nn.Module):
         return torch.stack([step(self.cell, query, states) for query in queries.unbind(1)])
 
 
-def test_a_trace_of_steps_is_right_at_other_lengths():
+def test_graphs_of_steps():
+    """A trace is right at other lengths; compiled steps are one graph."""
     ours, theirs = map(Decoder, pair("slanet"))
     queries, states = inputs_of("slanet")
     ours(queries, states)  # of which nothing may get into the trace
     traced = torch.jit.trace(ours, (queries, states))
     longer = torch.randn(B, 2 * TK, KEY_DIM)
     torch.testing.assert_close(traced(queries, longer), theirs(queries, longer))
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(queries[:, :2], states), theirs(queries[:, :2], states))
 
 
 # ---- Masks and dropout ----

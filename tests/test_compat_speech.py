@@ -355,7 +355,7 @@ def test_copies_between_steps(name: str, mode: Callable, copied: str):
         assert_same(step(queries[:, 1]), expected(queries[:, 1]))
         first, again = (begin(name, m, -states, ~IGNORED) for m in (peer, other))
         assert_same(again(queries[:, 2]), first(queries[:, 2]))
-    assert all(getattr(COPIES[copied](ours), attribute) is None for attribute in ours.kept)
+    assert not any(isinstance(kept, Tensor) for kept in vars(COPIES[copied](ours)).values())
 
 
 # ---- Single ones ----
@@ -423,6 +423,9 @@ def test_espnet_monotonic_constraint(backend: str, monkeypatch: pytest.MonkeyPat
         return tuple(torch.stack(column, 1) for column in zip(*steps))
 
     assert_parity(decode, ours, peer, queries, states)
+    ours.reset()
+    for result in ours(states, [3], queries[:, 0], None, 2.0, 10):  # no key is both real and near
+        assert (result == 0).all()
     for arguments, name in (
         ((states.expand(2, -1, -1), [30, 30], queries[:, 0].expand(2, -1), None, 2.0, 0), "enc_hs"),
         ((states, [30], queries[:, 0], None, 2.0, -1), "last_attended_idx"),
