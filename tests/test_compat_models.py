@@ -62,6 +62,8 @@ def test_slanext_reads_the_same_table(monkeypatch: pytest.MonkeyPatch):
     torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state)
     assert len(found.head_attentions) == len(expected.head_attentions) == tokens[0].size(1)
     torch.testing.assert_close(found.head_attentions, expected.head_attentions)
+    with pytest.raises(ValueError, match="attention_cell: expected a module without hooks"):
+        compat.replace_attention(theirs)  # whose attentions were asked for
 
 
 def test_slanet_decodes_the_same_table(monkeypatch: pytest.MonkeyPatch):

@@ -60,7 +60,7 @@ class MONAIMILAttention(Replacement, nn.Sequential):
         """Score rows ``(..., in_features)``: ``(..., 1)``."""
         layer: Any = self[-1]
         score_weight = readable_weight(layer)
-        if score_weight is None or not is_plain(self[1], nn.Tanh) or len(self) != 3:
+        if score_weight is None or len(self) != 3 or not is_plain(self[1], nn.Tanh):
             warn_of_calls(self)
             return super().forward(rows)
         return scores_of_rows(self[0](rows), score_weight, layer.bias, backend=self.backend)

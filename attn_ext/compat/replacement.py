@@ -139,7 +139,8 @@ class Hoisting(Replacement):
     Steps that follow each other with the very same tensor of states project it once, and share an
     :class:`attn_ext.AttentionMemory`. It serves as long as nothing in it changed, in place either
     (but for changes through ``.data``, which PyTorch does not count), and until a backward pass
-    has run through it. Copies and pickles of the module are without it.
+    has run through it, and is kept till there are other states. Copies and pickles of the module
+    are without it.
     """
 
     def __init__(self, backend: str | None):
@@ -171,6 +172,8 @@ class Hoisting(Replacement):
             torch.is_autocast_enabled(states.device.type),
             torch.get_autocast_dtype(states.device.type),
             torch._C._current_graph_task_id(),  # what a checkpoint recomputes is its own
+            torch.are_deterministic_algorithms_enabled(),
+            self.backend,
         )
         versions = tuple(map(_version_of, tensors))
         kept = self._kept

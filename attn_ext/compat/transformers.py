@@ -16,6 +16,8 @@ class TransformersSLANetAttentionGRUCell(Hoisting):
     Parameters: ``input_to_hidden``, ``hidden_to_hidden``, ``score``, ``rnn``. The states are
     projected once an image, not once a token: as long as each step is given the same tensor, which
     the model does in float32 (of lower precision it makes a new copy a step, to be projected anew).
+    A model that is asked for its attentions returns them; if one was asked before, transformers has
+    put hooks on the cell, which is then not replaced but refused.
     """
 
     original = "transformers.models.slanet.modeling_slanet.SLANetAttentionGRUCell"
