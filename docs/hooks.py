@@ -1,13 +1,15 @@
-"""Pictures of results, which stand beside the figures they are drawn from."""
+"""Pictures that stand elsewhere, beside the figures or programs they are drawn by."""
 
 from pathlib import Path
 
 from mkdocs.structure.files import File
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+ROOT = Path(__file__).resolve().parents[1]
+PICTURES = {"results": ROOT / "benchmarks" / "results", "examples": ROOT / "examples" / "pictures"}
 
 
 def on_files(files, config):
-    for path in sorted(RESULTS.glob("*.png")):
-        files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
+    for folder, place in PICTURES.items():
+        for path in sorted(place.glob("*.png")):
+            files.append(File.generated(config, f"{folder}/{path.name}", abs_src_path=str(path)))
     return files
