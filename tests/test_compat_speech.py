@@ -392,6 +392,30 @@ def test_coqui_everything_masked_gives_zeros(name: str):
         assert (context == 0).all() and (weights == 0).all()
 
 
+@pytest.mark.parametrize("name", ["coqui_window", "coqui_forward_mask"])
+def test_coqui_looks_everywhere_in_training(name: str):
+    peer, ours = (module.train() for module in pair(name))
+    queries, states = (rows.double() for rows in inputs(name))
+    assert_same(*(PEERS[name].attend(module, queries, states) for module in (ours, peer)))
+
+
+@pytest.mark.parametrize("source", ["rewritten", "original"])
+def test_coqui_at_the_ends(monkeypatch: pytest.MonkeyPatch, source: str):
+    """Where the original's slices, which count from the end, cut elsewhere."""
+    peer = rewritten("coqui_forward_mask")
+    if source == "original":
+        peer = original_of(monkeypatch, "coqui_forward_mask")
+    queries, states = torch.randn(3, QUERY_DIM), torch.randn(3, 9, KEY_DIM)
+    results = []
+    for module in (peer, take_over("coqui_forward_mask", peer)):
+        module.init_states(states)
+        module.alpha = torch.eye(9)[[8, 0, 7]]
+        module.alpha[0, :8] = -0.1  # no weights, but none that is cut goes unseen
+        context = module(queries, states, module.preprocess_inputs(states), None)
+        results.append((context, module.attention_weights))
+    assert_same(*results)
+
+
 def test_coqui_norm_is_checked():
     module = take_over("coqui", rewritten("coqui"))
     module.norm = "sparsemax"

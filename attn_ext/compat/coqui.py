@@ -275,8 +275,8 @@ class CoquiOriginalAttention(Scoring):
 def _keep_near(alpha: Tensor, place: Tensor) -> Tensor:
     """Weights ``[B, Tk]`` near ``place`` ``[B, 1]`` alone, with a little of the best just before.
 
-    The original cuts by Python's slices, whose negative bounds count from the end: at place 0 only
-    the last key is kept, and what is just before the places 0 and 1 are the last two keys.
+    The original cuts by Python's slices, whose negative bounds count from the end: just before the
+    places 0 and 1 are the last two keys, and of more than 3 keys place 0 keeps none beside.
     """
     end = alpha.size(1)
     places = torch.arange(end, device=alpha.device)

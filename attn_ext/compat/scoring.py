@@ -111,8 +111,9 @@ class Scoring(Stepwise):
         watched += [t for t in (keys, values) if is_counted(t)]
         if torch._C._is_any_autocast_enabled() and not is_counted(values) and not rows.kept:
             watched.append(values)
-        made_for = (keys, values, rows.mask, rows.lengths, rows.scaling)
-        memory = self._recall((*made_for, score_weight, feature_weight), tuple(watched))
+        made_for = (keys, values, rows.mask, rows.lengths, score_weight, feature_weight)
+        options = (rows.scaling, self.backend, torch.are_deterministic_algorithms_enabled())
+        memory = self._recall((*made_for, *options), tuple(watched))
         if memory is None:
             vector = rows.scaling * score_weight.squeeze(0)
             if score_bias is not None:
