@@ -62,10 +62,14 @@ def check_features(
     return features if ignored is None else features.masked_fill(ignored.unsqueeze(2), 0)
 
 
-def shifted_keys(key: Tensor, features: Tensor, feature_weight: Tensor) -> Tensor:
+def shifted_keys(
+    key: Tensor, features: Tensor, feature_weight: Tensor, out: Tensor | None = None
+) -> Tensor:
     """``key + features @ feature_weight``, rounded once."""
     weight = feature_weight.to(key.dtype).flatten(1)  # [F, H * D]
-    rows = torch.addmm(key.reshape(-1, weight.size(1)), features.flatten(0, 1), weight)
+    if out is not None:
+        out = out.view(-1, weight.size(1))
+    rows = torch.addmm(key.reshape(-1, weight.size(1)), features.flatten(0, 1), weight, out=out)
     return rows.view(key.shape)
 
 

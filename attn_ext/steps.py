@@ -5,7 +5,9 @@ record; when all steps of a ``backward()`` have run, one batched pass makes the 
 they share from all records.
 """
 
+import contextlib
 import weakref
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -58,6 +60,7 @@ class Steps:
             keys.lengths,
             keys.padding_mask,
         )
+        self._rooms: list[Tensor] = []  # for keys with features, of steps that have run
         self._versions = self._current_versions()
         # By backward pass: passes may nest (reentrant checkpointing) or run in several threads.
         self._records: weakref.WeakValueDictionary[int, _Records] = weakref.WeakValueDictionary()
@@ -100,6 +103,25 @@ class Steps:
                 "offsets, lengths or mask were modified in place after the memory was made; make a "
                 "new memory"
             )
+
+    @contextlib.contextmanager
+    def shifted_keys(self, features: Tensor) -> Iterator[Tensor]:
+        """The keys of a step with features.
+
+        On the CPU one step after the other has them in the same memory, which new memory for each
+        would make two or three times as much: holes would stay between what the steps keep.
+        """
+        key, weight = self.inputs[0], self.feature_weight
+        assert weight is not None  # or there were no features
+        if not key.is_cpu or torch.is_grad_enabled():  # in backward, with create_graph
+            yield shifted_keys(key, features, weight)
+            return
+        try:
+            room = self._rooms.pop()  # from here on no other thread has it
+        except IndexError:
+            room = torch.empty_like(key, memory_format=torch.contiguous_format)
+        yield shifted_keys(key, features, weight, out=room)
+        self._rooms.append(room)
 
     def records(self) -> _Records:
         """Those of this backward pass."""
@@ -179,26 +201,13 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, token, features, steps, dropout_p, seed, weights_layout, keeps_scores):
         steps.check_unchanged()
-        keys = steps.keys
-        key, prepared = keys.key, steps.prepared
-        if features is not None:
-            key = shifted_keys(key, features, steps.feature_weight)
-            prepared = None, None
-        context, weights, *kept = autograd.forward(
-            query,
-            key,
-            *steps.inputs[1:],
-            *prepared,
-            None,
-            *steps.key_layout,
-            1,
-            keys.max_seqlen,
-            dropout_p,
-            seed,
-            weights_layout,
-            keeps_scores,
-            *steps.choice,
-        )
+        options = dropout_p, seed, weights_layout, keeps_scores
+        if features is None:
+            results = _forward(steps, query, steps.inputs[0], steps.prepared, options)
+        else:
+            with steps.shifted_keys(features) as key:
+                results = _forward(steps, query, key, (None, None), options)
+        context, weights, *kept = results
         ctx.steps, ctx.dropout_p, ctx.weights_layout = steps, dropout_p, weights_layout
         # The keys of a step with features are made again, which takes no memory till then.
         ctx.save_for_backward(query, features, *kept, seed)
@@ -223,6 +232,22 @@ class _Attend(torch.autograd.Function):
             ctx, collects, dcontext, dweights, query, features, stats, scores, seed
         )
         return dquery, None, dfeatures, *no_gradients[3:]
+
+
+def _forward(steps: Steps, query: Tensor, key: Tensor, prepared: Prepared, options: tuple):
+    """The op, with one query a sequence."""
+    return autograd.forward(
+        query,
+        key,
+        *steps.inputs[1:],
+        *prepared,
+        None,
+        *steps.key_layout,
+        1,
+        steps.keys.max_seqlen,
+        *options,
+        *steps.choice,
+    )
 
 
 def _step_backward(ctx, mask, dcontext, dweights, query, key, prepared, stats, scores, seed):
@@ -276,30 +301,30 @@ def _featured_step_gradients(
     needs |= steps.grad_mask & GRAD_SCORE_WEIGHT if collects else 0
     if not needs:
         return None, None
-    key = shifted_keys(steps.inputs[0], features, steps.feature_weight)
-    _, dscores, weights = _step_backward(
-        ctx, GRAD_KEY, dcontext, dweights, query, key, (None, None), stats, scores, seed
-    )
-    jagged = steps.keys.cu_seqlens is not None
-    by_weights = dscores.squeeze(0) if jagged else dscores.transpose(1, 2).unsqueeze(2)
-    dquery, dkey, _, dscore_weight = autograd.backward(
-        None,
-        by_weights,
-        query,
-        key,
-        *steps.inputs[1:],
-        stats,
-        scores.new_empty(0),
-        None,
-        *steps.key_layout,
-        1,
-        steps.keys.max_seqlen,
-        0.0,
-        None,
-        (JAGGED_WEIGHTS if jagged else DENSE_WEIGHTS) | RAW,
-        needs,
-        *steps.choice,
-    )
+    with steps.shifted_keys(features) as key:
+        _, dscores, weights = _step_backward(
+            ctx, GRAD_KEY, dcontext, dweights, query, key, (None, None), stats, scores, seed
+        )
+        jagged = steps.keys.cu_seqlens is not None
+        by_weights = dscores.squeeze(0) if jagged else dscores.transpose(1, 2).unsqueeze(2)
+        dquery, dkey, _, dscore_weight = autograd.backward(
+            None,
+            by_weights,
+            query,
+            key,
+            *steps.inputs[1:],
+            stats,
+            scores.new_empty(0),
+            None,
+            *steps.key_layout,
+            1,
+            steps.keys.max_seqlen,
+            0.0,
+            None,
+            (JAGGED_WEIGHTS if jagged else DENSE_WEIGHTS) | RAW,
+            needs,
+            *steps.choice,
+        )
     weight = steps.feature_weight.flatten(1)  # [F, H * D]
     if needs & GRAD_KEY:
         rows = dkey.flatten(0, 1).flatten(1)  # [Bk * Nk, H * D]

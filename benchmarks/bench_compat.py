@@ -5,13 +5,15 @@ python -m benchmarks.bench_compat [--threads 1] [--rounds 9] [--only CLAMAttnNet
 With all cases it writes benchmarks/results/compat_*.json.
 
 The modules are those of the packages (in .venv/peers, where `make test` installs them), and of
-those that are on no index a rewrite. Both take turns in one process; printed are medians a step of
-a decoder or a call, and the largest differences of results and of gradients as parts of the
-largest result and gradient. float32, on the CPU.
+those that are on no index a rewrite. Both take turns in one process; printed are the largest
+differences of results and of gradients, as parts of the largest result and gradient, medians of the
+time that a step of a decoder or a call takes, and the memory that a call with its backward pass
+takes. float32, on the CPU.
 """
 
 import argparse
 import copy
+import functools
 import importlib.metadata
 import json
 import statistics
@@ -31,6 +33,7 @@ from attn_ext.compat.replacement import Replacement
 
 from .bench_additive_attention import RESULTS, machine
 from .bench_family import leaf
+from .harness import peak_of
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 if str(TESTS) not in sys.path:
@@ -168,19 +171,45 @@ def clam(rewritten: type[nn.Module]) -> Callable[[type[Replacement]], Case]:
     return make
 
 
-CASES: dict[type[Replacement], Callable[[type[Replacement]], Case]] = {
-    compat.OpenNMTGlobalAttention: opennmt,
-    compat.GNMTBahdanauAttention: gnmt,
-    compat.JoeyNMTBahdanauAttention: joeynmt,
-    compat.ESPnetAttAdd: espnet,
-    compat.TransformersSLANetAttentionGRUCell: table(96, 256),
-    compat.TransformersSLANeXtAttentionGRUCell: table(512, 512),
-    compat.DocTRAttentionModule: doctr,
-    compat.TorchMILAttentionPool: torchmil,
-    compat.MONAIMILAttention: monai,
-    compat.CLAMAttnNetGated: clam(GatedScores),
-    compat.CLAMAttnNet: clam(PlainScores),
-}
+def table_head(kind: type[Replacement]) -> Case:
+    package = "transformers.models.slanext"
+    config = of_transformers(PATH, f"{package}.configuration_slanext.SLANeXtConfig")()
+    config.max_text_length = 99
+    theirs = of_transformers(PATH, f"{package}.modeling_slanext.SLANeXtSLAHead")(config)
+    theirs.structure_generator.fc2.bias.data[-1] = -1e4  # which would end the table
+    states = leaf(1, 256, config.post_conv_out_channels)
+    title = "SLANeXt's whole head, 100 tokens, B 1, Tk 256, D 512, Dv 512"
+    return Case(title, theirs, lambda module: module(states).last_hidden_state, [states], 100)
+
+
+def text_decoder(kind: type[Replacement]) -> Case:
+    name = kind.original.rpartition(".")[0] + ".SARDecoder"
+    theirs = original(PATH, name, DOCTR_STAND_INS)(512, 30, 120, 512, 512).eval()
+    features, holistic = leaf(8, 512, 4, 32), leaf(8, 512)
+    return Case(
+        "SAR's whole decoder, 31 steps, B 8, 4 x 32 places, D 512",
+        theirs,
+        lambda module: module(features, holistic),
+        [features, holistic],
+        31,
+    )
+
+
+CASES: list[tuple[type[Replacement], Callable[[type[Replacement]], Case]]] = [
+    (compat.OpenNMTGlobalAttention, opennmt),
+    (compat.GNMTBahdanauAttention, gnmt),
+    (compat.JoeyNMTBahdanauAttention, joeynmt),
+    (compat.ESPnetAttAdd, espnet),
+    (compat.TransformersSLANetAttentionGRUCell, table(96, 256)),
+    (compat.TransformersSLANeXtAttentionGRUCell, table(512, 512)),
+    (compat.TransformersSLANeXtAttentionGRUCell, table_head),
+    (compat.DocTRAttentionModule, doctr),
+    (compat.DocTRAttentionModule, text_decoder),
+    (compat.TorchMILAttentionPool, torchmil),
+    (compat.MONAIMILAttention, monai),
+    (compat.CLAMAttnNetGated, clam(GatedScores)),
+    (compat.CLAMAttnNet, clam(PlainScores)),
+]
 
 
 def run(case: Case, module: nn.Module, mode: str) -> tuple[float, list[Tensor]]:
@@ -191,7 +220,7 @@ def run(case: Case, module: nn.Module, mode: str) -> tuple[float, list[Tensor]]:
     if mode != "forward":
         wanted = [*case.leaves, *module.parameters()]
         # A gradient of 0 may be none: MONAI's model has layers that are not asked for here.
-        results += torch.autograd.grad(results[0].sum(), wanted, materialize_grads=True)
+        results += torch.autograd.grad(results[0].square().sum(), wanted, materialize_grads=True)
     return (time.perf_counter() - start) / case.steps, [result.detach() for result in results]
 
 
@@ -226,12 +255,16 @@ def measure(kind: type[Replacement], case: Case, rounds: int) -> dict[str, objec
                     taken[name].append(1e3 * seconds)
         row[mode] = {name: statistics.median(times) for name, times in taken.items()}
         row[mode]["ratio"] = statistics.median(map(float.__truediv__, *taken.values()))
+    row["peak_mib"] = {
+        name: peak_of(functools.partial(run, case, module, "forward + backward"), "cpu") / 2**20
+        for name, module in modules.items()
+    }
     return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [kind.__name__ for kind in CASES]
+    names = sorted({kind.__name__ for kind, _ in CASES})
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", nargs="+", choices=names, default=names)
@@ -240,10 +273,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     about = machine("cpu")
     print(f"{about['name']}, torch {torch.__version__}, {options.threads} threads, {date.today()}")
-    print("\n| class | version | case | Δ output | Δ gradients | forward ms | with backward ms |")
-    print("|---|---|---|---|---|---|---|")
+    titles = "class", "version", "case", "Δ output", "Δ gradients"
+    print(f"\n| {' | '.join((*titles, 'forward ms', 'with backward ms', 'peak MiB'))} |")
+    print("|---|---|---|---|---|---|---|---|")
     rows = []
-    for kind, make in CASES.items():
+    for kind, make in CASES:
         if kind.__name__ not in options.only:
             continue
         torch.manual_seed(0)
@@ -259,7 +293,8 @@ def main() -> None:
             for mode in ("forward", "forward + backward")
         )
         cells = row["version"], row["case"], f"{row['output']:.0e}", f"{row['gradients']:.0e}"
-        print(f"| `{kind.__name__}` | {' | '.join((*cells, *times))} |", flush=True)
+        peaks = f"{row['peak_mib']['before']:.0f} → {row['peak_mib']['after']:.0f}"
+        print(f"| `{kind.__name__}` | {' | '.join((*cells, *times, peaks))} |", flush=True)
     if len(rows) < len(CASES):
         return
     report = {"machine": about, "threads": options.threads, "rows": rows}

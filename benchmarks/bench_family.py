@@ -5,10 +5,12 @@ python -m benchmarks.bench_family [--threads 1] [--rounds 7] [--only scores pool
 With all cases it writes benchmarks/results/family_*.json.
 
 Calls take turns in one process; of each its median, and of each rival the median ratio to ours.
-Results are compared before any time is taken. float32, on the CPU.
+Results are compared before any time is taken. The peak is what a call holds at most beyond what was
+held before, its gradients included. float32, on the CPU.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -22,6 +24,7 @@ from torch import Tensor
 
 import attn_ext
 
+from . import harness
 from .bench_additive_attention import RESULTS, machine
 from .workloads import mixture
 
@@ -202,10 +205,12 @@ def measure(case: Case, rounds: int) -> list[dict]:
         for name, times in taken.items():
             ratio = statistics.median(t / own for t, own in zip(times, taken["ours"]))
             milliseconds = 1e3 * statistics.median(times)
-            rows.append(
-                {"case": case.title, "mode": mode, "call": name, "ms": milliseconds, "ratio": ratio}
-            )
-            print(f"{mode:19} {name:34} {milliseconds:9.1f} ms {ratio:7.2f}", flush=True)
+            call, leaves = case.calls[name]
+            peak = harness.peak_of(functools.partial(seconds, call, leaves, mode), "cpu") / 2**20
+            row = {"case": case.title, "mode": mode, "call": name}
+            rows.append(row | {"ms": milliseconds, "ratio": ratio, "peak_mib": peak})
+            line = f"{mode:19} {name:34} {milliseconds:9.1f} ms {ratio:7.2f} {peak:9.1f} MiB"
+            print(line, flush=True)
     return rows
 
 

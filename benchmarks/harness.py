@@ -381,6 +381,11 @@ def peak_memory(case: Case, mode: str, device: str) -> int:
     def run() -> object:
         return case.call(mode) if output is None else case.gradients(output)
 
+    return peak_of(run, device)
+
+
+def peak_of(run: Callable[[], object], device: str) -> int:
+    """The same of what ``run`` does."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()

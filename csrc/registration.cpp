@@ -275,6 +275,9 @@ Tensor weight_gradient(bool wanted, const Tensor& score_weight) {
                 : nothing(score_weight, score_weight.scalar_type());
 }
 
+// Numbers of keys and values whose gradients are more than most caches hold.
+constexpr int64_t kSmallestStreamed = int64_t{1} << 22;
+
 template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Setup& setup, BackwardCall<T> call,
                                                     const Tensor& query, const Tensor& key,
@@ -302,6 +305,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Setup& setup, Backward
   call.problem = &setup.problem;
   call.needs_scores = call.needs_scores || wants_query || wants_key || wants_weight;
   call.needs_weights = wants_value && has_dcontext;
+  call.streams = key.numel() + value.numel() >= kSmallestStreamed;
   run_backward<T>(call, from_steps, wants_weight ? score_weight_rows(dscore_weight) : Rows{});
   return {dquery, dkey.result, dvalue.result, dscore_weight};
 }

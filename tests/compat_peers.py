@@ -7,6 +7,7 @@ attention does not need), and always the same modules rewritten from their paper
 import ast
 import copy
 import importlib
+import importlib.machinery
 import importlib.util
 import sys
 import types
@@ -186,7 +187,9 @@ def original(
     for init in [root / "__init__.py", *root.rglob("__init__.py")]:
         parts = (root.name, *init.parent.relative_to(root).parts)
         package = Shell(".".join(parts))
-        package.__path__ = [str(init.parent)]
+        package.__spec__ = importlib.machinery.ModuleSpec(package.__name__, None, is_package=True)
+        package.__path__ = package.__spec__.submodule_search_locations
+        package.__path__.append(str(init.parent))
         monkeypatch.setitem(sys.modules, package.__name__, package)
     for name, names in (stand_ins or {}).items():
         if name not in sys.modules:

@@ -117,7 +117,9 @@ def test_sums_are_made_again_for_backward(module, monkeypatch: pytest.MonkeyPatc
     """Nothing as large as the keys is kept for each of many steps."""
     calls = []
     shifted = module.shifted_keys
-    monkeypatch.setattr(module, "shifted_keys", lambda *a: calls.append(None) or shifted(*a))
+    monkeypatch.setattr(
+        module, "shifted_keys", lambda *a, **k: calls.append(None) or shifted(*a, **k)
+    )
     key = torch.randn(2, 50, 16, requires_grad=True)
     inputs, weight = (key, key, torch.randn(16)), torch.randn(3, 16)
     if module is steps:
@@ -131,6 +133,20 @@ def test_sums_are_made_again_for_backward(module, monkeypatch: pytest.MonkeyPatc
     assert len(calls) == 3
     sum(contexts).sum().backward()
     assert len(calls) == 6
+
+
+def test_steps_share_memory_for_their_keys_one_after_the_other():
+    """Not two that run at a time in two threads."""
+    key, weight = torch.randn(2, 5, 4), torch.randn(3, 4)
+    memory = AttentionMemory(key, key, torch.randn(4), feature_weight=weight, backend="cpu")
+    terms = [torch.randn(2, 5, 3) for _ in "123"]
+    with torch.no_grad(), memory._steps.shifted_keys(terms[0]) as first:
+        with memory._steps.shifted_keys(terms[1]) as second:
+            torch.testing.assert_close(first.squeeze(2), key + terms[0] @ weight)
+            torch.testing.assert_close(second.squeeze(2), key + terms[1] @ weight)
+        with memory._steps.shifted_keys(terms[2]) as third:
+            assert third.data_ptr() == second.data_ptr()
+            torch.testing.assert_close(third.squeeze(2), key + terms[2] @ weight)
 
 
 @pytest.mark.parametrize("name", ["key", "features", "feature_weight"])

@@ -289,6 +289,30 @@ def test_a_bag_of_100_000(backend: str):
 
 
 @pytest.mark.every_isa
+@pytest.mark.parametrize("features", [256, 250], ids=["lines", "parts_of_lines"])
+def test_gradients_larger_than_caches(features: int):
+    """Those written past the caches are those of each bag alone, which are not."""
+    require_backend("cpu")
+    rows, weight = 8_500, torch.randn(features) / 16
+    leaves = [torch.randn(2 * rows, features, requires_grad=True) for _ in "kvg"]
+
+    def gradients(leaves: list[Tensor], offsets: list[int]) -> tuple[Tensor, ...]:
+        key, value, gate = leaves
+        cu_seqlens_k = torch.tensor(offsets)
+        context = additive_pool(
+            key, value, weight, gate=gate, cu_seqlens_k=cu_seqlens_k, backend="cpu"
+        )
+        return torch.autograd.grad(context.square().sum(), leaves)
+
+    together = gradients(leaves, [0, rows, 2 * rows])
+    for bag in range(2):
+        of_bag = slice(bag * rows, (bag + 1) * rows)
+        alone = gradients([leaf[of_bag] for leaf in leaves], [0, rows])
+        for ours, expected in zip(together, alone):
+            assert torch.equal(ours[of_bag], expected)
+
+
+@pytest.mark.every_isa
 @BRANCHES
 @pytest.mark.parametrize("layout", ONE_STEP_LAYOUTS)
 def test_gated_scores(backend: str, layout: str, branches: int | None):

@@ -267,9 +267,15 @@ void value_item(const BackwardCall<T>& call, const UnitBlock& range) {
   }
   const RowSource target = unit.last ? key_rows(call.dvalue, rows.sequence, unit.head) : sum;
   for (int64_t j = 0; j < range.key_count; ++j) {
-    write_row<T>(const_cast<void*>(target.data), target.dtype, target.offset(range.key + j), 1, dim,
-                 sums + j * columns);
+    void* data = const_cast<void*>(target.data);
+    const int64_t offset = target.offset(range.key + j);
+    if (call.streams && unit.first && unit.last) {
+      stream_row<T>(data, target.dtype, offset, dim, sums + j * columns);
+    } else {
+      write_row<T>(data, target.dtype, offset, 1, dim, sums + j * columns);
+    }
   }
+  finish_streams();
 }
 
 // The gradient phase by either rule of scores, GradientBlock or HiddenGradient.

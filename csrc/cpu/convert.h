@@ -138,6 +138,10 @@ void encode_row(const T* source, int64_t count, uint16_t* target, int64_t stride
   }
 }
 
+constexpr int64_t bytes_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
 // target[n] = element `offset + n * stride` of `data`.
 template <class T>
 void read_row(const void* data, DType dtype, int64_t offset, int64_t stride, int64_t count,
@@ -173,8 +177,42 @@ void write_row(void* data, DType dtype, int64_t offset, int64_t stride, int64_t 
   }
 }
 
+// A store past the caches: it neither reads the line first nor displaces others. Only aligned.
+template <class T>
+ATTN_EXT_INLINE void stream(T* target, Vec<T> value) {
+#if ATTN_EXT_VECTOR_BYTES == 64
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(target), (__m512i)value);
+#elif ATTN_EXT_VECTOR_BYTES == 32 && defined(__x86_64__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(target), (__m256i)value);
+#else
+  store<T>(target, value);
+#endif
+}
+
+// Orders the streamed stores of this thread before what it does next.
+ATTN_EXT_INLINE void finish_streams() {
+#if ATTN_EXT_VECTOR_BYTES > 16 && defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 template <class T>
 constexpr DType kDTypeOf = sizeof(T) == sizeof(float) ? DType::kFloat32 : DType::kFloat64;
+
+// write_row() of consecutive numbers, streamed where they are whole lines of the compute type.
+template <class T>
+void stream_row(void* data, DType dtype, int64_t offset, int64_t count, const T* source) {
+  T* target = static_cast<T*>(data) + offset;
+  constexpr int64_t line = 64;
+  if (dtype != kDTypeOf<T> || reinterpret_cast<uintptr_t>(target) % line != 0 ||
+      count * static_cast<int64_t>(sizeof(T)) % line != 0) {
+    write_row<T>(data, dtype, offset, 1, count, source);
+    return;
+  }
+  for (int64_t n = 0; n < count; n += kLanes<T>) {
+    stream<T>(target + n, load<T>(source + n));
+  }
+}
 
 }  // namespace ATTN_EXT_ISA
 }  // namespace attn_ext

@@ -164,10 +164,6 @@ class HiddenScores {
     source_.drop(j, 0, dim_, row);
   }
 
-  static int64_t bytes_of(DType dtype) {
-    return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-  }
-
   // Hidden rows are arithmetic and sums of values are reading: the reading begins here already.
   void prefetch_value(int64_t j) const {
     const char* row =

@@ -41,6 +41,7 @@ class HiddenGradient {
     for (int64_t j = 0; j < count; j += kHiddenTile) {
       run_tile(first + j, smaller(kHiddenTile, count - j));
     }
+    finish_streams();
   }
 
  private:
@@ -80,7 +81,12 @@ class HiddenGradient {
   void write(const Rows& gradient, int64_t j, const T* row) const {
     if (gradient.data != nullptr) {
       const RowSource target = key_rows(gradient, sequence_, unit_.head);
-      write_row<T>(gradient.data, target.dtype, target.offset(j) + item_.col, 1, item_.cols, row);
+      const int64_t offset = target.offset(j) + item_.col;
+      if (call_.streams) {
+        stream_row<T>(gradient.data, target.dtype, offset, item_.cols, row);
+      } else {
+        write_row<T>(gradient.data, target.dtype, offset, 1, item_.cols, row);
+      }
     }
   }
 

@@ -63,6 +63,18 @@ struct RowSource {
   ATTN_EXT_INLINE int64_t offset(int64_t j) const { return base + position(j) * row; }
 };
 
+// Begins to read rows [first, first + rows), which the hardware may not foresee: they are short.
+ATTN_EXT_INLINE void prefetch_rows(const RowSource& source, int64_t first, int64_t rows,
+                                   int64_t columns) {
+  const int64_t size = bytes_of(source.dtype);
+  for (int64_t j = first; source.col == 1 && j < first + rows; ++j) {
+    const char* row = static_cast<const char*>(source.data) + source.offset(j) * size;
+    for (int64_t n = 0; n < columns * size; n += 64) {
+      __builtin_prefetch(row + n);
+    }
+  }
+}
+
 inline RowSource query_rows(const Rows& view, const Sequence& sequence, int64_t head) {
   const int64_t base = sequence.query_batch * view.batch + sequence.query_begin * view.row;
   return {view.data, view.dtype, base + head * view.head, view.row, view.col, 0, nullptr};

@@ -218,6 +218,7 @@ void dot_block(const RowSource& left, int64_t i0, int64_t rows, const RowSource&
   const Panel<T> a = panel_of<T>(left, i0, rows, 0, dim, left_room, room.copy);
   for (int64_t j = 0; j < cols; j += kTileCols) {
     const int64_t tile = smaller(kTileCols, cols - j);
+    prefetch_rows(right, first + j + tile, smaller(kTileCols, cols - j - tile), dim);
     const Panel<T> b = panel_of<T>(right, first + j, tile, 0, dim, room.data, room.copy);
     for (int64_t i = 0; i < rows; i += kTileRows) {
       inner_products<T, DotProduct>(a.from_row(i), smaller(kTileRows, rows - i), b, tile, steps,
