@@ -89,6 +89,15 @@ sanitize: $(VENV)/.editable ## run the tests under the address, undefined and th
 bench: $(VENV)/.built ## time the op beside what one would pick instead (ARGS="--help")
 	$(PY) -m benchmarks.bench_additive_attention $(or $(ARGS),--more)
 
+docs: .venv-docs/.installed ## build the documentation site in build/site, offline; warnings are errors
+	.venv-docs/bin/mkdocs build --strict --site-dir build/site
+
+dist: $(VENV)/.installed .venv-release/.installed ## make dist/: sources and a wheel, both tried in new environments
+	PATH=$(CURDIR)/.venv-release/bin:$$PATH $(PY) tests/dist.py $(ARGS)
+
+types: $(VENV)/.installed .venv-release/.installed ## whether type checkers know every type of the public API
+	PATH=$(CURDIR)/.venv-release/bin:$$PATH $(PY) tests/check_types.py
+
 lint: $(VENV)/.installed ## check the style of Python and C++
 	@# The pins resolve on any mirror: no index is written down.
 	! grep -nE '://|index-url|find-links' requirements/*
@@ -114,7 +123,7 @@ clean: ## remove what was built; .venv and runs/ stay
 	find attn_ext triton_kernels tests -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv too
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-docs .venv-release
 
 # Stamps, each written when its step is whole. An install that was cut off leaves
 # .incomplete behind, and the next one starts again from nothing.
@@ -170,6 +179,13 @@ $(VENV)/.built: $(VENV)/.editable $(SOURCES)
 	@$(PY) setup.py -q build_ext --inplace
 	@if [ -e attn_ext/_C.abi3.so ]; then touch $@; fi
 
-.PHONY: help venv train test test-all matrix planted gpu fuzz sanitize bench lint format lock clean distclean FORCE
+# Tools that only a few need, in environments of their own.
+.venv-%/.installed: requirements/locked-%.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check $(LOCKED) -r $<
+	@touch $@
+
+.PHONY: help venv train test test-all matrix planted gpu fuzz sanitize bench docs dist types lint format lock clean distclean FORCE
 FORCE:
 .DELETE_ON_ERROR:

@@ -7,6 +7,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,7 +156,9 @@ def _refuse_tangents(arguments: tuple) -> None:
         )
 
 
-def _differentiable(op: torch._ops.OpOverload, function: type[torch.autograd.Function]) -> Callable:
+def _differentiable(
+    op: torch._ops.OpOverload, function: type[torch.autograd.Function]
+) -> Callable[..., Any]:
     """A forward op at the Autograd key."""
 
     def kernel(*arguments):
@@ -168,7 +171,7 @@ def _differentiable(op: torch._ops.OpOverload, function: type[torch.autograd.Fun
     return kernel
 
 
-def _differentiated(op: torch._ops.OpOverload) -> Callable:
+def _differentiated(op: torch._ops.OpOverload) -> Callable[..., Any]:
     """An op that computes gradients at the Autograd key."""
 
     def kernel(*arguments):
@@ -186,7 +189,7 @@ def _differentiated(op: torch._ops.OpOverload) -> Callable:
 _library = torch.library.Library("attn_ext", "FRAGMENT")
 
 
-def _register(op: torch._ops.OpOverload, kernel: Callable) -> Callable:
+def _register(op: torch._ops.OpOverload, kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Register the kernel of the Autograd key; the shortest way to call it."""
     _library.impl(op, kernel, "Autograd")
 
@@ -198,12 +201,16 @@ def _register(op: torch._ops.OpOverload, kernel: Callable) -> Callable:
     return call
 
 
-forward = _register(ops.forward, _differentiable(ops.forward, _Forward))
-backward = _register(ops.backward, _differentiated(ops.backward))
-step_backward = _register(ops.step_backward, _differentiated(ops.step_backward))
-memory_backward = _register(ops.memory_backward, _differentiated(ops.memory_backward))
-pool_forward = _register(ops.pool_forward, _differentiable(ops.pool_forward, _PoolForward))
-pool_backward = _register(ops.pool_backward, _differentiated(ops.pool_backward))
+forward: Callable[..., Any] = _register(ops.forward, _differentiable(ops.forward, _Forward))
+backward: Callable[..., Any] = _register(ops.backward, _differentiated(ops.backward))
+step_backward: Callable[..., Any] = _register(ops.step_backward, _differentiated(ops.step_backward))
+memory_backward: Callable[..., Any] = _register(
+    ops.memory_backward, _differentiated(ops.memory_backward)
+)
+pool_forward: Callable[..., Any] = _register(
+    ops.pool_forward, _differentiable(ops.pool_forward, _PoolForward)
+)
+pool_backward: Callable[..., Any] = _register(ops.pool_backward, _differentiated(ops.pool_backward))
 
 for _op in batching.HEAD_AXES:
     torch.library.register_vmap(_op._name, functools.partial(batching.batched, _op))

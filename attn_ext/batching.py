@@ -5,13 +5,16 @@ layout ``V`` calls over the same sequences are one call with ``V * H`` heads. Ca
 their sequences, or that drop weights at random, are made one after the other.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from . import ops
 
 # The head axis of each leading argument that has one, and of each result.
-HEAD_AXES = {
+HEAD_AXES: dict[OpOverload, tuple[tuple[int, ...], tuple[int, ...]]] = {
     # query, key, value, score_weight, exp_key, key_bound -> context, weights, stats, scores
     ops.forward: ((2, 2, 2, 0, 2, 2), (2, 1, 2, 2)),
     # dcontext, dweights, query, key, value, score_weight, stats, scores -> their gradients
@@ -63,7 +66,9 @@ def _unfold(result: Tensor, calls: int, heads: int, axis: int) -> tuple[Tensor, 
     return result.unflatten(axis, (calls, heads)), axis
 
 
-def batched(op: torch._ops.OpOverload, info, in_dims: tuple, *arguments):
+def batched(
+    op: OpOverload, info: Any, in_dims: tuple[int | None, ...], *arguments: Any
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The rule of ``op``, as :func:`torch.library.register_vmap` takes it."""
     argument_axes, result_axes = HEAD_AXES[op]
     calls, with_heads = info.batch_size, len(argument_axes)
@@ -78,10 +83,11 @@ def batched(op: torch._ops.OpOverload, info, in_dims: tuple, *arguments):
     results = op(*folded, *arguments[with_heads:])
     heads = _heads(arguments, in_dims, argument_axes)
     unfolded = (_unfold(result, calls, heads, axis) for result, axis in zip(results, result_axes))
-    return tuple(zip(*unfolded))
+    tensors, places = zip(*unfolded)
+    return tensors, places
 
 
-def _one_by_one(op: torch._ops.OpOverload, calls: int, in_dims: tuple, arguments: tuple):
+def _one_by_one(op: OpOverload, calls: int, in_dims: tuple, arguments: tuple):
     each = (
         op(*(_of_call(argument, mapped, call) for argument, mapped in zip(arguments, in_dims)))
         for call in range(max(calls, 1))  # where there are none, one tells the shapes of results

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ class AttentionMemory:
             self._steps = Steps(keys, self._feature_weight, self._choice, prepared)
             self._token = self._steps.make_token()
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
             "attn_ext.AttentionMemory can be neither copied nor pickled, as it belongs to one "
             "forward pass; make another of the same key, value and score_weight"

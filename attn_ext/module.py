@@ -47,6 +47,14 @@ class AdditiveAttention(nn.Module):
         g, b: gain, one a head, and bias, as score_weight; only with ``normalize``.
     """
 
+    num_heads: int
+    dropout: float
+    query_proj: nn.Linear
+    key_proj: nn.Linear
+    score_weight: nn.Parameter
+    g: nn.Parameter | None
+    b: nn.Parameter | None
+
     def __init__(
         self,
         query_dim: int,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from . import backends
 from .layout import RAW
@@ -54,13 +55,13 @@ _CPU_ONLY = ("additive_attention_prepare",)  # which "triton" and "cuda" do not 
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"attn_ext::{_name}", _schema)
 
-forward = torch.ops.attn_ext.additive_attention_forward.default
-backward = torch.ops.attn_ext.additive_attention_backward.default
-prepare = torch.ops.attn_ext.additive_attention_prepare.default
-step_backward = torch.ops.attn_ext.additive_attention_step_backward.default
-memory_backward = torch.ops.attn_ext.additive_attention_memory_backward.default
-pool_forward = torch.ops.attn_ext.additive_pool_forward.default
-pool_backward = torch.ops.attn_ext.additive_pool_backward.default
+forward: OpOverload = torch.ops.attn_ext.additive_attention_forward.default
+backward: OpOverload = torch.ops.attn_ext.additive_attention_backward.default
+prepare: OpOverload = torch.ops.attn_ext.additive_attention_prepare.default
+step_backward: OpOverload = torch.ops.attn_ext.additive_attention_step_backward.default
+memory_backward: OpOverload = torch.ops.attn_ext.additive_attention_memory_backward.default
+pool_forward: OpOverload = torch.ops.attn_ext.additive_pool_forward.default
+pool_backward: OpOverload = torch.ops.attn_ext.additive_pool_backward.default
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

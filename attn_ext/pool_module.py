@@ -41,6 +41,12 @@ class AdditivePool(nn.Module):
         (torch.Size([2, 8]), torch.Size([7]))
     """
 
+    dropout: float
+    feature_dropout: float | tuple[float, float]
+    key_proj: nn.Linear
+    gate_proj: nn.Linear | None
+    score_weight: nn.Parameter
+
     def __init__(
         self,
         key_dim: int,

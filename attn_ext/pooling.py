@@ -48,8 +48,7 @@ class PoolSide(NamedTuple):
     score_weight: Tensor  # [H, K, D]
     has_branches: bool
 
-    @property
-    def weights_layout(self) -> int:
+    def weights_layout(self) -> int:  # a property of it PyTorch 2.10 cannot compile
         """``[B, H, K, Tk]``, or of jagged keys ``[total_k, H, K]``."""
         jagged = self.keys.cu_seqlens is not None
         return layout.JAGGED_WEIGHTS if jagged else layout.DENSE_WEIGHTS
@@ -270,7 +269,7 @@ def additive_pool(
     if _must_be_plain(backend):
         context, weights = reference.pool(side, feature_dropout, dropout_p, seed)
     else:
-        weights_layout = side.weights_layout if need_weights else 0
+        weights_layout = side.weights_layout() if need_weights else 0
         context, weights = _call(
             side, feature_dropout, dropout_p, seed, weights_layout, deterministic, backend
         )
@@ -285,7 +284,7 @@ def scores(
     seed = reference.draw_seed(side.keys.key.device) if any(feature_dropout) else None
     if _must_be_plain(backend):
         return side.restore_weights(reference.pool_scores(side, feature_dropout, seed))
-    weights_layout = side.weights_layout | layout.RAW
+    weights_layout = side.weights_layout() | layout.RAW
     _, raw = _call(side, feature_dropout, 0.0, seed, weights_layout, deterministic, backend)
     return side.restore_weights(raw)
 

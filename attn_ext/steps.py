@@ -47,14 +47,19 @@ class Steps:
         self.keys = keys
         self.choice = choice
         # Not detached, so that under create_graph the backward ops refuse a second derivative.
-        self.inputs = (keys.key, keys.value, keys.score_weight)
+        self.inputs: tuple[Tensor, Tensor, Tensor] = (keys.key, keys.value, keys.score_weight)
         self.feature_weight = feature_weight
-        self.grad_mask = sum(t.requires_grad << bit for bit, t in enumerate(self.inputs, start=1))
+        wanted = (t.requires_grad << bit for bit, t in enumerate(self.inputs, start=1))
+        self.grad_mask: int = sum(wanted)
         if prepared is None:
             # Accelerators exponentiate keys faster than they would read prepared exponentials.
             prepared = ops.prepare(keys.key.detach()) if choice[1] == "cpu" else (None, None)
         self.prepared = prepared
-        self.key_layout = (keys.cu_seqlens, keys.lengths, keys.padding_mask)
+        self.key_layout: tuple[Tensor | None, Tensor | None, Tensor | None] = (
+            keys.cu_seqlens,
+            keys.lengths,
+            keys.padding_mask,
+        )
         self._rooms: list[Tensor] = []  # for keys with features, of steps that have run
         self._versions = self._current_versions()
         # By backward pass: passes may nest (reentrant checkpointing) or run in several threads.

@@ -8,6 +8,8 @@ Python and machine at once. Pins that are there stay until `make lock ARGS=--upg
     locked-torch.txt   PyTorch's build in the registry, for CUDA: `make TORCH=cuda`;
     locked-cuda.txt    what that needs besides, several GB, triton among it;
     locked-triton.txt  triton for the build for CPUs, torch-cpu.txt, which does not bring it;
+    locked-docs.txt    what `make docs` needs, in an environment of its own;
+    locked-release.txt what `make dist` and `make types` need, in another;
     locked-peers.txt   the packages that attn_ext.compat's tests compare with, peers.txt.
 """
 
@@ -61,8 +63,9 @@ def main():
             files["locked.txt"].append(package)
     for name, packages in files.items():
         write(name, packages)
-    triton = FOLDER / "locked-triton.txt"
-    write(triton.name, resolve([triton], FOLDER / "triton.txt"))
+    for name in ("triton", "docs", "release"):
+        lock = FOLDER / f"locked-{name}.txt"
+        write(lock.name, resolve([lock], FOLDER / f"{name}.txt"))
     peers = FOLDER / "locked-peers.txt"
     write(peers.name, resolve([peers], "--no-deps", FOLDER / "peers.txt"))
 

@@ -44,7 +44,8 @@ ISAS = ("avx512", "avx2", "portable")
 
 # The interpreter of Triton 3.6 converts arrays of one element to scalars, which NumPy 2.4 refuses.
 TOOLS = ("numpy<2.4", "hypothesis", "pytest>=8", "pytest-xdist")
-WORKERS = str(min(os.cpu_count() or 1, 8))
+BUILD_TOOLS = ("setuptools>=77", "ninja")
+WORKERS = os.environ.get("WORKERS") or str(min(os.cpu_count() or 1, 8))
 
 
 def test_files(*names: str) -> list[str]:
@@ -94,6 +95,7 @@ def output(*command: object, **variables: str) -> str:
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no message"]
         errors = [line for line in lines if line.startswith("ERROR: ")]
+        (FOLDER / "failure.log").write_text(f"{command}\n{done.stdout}\n{done.stderr}")
         raise Failure((errors or lines)[-1].removeprefix("ERROR: "))
     return done.stdout
 
@@ -115,15 +117,22 @@ def find_pythons() -> dict[str, str]:
     return found
 
 
-def build_wheel() -> Path:
-    """From a copy of the sources: a build folder of the checkout may hold older files."""
+def copy_sources() -> Path:
+    """A copy of what a wheel is built from: a build folder of the checkout may hold older files."""
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     for name in ("attn_ext", "csrc", "requirements", "triton_kernels"):
         shutil.copytree(ROOT / name, COPY / name, ignore=ignored)
     for name in ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, COPY)
+    return COPY
+
+
+BUILD = {"ATTN_EXT_BUILD_CPU": "1", "ATTN_EXT_BUILD_CUDA": "0"}
+
+
+def build_wheel(tree: Path, **variables: str) -> Path:
     command = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps")
-    output(*command, "-w", FOLDER, COPY, ATTN_EXT_BUILD_CPU="1", ATTN_EXT_BUILD_CUDA="0")
+    output(*command, "-w", FOLDER, tree, **BUILD, **variables)
     return next(FOLDER.glob("*.whl"))
 
 
@@ -155,8 +164,9 @@ def stand_in_for_cuda(libraries: Path) -> None:
         output(*compiler, f"-Wl,-soname,{name}", "-o", libraries / name)
 
 
-def install(python: str, torch: str, wheel: Path, folder: Path) -> Path:
-    """An environment with PyTorch, Triton, the wheel and the tools of the tests: its Python."""
+def install(python: str, torch: str, archive: Path, folder: Path) -> Path:
+    """An environment with PyTorch, Triton, the tools of the tests and a wheel or an archive of the
+    sources, which is built there: its Python."""
     output(python, "-m", "venv", folder)
     own = folder / "bin" / "python"
     pip = (own, "-m", "pip", "--disable-pip-version-check", "-q", "install")
@@ -174,7 +184,6 @@ def install(python: str, torch: str, wheel: Path, folder: Path) -> Path:
     output(*pip, "--no-deps", *chosen)
     if "triton" not in wanted:  # the build for CPUs does not bring it
         output(*pip, "--no-deps", "-r", COPY / "requirements" / "triton.txt")
-    output(*pip, "--no-deps", wheel)
     if large:
         libraries = next(folder.glob("lib/python*/site-packages/torch/lib"))
         kept = {path.name for path in libraries.iterdir()}
@@ -187,6 +196,9 @@ def install(python: str, torch: str, wheel: Path, folder: Path) -> Path:
                 if path.name not in kept:
                     path.unlink()
             output(*pip, "--no-deps", *(f"{name}=={wanted[name]}" for name in sorted(large)))
+    if archive.suffix != ".whl":
+        output(*pip, *BUILD_TOOLS)
+    output(*pip, "--no-deps", "--no-build-isolation", archive, **BUILD)
     return own
 
 
@@ -275,7 +287,7 @@ def main() -> None:
     absent = ", ".join(version for version in PYTHONS if version not in pythons)
     found += f" (not {absent})" if absent else ""
     print(f"Pythons found: {found}", flush=True)
-    wheel = build_wheel()
+    wheel = build_wheel(copy_sources())
     shutil.copytree(ROOT / "tests", RUN / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", RUN)  # pytest's options
     head = ["Python", "PyTorch", "Triton", *ISAS, "in PyTorch", "Triton's interpreter"]

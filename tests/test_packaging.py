@@ -52,6 +52,16 @@ def test_library_serves_every_python_and_torch():
     assert not [name for name in names if name.startswith(unstable)]
 
 
+DOCUMENTS = (
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "README.md",
+    "mkdocs.yml",
+)
+
+
 @pytest.fixture
 def tree(tmp_path):
     """A copy of what the build reads, so that nothing lands in the working tree."""
@@ -60,9 +70,9 @@ def tree(tmp_path):
         pytest.skip("the tests of an installed package have no setup.py")
     tree = tmp_path / "tree"
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
-    for name in ("attn_ext", "csrc", "requirements", "triton_kernels"):
+    for name in ("attn_ext", "csrc", "docs", "requirements", "triton_kernels"):
         shutil.copytree(ROOT / name, tree / name, ignore=ignored)
-    for name in ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"):
+    for name in (*DOCUMENTS, "MANIFEST.in", "pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, tree)
     return tree
 
@@ -300,9 +310,14 @@ def test_a_source_archive_carries_all_sources_and_needs_no_torch(tree):
     (archive,) = (tree / "dist").iterdir()
     with tarfile.open(archive) as files:
         names = {Path(name).relative_to(Path(name).parts[0]) for name in files.getnames()}
-    for folder in ("csrc", "requirements", "triton_kernels"):
+    for folder in ("csrc", "docs", "requirements", "triton_kernels"):
         for path in (tree / folder).rglob("*"):
             assert path.relative_to(tree) in names
+    assert {Path(name) for name in DOCUMENTS} <= names
+
+
+def test_the_changes_of_this_version_are_told(tree):
+    assert f"\n## {attn_ext.__version__}" in (tree / "CHANGELOG.md").read_text()
 
 
 def test_a_cuda_library_that_does_not_load_says_why(tmp_path, monkeypatch):

@@ -19,14 +19,16 @@ from torch import nn
 
 from ..checks import mismatch
 from .clam import CLAMAttnNet, CLAMAttnNetGated
+from .coqui import CoquiOriginalAttention
 from .doctr import DocTRAttentionModule
-from .espnet import ESPnetAttAdd
+from .espnet import ESPnetAttAdd, ESPnetAttCov, ESPnetAttLoc
 from .gnmt import GNMTBahdanauAttention
 from .joeynmt import JoeyNMTBahdanauAttention
 from .keras import KerasAdditiveAttention
 from .monai import MONAIMILAttention
 from .opennmt import OpenNMTGlobalAttention
 from .replacement import Replacement
+from .speechbrain import SpeechBrainContentBasedAttention, SpeechBrainLocationAwareAttention
 from .torchmil import TorchMILAttentionPool
 from .transformers import (
     TransformersSLANetAttentionGRUCell,
@@ -36,13 +38,18 @@ from .transformers import (
 __all__ = [
     "CLAMAttnNet",
     "CLAMAttnNetGated",
+    "CoquiOriginalAttention",
     "DocTRAttentionModule",
     "ESPnetAttAdd",
+    "ESPnetAttCov",
+    "ESPnetAttLoc",
     "GNMTBahdanauAttention",
     "JoeyNMTBahdanauAttention",
     "KerasAdditiveAttention",
     "MONAIMILAttention",
     "OpenNMTGlobalAttention",
+    "SpeechBrainContentBasedAttention",
+    "SpeechBrainLocationAwareAttention",
     "TorchMILAttentionPool",
     "TransformersSLANeXtAttentionGRUCell",
     "TransformersSLANetAttentionGRUCell",
@@ -55,6 +62,11 @@ _KINDS: tuple[type[Replacement], ...] = (
     GNMTBahdanauAttention,
     JoeyNMTBahdanauAttention,
     ESPnetAttAdd,
+    ESPnetAttCov,
+    ESPnetAttLoc,
+    SpeechBrainContentBasedAttention,
+    SpeechBrainLocationAwareAttention,
+    CoquiOriginalAttention,
     TransformersSLANetAttentionGRUCell,
     TransformersSLANeXtAttentionGRUCell,
     DocTRAttentionModule,

@@ -123,8 +123,14 @@ class CLAMAttnNetGated(_CLAM):
     """
 
     original = "Attn_Net_Gated"
-    activations = {"attention_a": nn.Tanh, "attention_b": nn.Sigmoid}
-    layers = ("attention_c",)
+    activations: ClassVar[dict[str, type[nn.Module]]] = {
+        "attention_a": nn.Tanh,
+        "attention_b": nn.Sigmoid,
+    }
+    layers: ClassVar[tuple[str, ...]] = ("attention_c",)
+    attention_a: nn.Sequential
+    attention_b: nn.Sequential
+    attention_c: nn.Linear
 
     def __init__(
         self,
@@ -176,7 +182,8 @@ class CLAMAttnNet(_CLAM):
     """``Attn_Net`` of CLAM, the same without a gate. Parameters: ``module``."""
 
     original = "Attn_Net"
-    activations = {"module": nn.Tanh}
+    activations: ClassVar[dict[str, type[nn.Module]]] = {"module": nn.Tanh}
+    module: nn.Sequential
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """The attention of docTR's text recognition SAR."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,12 @@ class DocTRAttentionModule(Hoisting):
     """
 
     original = "doctr.models.recognition.sar.pytorch.AttentionModule"
-    package, tested = "python-doctr", "1.1.0"
-    layers = ()
+    package = "python-doctr"
+    tested = "1.1.0"
+    layers: ClassVar[tuple[str, ...]] = ()
+    feat_conv: nn.Conv2d
+    state_conv: nn.Conv2d
+    attention_projector: nn.Conv2d
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """The attention of NVIDIA's GNMT."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,16 @@ class GNMTBahdanauAttention(Replacement):
 
     original = "seq2seq.models.attention.BahdanauAttention"
     package = "NVIDIA's DeepLearningExamples"
-    sizes = ("num_units", "normalize", "batch_first")
-    layers = ("linear_q", "linear_k")
+    sizes: ClassVar[tuple[str, ...]] = ("num_units", "normalize", "batch_first")
+    layers: ClassVar[tuple[str, ...]] = ("linear_q", "linear_k")
     normalize_scalar: nn.Parameter | None
     normalize_bias: nn.Parameter | None
+    num_units: int
+    normalize: bool
+    batch_first: bool
+    linear_q: nn.Linear
+    linear_k: nn.Linear
+    linear_att: nn.Parameter
 
     def __init__(
         self,

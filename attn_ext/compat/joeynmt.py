@@ -1,6 +1,6 @@
 """JoeyNMT's Bahdanau attention."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,13 @@ class JoeyNMTBahdanauAttention(Stepwise):
     """
 
     original = "joeynmt.attention.BahdanauAttention"
-    package, tested = "joeynmt", "2.3.0"
-    layers = ("key_layer", "query_layer", "energy_layer")
-    kept = ("proj_keys", "proj_query")
+    package = "joeynmt"
+    tested = "2.3.0"
+    layers: ClassVar[tuple[str, ...]] = ("key_layer", "query_layer", "energy_layer")
+    kept: ClassVar[tuple[str, ...]] = ("proj_keys", "proj_query")
+    key_layer: nn.Linear
+    query_layer: nn.Linear
+    energy_layer: nn.Linear
 
     def __init__(
         self,

@@ -24,9 +24,12 @@ class KerasAdditiveAttention(nn.Module):
     """
 
     # As a Replacement has them, for the table of supported(); the layer itself is no nn.Module.
-    package, tested = "keras", "3.15.1"
+    package = "keras"
+    tested = "3.15.1"
     needs = "`from_keras`, as it is no `nn.Module`"
     scale: nn.Parameter | None
+    dim: int
+    dropout: float
 
     def __init__(
         self, dim: int, use_scale: bool = True, dropout: float = 0.0, *, backend: str | None = None

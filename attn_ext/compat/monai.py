@@ -1,6 +1,6 @@
 """The attention of MONAI's multiple-instance learning."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -19,10 +19,11 @@ class MONAIMILAttention(Replacement, nn.Sequential):
     """
 
     original = "monai.networks.nets.milmodel.MILModel"
-    package, tested = "monai", "1.6.1"
+    package = "monai"
+    tested = "1.6.1"
     needs = 'mil_mode="att", "att_trans" or "att_trans_pyramid"'
     child = "attention"
-    layers = ("0", "2")
+    layers: ClassVar[tuple[str, ...]] = ("0", "2")
 
     def __init__(self, in_features: int, hidden: int = 2048, *, backend: str | None = None):
         super().__init__(nn.Linear(in_features, hidden), nn.Tanh(), nn.Linear(hidden, 1))

@@ -1,7 +1,7 @@
 """OpenNMT-py's "mlp" attention."""
 
 import contextlib
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,18 @@ class OpenNMTGlobalAttention(Replacement):
     """
 
     original = "onmt.modules.global_attention.GlobalAttention"
-    package, tested = "OpenNMT-py", "3.5.1"
+    package = "OpenNMT-py"
+    tested = "3.5.1"
     needs = 'attn_type="mlp", attn_func="softmax", no coverage'
-    sizes = ("dim", "attn_type", "attn_func")
-    layers = ("linear_context", "linear_query", "v", "linear_out")
+    sizes: ClassVar[tuple[str, ...]] = ("dim", "attn_type", "attn_func")
+    layers: ClassVar[tuple[str, ...]] = ("linear_context", "linear_query", "v", "linear_out")
+    dim: int
+    attn_type: str
+    attn_func: str
+    linear_context: nn.Linear
+    linear_query: nn.Linear
+    v: nn.Linear
+    linear_out: nn.Linear
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ layers are called instead of read.
 """
 
 import functools
+import inspect
 import warnings
 from collections.abc import Mapping
 
@@ -155,6 +156,17 @@ def readable_weight(layer: nn.Module, expected: type[nn.Module] = nn.Linear) -> 
     return weight
 
 
+def readable(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a linear layer, as :func:`readable_weight`.
+
+    The layer may be alone in an ``nn.Sequential``.
+    """
+    while is_plain(layer, nn.Sequential) and len(layer._modules) == 1:
+        (layer,) = layer.children()
+    weight = readable_weight(layer)
+    return None if weight is None else (weight, layer.bias)  # type: ignore[return-value]
+
+
 def attend_by_calls(
     layer: nn.Module,
     query: Tensor,
@@ -180,6 +192,47 @@ def attend_by_calls(
         The context ``(B, Tq, Dv)`` and the weights ``(B, Tq, Tk)``, without Tq for one query.
     """
     warn_of_calls(layer)
+    scores, ignored = _scores_and_ignored(
+        layer, query, key, value, key_padding_mask, key_lengths, scaling
+    )
+    value = value.masked_fill(ignored.unsqueeze(-1), 0)  # padding may hold anything, NaN too
+    weights = masked_softmax(scores, ignored.unsqueeze(1)).to(value.dtype)
+    context = weights @ value
+    return (context, weights) if query.dim() == 3 else (context.squeeze(1), weights.squeeze(1))
+
+
+def scores_by_calls(
+    layer: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    """The scores ``(B, Tq, Tk)`` of :func:`attend_by_calls`, -inf for ignored keys.
+
+    They are without Tq for one query, and at least float32.
+    """
+    warn_of_calls(layer)
+    scores, ignored = _scores_and_ignored(
+        layer, query, key, key, key_padding_mask, key_lengths, scaling
+    )
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = scores.masked_fill(ignored.unsqueeze(1), -torch.inf)
+    return scores if query.dim() == 3 else scores.squeeze(1)
+
+
+def _scores_and_ignored(
+    layer: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """Scores ``[B, Tq, Tk]``, anything for ignored keys, and which those are, ``[B, Tk]``."""
     keys = layout.check_key_side(
         key, value, key.new_empty(key.shape[-1:]), None, None, key_padding_mask, key_lengths
     )
@@ -190,12 +243,9 @@ def attend_by_calls(
         ignored = key_padding_mask
     elif key_lengths is not None:
         ignored = torch.arange(key.size(1), device=key.device) >= key_lengths[:, None]
-    # Padding may hold anything, NaN too.
-    key, value = (rows.masked_fill(ignored.unsqueeze(-1), 0) for rows in (key, value))
+    key = key.masked_fill(ignored.unsqueeze(-1), 0)
     scores = scaling * layer(torch.tanh(steps.unsqueeze(2) + key.unsqueeze(1))).squeeze(-1)
-    weights = masked_softmax(scores, ignored.unsqueeze(1)).to(value.dtype)
-    context = weights @ value
-    return (context.squeeze(1), weights.squeeze(1)) if is_one_step else (context, weights)
+    return scores, ignored
 
 
 def masked_softmax(scores: Tensor, ignored: Tensor) -> Tensor:
@@ -217,4 +267,8 @@ def _warn_once(kind: str) -> None:
         f"attn_ext is slow here, and stores B * Tq * Tk * D values: a {kind} that is quantised, "
         "wrapped or hooked computes the scores, and has to be called for every query and key"
     )
-    warnings.warn(message, RuntimeWarning, stacklevel=5)
+    # The first caller outside of this package, PyTorch as a rule.
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals["__name__"].startswith("attn_ext."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, RuntimeWarning, stacklevel=level)

@@ -201,6 +201,11 @@ def _are_same(ours: tuple, theirs: tuple) -> bool:
     )
 
 
+def is_counted(tensor: Tensor) -> bool:
+    """Whether PyTorch counts how often a tensor changes in place, or a graph is compiled."""
+    return torch.compiler.is_compiling() or not tensor.is_inference()
+
+
 def _version_of(tensor: Tensor) -> int | bytes | None:
     """What changes whenever a tensor changes in place, or None where nothing tells of that.
 

@@ -1,6 +1,6 @@
 """torchmil's attention pooling."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +35,20 @@ class TorchMILAttentionPool(Replacement):
     """
 
     original = "torchmil.nn.attention.attention_pool.AttentionPool"
-    package, tested = "torchmil", "1.0.2"
+    package = "torchmil"
+    tested = "1.0.2"
     needs = 'act="tanh"'
-    sizes = ("att_dim", "act", "gated")
-    layers = ("fc2",)
+    sizes: ClassVar[tuple[str, ...]] = ("att_dim", "act", "gated")
+    layers: ClassVar[tuple[str, ...]] = ("fc2",)
+    in_dim: int | None
+    att_dim: int
+    act: str
+    gated: bool
+    fc1: _Projection
+    fc2: nn.Linear
+    fc_gated: _Projection
+    act_gated: nn.Sigmoid
+    act_layer: nn.Tanh
 
     def __init__(
         self,

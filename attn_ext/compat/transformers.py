@@ -1,7 +1,7 @@
 """The decoder cells of transformers' table recognition."""
 
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,13 @@ class TransformersSLANetAttentionGRUCell(Hoisting):
     """
 
     original = "transformers.models.slanet.modeling_slanet.SLANetAttentionGRUCell"
-    package, tested = "transformers", "5.24.0"
-    layers = ("input_to_hidden", "hidden_to_hidden", "score")
+    package = "transformers"
+    tested = "5.24.0"
+    layers: ClassVar[tuple[str, ...]] = ("input_to_hidden", "hidden_to_hidden", "score")
+    input_to_hidden: nn.Linear
+    hidden_to_hidden: nn.Linear
+    score: nn.Linear
+    rnn: nn.GRUCell
 
     def __init__(
         self,

@@ -33,7 +33,7 @@ inline Tensor allocate_gradient(const Tensor& like, ScalarType dtype, bool zeros
     return allocate(like, sizes, dtype, zeros);
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+  TORCH_ERROR_CODE_CHECK(torch_from_blob(
       memory.data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,

@@ -1,0 +1,15 @@
+"""Pictures that stand elsewhere, beside the figures or programs they are drawn by."""
+
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parents[1]
+PICTURES = {"results": ROOT / "benchmarks" / "results", "examples": ROOT / "examples" / "pictures"}
+
+
+def on_files(files, config):
+    for folder, place in PICTURES.items():
+        for path in sorted(place.glob("*.png")):
+            files.append(File.generated(config, f"{folder}/{path.name}", abs_src_path=str(path)))
+    return files
