@@ -235,7 +235,8 @@ def main() -> None:
     report = {"machine": about, "date": str(date.today()), "torch": torch.__version__}
     report |= {"threads": options.threads, "rows": rows}
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"family_{about['slug']}_{options.threads}.json"
+    name = f"family_{about['slug']}_{torch.ops.attn_ext.cpu_isa()}_{options.threads}.json"
+    path = options.out / name
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(f"\nwrote {path}")
 
