@@ -103,7 +103,7 @@ def train_step(model, optimizer, pixels, offsets, labels):
 
 
 def train(model, digits, pixels, steps):
-    """Train on new bags each step; the losses."""
+    """Train, each step on new bags, and return the losses."""
     optimizer = torch.optim.Adam(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
     losses = []

@@ -109,7 +109,7 @@ class PointerNetwork(nn.Module):
             here = scores.masked_fill(visited, -torch.inf).argmax(-1)
             visited[batch, here] = here != 0  # back at point 0 the hull is closed
         paths = torch.stack(path, 1).tolist()
-        return [path[: [*path[1:], 0].index(0) + 1] for path in paths]
+        return [corners[: [*corners[1:], 0].index(0) + 1] for corners in paths]
 
 
 def plain_scores(query, key, score_weight, *, key_lengths):

@@ -54,7 +54,7 @@ def hum(digits, rng):
     voice *= 1 + np.cos(2 * np.pi * rng.uniform(90, 220) * seconds)  # the pitch
     samples, size = 0.02 * noise[3], 2 * np.pi * rng.uniform(0.85, 1.2) / RATE  # of the mouth
     for number, formant in enumerate(zip(*(FORMANTS[sound] for sound in sounds))):
-        steps = size * np.interp(seconds, ends, formant) + 0.6 * noise[number] * (hiss > 0.1)
+        steps = size * np.interp(seconds, ends, formant) + 0.6 * noise[number] * hiss
         samples += np.sin(np.cumsum(steps)) * (voice / (number + 1) + hiss) / 8
     return samples
 
