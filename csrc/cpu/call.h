@@ -55,9 +55,9 @@ struct BackwardCall {
   Rows step_dscores;  // in T, [.., Nk, H] per step: outputs of a step's backward, inputs of a
                       // memory's
   Rows step_weights;
-  bool needs_scores = false;                       // s, for dquery, dkey or dscore_weight
-  bool needs_weights = false;                      // alpha, for dvalue
-  bool streams = false;  // the key side's gradients past the caches, which they exceed
+  bool needs_scores = false;   // s, for dquery, dkey or dscore_weight
+  bool needs_weights = false;  // alpha, for dvalue
+  bool streams = false;        // the key side's gradients past the caches, which they exceed
   const ScoreWeights<T>* score_weights = nullptr;  // [heads]
   T* alpha = nullptr;                              // the wave's scores, [query, key] of each unit
   T* dscores = nullptr;
