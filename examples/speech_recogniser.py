@@ -170,7 +170,7 @@ def draw(path, sound, said, written, weights):
 def main(arguments=None):
     options = read_options(__doc__, "speech_recogniser.png", arguments)
     rng = random.Random(0)
-    count, steps = (18, 10) if options.fast else (1200, 400)
+    count, steps = (18, 10) if options.fast else (1200, 600)
     recordings = record(count, rng)
     held_out, recordings = recordings[: count // 6], recordings[count // 6 :]
     model = SpeechRecogniser()
