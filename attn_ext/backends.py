@@ -16,7 +16,14 @@ OLDEST_TRITON = (3, 6)  # which torch 2.11 brings; with 3.9 the ends of the rang
 
 def _load_cpu() -> str | None:
     """Load the C++ library and return why that failed, or None."""
-    libraries = sorted(Path(__file__).parent.glob("_C.*so"))
+    folder = Path(__file__).parent
+    libraries = sorted(folder.glob("_C.*so"))
+    if not libraries and (folder.parent / "csrc").is_dir():
+        return (
+            f"Python imported attn_ext from its sources in {folder.parent}, where no C++ library "
+            "was built: run in another directory, where it finds what pip installed; or, with a "
+            "C++17 compiler, build there: make venv"
+        )
     if not libraries:
         return (
             "the C++ library was not built; with a C++17 compiler, run in attn_ext's source "

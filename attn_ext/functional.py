@@ -125,10 +125,10 @@ def additive_attention(
 
     Returns:
         The context, in value's dtype: ``(B, Tq, Dv)``, ``(B, Dv)``, ``(total_q, Dv)``, or nested
-        as query is. With ``need_weights``, ``(context, weights)``, weights being ``(B, Tq, Tk)``,
-        ``(B, Tk)`` for one query a sequence, and ``(total_k,)`` for one query a jagged sequence of
-        keys. Otherwise the axis of a jagged side is as long as its longest sequence
-        (``max_seqlen_*`` where given), with zeros outside. Heads add an axis before Tq, or
+        as query is. With ``need_weights``, ``(context, weights)``, weights in the same dtype and
+        ``(B, Tq, Tk)``, ``(B, Tk)`` for one query a sequence, and ``(total_k,)`` for one query a
+        jagged sequence of keys. Otherwise the axis of a jagged side is as long as its longest
+        sequence (``max_seqlen_*`` where given), with zeros outside. Heads add an axis before Tq, or
         ``(B, H, Tk)`` and ``(total_k, H)``. A sequence without keys gets context and weights 0.
 
     Raises:

@@ -365,6 +365,8 @@ def _check_key_shapes(key: Tensor, value: Tensor, score_weight: Tensor, is_jagge
         name, tensor, features = ("key", key, "D") if is_key else ("value", value, "Dv")
         rows = "total_k" if is_jagged else "B, Tk"
         reason = "with cu_seqlens_k" if is_jagged else "without cu_seqlens_k"
+        if has_heads:  # perhaps unknowingly, by the weight (1, D) of an nn.Linear
+            reason += f" and with score_weight {shape_of(score_weight)} = (H, D)"
         expected = f"shape ({rows}, {row_text(has_heads, features)}) {reason}"
         raise mismatch(name, expected, shape_of(tensor))
     shape = key.shape

@@ -29,8 +29,8 @@ class AdditiveAttention(nn.Module):
     score is ``g * v / |v| . tanh(W_q query_i + W_k key_j + b)``, the weight-normalised form of GNMT
     (Wu et al. 2016; Salimans and Kingma 2016).
 
-    What rows hold that nobody attends to, of padding or past the last offset, NaN or infinity say,
-    changes no result and no gradient (but past the last offset of a nested tensor).
+    What ignored rows hold, padding or rows past the last offset, NaN too, changes no result and no
+    gradient; but those past the last offset of a nested tensor reach the projections.
 
     Args:
         query_dim: features of a query.
@@ -44,7 +44,8 @@ class AdditiveAttention(nn.Module):
     Attributes:
         query_proj, key_proj: ``nn.Linear`` to ``attn_dim``.
         score_weight: ``(attn_dim,)``, or ``(num_heads, attn_dim // num_heads)``.
-        g, b: gain, one a head, and bias, as score_weight; only with ``normalize``.
+        g: gain, ``()``, or ``(num_heads,)``; None without ``normalize``.
+        b: bias, shaped as score_weight; None without ``normalize``.
     """
 
     num_heads: int

@@ -2,11 +2,11 @@
 
 Each class has the constructor, the parameter names, the call and the results of the module it
 replaces: ``load_state_dict`` takes over trained parameters, ``from_original`` a module with its
-parameters themselves (an optimizer that holds them goes on), and :func:`replace_attention` all
+parameters themselves (an optimizer that holds them stays valid), and :func:`replace_attention` all
 such modules of a model at once; :func:`supported` prints which there are. Keras's layer is no
 PyTorch module of known size: its replacement is told ``dim``, and ``from_keras`` copies a layer.
 
-Two things are other, and meant to be. Where every key is masked the context and the weights are 0,
+Two things differ on purpose. Where every key is masked the context and the weights are 0,
 not NaN or a mean over padding. And modules that project the same states anew in each step of a
 decoder do it once here, for as long as they are given the very same tensor.
 
