@@ -47,9 +47,9 @@ class AttentionMemory:
         TypeError, ValueError: as :func:`attn_ext.additive_attention`.
 
     Differentiable once in query, features, key, value, score_weight and feature_weight; made under
-    ``torch.no_grad``, in the first two alone. The others must not change in place between the first
-    step and the backward pass. A memory belongs to one forward pass: it can be neither copied nor
-    pickled.
+    ``torch.no_grad``, in the first two alone. The others must not change in place from when the
+    memory is made to the backward pass. A memory belongs to one forward pass: it can be neither
+    copied nor pickled.
     """
 
     def __init__(

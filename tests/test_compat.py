@@ -181,6 +181,11 @@ def test_replace_attention_under_all_its_names():
     assert isinstance(layer[0], compat.ESPnetAttAdd) and model["b"] is layer is model["d"]
 
 
+def test_replace_attention_of_no_module_is_refused():
+    with pytest.raises(TypeError, match=r"^model: expected a torch\.nn\.Module, got str$"):
+        compat.replace_attention("model")
+
+
 @pytest.mark.parametrize("name", PEERS)
 def test_replace_attention_of_the_attention_itself_is_refused(name: str):
     expected = rf"^model: expected .*use {REPLACEMENTS[name].__name__}\.from_original"

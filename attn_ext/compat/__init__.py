@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from ..checks import mismatch
+from ..checks import mismatch, wrong_type
 from .clam import CLAMAttnNet, CLAMAttnNetGated
 from .coqui import CoquiOriginalAttention
 from .doctr import DocTRAttentionModule
@@ -83,7 +83,7 @@ def supported() -> None:
     Of each class its name here, what it replaces (a full name, or how a module is known), the
     package with the version that the tests compare with, and what a module has to be.
     """
-    print("| here | replaces | package, version tested | has to have |\n|---|---|---|---|")
+    print("| class here | replaces | package, version tested | has to have |\n|---|---|---|---|")
     kinds: tuple[Any, ...] = (*_KINDS, KerasAdditiveAttention)
     for kind in kinds:
         package = f"{kind.package} {kind.tested or '(on no index)'}"
@@ -107,9 +107,12 @@ def replace_attention(model: nn.Module, *, backend: str | None = None) -> list[s
         The names of the modules replaced; all of its names where one has several.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: ``model`` is itself such a module, so that there is nothing to change in place,
             or an attention in it is not as its class makes it. The message has its path.
     """
+    if not isinstance(model, nn.Module):
+        raise wrong_type("model", "a torch.nn.Module", model)
     planned: list[tuple[str, nn.Module]] = []
     made: dict[int, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):

@@ -29,7 +29,7 @@ class _CLAM(Replacement):
 
     @classmethod
     def replaces(cls) -> str:
-        return f"any class `{cls.original}` of the layers `{', '.join(cls._names())}`"
+        return f"any class `{cls.original}` with the layers `{', '.join(cls._names())}`"
 
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:
