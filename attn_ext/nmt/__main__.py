@@ -1,0 +1,8 @@
+"""``python -m attn_ext.nmt`` says which commands there are."""
+
+import sys
+
+from . import __doc__ as about
+
+commands = [line for line in str(about).splitlines() if line.startswith("    ")]
+sys.exit("\n".join(["attn_ext.nmt has these commands, each with --help:", *commands]))
