@@ -112,6 +112,8 @@ def make_python() -> None:
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     site = VENV / "lib" / version / "site-packages"
     (site / "planted.pth").write_text(f"{TREE}\n{sysconfig.get_path('purelib')}\n")
+    with contextlib.suppress(FileExistsError):  # packages that tests compare with
+        (VENV / "peers").symlink_to(Path(sys.prefix, "peers"))
     for program in Path(sysconfig.get_path("scripts")).iterdir():  # ninja and others
         with contextlib.suppress(FileExistsError):
             (PYTHON.parent / program.name).symlink_to(program)

@@ -1,7 +1,4 @@
-"""The cases of benchmarks.bench_compat that are of speech: SpeechBrain, ESPnet, coqui-tts.
-
-python -m benchmarks.bench_compat_speech: all of bench_compat's and these (--only ... as there).
-"""
+"""The cases of benchmarks.bench_compat that are of speech: SpeechBrain, ESPnet, coqui-tts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,15 +8,8 @@ from torch import Tensor, nn
 
 from attn_ext import compat
 
-from .bench_compat import (
-    CASES,
-    PATH,
-    Case,
-    leaf,
-    main,
-    original,
-    stacked,
-)  # it finds the tests, too
+from .bench_family import leaf
+from .compat_cases import PATH, Case, original, stacked  # it finds the tests, too
 
 from compat_speech_peers import COQUI_OPTIONS, STAND_INS  # isort: skip
 
@@ -91,7 +81,3 @@ SPEECH_CASES: dict[type, Callable[[type], Case]] = {
     compat.ESPnetAttCov: espnet(),
     compat.CoquiOriginalAttention: coqui,
 }
-
-if __name__ == "__main__":
-    CASES.update(SPEECH_CASES)
-    main()
