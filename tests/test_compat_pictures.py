@@ -16,6 +16,8 @@ from compat_pictures import (
 )
 from test_compat_takeover import TREATMENTS, through_file, untouched
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from attn_ext import compat
 
@@ -367,6 +369,45 @@ def test_a_decoder_in_a_checkpoint(name: str):
         loss = torch.utils.checkpoint.checkpoint(decode, states, use_reentrant=False)
         gradients.append(torch.autograd.grad(loss, [states, *module.parameters()]))
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", HOISTING)
+def test_each_step_in_a_checkpoint(name: str, use_reentrant: bool):
+    """Of which none may use what another has projected: it would not recompute that."""
+    ours, theirs = pair(name, torch.float64)
+    queries, states = decoder_inputs(name, torch.float64)
+    states.requires_grad_()
+    gradients = []
+    for module in (ours, theirs):
+        results = [
+            torch.utils.checkpoint.checkpoint(
+                step, module, query, states, use_reentrant=use_reentrant
+            )
+            for query in queries.unbind(1)
+        ]
+        sum(result.cos().sum() for result in results).backward()
+        gradients.append([states.grad, *(p.grad for p in module.parameters())])
+        states.grad = None
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("name", HOISTING)
+def test_steps_that_are_recorded(name: str):
+    """Fake tensors stay inside, and nothing made before is a constant of the record."""
+    ours, theirs = pair(name)
+    queries, states = decoder_inputs(name)
+    with torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            step(ours, queries[:, 0], states)
+        found = step(ours, queries[:, 0], states)
+        assert type(found) is Tensor
+        torch.testing.assert_close(found, step(theirs, queries[:, 0], states))
+        graph = make_fx(lambda query, states: step(ours, query, states))(queries[:, 0], states)
+        others = torch.randn_like(states)
+        torch.testing.assert_close(
+            graph(queries[:, 0], others), step(theirs, queries[:, 0], others)
+        )
 
 
 def test_steps_of_other_states_meanwhile(monkeypatch: pytest.MonkeyPatch):

@@ -1,12 +1,13 @@
 """What the replacements share: taking over a module, and its parameters, of the original class."""
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import mismatch, runs_eagerly
+from ..checks import mismatch, operations_are_recorded, runs_eagerly
 from ..memory import AttentionMemory
 from .plain import check_plain, check_same_parameters, check_same_settings, original_class_name
 
@@ -162,7 +163,7 @@ class Hoisting(Replacement):
                 that each step has to make its own.
             make: gives key, value and score_weight of the memory.
         """
-        if weights is None or not runs_eagerly():
+        if weights is None or not runs_eagerly() or operations_are_recorded():
             return AttentionMemory(*make(), backend=self.backend)
         tensors = (states, *weights)
         made_for = (
@@ -171,7 +172,9 @@ class Hoisting(Replacement):
             *(tensor.requires_grad for tensor in tensors),
             torch.is_autocast_enabled(states.device.type),
             torch.get_autocast_dtype(states.device.type),
-            torch._C._current_graph_task_id(),  # what a checkpoint recomputes is its own
+            # What a checkpoint runs and recomputes is its own: both save the same tensors.
+            torch._C._current_graph_task_id(),
+            _pack_hook(),
             torch.are_deterministic_algorithms_enabled(),
             self.backend,
         )
@@ -201,6 +204,12 @@ def _are_same(ours: tuple, theirs: tuple) -> bool:
     )
 
 
+def _pack_hook() -> weakref.ref | None:
+    """What tensors that are saved for a backward pass go through, a function of the checkpoint."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else weakref.ref(hooks[0])
+
+
 def is_counted(tensor: Tensor) -> bool:
     """Whether PyTorch counts how often a tensor changes in place, or a graph is compiled."""
     return torch.compiler.is_compiling() or not tensor.is_inference()
@@ -213,7 +222,7 @@ def _version_of(tensor: Tensor) -> int | bytes | None:
     that from an accelerator would wait for it. Nor can the counter be read while compiling, and a
     trace has to hold all that a step does.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or operations_are_recorded():
         return None
     if not tensor.is_inference():
         return tensor._version
