@@ -248,13 +248,26 @@ def test_what_computes_something_else_stays():
         lambda self, x: (GatedScores.forward(self, x)[0] / D**0.5, x),
         lambda self, x: (GatedScores.forward(self, x)[0], x.relu()),
         lambda self, x, mask: GatedScores.forward(self, x),
+        lambda self, x: (GatedScores.forward(self, x)[0].relu(), x),
+        lambda self, x: (GatedScores.forward(self, x)[0].clamp(-10, 10), x),
+        lambda self, x: GatedScores.forward(self, x + self.training * torch.randn_like(x)),
     ],
-    ids=["scores_alone", "softmax", "scaled", "other_rows", "other_arguments"],
+    ids=[
+        "scores_alone",
+        "softmax",
+        "scaled",
+        "other_rows",
+        "other_arguments",
+        "positive_scores",
+        "bounded_scores",
+        "noise_in_training",
+    ],
 )
 def test_copies_of_clam_with_another_formula_are_refused(forward: Callable):
     """A class of the name and the layers alone may compute anything."""
     kind = type("Attn_Net_Gated", (GatedScores,), {"forward": forward})
     model = nn.Sequential(PICTURES["slanet"].make(), kind(KEY_DIM, D))
+    nn.init.constant_(model[1].attention_c.bias, 3)  # all scores of a few rows may be positive
     before = untouched(model)
     with pytest.raises(ValueError, match=r"^model\.1: expected the results of CLAM's"):
         compat.replace_attention(model)
