@@ -333,7 +333,7 @@ def test_states_are_projected_once(name: str, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("name", HOISTING)
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("change", ["states", "projection", "score", "autocast", "frozen"])
+@pytest.mark.parametrize("change", ["states", "projection", "score", "autocast", "frozen", "data"])
 def test_changes_between_steps_are_noticed(name: str, mode: Callable, change: str):
     """Of all that a step reads."""
     ours, theirs = pair(name)
@@ -350,6 +350,8 @@ def test_changes_between_steps_are_noticed(name: str, mode: Callable, change: st
                     layers = list(module.children())
                     if change in ("projection", "score"):
                         layers[0 if change == "projection" else 2].weight.mul_(-2)
+                    if change == "data":
+                        layers[0].weight.data = torch.tensor((-2 * layers[0].weight).tolist())
                     if change == "frozen":
                         module.requires_grad_(turn == 1)
                 if change == "states":

@@ -139,9 +139,10 @@ class Hoisting(Replacement):
 
     Steps that follow each other with the very same tensor of states project it once, and share an
     :class:`attn_ext.AttentionMemory`. It serves as long as nothing in it changed, in place either
-    (but for changes through ``.data``, which PyTorch does not count), and until a backward pass
-    has run through it, and is kept till there are other states. Copies and pickles of the module
-    are without it.
+    (but for changes in place of a ``.data``, which PyTorch does not count), and until a backward
+    pass has run through it, and is kept till there are other states. Steps that share it have one
+    projection in their graphs: another backward pass through them takes ``retain_graph``. Copies
+    and pickles of the module are without it.
     """
 
     def __init__(self, backend: str | None):
@@ -170,6 +171,7 @@ class Hoisting(Replacement):
             *tensors,
             torch.is_grad_enabled(),
             *(tensor.requires_grad for tensor in tensors),
+            *map(_address_of, tensors),  # another one once ``tensor.data`` was assigned
             torch.is_autocast_enabled(states.device.type),
             torch.get_autocast_dtype(states.device.type),
             # What a checkpoint runs and recomputes is its own: both save the same tensors.
@@ -208,6 +210,11 @@ def _pack_hook() -> weakref.ref | None:
     """What tensors that are saved for a backward pass go through, a function of the checkpoint."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return None if hooks is None else weakref.ref(hooks[0])
+
+
+def _address_of(tensor: Tensor) -> int | None:
+    """Where the elements of a plain tensor are; others may have none of their own."""
+    return tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else None
 
 
 def is_counted(tensor: Tensor) -> bool:
