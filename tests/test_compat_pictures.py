@@ -88,6 +88,7 @@ def test_replace_attention_of_monai():
         assert isinstance(inner.attention, nn.Sequential) and model.state_dict().keys() == keys
         torch.testing.assert_close(inner.calc_head(rows), expected)
         assert compat.replace_attention(model) == []
+        torch.testing.assert_close(inner.attention[:2](rows), inner.attention[0](rows).tanh())
     model = peer()
     model.attention = nn.Sequential()
     assert compat.replace_attention(model) == []
