@@ -164,7 +164,7 @@ class Hoisting(Replacement):
                 that each step has to make its own.
             make: gives key, value and score_weight of the memory.
         """
-        if weights is None or not runs_eagerly() or operations_are_recorded():
+        if weights is None or not runs_eagerly():
             return AttentionMemory(*make(), backend=self.backend)
         tensors = (states, *weights)
         made_for = (
@@ -174,9 +174,7 @@ class Hoisting(Replacement):
             *map(_address_of, tensors),  # another one once ``tensor.data`` was assigned
             torch.is_autocast_enabled(states.device.type),
             torch.get_autocast_dtype(states.device.type),
-            # What a checkpoint runs and recomputes is its own: both save the same tensors.
-            torch._C._current_graph_task_id(),
-            _pack_hook(),
+            _pack_hook(),  # what a checkpoint runs is its own, and again what it recomputes
             torch.are_deterministic_algorithms_enabled(),
             self.backend,
         )
