@@ -93,5 +93,5 @@ SPEECH_CASES: dict[type, Callable[[type], Case]] = {
 }
 
 if __name__ == "__main__":
-    CASES.update(SPEECH_CASES)
+    CASES.extend(SPEECH_CASES.items())
     main()
