@@ -225,9 +225,11 @@ def _version_of(tensor: Tensor) -> int | bytes | None:
 
     Changes of inference tensors are not counted, so that on the CPU it is their content; reading
     that from an accelerator would wait for it. Nor can the counter be read while compiling, and a
-    trace has to hold all that a step does.
+    trace or a CUDA graph has to hold all that a step does.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or operations_are_recorded():
+        return None
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     if not tensor.is_inference():
         return tensor._version
