@@ -474,7 +474,7 @@ PYTHON = [
     Defect(
         "compat-hoisted-autocast",
         "attn_ext/compat/replacement.py",
-        "            torch.is_autocast_enabled(states.device.type),\n",
+        "        torch.is_autocast_enabled(device),\n",
         "",
         "tests/test_compat_pictures.py",
         "A step without autocast has the keys that a step before it had under autocast.",

@@ -113,7 +113,7 @@ class Stepwise(Replacement):
         It does if it was made for the same objects, to be differentiated as now, and if none of
         the ``watched`` tensors changed in place. Where that cannot be known, it does not.
         """
-        made_for = (torch.is_grad_enabled(), *made_for)
+        made_for = (*made_for, *_modes(made_for))
         versions = tuple(map(_version_of, watched))
         same = (
             None not in versions
@@ -169,11 +169,8 @@ class Hoisting(Replacement):
         tensors = (states, *weights)
         made_for = (
             *tensors,
-            torch.is_grad_enabled(),
-            *(tensor.requires_grad for tensor in tensors),
+            *_modes(tensors),
             *map(_address_of, tensors),  # another one once ``tensor.data`` was assigned
-            torch.is_autocast_enabled(states.device.type),
-            torch.get_autocast_dtype(states.device.type),
             _pack_hook(),  # what a checkpoint runs is its own, and again what it recomputes
             torch.are_deterministic_algorithms_enabled(),
             self.backend,
@@ -201,6 +198,18 @@ def _are_same(ours: tuple, theirs: tuple) -> bool:
     """Whether two tuples hold the same tensors, not only equal ones, and equal other things."""
     return len(ours) == len(theirs) and all(
         a is b or (not isinstance(a, Tensor) and a == b) for a, b in zip(ours, theirs)
+    )
+
+
+def _modes(made_for: tuple) -> tuple:
+    """What a memory of tensors depends on beside them: what is differentiated, and autocast."""
+    tensors = [thing for thing in made_for if isinstance(thing, Tensor)]
+    device = tensors[0].device.type
+    return (
+        torch.is_grad_enabled(),
+        *(tensor.requires_grad for tensor in tensors),
+        torch.is_autocast_enabled(device),
+        torch.get_autocast_dtype(device),
     )
 
 
