@@ -502,3 +502,20 @@ def test_espnet_first_coverage(monkeypatch: pytest.MonkeyPatch):
         assert later is earlier and len(later) == 3
         results.append((first, second, *later))
     assert_same(*results)
+
+
+@pytest.mark.parametrize("name", ["speechbrain_content", "espnet_location", "coqui_window"])
+def test_nan_in_padding(name: str):
+    """Also where weights are computed apart from contexts: by a hooked softmax, or in windows."""
+    module = take_over(name, rewritten(name)).eval()
+    queries, states = inputs(name)
+    if name == "speechbrain_content":
+        module.softmax.register_forward_hook(lambda *_: None)
+    mask = torch.arange(states.size(1)) < torch.tensor([4])
+    states = states[:1].masked_fill(~mask.unsqueeze(-1), torch.nan)
+    if name == "espnet_location":
+        module.reset()
+        context, _ = module(states, [4], queries[:1, 0], None, last_attended_idx=2)
+    else:
+        context, _ = begin(name, module, states, mask.expand(1, -1))(queries[:1, 0])
+    assert context.isfinite().all()
