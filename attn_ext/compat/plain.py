@@ -275,6 +275,6 @@ def _warn_once(kind: str) -> None:
     )
     # The first caller outside of this package, PyTorch as a rule.
     frame, level = inspect.currentframe(), 1
-    while frame is not None and frame.f_globals["__name__"].startswith("attn_ext."):
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("attn_ext."):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, RuntimeWarning, stacklevel=level)
