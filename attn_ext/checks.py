@@ -132,6 +132,18 @@ def runs_eagerly() -> bool:
     )
 
 
+def operations_are_recorded() -> bool:
+    """Whether a dispatch mode sees each operation, as those of fake tensors and ``make_fx`` do.
+
+    What is made then may be fake, and what was made before would be a constant of the record: it
+    must not be kept from call to call.
+    """
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
+    )
+
+
 def exports_to_onnx() -> bool:
     """Whether ``torch.onnx.export`` is recording, which knows ordinary operations only."""
     recording = torch.jit.is_tracing() or torch.compiler.is_exporting()

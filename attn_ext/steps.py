@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, ops
+from .checks import operations_are_recorded
 from .features import shifted_keys
 from .layout import DENSE_WEIGHTS, JAGGED_WEIGHTS, RAW, KeySide, Prepared
 
@@ -109,11 +110,17 @@ class Steps:
         """The keys of a step with features.
 
         On the CPU one step after the other has them in the same memory, which new memory for each
-        would make two or three times as much: holes would stay between what the steps keep.
+        would make two or three times as much: holes would stay between what the steps keep. In
+        inference mode steps keep nothing, and memory made there could not be written to outside.
         """
         key, weight = self.inputs[0], self.feature_weight
         assert weight is not None  # or there were no features
-        if not key.is_cpu or torch.is_grad_enabled():  # in backward, with create_graph
+        if (
+            not key.is_cpu
+            or torch.is_grad_enabled()  # in backward, with create_graph
+            or torch.is_inference_mode_enabled()
+            or operations_are_recorded()
+        ):
             yield shifted_keys(key, features, weight)
             return
         try:

@@ -466,7 +466,7 @@ PYTHON = [
     Defect(
         "compat-hoisted-checkpoint",
         "attn_ext/compat/replacement.py",
-        "            torch._C._current_graph_task_id(),",
+        "            _pack_hook(),",
         "            0,",
         "tests/test_compat_pictures.py",
         "A decoder inside of an activation checkpoint fails in its backward pass.",
@@ -474,7 +474,7 @@ PYTHON = [
     Defect(
         "compat-hoisted-autocast",
         "attn_ext/compat/replacement.py",
-        "            torch.is_autocast_enabled(states.device.type),\n",
+        "        torch.is_autocast_enabled(device),\n",
         "",
         "tests/test_compat_pictures.py",
         "A step without autocast has the keys that a step before it had under autocast.",
@@ -498,10 +498,34 @@ PYTHON = [
     Defect(
         "compat-clam-formula",
         "attn_ext/compat/clam.py",
-        "            if not _are_close(found, copied(rows.view(3, -1))):\n",
+        "            if not _are_close(found, copied.train(training)(rows)):\n",
         "            if False:\n",
         "tests/test_compat_pictures.py",
         "A class that only goes by the name of CLAM's is replaced by another formula.",
+    ),
+    Defect(
+        "compat-clam-parameters",
+        "attn_ext/compat/clam.py",
+        "                net.get_parameter(name).copy_(values)\n",
+        "                pass\n",
+        "tests/test_compat_pictures.py",
+        "A class that clips CLAM's scores at 0 is replaced where those of some rows are positive.",
+    ),
+    Defect(
+        "compat-hoisted-record",
+        "attn_ext/compat/replacement.py",
+        " or torch.jit.is_tracing() or operations_are_recorded():\n",
+        " or torch.jit.is_tracing():\n",
+        "tests/test_compat_pictures.py",
+        "After a step with fake tensors those with real ones give fake results.",
+    ),
+    Defect(
+        "features-inference-memory",
+        "attn_ext/steps.py",
+        "            or torch.is_inference_mode_enabled()\n",
+        "",
+        "tests/test_features.py",
+        "A step with features after one in inference mode raises.",
     ),
     Defect(
         "compat-clam-dropout",

@@ -16,6 +16,8 @@ from compat_pictures import (
 )
 from test_compat_takeover import TREATMENTS, through_file, untouched
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from attn_ext import compat
 
@@ -86,6 +88,7 @@ def test_replace_attention_of_monai():
         assert isinstance(inner.attention, nn.Sequential) and model.state_dict().keys() == keys
         torch.testing.assert_close(inner.calc_head(rows), expected)
         assert compat.replace_attention(model) == []
+        torch.testing.assert_close(inner.attention[:2](rows), inner.attention[0](rows).tanh())
     model = peer()
     model.attention = nn.Sequential()
     assert compat.replace_attention(model) == []
@@ -246,13 +249,26 @@ def test_what_computes_something_else_stays():
         lambda self, x: (GatedScores.forward(self, x)[0] / D**0.5, x),
         lambda self, x: (GatedScores.forward(self, x)[0], x.relu()),
         lambda self, x, mask: GatedScores.forward(self, x),
+        lambda self, x: (GatedScores.forward(self, x)[0].relu(), x),
+        lambda self, x: (GatedScores.forward(self, x)[0].clamp(-10, 10), x),
+        lambda self, x: GatedScores.forward(self, x + self.training * torch.randn_like(x)),
     ],
-    ids=["scores_alone", "softmax", "scaled", "other_rows", "other_arguments"],
+    ids=[
+        "scores_alone",
+        "softmax",
+        "scaled",
+        "other_rows",
+        "other_arguments",
+        "positive_scores",
+        "bounded_scores",
+        "noise_in_training",
+    ],
 )
 def test_copies_of_clam_with_another_formula_are_refused(forward: Callable):
     """A class of the name and the layers alone may compute anything."""
     kind = type("Attn_Net_Gated", (GatedScores,), {"forward": forward})
     model = nn.Sequential(PICTURES["slanet"].make(), kind(KEY_DIM, D))
+    nn.init.constant_(model[1].attention_c.bias, 3)  # all scores of a few rows may be positive
     before = untouched(model)
     with pytest.raises(ValueError, match=r"^model\.1: expected the results of CLAM's"):
         compat.replace_attention(model)
@@ -318,7 +334,7 @@ def test_states_are_projected_once(name: str, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("name", HOISTING)
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("change", ["states", "projection", "score", "autocast", "frozen"])
+@pytest.mark.parametrize("change", ["states", "projection", "score", "autocast", "frozen", "data"])
 def test_changes_between_steps_are_noticed(name: str, mode: Callable, change: str):
     """Of all that a step reads."""
     ours, theirs = pair(name)
@@ -335,6 +351,8 @@ def test_changes_between_steps_are_noticed(name: str, mode: Callable, change: st
                     layers = list(module.children())
                     if change in ("projection", "score"):
                         layers[0 if change == "projection" else 2].weight.mul_(-2)
+                    if change == "data":
+                        layers[0].weight.data = torch.tensor((-2 * layers[0].weight).tolist())
                     if change == "frozen":
                         module.requires_grad_(turn == 1)
                 if change == "states":
@@ -367,6 +385,45 @@ def test_a_decoder_in_a_checkpoint(name: str):
         loss = torch.utils.checkpoint.checkpoint(decode, states, use_reentrant=False)
         gradients.append(torch.autograd.grad(loss, [states, *module.parameters()]))
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", HOISTING)
+def test_each_step_in_a_checkpoint(name: str, use_reentrant: bool):
+    """Of which none may use what another has projected: it would not recompute that."""
+    ours, theirs = pair(name, torch.float64)
+    queries, states = decoder_inputs(name, torch.float64)
+    states.requires_grad_()
+    gradients = []
+    for module in (ours, theirs):
+        results = [
+            torch.utils.checkpoint.checkpoint(
+                step, module, query, states, use_reentrant=use_reentrant
+            )
+            for query in queries.unbind(1)
+        ]
+        sum(result.cos().sum() for result in results).backward()
+        gradients.append([states.grad, *(p.grad for p in module.parameters())])
+        states.grad = None
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("name", HOISTING)
+def test_steps_that_are_recorded(name: str):
+    """Fake tensors stay inside, and nothing made before is a constant of the record."""
+    ours, theirs = pair(name)
+    queries, states = decoder_inputs(name)
+    with torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            step(ours, queries[:, 0], states)
+        found = step(ours, queries[:, 0], states)
+        assert type(found) is Tensor
+        torch.testing.assert_close(found, step(theirs, queries[:, 0], states))
+        graph = make_fx(lambda query, states: step(ours, query, states))(queries[:, 0], states)
+        others = torch.randn_like(states)
+        torch.testing.assert_close(
+            graph(queries[:, 0], others), step(theirs, queries[:, 0], others)
+        )
 
 
 def test_steps_of_other_states_meanwhile(monkeypatch: pytest.MonkeyPatch):

@@ -297,6 +297,21 @@ def test_speechbrain_weighs_the_states_of_each_step(anew: bool, autocast: bool):
         assert_same(actual, module(states, LENGTHS, queries[:, 0]))
 
 
+@pytest.mark.parametrize("name", ["speechbrain_content", "espnet_location", "coqui"])
+def test_a_scorer_that_is_trained_from_the_second_step_on(name: str):
+    queries, states = (rows.double() for rows in inputs(name))
+    gradients = []
+    for module in pair(name):
+        step = begin(name, module, states, torch.ones(states.shape[:2], dtype=torch.bool))
+        scorer = module.get_submodule({"s": "mlp_attn", "e": "gvec", "c": "v"}[name[0]])
+        scorer.requires_grad_(False)
+        step(queries[:, 0])
+        scorer.requires_grad_()
+        loss = loss_of(step(queries[:, 1]))
+        gradients.append(torch.autograd.grad(loss, next(scorer.parameters())))
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("name", PEERS)
 def test_training_then_decoding_then_training(name: str):
     """Batches of several lengths, with nothing of the one before."""
@@ -487,3 +502,20 @@ def test_espnet_first_coverage(monkeypatch: pytest.MonkeyPatch):
         assert later is earlier and len(later) == 3
         results.append((first, second, *later))
     assert_same(*results)
+
+
+@pytest.mark.parametrize("name", ["speechbrain_content", "espnet_location", "coqui_window"])
+def test_nan_in_padding(name: str):
+    """Also where weights are computed apart from contexts: by a hooked softmax, or in windows."""
+    module = take_over(name, rewritten(name)).eval()
+    queries, states = inputs(name)
+    if name == "speechbrain_content":
+        module.softmax.register_forward_hook(lambda *_: None)
+    mask = torch.arange(states.size(1)) < torch.tensor([4])
+    states = states[:1].masked_fill(~mask.unsqueeze(-1), torch.nan)
+    if name == "espnet_location":
+        module.reset()
+        context, _ = module(states, [4], queries[:1, 0], None, last_attended_idx=2)
+    else:
+        context, _ = begin(name, module, states, mask.expand(1, -1))(queries[:1, 0])
+    assert context.isfinite().all()

@@ -9,6 +9,7 @@ from helpers import assert_within_budget
 from layouts import Inputs, make_inputs, nest, randn
 from parameters import dtype_id, named
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attn_ext import AttentionMemory, additive_attention, additive_scores, features, steps
 
@@ -225,3 +226,22 @@ def test_features_of_a_memory_without_a_weight():
     memory = AttentionMemory(torch.randn(2, 5, 4), torch.randn(2, 5, 4), torch.randn(4))
     with pytest.raises(ValueError, match="feature_weight: expected a tensor, where the memory is"):
         memory.attend(torch.randn(2, 4), features=torch.randn(2, 5, 3))
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode, FakeTensorMode])
+def test_steps_after_one_in_another_mode(first: Callable):
+    """Nothing that such a step made is used by those after it."""
+    shapes = ((2, 5, 4), (2, 5, 4), (4,), (3, 4))
+    key, value, score_weight, feature_weight = map(torch.randn, shapes)
+    query, rows = torch.randn(2, 4), torch.randn(2, 5, 3)
+    memory = AttentionMemory(key, value, score_weight, feature_weight=feature_weight)
+    expected = additive_attention(
+        query, key, value, score_weight, features=rows, feature_weight=feature_weight
+    )
+    options = {"allow_non_fake_inputs": True} if first is FakeTensorMode else {}
+    with first(**options):
+        memory.attend(query, features=rows)
+    for _ in range(2):
+        found = memory.attend(query, features=rows)
+        assert type(found) is Tensor
+        torch.testing.assert_close(found, expected)

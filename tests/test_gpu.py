@@ -9,7 +9,7 @@ from layouts import make_inputs
 from torch import Tensor
 
 import attn_ext
-from attn_ext import AttentionMemory
+from attn_ext import AttentionMemory, compat
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -146,6 +146,24 @@ def test_graph_replayed_with_other_offsets(backend: str):
         torch.cuda.synchronize()
         assert_close(results, attend(batch, "reference"))
         assert (results[0][sum(lengths_q) :] == 0).all()
+
+
+def test_graph_of_a_replaced_step(backend: str):
+    """What a step before the graph has projected is not what replays attend to."""
+    cell = compat.TransformersSLANetAttentionGRUCell(DIM, DIM, 4, backend=backend)
+    hidden, states, token = torch.randn(2, DIM), torch.randn(2, BOUND, DIM), torch.randn(2, 4)
+    stream = torch.cuda.Stream()
+    with torch.no_grad():
+        with torch.cuda.stream(stream):
+            cell(hidden, states, token)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            results = cell(hidden, states, token)
+        states.normal_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_close(list(results), list(cell(hidden, states, token)))
 
 
 def test_another_stream(backend: str):

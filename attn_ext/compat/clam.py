@@ -12,6 +12,7 @@ from .plain import original_class_name, readable_weight, warn_of_calls
 from .replacement import Replacement
 
 _DROPOUT = 0.25  # CLAM's, whatever number its constructors are given
+_ROWS = 32  # that results are compared on
 
 
 class _CLAM(Replacement):
@@ -88,19 +89,42 @@ class _CLAM(Replacement):
         weight = next(ours.parameters())
         if weight.is_meta:
             raise mismatch(path, "parameters with values, to compare results", "meta tensors")
-        peer, copied = (copy.deepcopy(net).eval() for net in (module, ours))
-        copied.backend = "reference"  # type: ignore[assignment]
-        rows = torch.arange(3.0 * weight.size(1), device=weight.device).cos().to(weight.dtype)
-        expected = f"the results of CLAM's {cls.original}"
-        way_out = "nothing was replaced: under another name the class is left as it is"
-        with torch.no_grad():
+        _check_same_results(path, cls.original, cls._scorer_of(module), module, ours)
+        return ours
+
+
+def _check_same_results(
+    path: str, original: str, scorer: str, module: nn.Module, ours: nn.Module
+) -> None:
+    """Check that two modules score rows alike, in training and in evaluation.
+
+    Copies of both are compared, without dropout and with parameters that give large scores of both
+    signs, so that whatever a class does to scores or to rows shows.
+    """
+    peer, copied = (copy.deepcopy(net) for net in (module, ours))
+    copied.backend = "reference"  # type: ignore[assignment]
+    generator = torch.Generator().manual_seed(0)
+    weight = next(copied.parameters())
+    rows = torch.randn(_ROWS, weight.size(1), generator=generator).to(weight)
+    expected = f"the results of CLAM's {original}"
+    way_out = "nothing was replaced: under another name the class is left as it is"
+    with torch.no_grad():
+        for name, parameter in copied.named_parameters():
+            values = torch.randn(parameter.shape, generator=generator).to(parameter)
+            values *= 100 if name.startswith(f"{scorer}.") else 1
+            for net in (peer, copied):
+                net.get_parameter(name).copy_(values)
+        for net in (peer, copied):
+            for layer in net.modules():
+                if isinstance(layer, nn.Dropout):
+                    layer.p = 0.0
+        for training in (False, True):
             try:
-                found = peer(rows.view(3, -1))
+                found = peer.train(training)(rows)
             except Exception as error:
                 raise mismatch(path, expected, f"an error; {way_out}") from error
-            if not _are_close(found, copied(rows.view(3, -1))):
+            if not _are_close(found, copied.train(training)(rows)):
                 raise mismatch(path, expected, f"others; {way_out}")
-        return ours
 
 
 def _are_close(found: object, expected: tuple[Tensor, Tensor]) -> bool:

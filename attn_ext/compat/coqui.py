@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import mismatch, records_lengths
-from .plain import is_plain, masked_softmax
+from .plain import is_plain, masked_softmax, weigh
 from .scoring import Rows, Scoring
 
 _LAYERS = "TTS.tts.layers.tacotron"
@@ -224,7 +224,7 @@ class CoquiOriginalAttention(Scoring):
             self._add_weights(weights)
             if self.forward_attn:
                 weights = self.alpha = self._move_forward(weights)
-            context = (weights.to(inputs.dtype).unsqueeze(1) @ inputs).squeeze(1)
+            context = weigh(weights, inputs)
         self.attention_weights = weights
         if self.forward_attn and self.trans_agent:
             self.u = torch.sigmoid(self.ta(torch.cat([context, query], -1)))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_count, mismatch, shape_of
-from .plain import masked_softmax, original_class_name
+from .plain import masked_softmax, original_class_name, weigh
 from .scoring import Rows, Scoring
 
 
@@ -223,7 +223,7 @@ class ESPnetAttLoc(_ESPnet):
         places = torch.arange(scores.size(1), device=scores.device)
         outside = (places < last - backward_window) | (places >= end)
         weights = masked_softmax(scores, outside | scores.isneginf()).to(rows.values.dtype)
-        return (weights.unsqueeze(1) @ rows.values).squeeze(1), weights
+        return weigh(weights, rows.values), weights
 
 
 class ESPnetAttCov(_ESPnet):

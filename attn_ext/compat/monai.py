@@ -1,5 +1,6 @@
 """The attention of MONAI's multiple-instance learning."""
 
+from collections import OrderedDict
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -55,6 +56,12 @@ class MONAIMILAttention(Replacement, nn.Sequential):
             got = original_class_name(module)
             raise mismatch(path, "MILModel.attention, a torch.nn.Sequential", got)
         return super().from_original(module, backend=backend, path=path)
+
+    def __getitem__(self, index: Any) -> Any:
+        """A layer, or some in a Sequential, as of the original."""
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Score rows ``(..., in_features)``: ``(..., 1)``."""

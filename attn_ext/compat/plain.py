@@ -255,6 +255,12 @@ def masked_softmax(scores: Tensor, ignored: Tensor) -> Tensor:
     return weights.masked_fill(ignored, 0)
 
 
+def weigh(weights: Tensor, value: Tensor) -> Tensor:
+    """The context ``(B, Dv)`` of weights ``(B, Tk)``; where one is 0 the value may be NaN."""
+    value = value.masked_fill((weights == 0).unsqueeze(-1), 0)
+    return (weights.to(value.dtype).unsqueeze(1) @ value).squeeze(1)
+
+
 def warn_of_calls(layer: nn.Module) -> None:
     """Say once, of each class of layer, that scores are computed by calling one."""
     if not torch.compiler.is_compiling():
@@ -269,6 +275,6 @@ def _warn_once(kind: str) -> None:
     )
     # The first caller outside of this package, PyTorch as a rule.
     frame, level = inspect.currentframe(), 1
-    while frame is not None and frame.f_globals["__name__"].startswith("attn_ext."):
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("attn_ext."):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, RuntimeWarning, stacklevel=level)

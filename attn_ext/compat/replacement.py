@@ -1,12 +1,13 @@
 """What the replacements share: taking over a module, and its parameters, of the original class."""
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import mismatch, runs_eagerly
+from ..checks import mismatch, operations_are_recorded, runs_eagerly
 from ..memory import AttentionMemory
 from .plain import check_plain, check_same_parameters, check_same_settings, original_class_name
 
@@ -112,7 +113,7 @@ class Stepwise(Replacement):
         It does if it was made for the same objects, to be differentiated as now, and if none of
         the ``watched`` tensors changed in place. Where that cannot be known, it does not.
         """
-        made_for = (torch.is_grad_enabled(), *made_for)
+        made_for = (*made_for, *_modes(made_for))
         versions = tuple(map(_version_of, watched))
         same = (
             None not in versions
@@ -138,9 +139,10 @@ class Hoisting(Replacement):
 
     Steps that follow each other with the very same tensor of states project it once, and share an
     :class:`attn_ext.AttentionMemory`. It serves as long as nothing in it changed, in place either
-    (but for changes through ``.data``, which PyTorch does not count), and until a backward pass
-    has run through it, and is kept till there are other states. Copies and pickles of the module
-    are without it.
+    (but for changes in place of a ``.data``, which PyTorch does not count), and until a backward
+    pass has run through it, and is kept till there are other states. Steps that share it have one
+    projection in their graphs: another backward pass through them takes ``retain_graph``. Copies
+    and pickles of the module are without it.
     """
 
     def __init__(self, backend: str | None):
@@ -167,11 +169,9 @@ class Hoisting(Replacement):
         tensors = (states, *weights)
         made_for = (
             *tensors,
-            torch.is_grad_enabled(),
-            *(tensor.requires_grad for tensor in tensors),
-            torch.is_autocast_enabled(states.device.type),
-            torch.get_autocast_dtype(states.device.type),
-            torch._C._current_graph_task_id(),  # what a checkpoint recomputes is its own
+            *_modes(tensors),
+            *map(_address_of, tensors),  # another one once ``tensor.data`` was assigned
+            _pack_hook(),  # what a checkpoint runs is its own, and again what it recomputes
             torch.are_deterministic_algorithms_enabled(),
             self.backend,
         )
@@ -201,6 +201,29 @@ def _are_same(ours: tuple, theirs: tuple) -> bool:
     )
 
 
+def _modes(made_for: tuple) -> tuple:
+    """What a memory of tensors depends on beside them: what is differentiated, and autocast."""
+    tensors = [thing for thing in made_for if isinstance(thing, Tensor)]
+    device = tensors[0].device.type
+    return (
+        torch.is_grad_enabled(),
+        *(tensor.requires_grad for tensor in tensors),
+        torch.is_autocast_enabled(device),
+        torch.get_autocast_dtype(device),
+    )
+
+
+def _pack_hook() -> weakref.ref | None:
+    """What tensors that are saved for a backward pass go through, a function of the checkpoint."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else weakref.ref(hooks[0])
+
+
+def _address_of(tensor: Tensor) -> int | None:
+    """Where the elements of a plain tensor are; others may have none of their own."""
+    return tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else None
+
+
 def is_counted(tensor: Tensor) -> bool:
     """Whether PyTorch counts how often a tensor changes in place, or a graph is compiled."""
     return torch.compiler.is_compiling() or not tensor.is_inference()
@@ -211,9 +234,11 @@ def _version_of(tensor: Tensor) -> int | bytes | None:
 
     Changes of inference tensors are not counted, so that on the CPU it is their content; reading
     that from an accelerator would wait for it. Nor can the counter be read while compiling, and a
-    trace has to hold all that a step does.
+    trace or a CUDA graph has to hold all that a step does.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or operations_are_recorded():
+        return None
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     if not tensor.is_inference():
         return tensor._version

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .plain import is_plain
+from .plain import is_plain, weigh
 from .scoring import Rows, Scoring
 
 
@@ -74,7 +74,7 @@ class _SpeechBrain(Scoring):
             context, weights = step.attend()
         else:
             weights = self.softmax(step.scores())
-            context = (weights.to(enc_states.dtype).unsqueeze(1) @ enc_states).squeeze(1)
+            context = weigh(weights, enc_states)
         return self.mlp_out(context), weights
 
 
