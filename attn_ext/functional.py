@@ -257,7 +257,7 @@ def additive_scores(
         return pooling.scores(side, feature_dropout, deterministic, backend)
     if gate is not None:
         raise mismatch("gate", "None with a query", type(gate).__name__)
-    if feature_dropout_p != 0.0:
+    if feature_dropout_p not in (0.0, (0.0, 0.0)):
         raise mismatch("feature_dropout_p", "0.0 with a query", str(feature_dropout_p))
     keys = layout.check_key_side(
         key,

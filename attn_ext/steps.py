@@ -109,9 +109,10 @@ class Steps:
     def shifted_keys(self, features: Tensor) -> Iterator[Tensor]:
         """The keys of a step with features.
 
-        On the CPU one step after the other has them in the same memory, which new memory for each
-        would make two or three times as much: holes would stay between what the steps keep. In
-        inference mode steps keep nothing, and memory made there could not be written to outside.
+        On the CPU one step after the other has them in the same memory. Freed blocks of that size
+        would be split by what each step keeps, and never be used again: two or three times the
+        memory. In inference mode nothing is kept, and memory made there could not be written to
+        outside.
         """
         key, weight = self.inputs[0], self.feature_weight
         assert weight is not None  # or there were no features

@@ -9,7 +9,8 @@
 // it was.
 __asm__(".symver pthread_mutex_trylock, pthread_mutex_trylock@GLIBC_2.2.5");
 
-// Of glibc 2.32: libstdc++ counts references without atomics while it is not 0. Here it always is.
+// Of glibc 2.32: while it is not 0, libstdc++ counts references without atomics. It is 0 here, so
+// that counts are always atomic.
 extern "C" {
 __attribute__((weak, visibility("hidden"))) extern char __libc_single_threaded;
 char __libc_single_threaded = 0;

@@ -275,7 +275,8 @@ Tensor weight_gradient(bool wanted, const Tensor& score_weight) {
                 : nothing(score_weight, score_weight.scalar_type());
 }
 
-// Numbers of keys and values whose gradients are more than most caches hold.
+// Numbers of keys and values from which their gradients, 16 MiB in float32, are streamed: more than
+// a core's share of most caches.
 constexpr int64_t kSmallestStreamed = int64_t{1} << 22;
 
 template <class T>

@@ -6,9 +6,11 @@ parameters themselves (an optimizer that holds them stays valid), and :func:`rep
 such modules of a model at once; :func:`supported` prints which there are. Keras's layer is no
 PyTorch module of known size: its replacement is told ``dim``, and ``from_keras`` copies a layer.
 
-Two things differ on purpose. Where every key is masked the context and the weights are 0,
-not NaN or a mean over padding. And modules that project the same states anew in each step of a
-decoder do it once here, for as long as they are given the very same tensor.
+Three things differ on purpose. Where every key is masked the context and the weights are 0, not
+NaN or a mean over padding. Modules that project the same states anew in each step of a decoder do
+it once here, for as long as they are given the very same tensor. And so the steps of such a
+decoder, and decoders over the same states, share a graph: backward through them together, or
+retain it.
 
 Every constructor also takes ``backend``, as :func:`attn_ext.additive_attention` does.
 """

@@ -16,7 +16,7 @@ _ROWS = 32  # that results are compared on
 
 
 class _CLAM(Replacement):
-    """What both share: how they are known wherever their class is, and that results are compared.
+    """What both share: they are known by class name and layers, and their results are compared.
 
     Of Lu et al., "Data-efficient and weakly supervised computational pathology on whole-slide
     images" (Nature Biomedical Engineering 2021).

@@ -25,7 +25,7 @@ class Rows(NamedTuple):
     mask: Tensor | None = None  # [B, Tk], 0 = ignore
     lengths: Tensor | None = None  # [B], instead of a mask; nobody changes them in place
     scaling: float = 1.0  # of scores
-    kept: bool = False  # whether steps share the values of the first, whatever they are given
+    kept: bool = False  # whether steps attend to the first one's values until they are forgotten
 
     def ignored(self) -> Tensor | None:
         """``[B, Tk]``, True = ignore, of a mask."""

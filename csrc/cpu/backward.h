@@ -275,7 +275,9 @@ void value_item(const BackwardCall<T>& call, const UnitBlock& range) {
       write_row<T>(data, target.dtype, offset, 1, dim, sums + j * columns);
     }
   }
-  finish_streams();
+  if (call.streams) {
+    finish_streams();
+  }
 }
 
 // The gradient phase by either rule of scores, GradientBlock or HiddenGradient.

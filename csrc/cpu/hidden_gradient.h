@@ -41,7 +41,9 @@ class HiddenGradient {
     for (int64_t j = 0; j < count; j += kHiddenTile) {
       run_tile(first + j, smaller(kHiddenTile, count - j));
     }
-    finish_streams();
+    if (call_.streams) {
+      finish_streams();
+    }
   }
 
  private:
