@@ -4,5 +4,6 @@ import sys
 
 from . import __doc__ as about
 
-commands = [line for line in str(about).splitlines() if line.startswith("    ")]
-sys.exit("\n".join(["attn_ext.nmt has these commands, each with --help:", *commands]))
+if __name__ == "__main__":
+    commands = [line for line in str(about).splitlines() if line.startswith("    ")]
+    sys.exit("\n".join(["attn_ext.nmt has these commands, each with --help:", *commands]))
