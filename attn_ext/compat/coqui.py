@@ -214,7 +214,7 @@ class CoquiOriginalAttention(Scoring):
             context, weights = step.attend()
             self._add_weights(weights)
         else:
-            scores = step.scores()
+            scores = step.scores(biased=self.norm == "sigmoid")
             if windowed:
                 scores = self._window(scores)
             if self.norm == "softmax":

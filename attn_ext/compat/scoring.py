@@ -56,10 +56,14 @@ class Step(NamedTuple):
             scaling=rows.scaling,
         )
 
-    def scores(self) -> Tensor:
-        """The scores ``[B, Tk]``, -inf for ignored keys; float32 or float64."""
+    def scores(self, biased: bool = False) -> Tensor:
+        """The scores ``[B, Tk]``, -inf for ignored keys; float32 or float64.
+
+        A softmax undoes the scorer's bias, whose gradient, 0, would be made of rounding errors:
+        only what is no softmax asks for it.
+        """
         rows = self.rows
-        if self.memory is None:
+        if self.memory is None:  # then it is in them
             return scores_by_calls(
                 rows.score_layer,
                 self.query,
@@ -69,7 +73,9 @@ class Step(NamedTuple):
                 scaling=rows.scaling,
             )
         scores = self.memory.scores(self.query, features=self.features)
-        return scores if self.score_bias is None else scores + rows.scaling * self.score_bias
+        if not biased or self.score_bias is None:
+            return scores
+        return scores + rows.scaling * self.score_bias
 
 
 class Scoring(Stepwise):
