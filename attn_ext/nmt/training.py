@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 from attn_ext.nmt import checkpoint
 from attn_ext.nmt.cli import UsageError, atomic_write, require, writing
 from attn_ext.nmt.data import epoch_batches, make_batch, sorted_batches
+from attn_ext.nmt.shards import InMemory
 
 METRICS_FILE = "metrics.jsonl"
 RESULT_PATTERNS = ("results.json", "attention-*.png")  # written after the training
@@ -103,7 +104,7 @@ class Trainer:
         self, model, vocabulary, train, dev, options, folder, world, identity, dev_bleu=None
     ):
         self.model, self.vocabulary, self.options, self.world = model, vocabulary, options, world
-        self.train_examples, self.dev_examples = train, dev
+        self.train_examples, self.dev_examples = InMemory(train), dev
         self.folder, self.identity, self.dev_bleu = Path(folder), identity, dev_bleu
         self.parallel = world.wrap(model)
         self.optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), fused=True)
@@ -237,7 +238,7 @@ class Trainer:
 
     def _batches(self):
         return epoch_batches(
-            self.train_examples,
+            self.train_examples.lengths(0),
             self.options.batch_tokens,
             self.options.seed,
             self.progress.epoch,
@@ -258,8 +259,9 @@ class Trainer:
         options, world, step = self.options, self.world, self.progress.step + 1
         seed = random.Random(f"{options.seed}/{step}/{world.rank}").getrandbits(63)
         torch.manual_seed(seed)
-        tokens = sum(len(self.train_examples[i][1]) + 1 for i in indices)  # of all ranks
-        examples = [self.train_examples[i] for i in indices[world.rank :: world.size]]
+        lengths = self.train_examples.lengths(0)[indices]
+        tokens = int(lengths[:, 1].sum()) + len(indices)  # of all ranks
+        examples = self.train_examples.examples(0, indices[world.rank :: world.size])
         batch = make_batch(examples, self.vocabulary, world.device)
 
         self.model.train()
