@@ -86,7 +86,8 @@ def _prepare(given, folder, world):
                     f"{folder} holds no checkpoint yet: starting at the beginning", file=sys.stderr
                 )
         options = _train_options(given, saved, world)
-        split, identity, vocabulary = _load_data(given, saved, world)
+        split, identity = _load_data(given, saved, world)
+        vocabulary = _vocabulary(saved, split, identity, path)
         config = _model_config(given, saved, len(vocabulary))
         chosen = {**config.as_dict(), **options.as_dict(), **identity}
         save_config(folder / CONFIG_FILE, _to_repeat(given, chosen))
@@ -186,7 +187,7 @@ def _train(given, folder, world):
 
 
 def _load_data(given, saved, world):
-    """(Split, what a resumed run must share, Vocabulary); pairs in shards stay where they are."""
+    """(Split, what a resumed run must share); pairs in shards stay where they are."""
     before = None if saved is None else saved["identity"]
     path = Path(given["out"]) / checkpoint.CHECKPOINT_FILE
     if saved is not None and (not isinstance(before, dict) or before.keys() != IDENTITY):
@@ -198,7 +199,6 @@ def _load_data(given, saved, world):
         place = {key: before[key] for key in place}
     elif not any(place.values()):
         place["corpus"] = "homeassistant"
-    prepared = None
     if place["data"] and os.path.exists(os.path.join(place["data"], shards.INDEX_FILE)):
         prepared = shards.load_prepared(place["data"])
         split = data.Split([], prepared.dev, prepared.test)
@@ -223,13 +223,16 @@ def _load_data(given, saved, world):
     }
     if before is not None:
         _check_identity(given, before, identity)
-        vocabulary = checkpoint.rebuild_vocabulary(saved, path)
-    elif prepared is not None:
-        vocabulary = prepared.vocabulary
-    else:
-        texts = (text for pair in split.train for text in (pair.source, pair.target))
-        vocabulary = Vocabulary.train(texts, vocab_size)
-    return split, identity, vocabulary
+    return split, identity
+
+
+def _vocabulary(saved, split, identity, path):
+    if saved is not None:
+        return checkpoint.rebuild_vocabulary(saved, path)
+    if not split.train:
+        return shards.load_prepared(identity["data"]).vocabulary
+    texts = (text for pair in split.train for text in (pair.source, pair.target))
+    return Vocabulary.train(texts, identity["vocab_size"])
 
 
 def _check_identity(given, before, identity):

@@ -11,7 +11,9 @@ from toy_data import synthetic_pairs
 
 from attn_ext.nmt import distributed
 from attn_ext.nmt.model import DECODERS, ModelConfig, Seq2Seq
-from attn_ext.nmt.training import Trainer, TrainOptions
+from attn_ext.nmt.options import TrainOptions
+from attn_ext.nmt.shards import InMemory
+from attn_ext.nmt.training import Trainer
 from attn_ext.nmt.vocab import Vocabulary
 
 STEPS = 8
@@ -28,7 +30,9 @@ def train(folder, decoder, world):
     model = Seq2Seq(config)
     options = TrainOptions(batch_tokens=90, max_steps=STEPS, eval_every=4, warmup=2)
     run = folder / f"{decoder}-{world.size}"
-    trainer = Trainer(model, vocabulary, examples[:50], examples[50:], options, run, world, {})
+    trainer = Trainer(
+        model, vocabulary, InMemory(examples[:50]), examples[50:], options, run, world, {}
+    )
     assert trainer.run() == "max-steps"
     torch.save(model.state_dict(), run / f"rank{world.rank}.pt")
     return model.state_dict()
