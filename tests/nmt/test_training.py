@@ -323,10 +323,3 @@ def test_long_sentences_are_not_trained_on(tsv, tmp_path, monkeypatch, capsys, p
     with pytest.raises(UsageError, match="stopped"):
         run(data, tmp_path / "out")
     assert re.search(r"\([12] too long\)", capsys.readouterr().out)
-
-
-def test_learning_rate_rises_and_falls():
-    chosen = options.TrainOptions(learning_rate=0.5, warmup=4)
-    rates = [options.learning_rate(step, chosen) for step in (1, 2, 4, 16, 64)]
-    assert rates == pytest.approx([0.125, 0.25, 0.5, 0.25, 0.125])
-    assert options.learning_rate(1, options.TrainOptions(learning_rate=0.5, warmup=0)) == 0.5
