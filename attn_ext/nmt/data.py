@@ -48,10 +48,10 @@ def split_pairs(pairs):
     for pair in pairs:
         if pair.group not in dev_groups and pair.group not in test_groups:
             train.setdefault((pair.source, pair.target), pair)
-    seen = {_leak_key(source) for source, _ in train}
+    seen = {leak_key(source) for source, _ in train}
     for groups, kept in ((dev_groups, dev), (test_groups, test)):
         for pair in pairs:
-            key = _leak_key(pair.source)
+            key = leak_key(pair.source)
             if pair.group in groups and key not in seen:
                 # Of several with one key the first by text, in whatever order the data come.
                 kept[key] = min(pair, kept.get(key, pair))
@@ -79,10 +79,26 @@ def _stable_hash(text):
     return hashlib.sha256(text.encode()).digest()
 
 
-def _leak_key(source):
-    text = re.sub(r"\{[^{}]*\}", " \0 ", source.casefold())
-    text = "".join(" " if unicodedata.category(c).startswith("P") else c for c in text)
-    return " ".join(re.sub(r"\d+", "0", text).split())
+def leak_key(source):
+    """What sources have in common of which none may be held out if another is trained on."""
+    text = source.casefold()
+    if "{" in text:
+        text = _PLACEHOLDER.sub(" \0 ", text)
+    return " ".join(_NUMBER.sub("0", text.translate(_WITHOUT_PUNCTUATION)).split())
+
+
+class _WithoutPunctuation(dict):
+    """For str.translate: spaces for punctuation, found out about once for each character."""
+
+    def __missing__(self, character):
+        is_punctuation = unicodedata.category(chr(character)).startswith("P")
+        self[character] = " " if is_punctuation else character
+        return self[character]
+
+
+_PLACEHOLDER = re.compile(r"\{[^{}]*\}")
+_NUMBER = re.compile(r"\d+")
+_WITHOUT_PUNCTUATION = _WithoutPunctuation()
 
 
 @dataclass

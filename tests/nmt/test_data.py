@@ -159,9 +159,9 @@ def test_every_batch_has_a_sentence_for_each_process(examples):
 
 
 def test_a_leak_is_found_through_punctuation_and_placeholders():
-    keys = {data._leak_key(text) for text in ("{name} is on.", "{entity_id} is ON", "{x}: is on!")}
+    keys = {data.leak_key(text) for text in ("{name} is on.", "{entity_id} is ON", "{x}: is on!")}
     assert len(keys) == 1
-    assert data._leak_key("a {name}") != data._leak_key("a name")
+    assert data.leak_key("a {name}") != data.leak_key("a name")
 
 
 def test_which_of_equal_held_out_sources_is_kept_does_not_depend_on_order():
