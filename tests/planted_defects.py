@@ -1082,7 +1082,7 @@ NMT = [
     ),
     Defect(
         "nmt-byte-order-mark",
-        "attn_ext/nmt/translate.py",
+        "attn_ext/nmt/commands.py",
         '"utf-8-sig" if number == 1 else "utf-8"',
         '"utf-8"',
         "tests/nmt/test_cli.py",

@@ -120,7 +120,7 @@ def rebuild_vocabulary(content, path):
         raise damaged(path) from None
 
 
-def save_model(path, model, vocabulary, dev_loss):
+def save_model(path, model, vocabulary, dev_loss=math.inf):
     """Write what translating needs, and the loss by which a later model has to be better."""
     save(path, "model", {**model_content(model, vocabulary), "dev_loss": dev_loss})
 

@@ -13,7 +13,19 @@ import pytest
 import torch
 from toy_data import TINY_RUN, synthetic_pairs
 
-from attn_ext.nmt import checkpoint, cli, evaluation, plot, train, translate
+from attn_ext.nmt import (
+    align,
+    average,
+    checkpoint,
+    cli,
+    commands,
+    evaluation,
+    export,
+    plot,
+    score,
+    train,
+    translate,
+)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +189,7 @@ def test_missing_package_names_the_extra(package, tmp_path, monkeypatch, capsys)
     assert package in error and "attn_ext[nmt]" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("tool", [train, translate, plot])
+@pytest.mark.parametrize("tool", [train, translate, score, align, plot, average, export])
 def test_help(tool, capsys):
     assert status(tool.main, ["--help"]) == 0
     assert capsys.readouterr().out.startswith(f"usage: python -m {tool.__name__}")
@@ -219,7 +231,7 @@ class TestWaitWithoutSpinning:
 
 def test_a_byte_order_mark_is_no_part_of_the_first_line(monkeypatch):
     monkeypatch.setattr(sys, "stdin", Input("\ufeffrot\n\ufeffhaus\n".encode()))
-    assert list(translate._input_lines()) == ["rot", "\ufeffhaus"]
+    assert list(commands.input_lines()) == ["rot\n", "\ufeffhaus\n"]
 
 
 # ---- Streams that are not a terminal of UTF-8 ----

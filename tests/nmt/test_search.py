@@ -5,7 +5,8 @@ import torch
 
 from attn_ext.nmt import data
 from attn_ext.nmt.model import DECODERS, ModelConfig, Seq2Seq
-from attn_ext.nmt.search import search, translate
+from attn_ext.nmt.search import search
+from attn_ext.nmt.translator import Translator
 
 BOS, EOS = 1, 2
 
@@ -89,11 +90,11 @@ def test_no_sentences(toy):
 
 @pytest.mark.parametrize("beam", [1, 3])
 def test_translate_keeps_order_and_empty_lines(model, vocabulary, beam):
+    translator = Translator(model, vocabulary)
     texts = ["rot", "", "licht an", "eins zwei drei vier haus tür", ""]
-    together = translate(model, vocabulary, texts, beam, batch_tokens=12)
-    assert [text for text, _, _ in together][1] == ""
-    for text, result in zip(texts, together, strict=True):
-        assert translate(model, vocabulary, [text], beam)[0] == result
+    together = translator.translate(texts, beam, batch_tokens=12)
+    assert together[1] == ""
+    assert together == [translator.translate([text], beam)[0] for text in texts]
 
 
 class NoMemory:
