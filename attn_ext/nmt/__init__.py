@@ -1,6 +1,6 @@
 """Training and using an RNN translation model on top of `attn_ext`'s public API.
 
-    python -m attn_ext.nmt.prepare --out DATA pairs.tsv.gz
+    python -m attn_ext.nmt.prepare --out DIR FILE...
     python -m attn_ext.nmt.train --out DIR
     python -m attn_ext.nmt.translate --model DIR < in.txt > out.txt
     python -m attn_ext.nmt.score --model DIR < pairs.tsv > scores.txt

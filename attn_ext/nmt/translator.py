@@ -5,7 +5,7 @@
     translator = nmt.load("runs/mine")  # a training run's folder, or a model file alone
     translator.translate(["Invalid access token."])
 
-Nothing of training is imported for it, and of packages sentencepiece alone.
+It imports nothing of training, and no packages but torch, numpy and sentencepiece.
 """
 
 import functools
@@ -64,7 +64,7 @@ def _in_eval_mode(method):
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.inference_mode():
+            with torch.no_grad():
                 return method(self, *arguments, **keywords)
         finally:
             self.model.train(was_training)
