@@ -21,7 +21,7 @@ from attn_ext.nmt.vocab import Vocabulary
 
 MODEL_FILE = "model.pt"
 CHECKPOINT_FILE = "checkpoint.pt"
-FORMAT = 4
+FORMAT = 3
 _DIGEST = hashlib.sha256
 _MODEL_FIELDS = {"config", "model", "vocabulary"}
 FIELDS = {
