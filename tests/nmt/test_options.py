@@ -138,7 +138,9 @@ def test_lamb_learns_and_goes_on_exactly(tsv, tmp_path):
     whole = losses(tmp_path / "whole")
     assert sum(whole[-5:]) < 0.9 * sum(whole[:5])
     run(tsv, tmp_path / "parts", *options, "--max-steps", "9")
-    train.main(["--out", str(tmp_path / "parts"), "--resume", "--max-steps", "20"])
+    train.main(
+        ["--out", str(tmp_path / "parts"), "--resume", "--max-steps", "20", "--device", "cpu"]
+    )
     assert losses(tmp_path / "parts") == whole
 
 
@@ -248,12 +250,20 @@ def test_a_config_file_that_is_wrong(tmp_path, content, message):
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
 
-def test_tensorboard_and_the_last_models(tsv, tmp_path):
+def test_tensorboard_and_the_last_models(tsv, tmp_path, monkeypatch):
     """Events as in the metrics, of an interrupted run too; and the models of two evaluations."""
     more = ["--tensorboard", "--keep", "2", "--eval-every", "3", "--checkpoint-every", "4"]
-    run(tsv, tmp_path, *more, "--max-steps", "8", "--decoder", "rnnsearch")
-    content = checkpoint.load(tmp_path / "checkpoint.pt", "checkpoint")
-    train.main(["--out", str(tmp_path), "--resume", "--max-steps", "12"])
+    step = Trainer.step
+
+    def fail_after_seven(trainer, *arguments):
+        if trainer.progress.step == 7:
+            raise UsageError("stopped")
+        return step(trainer, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(UsageError, match="stopped"):
+        patch.setattr(Trainer, "step", fail_after_seven)
+        run(tsv, tmp_path, *more, "--max-steps", "12", "--decoder", "rnnsearch")
+    train.main(["--out", str(tmp_path), "--resume", "--device", "cpu"])
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
@@ -267,4 +277,4 @@ def test_tensorboard_and_the_last_models(tsv, tmp_path):
         assert scalars == expected
     assert {path.name for path in tmp_path.glob("model-*.pt")} == {"model-9.pt", "model-12.pt"}
     model, _ = checkpoint.load_model(tmp_path / "model-9.pt")
-    assert content["progress"]["step"] == 8 and model.config.decoder == "rnnsearch"
+    assert model.config.decoder == "rnnsearch"
