@@ -11,9 +11,9 @@
 
 In Python, `attn_ext.nmt.load(path)` gives a trained model as a `Translator`.
 
-A reader of training goes train -> training -> {data, model, checkpoint, evaluation}, of use
-translate -> translator -> {search, forced} -> model; nothing here is imported by the rest of the
-package.
+A reader of training goes train -> training -> {batches, data, model, checkpoint, evaluation}, of
+data prepare -> runs, then shards, of use translate -> translator -> {search, forced} -> model;
+nothing here is imported by the rest of the package.
 """
 
 from .translator import Attention, Translation, Translator, load

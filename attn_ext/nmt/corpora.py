@@ -1,11 +1,14 @@
 """Sentence pairs from the three places they can come from: two public corpora and a TSV file.
 
+Files of text may be compressed, by gzip (.gz) or Zstandard (.zst).
+
 Each reader yields `Pair(source, target, group)`; the group (a component, a page) is what the split
 keeps together, because strings within one are templated and would leak.
 """
 
 import contextlib
 import fcntl
+import gzip
 import hashlib
 import html.parser
 import json
@@ -16,10 +19,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from attn_ext.nmt.cli import UsageError
+from attn_ext.nmt.cli import UsageError, require
 
 HOMEASSISTANT = "homeassistant==2026.2.3"
 HOMEASSISTANT_WHEEL = "homeassistant-2026.2.3-py3-none-any.whl"
@@ -104,7 +108,7 @@ def _fetch_homeassistant():
         fetched = folder / HOMEASSISTANT_WHEEL
         if not fetched.exists():
             raise UsageError(f"pip download did not bring {HOMEASSISTANT_WHEEL}")
-        digest = _sha256(fetched)
+        digest = sha256(fetched)
         if digest != HOMEASSISTANT_SHA256:
             raise UsageError(
                 f"{HOMEASSISTANT_WHEEL} has sha256 {digest}, expected {HOMEASSISTANT_SHA256}"
@@ -114,7 +118,7 @@ def _fetch_homeassistant():
 
 
 def _is_whole(wheel):
-    return wheel.exists() and _sha256(wheel) == HOMEASSISTANT_SHA256
+    return wheel.exists() and sha256(wheel) == HOMEASSISTANT_SHA256
 
 
 # -- LibreOffice: help pages, paragraphs with stable ids ---------------------------------------
@@ -228,12 +232,41 @@ def _fetch_libreoffice():
 # -- Anybody's pairs ---------------------------------------------------------------------------
 
 
+def open_text(path):
+    """A binary file of what a file holds, which its name says how to decompress."""
+    if str(path).endswith(".gz"):
+        return gzip.open(path)
+    if str(path).endswith(".zst"):
+        return zstd().open(path)
+    return open(path, "rb")
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Reading that fails in the block becomes one clear line that names `path`."""
+    try:
+        yield
+    except gzip.BadGzipFile as error:
+        raise UsageError(f"{path} is no gzip file, or damaged: {error}") from None
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from None
+    except EOFError:
+        raise UsageError(f"{path} is cut off: its compressed data have no end") from None
+    except Exception as error:
+        damaged = (zlib.error, zstd().ZstdError) if str(path).endswith(".zst") else zlib.error
+        if not isinstance(error, damaged):
+            raise
+        raise UsageError(f"{path} is damaged: {error}") from None
+
+
+def zstd():
+    return require("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
+
+
 def read_tsv(path):
     """Read source<TAB>target lines; each line is a group of its own."""
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    with reading(path), open_text(path) as file:
+        content = file.read()
     pairs = []
     for number, line in enumerate(content.split(b"\n"), start=1):
         try:
@@ -293,7 +326,7 @@ def _wait_for(lock):
         ) from None
 
 
-def _sha256(path):
+def sha256(path):
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):

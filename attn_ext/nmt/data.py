@@ -1,19 +1,21 @@
 """Splitting pairs without leaks, and batches of jagged token sequences by token budget."""
 
 import hashlib
-import random
 import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from attn_ext.nmt.cli import UsageError
 
 HELD_OUT_SHARE = 0.05  # of the groups, for dev and for test each
 LARGEST_GROUP = 5  # times the mean size; a larger group is not held out
+POOL_BATCHES = 16  # sorted together: enough for a batch to be of similar lengths
+LEAST_POOL = 4096  # pairs
 
 
 class Split(NamedTuple):
@@ -46,10 +48,10 @@ def split_pairs(pairs):
     for pair in pairs:
         if pair.group not in dev_groups and pair.group not in test_groups:
             train.setdefault((pair.source, pair.target), pair)
-    seen = {_leak_key(source) for source, _ in train}
+    seen = {leak_key(source) for source, _ in train}
     for groups, kept in ((dev_groups, dev), (test_groups, test)):
         for pair in pairs:
-            key = _leak_key(pair.source)
+            key = leak_key(pair.source)
             if pair.group in groups and key not in seen:
                 # Of several with one key the first by text, in whatever order the data come.
                 kept[key] = min(pair, kept.get(key, pair))
@@ -77,10 +79,26 @@ def _stable_hash(text):
     return hashlib.sha256(text.encode()).digest()
 
 
-def _leak_key(source):
-    text = re.sub(r"\{[^{}]*\}", " \0 ", source.casefold())
-    text = "".join(" " if unicodedata.category(c).startswith("P") else c for c in text)
-    return " ".join(re.sub(r"\d+", "0", text).split())
+def leak_key(source):
+    """What sources have in common of which none may be held out if another is trained on."""
+    text = source.casefold()
+    if "{" in text:
+        text = _PLACEHOLDER.sub(" \0 ", text)
+    return " ".join(_NUMBER.sub("0", text.translate(_WITHOUT_PUNCTUATION)).split())
+
+
+class _WithoutPunctuation(dict):
+    """For str.translate: spaces for punctuation, found out about once for each character."""
+
+    def __missing__(self, character):
+        is_punctuation = unicodedata.category(chr(character)).startswith("P")
+        self[character] = " " if is_punctuation else character
+        return self[character]
+
+
+_PLACEHOLDER = re.compile(r"\{[^{}]*\}")
+_NUMBER = re.compile(r"\d+")
+_WITHOUT_PUNCTUATION = _WithoutPunctuation()
 
 
 @dataclass
@@ -102,8 +120,9 @@ class Jagged:
 
     @classmethod
     def from_lists(cls, sequences, device="cpu"):
-        values = torch.tensor([item for sequence in sequences for item in sequence])
-        return cls.of(values.long().to(device), [len(sequence) for sequence in sequences])
+        """Sequences of ids: lists or arrays of integers, none of them or all may be empty."""
+        values, lengths = _laid_end_to_end(sequences)
+        return cls.of(torch.from_numpy(values).to(device), lengths)
 
     def like(self, values):
         """The same offsets over other rows."""
@@ -120,62 +139,121 @@ class Batch(NamedTuple):
 
 
 def make_batch(examples, vocabulary, device="cpu"):
-    """Examples are (source ids, target ids), without the special tokens."""
+    """Examples are (source ids, target ids), lists or arrays, without the special tokens."""
+    source, source_lengths = _laid_end_to_end([source for source, _ in examples])
+    target, target_lengths = _laid_end_to_end([target for _, target in examples])
+    # Where the marks go: before the first token of a sentence, or after its last.
+    source_ends = source_lengths.cumsum()
+    target_ends = target_lengths.cumsum()
+    target_starts = target_ends - target_lengths
+
+    def jagged(values, lengths):
+        return Jagged.of(torch.from_numpy(values).to(device), lengths + 1)
+
     return Batch(
-        Jagged.from_lists([source + [vocabulary.eos] for source, _ in examples], device),
-        Jagged.from_lists([[vocabulary.bos] + target for _, target in examples], device),
-        Jagged.from_lists([target + [vocabulary.eos] for _, target in examples], device),
+        jagged(np.insert(source, source_ends, vocabulary.eos), source_lengths),
+        jagged(np.insert(target, target_starts, vocabulary.bos), target_lengths),
+        jagged(np.insert(target, target_ends, vocabulary.eos), target_lengths),
     )
 
 
-def example_tokens(example):
-    """What an example counts towards the token budget: its longer side and the end mark."""
-    return max(map(len, example)) + 1
+def _laid_end_to_end(sequences):
+    """(all ids (total,) int64, lengths (B,) int64)."""
+    lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
+    if not lengths.any():  # an empty list would be an array of floats
+        return np.empty(0, np.int64), lengths
+    filled = [sequence for sequence in sequences if len(sequence)]
+    return np.concatenate(filled, dtype=np.int64, casting="same_kind"), lengths
 
 
-def cut_batches(order, examples, batch_tokens, min_sentences=1):
-    """Cut indices into consecutive batches of at most `batch_tokens`, and of enough sentences.
+# -- batches: all of it a function of (seed, epoch, shard), so that no state has to be kept --------
 
-    Every batch has at least `min_sentences` (one for each rank), even over the budget.
+
+def shard_order(shards, seed, epoch):
+    """The order in which an epoch visits the shards 0 to `shards` - 1: a list."""
+    return _shuffled(shards, seed, epoch).tolist()
+
+
+def epoch_batches(
+    lengths, batch_tokens, seed, epoch, shard=0, min_sentences=1, pool=None, bucketed=True
+):
+    """The batches that an epoch makes of one shard, in their order.
+
+    Args:
+        lengths: (pairs, 2), tokens of source and target without marks.
+        batch_tokens: most tokens of a batch, as `token_sizes` counts them.
+        min_sentences: fewest pairs of a batch (one for each rank, say), even over the budget.
+        pool: pairs that are sorted together, so that a batch holds sentences of similar length; by
+            default enough of them for POOL_BATCHES batches.
+        bucketed: False leaves the pairs in random order, whatever their lengths.
+
+    Returns:
+        A list of arrays of rows of `lengths`; each row is in one of them.
     """
-    batches, batch, tokens = [], [], 0
-    for index in order:
-        size = example_tokens(examples[index])
-        if len(batch) >= min_sentences and tokens + size > batch_tokens:
-            batches.append(batch)
-            batch, tokens = [], 0
-        batch.append(index)
-        tokens += size
-    if batches and len(batch) < min_sentences:
-        batches[-1].extend(batch)
-    elif batch:
-        batches.append(batch)
-    return batches
-
-
-def epoch_batches(examples, batch_tokens, seed, epoch, min_sentences=1, pool=4096):
-    """The batches of an epoch, a function of (seed, epoch) alone: lists of example indices.
-
-    Within pools of shuffled examples, those of similar length go together.
-    """
-    generator = random.Random(f"{seed}/{epoch}")
-    order = list(range(len(examples)))
-    generator.shuffle(order)
+    lengths = np.asarray(lengths, np.int64).reshape(-1, 2)
+    sizes = token_sizes(lengths)
+    order = _shuffled(len(lengths), seed, epoch, shard)
+    if not bucketed:
+        return cut_batches(order, sizes, batch_tokens, min_sentences)
+    if pool is None:
+        pool = max(LEAST_POOL, POOL_BATCHES * batch_tokens * len(sizes) // max(1, sizes.sum()))
     batches = []
     for start in range(0, len(order), pool):
-        by_length = sorted(
-            order[start : start + pool],
-            key=lambda index: (len(examples[index][1]), len(examples[index][0])),
-        )
-        batches += cut_batches(by_length, examples, batch_tokens, min_sentences)
+        part = order[start : start + pool]
+        by_length = part[np.lexsort((lengths[part, 0], lengths[part, 1]))]
+        batches += cut_batches(by_length, sizes, batch_tokens, min_sentences)
     if len(batches) > 1 and len(batches[-1]) < min_sentences:  # a last pool of very few
         last = batches.pop()
-        batches[-1] = batches[-1] + last
-    generator.shuffle(batches)
+        batches[-1] = np.concatenate([batches[-1], last])
+    return [batches[i] for i in _shuffled(len(batches), seed, epoch, shard, 1)]
+
+
+def cut_batches(order, sizes, batch_tokens, min_sentences=1):
+    """Cut indices into consecutive batches of at most `batch_tokens`, and of enough sentences.
+
+    Args:
+        order: indices into `sizes`.
+        sizes: what each index counts towards the budget.
+        min_sentences: fewest indices of a batch, even over the budget.
+
+    Returns:
+        A list of arrays, `order` in parts.
+    """
+    order = np.asarray(order, np.int64)
+    until = np.asarray(sizes, np.int64)[order].cumsum()  # tokens up to and with each index
+    batches, start, done = [], 0, 0
+    while start < len(order):
+        end = int(until.searchsorted(done + batch_tokens, "right"))
+        end = min(max(end, start + min_sentences, start + 1), len(order))
+        batches.append(order[start:end])
+        start, done = end, until[end - 1]
+    if len(batches) > 1 and len(batches[-1]) < min_sentences:
+        last = batches.pop()
+        batches[-1] = np.concatenate([batches[-1], last])
     return batches
 
 
 def sorted_batches(examples, batch_tokens):
     """Batches of similar source length, for evaluation and translation."""
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index][0]))
-    return cut_batches(order, examples, batch_tokens)
+    lengths = lengths_of(examples)
+    order = lengths[:, 0].argsort(kind="stable")
+    return cut_batches(order, token_sizes(lengths), batch_tokens)
+
+
+def token_sizes(lengths):
+    """What pairs of the lengths (pairs, 2) count towards a budget: the longer side and its mark."""
+    return lengths.max(1, initial=0) + 1
+
+
+def lengths_of(examples):
+    """(examples, 2), the tokens of each side of (source ids, target ids)."""
+    flat = np.fromiter((len(side) for example in examples for side in example), np.int64)
+    return flat.reshape(-1, 2)
+
+
+def _shuffled(count, *seeds):
+    """A random order of 0 to `count` - 1, the same with every version of numpy.
+
+    numpy promises that for a generator's bits, not for what its `permutation` makes of them.
+    """
+    return np.random.PCG64(seeds).random_raw(count).argsort(kind="stable")

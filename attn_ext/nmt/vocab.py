@@ -68,6 +68,10 @@ class Vocabulary:
     def encode(self, text):
         return self._processor.encode(text)
 
+    def encode_all(self, texts):
+        """The ids of each text, in one thread: faster than one by one."""
+        return self._processor.encode(texts, num_threads=1)
+
     def decode(self, ids):
         return self._processor.decode([int(i) for i in ids if i not in (self.bos, self.eos)])
 

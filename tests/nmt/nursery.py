@@ -7,6 +7,7 @@ nothing but import forks a child for each run: `Nursery.run`.
 import ctypes
 import faulthandler
 import functools
+import importlib
 import json
 import os
 import resource
@@ -173,6 +174,26 @@ def at_step(number, with_signal=signal.SIGKILL):
     training.Trainer.step = signalled
 
 
+def at_record(number, with_signal=signal.SIGKILL):
+    """A signal to this process before it writes down that a part of `prepare` is done."""
+    from attn_ext.nmt import prepare
+
+    append, left = prepare.Journal.append, number
+
+    def signalled(journal, **record):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), with_signal)
+        append(journal, **record)
+
+    prepare.Journal.append = signalled
+
+
+def constant(module, name, value):
+    setattr(importlib.import_module(f"attn_ext.nmt.{module}"), name, value)
+
+
 def hang():
     print("before it hangs", flush=True)
     while True:
@@ -214,9 +235,10 @@ def serve(folder):
     import sentencepiece  # noqa: F401
     import tqdm  # noqa: F401
 
-    from attn_ext.nmt import cli, plot, train, translate
+    from attn_ext.nmt import cli, plot, prepare, train, translate
 
     mains = {"train": train.main, "translate": translate.main, "plot": plot.main}
+    mains["prepare"] = prepare.main
     mains["write"] = lambda arguments: cli.atomic_write(*arguments)  # path, text
     mains["torchrun"] = run_several
     few_pictures(setattr)

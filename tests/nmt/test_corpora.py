@@ -1,3 +1,4 @@
+import gzip
 import hashlib
 import json
 import subprocess
@@ -155,6 +156,21 @@ class TestTsv:
         with pytest.raises(UsageError, match=message) as error:
             self.read(tmp_path, content)
         assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize("end", ["gz", "zst"])
+    def test_compressed(self, tmp_path, end):
+        path = tmp_path / f"x.tsv.{end}"
+        compression = {"gz": gzip, "zst": corpora.zstd()}[end]
+        content = compression.compress(b"a\tb\n")
+        path.write_bytes(content)
+        assert corpora.read_tsv(path) == [Pair("a", "b", "a")]
+        path.write_bytes(content[:-2])
+        with pytest.raises(UsageError, match=f"x.tsv.{end} is cut off"):
+            corpora.read_tsv(path)
+        for damaged in (b"not compressed", content[:10] + b"\xff" * 20):
+            path.write_bytes(damaged)
+            with pytest.raises(UsageError, match=f"x.tsv.{end} is .*damaged"):
+                corpora.read_tsv(path)
 
     def test_missing(self, tmp_path):
         with pytest.raises(UsageError, match="cannot read .*none.tsv: No such file"):
