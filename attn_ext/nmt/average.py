@@ -47,11 +47,10 @@ def average(paths):
     sums = {name: tensor.double() for name, tensor in model.state_dict().items()}
     for path in paths[1:]:
         other, other_vocabulary = checkpoint.load_model(path)
-        if other.config != model.config:
-            raise UsageError(
-                f"{path} cannot be averaged with {paths[0]}: it is a model of {other.config}, the "
-                f"first is one of {model.config}"
-            )
+        wanted, got = model.config.as_dict(), other.config.as_dict()
+        if differing := [name for name in wanted if got[name] != wanted[name]]:
+            differences = ", ".join(f"{name} {got[name]}, not {wanted[name]}" for name in differing)
+            raise UsageError(f"{path} cannot be averaged with {paths[0]}: it has {differences}")
         if other_vocabulary.model_bytes != vocabulary.model_bytes:
             raise UsageError(
                 f"{path} cannot be averaged with {paths[0]}: their vocabularies differ; models of "

@@ -37,7 +37,8 @@ def test_only_models_of_one_run_are_averaged(tmp_path, vocabulary):
     other = Vocabulary.train(texts, 320)
     assert len(other) == len(vocabulary)
     save(tmp_path / "other.pt", other)
-    for name, message in {"wider.pt": "hidden=11", "other.pt": "their vocabularies differ"}.items():
+    messages = {"wider.pt": "it has hidden 11, not 10$", "other.pt": "their vocabularies differ"}
+    for name, message in messages.items():
         models = [str(tmp_path / "one.pt"), str(tmp_path / name)]
         with pytest.raises(cli.UsageError, match=f"{name} cannot be averaged .*{message}"):
             average.main(["--out", str(tmp_path / "out.pt"), *models])

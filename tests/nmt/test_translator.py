@@ -129,8 +129,9 @@ def test_the_model_is_left_in_its_mode(reverser):
         assert reverser.model.training == training
 
 
-TRAINER = ["train", "training", "prepare", "shards", "evaluation", "heatmap"]
-NOT_NEEDED = ["tqdm", "sacrebleu", "matplotlib", *(f"attn_ext.nmt.{name}" for name in TRAINER)]
+TRAINER = "train training options metrics batches shards prepare evaluation heatmap".split()
+PACKAGES = "tqdm sacrebleu matplotlib yaml tensorboard pytorch_optimizer".split()
+NOT_NEEDED = [*PACKAGES, *(f"attn_ext.nmt.{name}" for name in TRAINER)]
 USE = """
 import sys
 path, *not_needed = sys.argv[1:]
