@@ -45,7 +45,7 @@ HELD_OUT_OF = 40_000
 PAIRS_AT_ONCE = 4096  # tokenised in one call
 LOCK_SECONDS = 10
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
-OPTIONS = {"vocab_size": 32_000, "shard_pairs": 1 << 18, "sample_pairs": 200_000, "max_length": 80}
+OPTIONS = {"vocab_size": 32_000, "shard_pairs": 1 << 18, "sample_pairs": 100_000, "max_length": 80}
 
 
 def parse_arguments(arguments=None):
@@ -109,7 +109,7 @@ def main(arguments=None):
             _remove(folder)
         elif (folder / shards.INDEX_FILE).exists():
             index = shards.read_index(folder)
-            _refuse_others(folder, index["identity"], identity, "was prepared")
+            _refuse_others(folder, index.get("identity"), identity, "was prepared")
             print(f"{folder} is prepared already")
             _remove_left_behind(folder)
             return _report(folder, index)
@@ -231,7 +231,10 @@ class Journal:
         with contextlib.suppress(FileNotFoundError), corpora.reading(path):
             if path.exists():
                 lines = path.read_bytes().splitlines(keepends=True)
-        records = [json.loads(line) for line in lines if line.endswith(b"\n")]
+        try:
+            records = [json.loads(line) for line in lines if line.endswith(b"\n")]
+        except ValueError:
+            raise UsageError(f"{path} is damaged; --overwrite starts anew") from None
         if records:
             _refuse_others(folder, records[0], identity, "was begun")
         self.records = records[1:]
