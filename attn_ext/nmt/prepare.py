@@ -348,10 +348,9 @@ class Preparation:
 
     def _write(self, pairs, ranges, keys, model, distinct):
         done = self.journal.of("shard")
-        left = [number for number in range(len(ranges)) if number not in done]
         tasks = (
             (self.folder, number, pairs, ranges[number], keys, model, self.options["max_length"])
-            for number in left
+            for number in range(len(done), len(ranges))
         )
         before = sum(shard["distinct"] for shard in done.values())
         with _bar("tokenising", before, distinct) as bar:
@@ -360,7 +359,7 @@ class Preparation:
                 bar.update(record["distinct"])
 
     def _finish(self):
-        made = [shard for _, shard in sorted(self.journal.of("shard").items())]
+        made = list(self.journal.of("shard").values())
         read = self.journal.of("run").values()
         own = collections.defaultdict(list)  # [which, key]: texts
         for which, key, text in itertools.chain(*(shard["held out"] for shard in made)):
