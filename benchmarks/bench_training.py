@@ -24,14 +24,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from attn_ext.nmt import cli, distributed
 from attn_ext.nmt.data import make_batch
 from attn_ext.nmt.model import DECODERS, ModelConfig, Seq2Seq
+from attn_ext.nmt.options import TrainOptions
 from attn_ext.nmt.precision import bf16_problem
-from attn_ext.nmt.training import Trainer, TrainOptions
+from attn_ext.nmt.shards import InMemory
+from attn_ext.nmt.training import Trainer
 
 from . import harness, providers, reach
 from .bench_additive_attention import RESULTS, machine
@@ -40,6 +43,7 @@ from .training_text import Text, read_text
 
 PROVIDERS = ("eager", "compile", "attn_ext")
 BATCHINGS = ("drawn", "bucketed")
+ONE_PASS = 1 << 40  # tokens, more than any batch has
 BATCHES = 4  # that a round trains on; bucketed, so many buckets of lengths
 SMALLEST, MOST = 256, 16_384  # sentences of a batch, where the search starts and ends
 RESOLUTION = 16  # the largest batch is known to one part in so many
@@ -86,9 +90,10 @@ def main() -> None:
     checked = check(config, text, device, options, dtype)
     torch.manual_seed(0)
     model = Seq2Seq(config, options.backend).to(device)
-    training = TrainOptions(bf16=dtype == "bfloat16")
+    training = TrainOptions(bf16=dtype == "bfloat16", pass_tokens=ONE_PASS)
     world = distributed.World(device=device)
-    trainer = Trainer(model, text.vocabulary, text.examples, [], training, ".", world, None)
+    train = InMemory(text.examples)
+    trainer = Trainer(model, text.vocabulary, train, [], training, ".", world, None)
     bench = Bench(trainer, make_attentions(model, options.providers))
     report = {
         "machine": machine(options.device),
@@ -224,7 +229,7 @@ class Cell:
 
     provider: str
     size: int  # sentences
-    batches: list[list[int]]
+    batches: list[np.ndarray]
     tokens: int  # of the targets of all batches
     seconds: list[float] = field(default_factory=list)
 
@@ -248,18 +253,19 @@ class Bench:
 
     def cell(self, provider: str, size: int, batching: str) -> Cell:
         """``BATCHES`` batches of ``size`` sentences: as drawn, or cut from them by length."""
-        examples = self.trainer.train_examples
-        pool = [index % len(examples) for index in range(BATCHES * size)]
+        train = self.trainer.batches.train
+        pool = np.arange(BATCHES * size) % len(train)
+        lengths = train.lengths(0)[pool]
         if batching == "bucketed":  # as data.epoch_batches
-            pool.sort(key=lambda index: (len(examples[index][1]), len(examples[index][0])))
+            pool = pool[np.lexsort(lengths.T)]
         batches = [pool[start : start + size] for start in range(0, len(pool), size)]
-        return Cell(provider, size, batches, sum(len(examples[i][1]) + 1 for i in pool))
+        return Cell(provider, size, batches, int(lengths[:, 1].sum()) + len(pool))
 
     def train(self, cell: Cell) -> None:
         """A step on each batch."""
         self.trainer.model.decoder.attention = self.attentions[cell.provider]
         for batch in cell.batches:
-            self.trainer.step(batch)
+            self.trainer.step(self.trainer.batches.update(batch))
 
     def warm_up(self, cell: Cell) -> None:
         """The last batch, none is longer when bucketed, in memory that other cells gave back."""

@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from attn_ext.nmt.training import TrainOptions
+from attn_ext.nmt.options import TrainOptions
 from benchmarks import bench_training
 
 
@@ -38,6 +38,7 @@ def problem_of(error):
     optimizer = types.SimpleNamespace(zero_grad=lambda set_to_none: None)
     trainer = types.SimpleNamespace(
         step=step,
+        batches=types.SimpleNamespace(update=lambda rows: rows),
         optimizer=optimizer,
         world=types.SimpleNamespace(device=torch.device("cpu")),
         options=TrainOptions(),

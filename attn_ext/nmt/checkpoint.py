@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from attn_ext.nmt.cli import UsageError, atomic_file
+from attn_ext.nmt.distributed import sharded_like
 from attn_ext.nmt.model import ModelConfig, Seq2Seq
 from attn_ext.nmt.vocab import Vocabulary
 
@@ -25,7 +26,8 @@ _DIGEST = hashlib.sha256
 _MODEL_FIELDS = {"config", "model", "vocabulary"}
 FIELDS = {
     "model": _MODEL_FIELDS,
-    "checkpoint": _MODEL_FIELDS | {"optimizer", "averaged", "progress", "options", "identity"},
+    "checkpoint": _MODEL_FIELDS
+    | {"optimizer", "averaged", "scaler", "progress", "options", "identity"},
 }
 
 
@@ -118,7 +120,7 @@ def rebuild_vocabulary(content, path):
         raise damaged(path) from None
 
 
-def save_model(path, model, vocabulary, dev_loss):
+def save_model(path, model, vocabulary, dev_loss=math.inf):
     """Write what translating needs, and the loss by which a later model has to be better."""
     save(path, "model", {**model_content(model, vocabulary), "dev_loss": dev_loss})
 
@@ -173,4 +175,4 @@ def load_parameters(model, parameters, path):
             raise UsageError(
                 f"{path} is of another shape: {name} is {got} there, this model wants {expected}"
             )
-    model.load_state_dict(parameters)
+    model.load_state_dict({k: sharded_like(value, own[k]) for k, value in parameters.items()})

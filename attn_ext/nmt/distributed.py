@@ -1,10 +1,14 @@
 """One process or the ranks that torchrun started: the same few calls for both."""
 
+import contextlib
 import os
 from dataclasses import dataclass
 
 import torch
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from attn_ext.nmt.cli import UsageError
 
@@ -53,14 +57,64 @@ class World:
             raise UsageError(error)
         return result
 
-    def wrap(self, model):
+    def wrap(self, model, parallel="ddp"):
         """The model whose backward averages gradients over the ranks, starting from rank 0's.
 
         The module given stays the one to read, save and average.
+
+        Args:
+            parallel: "ddp", where each rank has all parameters; or "fsdp", where each keeps a part
+                of them, and the module's own become DTensors.
         """
         if self.size == 1:
             return model
-        return torch.nn.parallel.DistributedDataParallel(model)
+        if parallel == "ddp":
+            return torch.nn.parallel.DistributedDataParallel(model)
+        self.shard(model)
+        return model
+
+    def shard(self, model):
+        """Leave each rank a part of the parameters of a Seq2Seq (FSDP2)."""
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.detach(), src=0)
+        mesh = init_device_mesh(self.device.type, (self.size,))
+        for module in (model.encoder, model.decoder, model):
+            fully_shard(module, mesh=mesh)
+
+
+@contextlib.contextmanager
+def accumulating(parallel, last):
+    """For the passes of an update: gradients are summed, and averaged over the ranks in the last.
+
+    Args:
+        parallel: what `World.wrap` returned.
+        last: whether the pass in the block is the last of the update.
+    """
+    if isinstance(parallel, FSDPModule):
+        parallel.set_requires_gradient_sync(last)
+    elif not last and isinstance(parallel, torch.nn.parallel.DistributedDataParallel):
+        with parallel.no_sync():
+            yield
+        return
+    yield
+
+
+def whole(tree):
+    """The same with every sharded tensor in one piece, for all ranks to call together."""
+    if isinstance(tree, DTensor):
+        return tree.full_tensor()
+    if isinstance(tree, dict):
+        return {name: whole(value) for name, value in tree.items()}
+    return tree
+
+
+def sharded_like(value, model):
+    """A tensor in one piece, as a sharded tensor `model` of its shape is; others as they are."""
+    if not isinstance(model, DTensor) or value.shape != model.shape:
+        return value
+    # Every rank has read the same value.
+    value = value.to(model.device)
+    return distribute_tensor(value, model.device_mesh, model.placements, src_data_rank=None)
 
 
 def pick_device(device=None, local_rank=0):

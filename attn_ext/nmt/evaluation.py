@@ -7,7 +7,7 @@ import torch
 from attn_ext.nmt import heatmap
 from attn_ext.nmt.cli import atomic_write, require
 from attn_ext.nmt.model import Seq2Seq
-from attn_ext.nmt.search import translate
+from attn_ext.nmt.translator import Translator
 
 RESULTS_FILE = "results.json"
 SAMPLES = 10
@@ -37,22 +37,22 @@ def greedy_bleu(vocabulary, pairs, device):
     sources, references = [pair.source for pair in pairs], [pair.target for pair in pairs]
 
     def score(model):
-        results = translate(model, vocabulary, sources, device=device)
-        return bleu_chrf([text for text, _, _ in results], references)["bleu"]
+        outputs = Translator(model, vocabulary, device).translate(sources, beam=1)
+        return bleu_chrf(outputs, references)["bleu"]
 
     return score
 
 
 def report(model, vocabulary, split, folder, *, beam, seed, backend, device):
     """Write results.json and pictures, then print scores, samples and the pictures' paths."""
+    translator = Translator(model, vocabulary, device)
     results, outputs = {}, {}
     for name, width in (("dev", 1), ("test", beam)):
         pairs = getattr(split, name)
         sources = [pair.source for pair in pairs]
         references = [pair.target for pair in pairs]
         print(f"translating {len(pairs)} sentences of {name}, beam {width}", flush=True)
-        translations = translate(model, vocabulary, sources, width, device=device)
-        outputs[name] = [text for text, _, _ in translations]
+        outputs[name] = translator.translate(sources, width)
         results[name] = {
             "sentences": len(pairs),
             "beam": width,
@@ -62,15 +62,15 @@ def report(model, vocabulary, split, folder, *, beam, seed, backend, device):
     torch.manual_seed(seed)
     untrained = Seq2Seq(model.config, backend).to(device).eval()
     print(f"the same for test with an untrained model, beam {width}", flush=True)
-    translations = translate(untrained, vocabulary, sources, width, device=device)
-    results["test"]["untrained"] = bleu_chrf([text for text, _, _ in translations], references)
+    translations = Translator(untrained, vocabulary, device).translate(sources, width)
+    results["test"]["untrained"] = bleu_chrf(translations, references)
 
     results["sacrebleu"] = signatures()
     results["pictures"] = []
     for number, pair in enumerate(picture_pairs(split.test, vocabulary), start=1):
         path = folder / f"attention-{number}.png"
-        *picture, target = heatmap.align(model, vocabulary, pair.source, None, beam, device)
-        heatmap.draw(path, *picture, title=f"{pair.source}\n{target}")
+        attention = translator.attention(pair.source, beam=beam)
+        heatmap.draw(path, attention, title=f"{pair.source}\n{attention.target}")
         results["pictures"].append(path.name)
     atomic_write(folder / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
 

@@ -7,56 +7,29 @@ import textwrap
 import unicodedata
 import warnings
 
-import torch
-
 from attn_ext.nmt.cli import atomic_write, require
-from attn_ext.nmt.data import make_batch
-from attn_ext.nmt.search import translate
 
 LARGEST_SIDE = 40.0  # inches; a picture of 5200 pixels
 MOST_LABELS = 60  # along a side
 TITLE_CHARACTER, TITLE_LINE = 0.075, 0.15  # inches, at 9 points
 
 
-@torch.inference_mode()
-def align(model, vocabulary, source, target=None, beam=1, device="cpu"):
-    """Attention between a source text and its translation (or a given target text).
-
-    Returns:
-        (source pieces, target pieces, weights (target, source) on the CPU, target text), both sides
-        with their end mark.
-    """
-    source_ids = vocabulary.encode(source)
-    if target is None:
-        ((target, _, target_ids),) = translate(model, vocabulary, [source], beam, device=device)
-    else:
-        target_ids = vocabulary.encode(target)
-    batch = make_batch([(source_ids, target_ids)], vocabulary, device)
-    (weights,) = model.eval().alignments(batch)
-    return (
-        vocabulary.pieces(batch.source.values),
-        vocabulary.pieces(batch.target_output.values),
-        weights.float().cpu(),
-        target,
-    )
-
-
-def draw(path, source_pieces, target_pieces, weights, title=None):
+def draw(path, attention, title=None):
     """Write a PNG heat map, source tokens left to right, target tokens top to bottom.
 
     Args:
         path: of the picture; its folder is made where it is missing.
-        source_pieces, target_pieces: pieces as `Vocabulary.pieces` names them.
-        weights: (target, source) on the CPU, each from 0 to 1.
+        attention: of `Translator.attention`.
         title: text below the picture, wrapped to its width.
     """
+    source_pieces, target_pieces = attention.source_pieces, attention.target_pieces
     figure_module = require("matplotlib.figure")
     columns, rows = len(source_pieces), len(target_pieces)
     width = min(2.6 + 0.36 * columns, LARGEST_SIDE)
     height = min(2.0 + 0.30 * rows, LARGEST_SIDE)
     figure = figure_module.Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(weights.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    image = axes.imshow(attention.weights.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     every = -(-columns // MOST_LABELS)
     axes.set_xticks(
         range(0, columns, every), labels(source_pieces)[::every], rotation=90, parse_math=False

@@ -9,6 +9,7 @@ Nothing is padded: states are jagged rows (total, D) with offsets, the form `att
   once, and the contexts feed the layers above (Wu et al. 2016).
 """
 
+import functools
 from dataclasses import asdict, dataclass
 
 import torch
@@ -61,6 +62,7 @@ class Seq2Seq(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = DECODERS[config.decoder](config, backend)
         self.output_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.recompute = False  # in backward, what encoder and decoder computed, to save memory
 
     def forward(self, batch, label_smoothing=0.0):
         """Teacher-forced sums over target tokens: (smoothed loss, negative log-likelihood).
@@ -91,8 +93,12 @@ class Seq2Seq(nn.Module):
 
     def _features(self, batch):
         """Output features (total target tokens, embedding) of the targets given."""
-        states = self.encode(batch.source)
-        features, _ = self.decoder(self._embed(batch.target_input), states)
+        encode, decode = self.encode, self.decoder
+        if self.recompute and torch.is_grad_enabled():
+            encode = functools.partial(checkpoint, encode, use_reentrant=False)
+            decode = functools.partial(checkpoint, decode, use_reentrant=False)
+        states = encode(batch.source)
+        features, _ = decode(self._embed(batch.target_input), states)
         return features
 
     def _losses(self, features, targets, label_smoothing):

@@ -1,10 +1,9 @@
 """Greedy and beam search over many sources at once, with length normalisation."""
 
+import bisect
 from typing import NamedTuple
 
 import torch
-
-from attn_ext.nmt.data import Jagged, sorted_batches
 
 # The part of a batch that has to go on for those that have ended to stay in it: to leave them out
 # costs about as much as a step.
@@ -16,24 +15,36 @@ class Hypothesis(NamedTuple):
     score: float  # log-probability divided by length ** alpha, the length with </s>
 
 
-@torch.inference_mode()
 def search(model, source, bos, eos, beam=1, alpha=0.6, max_lengths=None):
-    """The best hypothesis found for each source sentence.
+    """The best hypothesis found for each source sentence: see `search_n_best`.
+
+    Returns:
+        B Hypothesis.
+    """
+    found = search_n_best(model, source, bos, eos, 1, beam, alpha, max_lengths)
+    return [best for (best,) in found]
+
+
+@torch.inference_mode()
+def search_n_best(model, source, bos, eos, n_best, beam=1, alpha=0.6, max_lengths=None):
+    """The best hypotheses found for each source sentence, by beam search.
 
     A sentence is done when `beam` hypotheses of it have ended, or when no other can become better
-    than the best of them, or at its greatest length; one without `eos` is taken only where none has
-    ended. A beam of 1 is greedy search.
+    than the worst of the `n_best` best, or at its greatest length; one without `eos` is taken only
+    where none has ended. A beam of 1 is greedy search.
 
     Args:
         model: a Seq2Seq in eval mode.
         source: Jagged tokens, B sentences, none empty.
         bos, eos: ids of the marks that begin and end a target.
+        n_best: hypotheses asked for of each sentence, at most `beam`.
         beam: hypotheses kept for each sentence.
         alpha: exponent of the length by which a log-probability is divided.
         max_lengths: most target tokens of each sentence, `eos` included; by default generous.
 
     Returns:
-        B Hypothesis.
+        B lists of Hypothesis, best first: `n_best` each, and fewer where a sentence came to its
+        greatest length before so many had ended, but always one.
     """
     sentences, device = len(source.lengths), source.values.device
     if not sentences:
@@ -49,7 +60,7 @@ def search(model, source, bos, eos, beam=1, alpha=0.6, max_lengths=None):
     # At first all hypotheses of a sentence are the same one, so only one may go on.
     scores = torch.full((sentences, beam), -torch.inf, device=device)
     scores[:, 0] = 0.0
-    endings = [_Endings() for _ in range(sentences)]
+    endings = [_Endings(n_best) for _ in range(sentences)]
 
     for step in range(1, max(max_lengths) + 1):
         features, state, _ = model.decoder.step(model.embed(tokens), state, attend)
@@ -72,12 +83,12 @@ def search(model, source, bos, eos, beam=1, alpha=0.6, max_lengths=None):
         for b, best_going in enumerate(scores[:, 0].tolist()):
             ending, longest = endings[going[b]], max_lengths[going[b]]
             at_end = step >= longest
-            if at_end and ending.best is None:
+            if at_end and not ending.best:
                 ending.add(history[b, 0], best_going / step**alpha)
             # The best that a hypothesis still going can reach is to lose no probability.
             bound = best_going / longest**alpha
             ending.done |= at_end or ending.count >= beam
-            ending.done |= ending.best is not None and ending.best.score >= bound
+            ending.done |= ending.all_reach(bound)
         left = [b for b, sentence in enumerate(going) if not endings[sentence].done]
         if not left:
             break
@@ -95,8 +106,9 @@ def search(model, source, bos, eos, beam=1, alpha=0.6, max_lengths=None):
 class _Endings:
     """What has ended of one sentence's hypotheses."""
 
-    def __init__(self):
-        self.best = None
+    def __init__(self, n_best):
+        self.n_best = n_best
+        self.best = []  # Hypothesis, best first, at most n_best
         self.count = 0
         self.done = False
 
@@ -104,8 +116,14 @@ class _Endings:
         if self.done:
             return
         self.count += 1
-        if self.best is None or score > self.best.score:
-            self.best = Hypothesis(tokens.tolist(), score)
+        if len(self.best) < self.n_best or score > self.best[-1].score:
+            del self.best[self.n_best - 1 :]
+            # Behind those of an equal score, which ended earlier.
+            bisect.insort(self.best, Hypothesis(tokens.tolist(), score), key=lambda h: -h.score)
+
+    def all_reach(self, bound):
+        """Whether as many as asked for have ended, none with a score below `bound`."""
+        return len(self.best) == self.n_best and self.best[-1].score >= bound
 
 
 class BeamAttention:
@@ -124,26 +142,3 @@ class BeamAttention:
     def select(self, sentences):
         """The same for some of the sentences."""
         return BeamAttention(self.memory.select(sentences), self.beam)
-
-
-@torch.inference_mode()
-def translate(model, vocabulary, sentences, beam=1, alpha=0.6, batch_tokens=4000, device="cpu"):
-    """Translate texts, in batches of similar length; an empty text stays empty.
-
-    Returns:
-        For each sentence (translation, source ids, target ids).
-    """
-    was_training = model.training
-    model.eval()
-    encoded = [vocabulary.encode(sentence) for sentence in sentences]
-    results = [("", ids, []) for ids in encoded]
-    examples = [(ids, []) for ids in encoded]
-    for indices in sorted_batches(examples, batch_tokens // beam):
-        indices = [index for index in indices if encoded[index]]
-        source = Jagged.from_lists([encoded[i] + [vocabulary.eos] for i in indices], device)
-        found = search(model, source, vocabulary.bos, vocabulary.eos, beam, alpha)
-        for index, hypothesis in zip(indices, found, strict=True):
-            text = vocabulary.decode(hypothesis.tokens)
-            results[index] = (text, encoded[index], hypothesis.tokens)
-    model.train(was_training)
-    return results

@@ -5,7 +5,6 @@
 Runs unchanged under `torchrun --nproc_per_node=N -m attn_ext.nmt.train ...`.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -18,119 +17,34 @@ from typing import NamedTuple
 
 import torch
 
-from attn_ext.nmt import checkpoint, cli, corpora, data, distributed, evaluation
+from attn_ext.nmt import checkpoint, cli, corpora, data, distributed, evaluation, shards
+from attn_ext.nmt.arguments import (
+    CONFIG_FILE,
+    MODEL_DEFAULTS,
+    TRAIN_DEFAULTS,
+    VOCAB_SIZE,
+    parse_arguments,
+    save_config,
+)
 from attn_ext.nmt.cli import UsageError
-from attn_ext.nmt.model import DECODERS, ENCODER_CELLS, ModelConfig, Seq2Seq
-from attn_ext.nmt.precision import bf16_problem
-from attn_ext.nmt.training import METRICS_FILE, NO_LIMIT, RESULT_PATTERNS, Trainer, TrainOptions
+from attn_ext.nmt.metrics import METRICS_FILE
+from attn_ext.nmt.model import ModelConfig, Seq2Seq
+from attn_ext.nmt.options import ENDING, NO_LIMIT, TrainOptions
+from attn_ext.nmt.precision import bf16_problem, fp16_problem
+from attn_ext.nmt.training import RESULT_PATTERNS, Trainer
 from attn_ext.nmt.vocab import Vocabulary
 
-VOCAB_SIZE = 4000
-MODEL_DEFAULTS = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
-MODEL_DEFAULTS["vocab_size"] = VOCAB_SIZE
-TRAIN_DEFAULTS = TrainOptions().as_dict()
 DEV_BLEU_SENTENCES = 300
 IDENTITY = {"corpus", "data", "fingerprint", "processes", "vocab_size"}  # of a checkpoint
 MAX_LENGTH = 80  # subwords of a training sentence; the few longer ones cost more than they teach
-
-
-def parse_arguments(arguments=None):
-    """Options that are not given are absent from the result, so that --resume can tell."""
-    parser = argparse.ArgumentParser(
-        prog="python -m attn_ext.nmt.train",
-        description="Train an RNN translation model with attn_ext's additive attention; then print "
-        "BLEU, chrF and samples on held-out data, and draw attention pictures.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    _add_data_options(parser.add_argument_group("data and output"))
-    _add_model_options(_adder(parser.add_argument_group("model"), MODEL_DEFAULTS))
-    _add_training_options(_adder(parser.add_argument_group("training"), TRAIN_DEFAULTS))
-    add = _adder(parser.add_argument_group("running"), {"beam": 5})
-    add("--beam", type=cli.positive_int, metavar="K", help="hypotheses in the final evaluation")
-    add("--backend", metavar="B", help=cli.BACKEND_HELP)
-    add("--device", choices=("cpu", "cuda"), help=cli.DEVICE_HELP)
-    return vars(parser.parse_args(arguments))
-
-
-def _add_data_options(group):
-    source = group.add_mutually_exclusive_group()
-    source.add_argument(
-        "--corpus",
-        choices=("homeassistant", "libreoffice"),
-        help="public en-de corpus, fetched on first use (default homeassistant)",
-    )
-    source.add_argument("--data", metavar="FILE.tsv", help="own pairs: source<TAB>target, UTF-8")
-    group.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
-    group.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint in DIR, exactly"
-    )
-    group.add_argument("--overwrite", action="store_true", help="start anew over a run in DIR")
-
-
-def _add_model_options(add):
-    whole = cli.positive_int
-    add(
-        "--decoder",
-        choices=sorted(DECODERS),
-        help="rnnsearch: input feeding, one attention a step; gnmt: the first layer's outputs "
-        "query all steps at once",
-    )
-    add("--vocab-size", type=whole, metavar="N", help="most subwords")
-    add("--embedding", type=whole, metavar="N", help="features of an embedding")
-    add("--hidden", type=whole, metavar="N", help="features of a recurrent state, each direction")
-    add("--encoder-cell", choices=sorted(ENCODER_CELLS), help="recurrent cell of the encoder")
-    add("--encoder-layers", type=whole, metavar="N", help="bidirectional layers")
-    add("--decoder-layers", type=whole, metavar="N", help="layers; gnmt has one more by default")
-    add("--dropout", type=cli.fraction, metavar="P", help="on embeddings and layer outputs")
-
-
-def _add_training_options(add):
-    whole, count, fraction = cli.positive_int, cli.natural_int, cli.fraction
-    add("--max-steps", type=count, metavar="N", help="updates to make; no limit with --minutes")
-    add(
-        "--minutes",
-        type=cli.positive_number,
-        metavar="M",
-        help="stop training after this time, evaluation comes on top; --max-steps alone: no limit",
-    )
-    add("--seed", type=count, metavar="S", help="of everything random")
-    add("--batch-tokens", type=whole, metavar="N", help="tokens of a batch, over all processes")
-    add("--learning-rate", "--lr", type=cli.positive_number, metavar="X", help="the highest")
-    add("--warmup", type=count, metavar="N", help="steps to the highest rate")
-    add("--label-smoothing", type=fraction, metavar="P", help="weight of the uniform target")
-    add("--clip", type=cli.positive_number, metavar="X", help="greatest norm of the gradient")
-    add("--averaging", type=fraction, metavar="P", help="decay of the parameters' average")
-    add("--eval-every", type=whole, metavar="N", help="steps between evaluations on dev")
-    add(
-        "--patience",
-        type=count,
-        metavar="N",
-        help="stop after N evaluations without gain; 0: never",
-    )
-    add("--checkpoint-every", type=whole, metavar="N", help="steps between checkpoints")
-    add(
-        "--bf16",
-        action=argparse.BooleanOptionalAction,
-        help="compute in bfloat16; the default is to do so on GPUs that have it",
-    )
-
-
-def _adder(group, defaults):
-    """An add_argument that shows the default, without setting it."""
-
-    def add(name, *names, help, **keywords):
-        default = defaults.get(name.removeprefix("--").replace("-", "_"))
-        shown = "" if default is None or default is False else f" (default {default})"
-        group.add_argument(name, *names, help=help + shown, **keywords)
-
-    return add
+PACKAGES = ("sentencepiece", "sacrebleu", "tqdm", "matplotlib", "yaml")
+OPTIONAL_PACKAGES = {"tensorboard": "torch.utils.tensorboard", "lamb": "pytorch_optimizer"}
 
 
 def main(arguments=None):
     given = parse_arguments(arguments)
     folder = Path(given["out"])
-    for package in ("sentencepiece", "sacrebleu", "tqdm", "matplotlib"):
+    for package in PACKAGES:
         cli.require(package)  # now, not at the end of the training
     world = distributed.join(given.get("device"))
     try:
@@ -147,7 +61,7 @@ class Setting(NamedTuple):
     """What is decided before the first step, the same on every rank."""
 
     saved: dict | None  # the checkpoint to go on from
-    split: data.Split
+    split: data.Split  # `train` is empty where the data lie in shards
     identity: dict
     vocabulary: Vocabulary
     options: TrainOptions
@@ -173,8 +87,10 @@ def _prepare(given, folder, world):
                 )
         options = _train_options(given, saved, world)
         split, identity = _load_data(given, saved, world)
-        vocabulary = _vocabulary(given, saved, split)
+        vocabulary = _vocabulary(saved, split, identity, path)
         config = _model_config(given, saved, len(vocabulary))
+        chosen = {**config.as_dict(), **options.as_dict(), **identity}
+        save_config(folder / CONFIG_FILE, _to_repeat(given, chosen))
     except UsageError:
         if created:
             with contextlib.suppress(OSError):
@@ -223,8 +139,8 @@ def _train(given, folder, world):
         lambda: _prepare(given, folder, world)
     )
     backend = given.get("backend")
-    encoded = data.Split(*(_encode(vocabulary, part) for part in split))
-    train = [e for e in encoded.train if max(map(len, e)) <= MAX_LENGTH]
+    dev = _encode(vocabulary, split.dev)
+    train, too_long = _training_pairs(vocabulary, split, identity)
     if len(train) < world.size:
         raise UsageError(
             f"{len(train)} training pair(s) of at most {MAX_LENGTH} subwords a side are too few "
@@ -235,7 +151,7 @@ def _train(given, folder, world):
     if world.is_main:
         parameters = sum(p.numel() for p in model.parameters())
         print(
-            f"{len(train)} training pairs ({len(split.train) - len(train)} too long), "
+            f"{len(train)} training pairs ({too_long} too long), "
             f"{len(split.dev)} dev, {len(split.test)} test; {len(vocabulary)} subwords; "
             f"{config.decoder}, {parameters:,} parameters; {world.size} process(es) on "
             f"{world.device.type}, backend {cli.check_backend(backend, world.device)}",
@@ -245,9 +161,7 @@ def _train(given, folder, world):
     dev_bleu = evaluation.greedy_bleu(
         vocabulary, evaluation.spread(split.dev, DEV_BLEU_SENTENCES), world.device
     )
-    trainer = Trainer(
-        model, vocabulary, train, encoded.dev, options, folder, world, identity, dev_bleu
-    )
+    trainer = Trainer(model, vocabulary, train, dev, options, folder, world, identity, dev_bleu)
     if saved is not None:
         trainer.resume(saved)
     reason = trainer.run()
@@ -273,7 +187,7 @@ def _train(given, folder, world):
 
 
 def _load_data(given, saved, world):
-    """The split, and what a resumed run must share: fingerprint of the data, processes."""
+    """(Split, what a resumed run must share); pairs in shards stay where they are."""
     before = None if saved is None else saved["identity"]
     path = Path(given["out"]) / checkpoint.CHECKPOINT_FILE
     if saved is not None and (not isinstance(before, dict) or before.keys() != IDENTITY):
@@ -285,43 +199,87 @@ def _load_data(given, saved, world):
         place = {key: before[key] for key in place}
     elif not any(place.values()):
         place["corpus"] = "homeassistant"
-    if place["data"]:
-        pairs = corpora.read_tsv(given.get("data") or place["data"])
+    if place["data"] and os.path.exists(os.path.join(place["data"], shards.INDEX_FILE)):
+        prepared = shards.load_prepared(place["data"])
+        split = data.Split([], prepared.dev, prepared.test)
+        fingerprint, vocab_size = prepared.fingerprint, len(prepared.vocabulary)
+        if given.get("vocab_size", vocab_size) != vocab_size:
+            raise UsageError(
+                f"--vocab-size {given['vocab_size']} does not fit {place['data']}, which has been "
+                f"prepared with {vocab_size} subwords; leave --vocab-size out"
+            )
     else:
-        pairs = corpora.load(place["corpus"])
-    split = data.split_pairs(pairs)
+        if place["data"]:
+            pairs = corpora.read_tsv(given.get("data") or place["data"])
+        else:
+            pairs = corpora.load(place["corpus"])
+        split = data.split_pairs(pairs)
+        fingerprint, vocab_size = data.fingerprint(split), given.get("vocab_size", VOCAB_SIZE)
     identity = {
         **place,
-        "fingerprint": data.fingerprint(split),
+        "fingerprint": fingerprint,
         "processes": world.size,
-        "vocab_size": given.get("vocab_size", VOCAB_SIZE),  # that was asked for
+        "vocab_size": vocab_size,  # that was asked for
     }
     if before is not None:
-        if given.get("vocab_size", before["vocab_size"]) != before["vocab_size"]:
-            _refuse(given, "vocab_size", before["vocab_size"])
-        identity["vocab_size"] = before["vocab_size"]
-        if before["fingerprint"] != identity["fingerprint"]:
-            raise UsageError(
-                f"the data are not those that the run in {given['out']} was trained on "
-                f"({before['data'] or before['corpus']}); give the same, or another --out"
-            )
-        if before["processes"] != world.size:
-            raise UsageError(
-                f"the run in {given['out']} was trained by {before['processes']} process(es), "
-                f"which the batches depend on; got {world.size}"
-            )
+        _check_identity(given, before, identity)
     return split, identity
 
 
-def _vocabulary(given, saved, split):
+def _vocabulary(saved, split, identity, path):
     if saved is not None:
-        return checkpoint.rebuild_vocabulary(saved, Path(given["out"]) / checkpoint.CHECKPOINT_FILE)
+        return checkpoint.rebuild_vocabulary(saved, path)
+    if not split.train:
+        return shards.load_prepared(identity["data"]).vocabulary
     texts = (text for pair in split.train for text in (pair.source, pair.target))
-    return Vocabulary.train(texts, given.get("vocab_size", VOCAB_SIZE))
+    return Vocabulary.train(texts, identity["vocab_size"])
+
+
+def _check_identity(given, before, identity):
+    """Refuse to go on with other data or processes than those of the checkpoint."""
+    if given.get("vocab_size", before["vocab_size"]) != before["vocab_size"]:
+        _refuse(given, "vocab_size", before["vocab_size"])
+    identity["vocab_size"] = before["vocab_size"]
+    if before["fingerprint"] != identity["fingerprint"]:
+        raise UsageError(
+            f"the data are not those that the run in {given['out']} was trained on "
+            f"({before['data'] or before['corpus']}); give the same, or another --out"
+        )
+    if before["processes"] != identity["processes"]:
+        raise UsageError(
+            f"the run in {given['out']} was trained by {before['processes']} process(es), "
+            f"which the batches depend on; got {identity['processes']}"
+        )
+
+
+def _training_pairs(vocabulary, split, identity):
+    """(The pairs to train on, in shards; how many were left out since they are too long)."""
+    if not split.train:
+        prepared = shards.load_prepared(identity["data"])
+        if prepared.fingerprint != identity["fingerprint"]:
+            raise UsageError(f"{identity['data']} is not the same for all processes")
+        return prepared.train, prepared.counts["too long"]
+    examples = _encode(vocabulary, split.train)
+    fitting = [example for example in examples if max(map(len, example)) <= MAX_LENGTH]
+    return shards.InMemory(fitting), len(examples) - len(fitting)
 
 
 def _encode(vocabulary, pairs):
     return [(vocabulary.encode(pair.source), vocabulary.encode(pair.target)) for pair in pairs]
+
+
+def _to_repeat(given, chosen):
+    """The options that start the same run again: all of them, but for what says nothing."""
+    kept = {k: chosen[k] for k in ("corpus", "data", *MODEL_DEFAULTS, *TRAIN_DEFAULTS)}
+    kept |= {name: given[name] for name in ("beam", "backend") if name in given}
+    if chosen["data"] and not os.path.isfile(chosen["data"]):
+        del kept["vocab_size"]  # of the prepared folder
+    if kept["max_steps"] == NO_LIMIT:
+        del kept["max_steps"]
+    if kept["fp16"]:
+        del kept["bf16"]
+    nothing = {"corpus": None, "data": None, "minutes": 0.0, "decay_steps": 0}
+    return {k: v for k, v in kept.items() if k not in nothing or v != nothing[k]}
 
 
 def _train_options(given, saved, world):
@@ -335,8 +293,11 @@ def _train_options(given, saved, world):
     if saved is None:
         if given.get("bf16") and (reason := problem()):
             raise UsageError(f"--bf16: {reason}; leave --bf16 out to train in float32")
-        chosen.setdefault("bf16", world.device.type == "cuda" and problem() is None)
-        return TrainOptions(**chosen)
+        if not given.get("fp16"):
+            chosen.setdefault("bf16", world.device.type == "cuda" and problem() is None)
+        options = _with_decay_steps(TrainOptions(**chosen))
+        _check_combination(options, config, world)
+        return options
     before = checkpoint.rebuild(
         TrainOptions, saved["options"], Path(given["out"]) / checkpoint.CHECKPOINT_FILE
     )
@@ -350,6 +311,45 @@ def _train_options(given, saved, world):
         if name not in TrainOptions.MUTABLE and value != getattr(before, name):
             _refuse(given, name, getattr(before, name))
     return dataclasses.replace(before, **chosen)
+
+
+def _with_decay_steps(options):
+    """Schedules that end do so at --max-steps, if nothing else is said."""
+    if options.schedule not in ENDING:
+        if options.decay_steps:
+            raise UsageError(f"--decay-steps goes with --schedule {', '.join(ENDING)}")
+    elif not options.decay_steps:
+        if options.max_steps == NO_LIMIT:
+            raise UsageError(
+                f"--schedule {options.schedule} has to know where it ends: give --decay-steps or "
+                "--max-steps"
+            )
+        return dataclasses.replace(options, decay_steps=options.max_steps)
+    return options
+
+
+def _check_combination(options, config, world):
+    """Refuse options that do not go together, before anything is read or written."""
+    if options.fp16:
+        if options.bf16:
+            raise UsageError("--bf16 and --fp16 exclude each other")
+        if options.parallel == "fsdp":
+            raise UsageError("--parallel fsdp computes in float32 or bfloat16, not with --fp16")
+        if reason := fp16_problem(config, world.device):
+            raise UsageError(f"--fp16: {reason}; leave --fp16 out to train in float32")
+    if options.compile and config.decoder != "gnmt":
+        raise UsageError(
+            f"--compile is for --decoder gnmt; {config.decoder} makes a step a token, and would be "
+            "compiled anew for every length"
+        )
+    if options.parallel == "fsdp" and options.compile:
+        raise UsageError("--parallel fsdp does not go with --compile")
+    if options.optimizer == "lamb":
+        if options.parallel == "fsdp":
+            raise UsageError("--parallel fsdp does not go with --optimizer lamb")
+        cli.require(OPTIONAL_PACKAGES["lamb"])
+    if options.tensorboard:
+        cli.require(OPTIONAL_PACKAGES["tensorboard"])
 
 
 def _model_config(given, saved, vocab_size):

@@ -3,71 +3,59 @@
 python -m attn_ext.nmt.translate --model DIR < in.txt > out.txt
 """
 
-import argparse
-import itertools
 import sys
+import time
 
-from attn_ext.nmt import checkpoint, cli, distributed
-from attn_ext.nmt.corpora import normalise
-from attn_ext.nmt.search import translate
-
-LINES_AT_ONCE = 1000
+from attn_ext.nmt import cli, commands
 
 
 def parse_arguments(arguments=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m attn_ext.nmt.translate",
-        description="Translate standard input, one sentence a line, to standard output.",
-        allow_abbrev=False,
+    parser = commands.make_parser(
+        "translate", "Translate standard input, one sentence a line, to standard output."
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="a training run's folder")
     parser.add_argument("--beam", type=cli.positive_int, default=5, metavar="K",
                         help="hypotheses kept in the search; 1 is greedy (default 5)")  # fmt: skip
     parser.add_argument("--alpha", type=cli.exponent, default=0.6,
                         help="exponent of the length normalisation (default 0.6)")  # fmt: skip
-    parser.add_argument("--batch-tokens", type=cli.positive_int, default=4000, metavar="N",
-                        help="source tokens times beam in a batch (default 4000)")  # fmt: skip
-    parser.add_argument("--backend", metavar="B", help=cli.BACKEND_HELP)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help=cli.DEVICE_HELP)
+    parser.add_argument("--n-best", type=cli.positive_int, metavar="N",
+                        help="write the N best, at most K, of each line as `line ||| text ||| "
+                        "score`: lines count from 0; the score is the natural log-probability "
+                        "divided by the length to the power of alpha")  # fmt: skip
+    commands.add_batch_tokens(parser, "source tokens times beam")
     return parser.parse_args(arguments)
 
 
 def main(arguments=None):
     options = parse_arguments(arguments)
-    if sys.stdin is None:
-        raise cli.UsageError("standard input is closed; give the lines to translate")
-    if sys.__stdout__ is None:
-        raise cli.UsageError("standard output is closed, so the translations could go nowhere")
-    device = distributed.pick_device(options.device)
-    cli.check_backend(options.backend, device)
-    model, vocabulary = checkpoint.load_model(options.model, options.backend, device)
-    lines = _input_lines()
-    at_once = 1 if sys.stdin.buffer.isatty() else LINES_AT_ONCE  # a person waits for each answer
-    while chunk := list(itertools.islice(lines, at_once)):
-        results = translate(
-            model, vocabulary, chunk, options.beam, options.alpha, options.batch_tokens, device
+    commands.check_streams()
+    if (options.n_best or 1) > options.beam:
+        raise cli.UsageError(
+            f"--n-best {options.n_best} is more than --beam {options.beam}, of which it is a part"
         )
-        for text, _, _ in results:
-            sys.stdout.buffer.write(normalise(text).encode() + b"\n")
-        sys.stdout.buffer.flush()
-
-
-def _input_lines():
-    for number, line in enumerate(_raw_lines(), start=1):
-        try:
-            yield normalise(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError as error:
-            raise cli.UsageError(
-                f"standard input, line {number}: not UTF-8 (byte "
-                f"{error.object[error.start]:#04x}); convert it first, e.g. with iconv"
-            ) from None
-
-
-def _raw_lines():
-    try:
-        yield from sys.stdin.buffer
-    except OSError as error:  # a folder, a disk that fails
-        raise cli.UsageError(f"cannot read standard input: {error.strerror or error}") from None
+    translator = commands.load(options)
+    lines = tokens = seconds = 0
+    for texts in commands.chunks(commands.input_lines()):
+        started = time.perf_counter()
+        found = translator.translate(
+            texts, options.beam, options.alpha, options.n_best or 1, options.batch_tokens
+        )
+        seconds += time.perf_counter() - started
+        if options.n_best:
+            commands.write_lines(
+                f"{number} ||| {one.text} ||| {one.score:.6f}"
+                for number, best in enumerate(found, start=lines)
+                for one in best
+            )
+        else:
+            commands.write_lines(best[0].text for best in found)
+        lines += len(texts)
+        tokens += sum(len(best[0].tokens) + 1 for best in found)  # </s>, too
+    if lines:
+        print(
+            f"{lines} sentences in {seconds:.1f} s: {lines / seconds:.1f} sentences/s, "
+            f"{tokens / seconds:.0f} target tokens/s",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

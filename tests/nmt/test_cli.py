@@ -5,6 +5,7 @@ import errno
 import importlib
 import io
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,7 +14,19 @@ import pytest
 import torch
 from toy_data import TINY_RUN, synthetic_pairs
 
-from attn_ext.nmt import checkpoint, cli, evaluation, plot, train, translate
+from attn_ext.nmt import (
+    align,
+    average,
+    checkpoint,
+    cli,
+    commands,
+    evaluation,
+    export,
+    plot,
+    score,
+    train,
+    translate,
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +69,51 @@ def test_translate(trained, beam, monkeypatch, capfdbinary):
     assert len(lines) == 4 and lines[1] == b"" and lines[3] == b""
 
 
+def test_n_best_lists(trained, tmp_path, monkeypatch, capfd):
+    """In Moses' format, and the speed on standard error."""
+    model, vocabulary = checkpoint.load_model(trained)
+    with torch.no_grad():
+        model.output_bias[vocabulary.eos] += 5  # after three steps of training few sentences end
+    checkpoint.save_model(tmp_path / "x.pt", model, vocabulary)
+    monkeypatch.setattr(sys, "stdin", Input("rot\n\nhaus tür\n".encode()))
+    arguments = ["--model", str(tmp_path / "x.pt"), "--beam", "3", "--n-best", "2"]
+    assert status(translate.main, arguments) in (None, 0)
+    output, error = capfd.readouterr()
+    lines = [line.split(" ||| ") for line in output.splitlines()]
+    assert [number for number, _, _ in lines] == ["0", "0", "1", "2", "2"]
+    assert lines[2] == ["1", "", "0.000000"]
+    assert 0 > float(lines[0][2]) > float(lines[1][2]) and 0 > float(lines[3][2])
+    assert re.fullmatch(r"3 sentences in .* s: .* sentences/s, \d+ target tokens/s\n", error)
+
+
+@pytest.mark.parametrize(
+    ("main", "pattern"), [(score.main, r"-\d+\.\d{6}"), (align.main, r"(\d+-\d+( |$))*")]
+)
+def test_score_and_align(main, pattern, trained, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "stdin", Input("rot grün\trot blau aus\n\trot\nhaus\t\r\n".encode()))
+    assert status(main, ["--model", str(trained)]) in (None, 0)
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 3 and all(re.fullmatch(pattern, line) for line in lines)
+    if main is align.main:
+        assert lines[0].count("-") == 3 and lines[1:] == ["", ""]
+
+
+@pytest.mark.parametrize("main", [score.main, align.main])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"rot", "expected source<TAB>target, got 1 field(s)"),
+        (b"rot\tblau\taus", "expected source<TAB>target, got 3 field(s)"),
+        (b"rot\t\xfcber", "not UTF-8 (byte 0xfc)"),
+    ],
+)
+def test_lines_that_are_no_pairs(main, line, message, trained, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", Input(b"rot\trot\n" + line + b"\n"))
+    assert status(main, ["--model", str(trained)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: standard input, line 2: {message}") and error.count("\n") == 1
+
+
 def test_translate_wrong_encoding(trained, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", Input(b"rot\n\xfcber\n"))
     assert status(translate.main, ["--model", str(trained)]) == 2
@@ -78,6 +136,10 @@ def test_plot(trained, tmp_path, target):
         (train.main, ["--out", "o", "--resume", "--overwrite"], "exclude each other"),
         (train.main, ["--out", "o", "--backend", "gpu"], "--backend: "),
         (translate.main, ["--model", "none"], "there is no none/model.pt"),
+        (translate.main, ["--model", "none", "--n-best", "6"], "--n-best 6 is more than --beam 5"),
+        (score.main, ["--model", "none"], "there is no none/model.pt"),
+        (average.main, ["--out", "x", "one"], "expected two models at least to average, got 1"),
+        (export.main, ["--model", "none", "--out", "x"], "there is no none/model.pt"),
         (train.main, ["--out", " "], "--out is empty"),
         (train.main, ["--out", "x" * 300], "File name too long"),
         (plot.main, ["--model", "none", "--source", "x", "--out", "x.png"], "there is no none/"),
@@ -177,7 +239,7 @@ def test_missing_package_names_the_extra(package, tmp_path, monkeypatch, capsys)
     assert package in error and "attn_ext[nmt]" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("tool", [train, translate, plot])
+@pytest.mark.parametrize("tool", [train, translate, score, align, plot, average, export])
 def test_help(tool, capsys):
     assert status(tool.main, ["--help"]) == 0
     assert capsys.readouterr().out.startswith(f"usage: python -m {tool.__name__}")
@@ -219,7 +281,7 @@ class TestWaitWithoutSpinning:
 
 def test_a_byte_order_mark_is_no_part_of_the_first_line(monkeypatch):
     monkeypatch.setattr(sys, "stdin", Input("\ufeffrot\n\ufeffhaus\n".encode()))
-    assert list(translate._input_lines()) == ["rot", "\ufeffhaus"]
+    assert list(commands.input_lines()) == ["rot\n", "\ufeffhaus\n"]
 
 
 # ---- Streams that are not a terminal of UTF-8 ----

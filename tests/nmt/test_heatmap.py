@@ -5,6 +5,7 @@ import struct
 import torch
 
 from attn_ext.nmt import heatmap
+from attn_ext.nmt.translator import Attention
 
 
 def test_labels():
@@ -31,6 +32,7 @@ def test_long_sentences_make_no_huge_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(heatmap, "LARGEST_SIDE", 10.0)  # the largest takes seconds to draw
     pieces = ["▁wort"] * 700
     path = tmp_path / "x.png"
-    heatmap.draw(path, pieces, pieces, torch.rand(700, 700), title="wort " * 700)
+    attention = Attention(pieces, pieces, torch.rand(700, 700), "wort " * 700)
+    heatmap.draw(path, attention, title=attention.target)
     width, height = struct.unpack(">II", path.read_bytes()[16:24])
     assert max(width, height) <= heatmap.LARGEST_SIDE * 130

@@ -5,7 +5,8 @@ import torch
 
 from attn_ext.nmt import data
 from attn_ext.nmt.model import DECODERS, ModelConfig, Seq2Seq
-from attn_ext.nmt.search import search, translate
+from attn_ext.nmt.search import search, search_n_best
+from attn_ext.nmt.translator import Translator
 
 BOS, EOS = 1, 2
 
@@ -89,11 +90,11 @@ def test_no_sentences(toy):
 
 @pytest.mark.parametrize("beam", [1, 3])
 def test_translate_keeps_order_and_empty_lines(model, vocabulary, beam):
+    translator = Translator(model, vocabulary)
     texts = ["rot", "", "licht an", "eins zwei drei vier haus tür", ""]
-    together = translate(model, vocabulary, texts, beam, batch_tokens=12)
-    assert [text for text, _, _ in together][1] == ""
-    for text, result in zip(texts, together, strict=True):
-        assert translate(model, vocabulary, [text], beam)[0] == result
+    together = translator.translate(texts, beam, batch_tokens=12)
+    assert together[1] == ""
+    assert together == [translator.translate([text], beam)[0] for text in texts]
 
 
 class NoMemory:
@@ -130,7 +131,11 @@ class Chain:
 
 
 def plain_beam_search(log_probs, beam, alpha, limit):
-    """The search of one sentence, which ends at `limit` or when `beam` hypotheses have ended."""
+    """The search of one sentence, which ends at `limit` or when `beam` hypotheses have ended.
+
+    Returns:
+        (score, tokens) of all that have ended, best first.
+    """
     going, ended = [(0.0, [BOS])], []
     for length in range(1, limit + 1):
         longer = [
@@ -144,7 +149,7 @@ def plain_beam_search(log_probs, beam, alpha, limit):
         going = [one for one in longer if one[1][-1] != EOS][:beam]
         if len(ended) >= beam:
             break
-    return max(ended) if ended else (going[0][0] / limit**alpha, going[0][1][1:])
+    return sorted(ended, reverse=True) or [(going[0][0] / limit**alpha, going[0][1][1:])]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0])
@@ -153,10 +158,11 @@ def test_search_ends_early_only_where_nothing_better_can_come(beam, alpha):
     """And `beam` hypotheses go on, however many end, of this sentence or of others."""
     limits = [3, 6, 9]
     sources = data.Jagged.from_lists([[EOS]] * len(limits))
-    for seed in range(30):
+    for seed, n_best in itertools.product(range(30), {1, 2, beam} - {beam + 1}):
         chain = Chain(2 * torch.randn(6, 6, generator=torch.Generator().manual_seed(seed)))
-        found = search(chain, sources, BOS, EOS, beam, alpha, limits)
-        for limit, hypothesis in zip(limits, found, strict=True):
-            score, tokens = plain_beam_search(chain.log_probs, beam, alpha, limit)
-            assert hypothesis.tokens == tokens
-            assert hypothesis.score == pytest.approx(score, abs=1e-4)
+        found = search_n_best(chain, sources, BOS, EOS, n_best, beam, alpha, limits)
+        for limit, best in zip(limits, found, strict=True):
+            expected = plain_beam_search(chain.log_probs, beam, alpha, limit)[:n_best]
+            assert [one.tokens for one in best] == [tokens for _, tokens in expected]
+            scores = [score for score, _ in expected]
+            assert [one.score for one in best] == pytest.approx(scores, abs=1e-4)

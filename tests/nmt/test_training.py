@@ -11,7 +11,7 @@ import torch
 from toy_data import TINY_RUN
 
 from attn_ext import backends
-from attn_ext.nmt import checkpoint, train, training
+from attn_ext.nmt import checkpoint, options, train, training
 from attn_ext.nmt.cli import UsageError
 from attn_ext.nmt.distributed import World
 from attn_ext.nmt.training import Trainer
@@ -215,7 +215,7 @@ def test_overwrite_leaves_nothing_of_the_run_before(tsv, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="stopped"):
         run(tsv, tmp_path, "--overwrite")
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"checkpoint.pt", "metrics.jsonl", "other.png"}
+    assert names == {"checkpoint.pt", "config.yaml", "metrics.jsonl", "other.png"}
 
 
 def test_resuming_does_not_replace_a_better_model(tsv, tmp_path):
@@ -294,7 +294,7 @@ def test_umask_is_respected(uninterrupted):
 def test_dev_loss_is_measured_without_dropout(model, examples, vocabulary):
     def loss():
         return training.evaluate_loss(
-            model, examples, vocabulary, training.TrainOptions(), torch.device("cpu")
+            model, examples, vocabulary, options.TrainOptions(), torch.device("cpu")
         )
 
     before = loss()
@@ -323,10 +323,3 @@ def test_long_sentences_are_not_trained_on(tsv, tmp_path, monkeypatch, capsys, p
     with pytest.raises(UsageError, match="stopped"):
         run(data, tmp_path / "out")
     assert re.search(r"\([12] too long\)", capsys.readouterr().out)
-
-
-def test_learning_rate_rises_and_falls():
-    options = training.TrainOptions(learning_rate=0.5, warmup=4)
-    rates = [training.learning_rate(step, options) for step in (1, 2, 4, 16, 64)]
-    assert rates == pytest.approx([0.125, 0.25, 0.5, 0.25, 0.125])
-    assert training.learning_rate(1, training.TrainOptions(learning_rate=0.5, warmup=0)) == 0.5
