@@ -51,8 +51,7 @@ def split_pairs(pairs):
     seen = {leak_key(source) for source, _ in train}
     for groups, kept in ((dev_groups, dev), (test_groups, test)):
         for pair in pairs:
-            key = leak_key(pair.source)
-            if pair.group in groups and key not in seen:
+            if pair.group in groups and (key := leak_key(pair.source)) not in seen:
                 # Of several with one key the first by text, in whatever order the data come.
                 kept[key] = min(pair, kept.get(key, pair))
         seen |= kept.keys()

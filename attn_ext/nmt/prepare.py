@@ -45,7 +45,7 @@ HELD_OUT_OF = 40_000
 PAIRS_AT_ONCE = 4096  # tokenised in one call
 LOCK_SECONDS = 10
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
-OPTIONS = {"vocab_size": 32_000, "shard_pairs": 1 << 18, "sample_pairs": 200_000, "max_length": 80}
+OPTIONS = {"vocab_size": 32_000, "shard_pairs": 1 << 18, "sample_pairs": 100_000, "max_length": 80}
 
 
 def parse_arguments(arguments=None):
@@ -109,7 +109,7 @@ def main(arguments=None):
             _remove(folder)
         elif (folder / shards.INDEX_FILE).exists():
             index = shards.read_index(folder)
-            _refuse_others(folder, index["identity"], identity, "was prepared")
+            _refuse_others(folder, index.get("identity"), identity, "was prepared")
             print(f"{folder} is prepared already")
             _remove_left_behind(folder)
             return _report(folder, index)
@@ -231,7 +231,10 @@ class Journal:
         with contextlib.suppress(FileNotFoundError), corpora.reading(path):
             if path.exists():
                 lines = path.read_bytes().splitlines(keepends=True)
-        records = [json.loads(line) for line in lines if line.endswith(b"\n")]
+        try:
+            records = [json.loads(line) for line in lines if line.endswith(b"\n")]
+        except ValueError:
+            raise UsageError(f"{path} is damaged; --overwrite starts anew") from None
         if records:
             _refuse_others(folder, records[0], identity, "was begun")
         self.records = records[1:]
@@ -345,10 +348,9 @@ class Preparation:
 
     def _write(self, pairs, ranges, keys, model, distinct):
         done = self.journal.of("shard")
-        left = [number for number in range(len(ranges)) if number not in done]
         tasks = (
             (self.folder, number, pairs, ranges[number], keys, model, self.options["max_length"])
-            for number in left
+            for number in range(len(done), len(ranges))
         )
         before = sum(shard["distinct"] for shard in done.values())
         with _bar("tokenising", before, distinct) as bar:
@@ -357,7 +359,7 @@ class Preparation:
                 bar.update(record["distinct"])
 
     def _finish(self):
-        made = [shard for _, shard in sorted(self.journal.of("shard").items())]
+        made = list(self.journal.of("shard").values())
         read = self.journal.of("run").values()
         own = collections.defaultdict(list)  # [which, key]: texts
         for which, key, text in itertools.chain(*(shard["held out"] for shard in made)):
