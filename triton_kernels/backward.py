@@ -17,9 +17,11 @@ from .rows import are_attended, attended_keys, find_tile, sequence_rows
 from .scores import write_bounds, write_scores
 
 SIZES = ["batch", "rows_q", "rows_k", "max_seqlen_q", "max_seqlen_k", "threshold"]
+# They follow the longest sequences, and what autograd made of the gradient.
+DWEIGHT_STRIDES = [f"stride_dweight_{axis}" for axis in ("b", "key_row", "query", "key", "head")]
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES + DWEIGHT_STRIDES)
 def additive_attention_bwd_scores_kernel(
     query_ptr,
     key_ptr,

@@ -140,7 +140,7 @@ def additive_attention_grad_kernel(
     ``column_sums`` is [programs, max_columns, 2 BLOCK_D] float32; ``dweight`` [tiles or sequences,
     H, D] float32 are partial sums. The gradient of a score is at (first row and column of the
     sequence, row, column, head), each with its stride. Past the sequence's last row it is 0 with
-    CONTIGUOUS_SCORES, is not read with MASK_SCORES, and else may be anything.
+    CONTIGUOUS_SCORES, is not read with MASK_SCORES, and else may be any number.
     """
     rows_r = rows_r.to(tl.int64)
     rows_c = rows_c.to(tl.int64)
@@ -180,7 +180,8 @@ def additive_attention_grad_kernel(
             col_mask_ptr = padding_mask_ptr
             if padding_mask_ptr is not None:
                 col_mask_ptr += col_place * rows_c
-        if keys == 0:
+        # Nothing was written for a sequence without keys or without queries, bounds neither.
+        if (keys == 0) | (columns == 0):
             length = length * 0
         end_row = extent
         if not WHOLE_SEQUENCES:
@@ -212,7 +213,7 @@ def additive_attention_grad_kernel(
         bound_of_columns = column_bound(
             col_bound_ptr + col_place * stride_bound_place + col_start * stride_bound_col + head,
             stride_bound_col,
-            columns,
+            tl.where(length > 0, columns, 0),
             128,
         )
         dweight0 = tl.zeros((TILE_ROWS, BLOCK_D), tl.float32)

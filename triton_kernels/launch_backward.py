@@ -14,6 +14,7 @@ from .problem import (
     GRAD_KEY,
     RAW,
     Problem,
+    check_workspace,
     describe,
     half_of,
     is_constant,
@@ -121,11 +122,15 @@ def _score_gradients(
     heads = problem.heads
     tiles = configurations.SCORES
     columns = triton.cdiv(problem.max_k, tiles.keys) * tiles.keys  # whole tiles of keys
-    # The gradient pass over queries reads a tile of rows past the last one.
-    more_rows = configurations.GRADIENT_ROW_TILES * TILE_ROWS.value
-    by_pair = (problem.all_rows_q + more_rows, heads, columns)
-    dscores = query.new_empty(by_pair, dtype=torch.float32)
-    weights = None if stats is None else torch.empty_like(dscores)
+    # The gradient pass over queries alone reads a tile of rows past a sequence's last and drops
+    # their results: to mask them would take a slot an element. What nobody writes there is 0.
+    more_rows = 0 if is_whole(problem) else configurations.GRADIENT_ROW_TILES * TILE_ROWS.value
+    check_workspace(problem, 2 * problem.all_rows_q * heads * columns)
+    new = query.new_zeros if more_rows else query.new_empty
+    dscores = new((problem.all_rows_q + more_rows, heads, columns), dtype=torch.float32)
+    weights = None
+    if stats is not None:
+        weights = query.new_empty((problem.all_rows_q, heads, columns), dtype=torch.float32)
     query_bound = query.new_empty((problem.all_rows_q, heads), dtype=torch.float32)
     key_bound = query.new_empty((problem.all_rows_k, heads), dtype=torch.float32)
     additive_attention_bwd_scores_kernel[(problem.tiles("q", tiles.queries), heads)](
@@ -207,6 +212,11 @@ def _value_gradient(
     )
 
 
+def is_whole(problem: Problem) -> bool:
+    """Whether one pass gives the gradients of all of a sequence."""
+    return problem.max_q * problem.max_k <= configurations.WHOLE_SEQUENCE_PAIRS
+
+
 def _feature_gradients(
     problem: Problem,
     found: ScoreGradients,
@@ -215,8 +225,7 @@ def _feature_gradients(
     dkey: Tensor | None,
     dscore_weight: Tensor | None,
 ) -> None:
-    whole = problem.max_q * problem.max_k <= configurations.WHOLE_SEQUENCE_PAIRS
-    if whole:
+    if is_whole(problem):
         _gradient_pass(problem, found, inputs, True, True, dkey, dquery, dscore_weight)
         return
     if dkey is not None or dscore_weight is not None:

@@ -99,13 +99,8 @@ def additive_attention_forward(
             scores, strides = _forward(*wanted)
         if weights_layout and weights.numel() and scores is not weights:
             tiles = configurations.WEIGHTS
-            additive_attention_weights_kernel[
-                (
-                    problem.tiles("k", tiles.keys),
-                    problem.heads,
-                    triton.cdiv(problem.max_q, tiles.queries),
-                )
-            ](
+            programs = problem.tiles("k", tiles.keys) * triton.cdiv(problem.max_q, tiles.queries)
+            additive_attention_weights_kernel[(programs, problem.heads)](
                 scores,
                 softmax[1],
                 weights,

@@ -12,6 +12,8 @@ from test_pool import check as check_pool
 from test_pool import check_scores as check_pool_scores
 from test_pool import make_bags
 
+from attn_ext.triton_kernels.route import LARGEST_WEIGHT_NORM
+
 # Lengths of three sequences; the third has more of both than a tile, the second no keys.
 THREE = {"lengths_q": (4, 7, 33), "lengths_k": (5, 0, 33)}
 LONG = {"lengths_q": (3, 40), "lengths_k": (300, 17)}  # past a segment of keys
@@ -53,6 +55,23 @@ def memory(layout: str, need_weights: bool = False, steps: int = 3, **options) -
     return Case(run)
 
 
+def at_weight_limit(layout: str, **options) -> Case:
+    """Score weights of norms around that above which scores are not factored.
+
+    Threads that each add up the norm must not disagree on the side that it is on.
+    """
+
+    def run(backend: str, dtype: torch.dtype) -> None:
+        inputs = make_inputs(layout, dtype=dtype, **options)
+        weight = inputs.leaves["score_weight"].double()
+        weight *= LARGEST_WEIGHT_NORM.value / weight.norm()
+        for units in range(-2, 3):
+            scaled = (weight * (1 + units * 2.0**-25)).to(dtype)
+            check(inputs.with_leaves(score_weight=scaled), backend, need_weights=False)
+
+    return Case(run)
+
+
 def pool(layout: str, raw: bool = False, **options) -> Case:
     def run(backend: str, dtype: torch.dtype) -> None:
         dropouts = {n: options[n] for n in ("feature_dropout", "dropout") if n in options}
@@ -85,6 +104,8 @@ CASES = {
     "step-128": attention("jagged_one_step", lengths_k=(100, 3, 0, 128), features=64),
     "step-long": attention("jagged_one_step", **STEPS_LONG, features=64, need_weights=True),
     "step-dropout": attention("one_step_mask", lengths_k=(5, 9, 33), features=33, dropout_p=0.4),
+    "step-limit": at_weight_limit("one_step_lengths", lengths_k=(5, 0, 33), features=33),
+    "limit": at_weight_limit("padded_lengths", lengths_q=(2,) * 3, lengths_k=(5, 0, 33)),
     "memory": memory("jagged_one_step", lengths_k=(5, 0, 33), features=64),
     "memory-long": memory("one_step_lengths", True, **STEPS_LONG, **SIZE),
     "memory-several": attention(
