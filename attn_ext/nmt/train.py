@@ -128,7 +128,7 @@ def _take_folder(folder, given):
                 f"{folder} holds a model but no checkpoint to go on from; --overwrite starts anew, "
                 "or choose another --out"
             )
-        for name in (*files, *RESULT_PATTERNS):
+        for name in (*files, CONFIG_FILE, *RESULT_PATTERNS):
             for path in folder.glob(f".{name}.*.tmp"):  # left by a kill inside a write
                 path.unlink(missing_ok=True)
     return created
