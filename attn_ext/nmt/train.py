@@ -199,7 +199,7 @@ def _load_data(given, saved, world):
         place = {key: before[key] for key in place}
     elif not any(place.values()):
         place["corpus"] = "homeassistant"
-    if place["data"] and os.path.exists(os.path.join(place["data"], shards.INDEX_FILE)):
+    if place["data"] and os.path.isdir(place["data"]):
         prepared = shards.load_prepared(place["data"])
         split = data.Split([], prepared.dev, prepared.test)
         fingerprint, vocab_size = prepared.fingerprint, len(prepared.vocabulary)
@@ -272,7 +272,7 @@ def _to_repeat(given, chosen):
     """The options that start the same run again: all of them, but for what says nothing."""
     kept = {k: chosen[k] for k in ("corpus", "data", *MODEL_DEFAULTS, *TRAIN_DEFAULTS)}
     kept |= {name: given[name] for name in ("beam", "backend") if name in given}
-    if chosen["data"] and not os.path.isfile(chosen["data"]):
+    if chosen["data"] and os.path.isdir(chosen["data"]):
         del kept["vocab_size"]  # of the prepared folder
     if kept["max_steps"] == NO_LIMIT:
         del kept["max_steps"]

@@ -132,7 +132,7 @@ def test_plot(trained, tmp_path, target):
     ("main", "arguments", "message"),
     [
         (train.main, ["--data", "none.tsv", "--out", "o"], "cannot read none.tsv: No such file"),
-        (train.main, ["--data", ".", "--out", "o"], "cannot read .: Is a directory"),
+        (train.main, ["--data", ".", "--out", "o"], "holds no index.json: not a folder of"),
         (train.main, ["--out", "o", "--resume", "--overwrite"], "exclude each other"),
         (train.main, ["--out", "o", "--backend", "gpu"], "--backend: "),
         (translate.main, ["--model", "none"], "there is no none/model.pt"),
