@@ -17,34 +17,28 @@ line once its files are written. A process that is killed loses the tasks withou
 import argparse
 import collections
 import contextlib
-import ctypes
-import fcntl
 import functools
 import itertools
 import json
-import multiprocessing
 import os
+import shlex
 import shutil
-import signal
 import sys
-import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 
 from attn_ext.nmt import cli, corpora, data, runs, shards
 from attn_ext.nmt.cli import UsageError, atomic_file, atomic_write, writing
+from attn_ext.nmt.journal import FOLDER as JOURNAL_FOLDER
+from attn_ext.nmt.journal import Journal, locked, refuse_others
 from attn_ext.nmt.vocab import Vocabulary
+from attn_ext.nmt.workers import in_order
 
-JOURNAL_FOLDER, JOURNAL_FILE, LOCK_FILE = "unfinished", "journal.jsonl", ".lock"
 # Of the sources, as many as in data.split_pairs, but of at most so many: 2,000 pairs of dev and of
 # test are enough to tell models apart.
 HELD_OUT_OF = 40_000
 PAIRS_AT_ONCE = 4096  # tokenised in one call
-LOCK_SECONDS = 10
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 OPTIONS = {"vocab_size": 32_000, "shard_pairs": 1 << 18, "sample_pairs": 100_000, "max_length": 80}
 
 
@@ -104,12 +98,12 @@ def main(arguments=None):
     }
     identity = json.loads(json.dumps(identity))  # as it will be read: no tuples
     given_pairs = [corpora.read_tsv(path) for path in held_out]
-    with _locked(folder):
+    with locked(folder):
         if given.overwrite:
             _remove(folder)
         elif (folder / shards.INDEX_FILE).exists():
             index = shards.read_index(folder)
-            _refuse_others(folder, index.get("identity"), identity, "was prepared")
+            refuse_others(folder, index.get("identity"), identity, "was prepared")
             print(f"{folder} is prepared already")
             _remove_left_behind(folder)
             return _report(folder, index)
@@ -151,30 +145,6 @@ def _stamp(path):
 # -- the folder --------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _locked(folder):
-    """Make the folder and keep other processes out of it."""
-    with contextlib.ExitStack() as held:
-        with writing(folder):
-            if folder.exists() and not folder.is_dir():
-                raise UsageError(f"--out {folder} is a file; a folder is wanted")
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = held.enter_context(open(folder / LOCK_FILE, "ab"))
-        # Workers have the lock, too: those of a process that was killed end a moment after it.
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UsageError(f"another process is preparing {folder}") from None
-                time.sleep(0.05)
-            except OSError as error:
-                raise UsageError(f"cannot lock {lock.name}: {error.strerror}") from None
-        yield
-
-
 def _remove(folder):
     """What an earlier preparation made, its index first: from then on it is none."""
     names = (shards.INDEX_FILE, shards.VOCABULARY_FILE, shards.DEV_FILE, shards.TEST_FILE)
@@ -190,73 +160,6 @@ def _remove_left_behind(folder):
             shutil.rmtree(folder / JOURNAL_FOLDER)
         for path in folder.glob(".*.*.tmp"):  # of a write that was killed
             path.unlink(missing_ok=True)
-
-
-def _refuse_others(folder, before, now, what):
-    """An error if a folder is not of this command line and these files."""
-    if before == now:
-        return
-    changed = "in another way"
-    with contextlib.suppress(AttributeError, KeyError, TypeError):
-        for name, value in before["options"].items():
-            if value != now["options"][name]:
-                option = {"inputs": "input"}.get(name, "--" + name.replace("_", "-"))
-                changed = f"with another {option}: {_shown(value)}, not "
-                changed += _shown(now["options"][name])
-                break
-        else:
-            for path, stamp in before["files"].items():
-                if stamp != now["files"][path]:
-                    changed = f"before {path} was changed"
-    raise UsageError(f"{folder} {what} {changed}; --overwrite starts anew, or choose another --out")
-
-
-def _shown(value):
-    return " ".join(itertools.chain(*value)) if isinstance(value, list) else str(value)
-
-
-class Journal:
-    """What has been done, a line of JSON each; a line that a kill cut off does not count.
-
-    Args:
-        folder: of the preparation.
-        identity: plain values; a journal of others is refused.
-    """
-
-    def __init__(self, folder, identity):
-        self.folder, self.identity = folder, identity
-        self.work = folder / JOURNAL_FOLDER
-        path = self.work / JOURNAL_FILE
-        lines = []
-        with contextlib.suppress(FileNotFoundError), corpora.reading(path):
-            if path.exists():
-                lines = path.read_bytes().splitlines(keepends=True)
-        try:
-            records = [json.loads(line) for line in lines if line.endswith(b"\n")]
-        except ValueError:
-            raise UsageError(f"{path} is damaged; --overwrite starts anew") from None
-        if records:
-            _refuse_others(folder, records[0], identity, "was begun")
-        self.records = records[1:]
-        with writing(path):
-            self.work.mkdir(exist_ok=True)
-        atomic_write(path, "".join(json.dumps(r) + "\n" for r in [identity, *self.records]))
-        with writing(path):
-            self._file = open(path, "ab")
-
-    def append(self, **record):
-        self.records.append(record)
-        with writing(self._file.name):
-            self._file.write(json.dumps(record).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def close(self):
-        self._file.close()
-
-    def of(self, kind):
-        """The records of a kind, by the number that they have under its name."""
-        return {record[kind]: record for record in self.records if kind in record}
 
 
 # -- the work ----------------------------------------------------------------------------------
@@ -485,49 +388,6 @@ def _digest(path):
         return {"bytes": os.path.getsize(path), "sha256": corpora.sha256(path)}
 
 
-# -- processes ---------------------------------------------------------------------------------
-
-
-def in_order(function, tasks, workers):
-    """`function(*task)` of each task, in their order; with one worker by this process itself.
-
-    Of the tasks, which may be large, only one more than the workers is there at a time.
-    """
-    if workers == 1:
-        yield from itertools.starmap(function, tasks)
-        return
-    executor = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("fork"), _begin_worker, (os.getpid(),)
-    )
-    waiting = collections.deque()
-    try:
-        for task in tasks:
-            waiting.append(executor.submit(function, *task))
-            if len(waiting) > workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise UsageError(
-            "a worker process was ended from outside, for want of memory perhaps; the same command "
-            "goes on from here, with fewer --workers if need be"
-        ) from None
-    except BaseException:
-        for process in multiprocessing.active_children():
-            process.kill()
-        raise
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _begin_worker(parent):
-    """Ctrl-C is for the parent, and when it is gone, however that was, so are its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it went before
-        os._exit(1)
-
-
 # -- what a person sees ------------------------------------------------------------------------
 
 
@@ -550,7 +410,7 @@ def _report(folder, index):
         f"{counts['train']:,} training pairs in {len(index['shards'])} shard(s), {counts['dev']:,} "
         f"dev, {counts['test']:,} test; {len(vocabulary):,} subwords\n"
         f"left out: {_listed_counts(counts, index['bad lines'])}\n"
-        f"Train with: python -m attn_ext.nmt.train --data {folder} --out DIR"
+        f"Train with: python -m attn_ext.nmt.train --data {shlex.quote(str(folder))} --out DIR"
     )
     return 0
 

@@ -11,7 +11,7 @@ import tracemalloc
 import pytest
 from toy_data import synthetic_pairs
 
-from attn_ext.nmt import cli, corpora, data, prepare, runs, shards
+from attn_ext.nmt import cli, corpora, data, journal, prepare, runs, shards, workers
 from attn_ext.nmt.cli import UsageError
 
 SMALL = ["--vocab-size", "300", "--shard-pairs", "100", "--sample-pairs", "150"]
@@ -168,9 +168,9 @@ class TestResumes:
         assert len(statuses) > 15
         assert contents(tmp_path) == contents(prepared)
 
-    @pytest.mark.parametrize("workers", [1, 2])
-    def test_ctrl_c(self, nursery, files, prepared, tmp_path, workers):
-        arguments = self.arguments(files, tmp_path, workers)
+    @pytest.mark.parametrize("processes", [1, 2])
+    def test_ctrl_c(self, nursery, files, prepared, tmp_path, processes):
+        arguments = self.arguments(files, tmp_path, processes)
         for number in (3, 12):
             fault = {"number": number, "with_signal": signal.SIGINT}
             done = nursery.run("prepare", *arguments, constant=self.BLOCKS, at_record=fault)
@@ -341,7 +341,7 @@ def test_only_a_few_tasks_wait(tmp_path):
             begun.append(number)
             yield (number,)
 
-    for done, result in enumerate(prepare.in_order(_same, tasks(), 2)):
+    for done, result in enumerate(workers.in_order(_same, tasks(), 2)):
         assert result == done
         assert len(begun) <= done + 4
 
@@ -364,8 +364,8 @@ def test_verify(prepared, tmp_path, capsys):
 
 def test_one_process_a_folder(tmp_path, monkeypatch):
     (tmp_path / "a.tsv").write_bytes(text_of(varied_pairs(50)))
-    monkeypatch.setattr(prepare, "LOCK_SECONDS", 0.1)
-    with prepare._locked(tmp_path), pytest.raises(UsageError, match="another process is preparing"):
+    monkeypatch.setattr(journal, "LOCK_SECONDS", 0.1)
+    with journal.locked(tmp_path), pytest.raises(UsageError, match="another process is preparing"):
         run(tmp_path, tmp_path / "a.tsv")
 
 
