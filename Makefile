@@ -80,6 +80,21 @@ gpu: ## build, test and time on the GPU at hand, with $(PYTHON) as it is (ARGS="
 	else echo "make gpu: compute-sanitizer is not installed, skipped"; fi; \
 	exit $$failed
 
+# The arguments of a run a line, so many runs at a time; xargs fails if one of them does.
+PTX := OMP_NUM_THREADS=1 $(PY) -m tests.ptx
+gpu-proof: $(VENV)/.built ## execute the PTX of all GPU kernels without a GPU, which takes hours
+	@nvcc=$$(command -v nvcc || echo "make gpu-proof: nvcc was not found, CUDA C++ is SKIPPED" >&2); \
+	for backend in triton $${nvcc:+cuda}; do \
+	    for target in sm_80 sm_90; do for dtype in float32 bfloat16 float16; do \
+	        echo $$backend --target $$target --dtype $$dtype; done; done; \
+	    echo $$backend --noise; echo $$backend --order 1; \
+	done >build/gpu-proof; \
+	for kernel in fwd bwd_scores grad; do \
+	    echo triton --only jagged --dtype bfloat16 --order 1 --mutate $$kernel 8; \
+	done >>build/gpu-proof; \
+	[ -z "$$nvcc" ] || echo cuda --small-waves >>build/gpu-proof; \
+	xargs -P $(WORKERS) -I{} sh -xc '$(PTX) {} $(ARGS)' <build/gpu-proof
+
 fuzz: $(VENV)/.built ## check properties of 20,000 random calls, resumed if interrupted (ARGS="--help")
 	OMP_NUM_THREADS=1 $(PY) tests/fuzz.py $(ARGS)
 
@@ -186,6 +201,6 @@ $(VENV)/.built: $(VENV)/.editable $(SOURCES)
 	$(@D)/bin/python -m pip --disable-pip-version-check $(LOCKED) -r $<
 	@touch $@
 
-.PHONY: help venv train test test-all matrix planted gpu fuzz sanitize bench docs dist types lint format lock clean distclean FORCE
+.PHONY: help venv train test test-all matrix planted gpu gpu-proof fuzz sanitize bench docs dist types lint format lock clean distclean FORCE
 FORCE:
 .DELETE_ON_ERROR:

@@ -2,7 +2,11 @@
 the project's kernels in it. ``make gpu-proof`` executes all cases.
 """
 
+import os
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from ptx.memory import GlobalMemory, Report
 from ptx.parser import parse
 from ptx.program import Program
 
+ROOT = Path(__file__).parents[1]
 RANDOM = np.random.default_rng(0)
 COUNT = 2000
 MASK = 2**32 - 1
@@ -191,6 +196,31 @@ def test_known_result(order: int | None):
     assert found == []
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_comparisons_of_16_bits(packed: bool):
+    """bfloat16 registers are compared as numbers, not as their bits."""
+    a, b = (arithmetic.to_bf16(RANDOM.standard_normal(64).astype("f4")) for _ in range(2))
+    a[0], b[0], a[1], b[1] = 0x7FC0, 0, 0x8000, 0  # NaN < 0 and -0 < 0
+    memory = GlobalMemory(report := Report())
+    stored = np.full(64, 7, "u4")
+    rows = np.stack([a, b], axis=1).copy()
+    bases = memory.add(rows.view("u1").ravel(), "from"), memory.add(stored.view("u1"), "to")
+    body = "ld.global.v2.b16 {%h1, %h2}, [%rd4]; "
+    if packed:  # the other way round in the lower halves
+        body += "mov.b32 %r8, {%h2, %h1}; mov.b32 %r9, {%h1, %h2}; "
+        body += "setp.lt.bf16x2 %p0|%p1, %r8, %r9; "
+    else:
+        body += "setp.lt.bf16 %p1, %h1, %h2; "
+    body += "selp.b32 %r8, 1, 0, %p1;"
+    head = KERNEL[: KERNEL.index("cp.async")].replace(".reg .b64", ".reg .b16 %h<3>; .reg .b64")
+    tail = "add.s64 %rd5, %rd2, %rd3; st.global.u32 [%rd5], %r8; ret; }"
+    parameters = np.array(bases, "u8").tobytes()
+    program = Program(parse(head + body + tail))
+    Machine(program, (1, 1, 1), (64, 1, 1), parameters, memory, 0, report).run()
+    assert stored.tolist() == (arithmetic.from_bf16(a) < arithmetic.from_bf16(b)).tolist()
+    assert report.lines() == []
+
+
 DAMAGE = {
     "barrier": ("bar.sync 0;", "", "RACE: read of another warp's write"),
     "wait": ("cp.async.wait_group 0;", "", "shared load of unwritten bytes"),
@@ -230,3 +260,31 @@ def test_a_removed_barrier_shows_in_another_order():
     expected = executed(KERNEL)[0]
     stored = executed(KERNEL.replace("bar.sync 0;", ""), order=0)[0]
     assert (stored != expected).any()
+
+
+# A few calls that take every kernel but those that merge parts; the dtype is that of most users,
+# whose products go through tensor cores.
+THIN = {"several": ("jagged", "memory"), "others": ("scores", "step-jagged", "pool")}
+
+
+def run_cases(backend: str, dtype: str, cases: tuple[str, ...]) -> None:
+    """In a process of its own: backends are not to compute on CPU tensors in others."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.ptx", backend, "--dtype", dtype, "--only", *cases]
+    run = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert f"{len(cases)} of {len(cases)} ok" in run.stdout
+
+
+@pytest.mark.parametrize("cases", THIN.values(), ids=THIN)
+def test_triton_kernels(cases: tuple[str, ...]):
+    pytest.importorskip("triton")
+    run_cases("triton", "bfloat16", cases)
+
+
+def test_cuda_kernels():
+    from ptx import run_cuda
+
+    if problem := run_cuda.missing():
+        pytest.skip(problem)
+    run_cases("cuda", "bfloat16", tuple(case for cases in THIN.values() for case in cases))

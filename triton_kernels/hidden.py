@@ -12,7 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arithmetic import LN_2, LOG2_E, dropout_scales, reciprocal, tanh_and_derivative
+from .arithmetic import (
+    LN_2,
+    LOG2_E,
+    add_product,
+    dropout_scales,
+    reciprocal,
+    tanh_and_derivative,
+)
 from .problem import Problem, describe, rows_of, strides_of
 from .route import VANISHING_SLOPE
 from .rows import are_attended, attended_keys, find_tile, sequence_rows
@@ -161,6 +168,7 @@ def add_products(
     GROUP: tl.constexpr,
     K: tl.constexpr,
     DIM: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):
     """``sums_k [j] + sum_d rows_jd v_kd`` for the GROUP branches from ``branch`` on.
 
@@ -174,7 +182,10 @@ def add_products(
         sum_ = sums[i]
         if branch + i < K:
             vector = load_row(vectors_ptr + (branch + i) * stride, d, DIM)
-            sum_ += tl.sum(rows * vector[None, :], 1)
+            products = rows * vector[None, :]
+            if ALIGNMENT == 1:  # a thread may have only one of them
+                products = add_product(tl.zeros_like(rows), rows, vector[None, :])
+            sum_ += tl.sum(products, 1)
         added += (sum_,)
     return added
 

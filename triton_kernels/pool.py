@@ -115,7 +115,9 @@ def additive_pool_fwd_kernel(
             USE_PTX,
         )
         d = begin + tl.arange(0, BLOCK_D)
-        scores = add_products(scores, hidden, score_weights_ptr, D, branch, d, GROUP, K, D)
+        scores = add_products(
+            scores, hidden, score_weights_ptr, D, branch, d, GROUP, K, D, ALIGNMENT
+        )
     if scores_ptr is not None:
         entries = scores_ptr + (tile.row * H + tile.head) * K + branch
         for i in tl.static_range(GROUP):

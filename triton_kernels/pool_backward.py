@@ -94,7 +94,7 @@ def additive_pool_bwd_weights_kernel(
             d = begin + tl.arange(0, BLOCK_DV)
             value = load_tile(values, tile.attended, d, DV)
             gradients = add_products(
-                gradients, value, dcontexts_ptr, H * DV, branch, d, GROUP, K, DV
+                gradients, value, dcontexts_ptr, H * DV, branch, d, GROUP, K, DV, ALIGNMENT
             )
     for i in tl.static_range(GROUP):
         k = branch + i

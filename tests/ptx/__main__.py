@@ -1,7 +1,8 @@
 """Run cases on executed PTX: ``python -m tests.ptx triton --target sm_80 --only jagged step``.
 
-A line a case: ok, WRONG (results beyond the budget) or FOUND (results right, but accesses were
-not); below it kernels with their blocks, and the findings. The exit status is 1 unless all are ok.
+A line a case: ok, WRONG (results beyond the budget), FOUND (results right, accesses not) or UNKNOWN
+(PTX that the executor does not know); below it kernels with their blocks, and the findings. The
+exit status is 1 unless all are ok.
 """
 
 import argparse
@@ -38,6 +39,7 @@ def parsed_arguments() -> argparse.Namespace:
 def run(case, session, execution, backend: str, dtype) -> tuple[str, list[str]]:
     """The verdict, and what is to be said of it."""
     from .machine import Deadlock
+    from .parser import Unsupported
 
     session.report.clear()
     session.forget()
@@ -48,11 +50,15 @@ def run(case, session, execution, backend: str, dtype) -> tuple[str, list[str]]:
         verdict, said = "ok", []
     except (AssertionError, Deadlock) as problem:
         verdict, said = "WRONG", [str(problem)]
+    except Unsupported as problem:
+        verdict, said = "UNKNOWN", [f"not understood: {problem}"]
     # Triton notes its compilation, CUDA C++ its kernel's name.
     launches = session.launches[first:]
     kernels = (f"{getattr(c, 'name', c)}x{g[0] * g[1] * g[2]}" for c, g, *_ in launches)
     said += session.report.lines()
-    return "FOUND" if said and verdict == "ok" else verdict, [" ".join(kernels), *said]
+    if verdict == "ok" and session.report.found:
+        verdict = "FOUND"
+    return verdict, [" ".join(kernels), *said]
 
 
 def main() -> None:
@@ -92,7 +98,8 @@ def main() -> None:
                 else:
                     verdict, said = run(*run_this, getattr(torch, dtype))
                 seconds = time.monotonic() - begin
-                what = f"{arguments.backend} {target} {dtype} {name}"
+                more = [f"{k}={v}" for k, v in options.items() if v not in (None, False)]
+                what = " ".join([arguments.backend, target, dtype, name, *more])
                 print(f"{verdict} {what} ({seconds:.1f} s)", *said, sep="\n    ", flush=True)
                 bad, total = bad + (verdict != "ok"), total + 1
     print(f"{total - bad} of {total} ok")

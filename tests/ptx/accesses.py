@@ -21,6 +21,10 @@ class Accesses:
         self.everyone = np.arange(machine.total)
         self.warp = self.everyone // 32
 
+    def _who(self, threads):
+        """For memory to look for races."""
+        return self.machine.now.who(threads) if self.machine.watch else None
+
     def chosen(self, m):
         return self.everyone if m is None else np.flatnonzero(m)
 
@@ -82,14 +86,15 @@ class Accesses:
             return None
         addresses = addresses[threads]
         self._note("global", addresses, threads, unit * count, "loads")
-        return self.memory.load(addresses, unit, count, site)
+        return self.memory.load(addresses, unit, count, site, self._who(threads))
 
     def store_global(self, addresses, unit: int, values, m, site: str) -> None:
         threads = self.chosen(m)
         if threads.size:
             addresses = addresses[threads]
             self._note("global", addresses, threads, unit * len(values), "stores")
-            self.memory.store(addresses, self._stack(values, unit, threads), site)
+            values = self._stack(values, unit, threads)
+            self.memory.store(addresses, values, site, self._who(threads))
 
     def load_shared(self, addresses, unit: int, count: int, m, site: str):
         threads = self.chosen(m)
@@ -192,7 +197,8 @@ class Accesses:
                 data = np.zeros((np.count_nonzero(part), size), u1)
                 if amount:
                     unit = amount if amount in (1, 2, 4, 8) else 8
-                    loaded = self.memory.load(source[part], unit, amount // unit, site)
+                    who = self._who(threads[part])
+                    loaded = self.memory.load(source[part], unit, amount // unit, site, who)
                     data[:, :amount] = loaded.view(u1)
                 self.machine.shared.store(target[part], threads[part], data.view(u4), site)
             if not done.all():

@@ -241,6 +241,10 @@ def from_bf16(bits):
     return (np.asarray(bits, u4) << u4(16)).view(f4)
 
 
+def from_f16(bits):
+    return np.ascontiguousarray(bits, u2).view(np.float16)
+
+
 def to_bf16(x):
     bits = np.ascontiguousarray(x, f4).view(u4)
     rounded = (bits + u4(0x7FFF) + (bits >> u4(16) & u4(1))) >> u4(16)

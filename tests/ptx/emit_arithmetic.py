@@ -221,10 +221,14 @@ class Arithmetic(Operands):
         combine = next((m for m in rest if m in LOGICAL), None)
         if "ftz" in rest:
             raise Unsupported(self.instr.op)
+        if kind.endswith("x2"):
+            return self._compare_halves(compare, kind[:-2], args)
         out, *others = args
         outs = out.split("|")
         a, b = (self.source(s, kind) for s in others[:2])
-        value = self._comparison(compare, kind[0] == "f", a, b)
+        if kind == "bf16":
+            a, b = f"from_bf16({a})", f"from_bf16({b})"
+        value = self._comparison(compare, "f" in kind, a, b)
         if len(outs) == 1 and not combine and value == f"{COMPARE.get(compare)}({a},{b})":
             return f"{COMPARE[compare]}({a},{b},{self.target(out, 'pred')}{{W}})"
         lines = [f"t={value}"]
@@ -232,6 +236,17 @@ class Arithmetic(Operands):
             lines.append(f"h={self.predicate(others[2])}")
         for one, held in zip(outs, ("t", "~t")):
             value = f"{LOGICAL[combine]}({held},h)" if combine else held
+            if one != "_":
+                lines.append(f"put({self.target(one, 'pred')},{value},{{M}})")
+        return lines
+
+    def _compare_halves(self, compare: str, kind: str, args) -> list[str]:
+        """Two 16-bit numbers in a register; each comparison has a predicate of its own."""
+        out, *sources = args
+        lines = []
+        for half, one in enumerate(out.split("|")):
+            a, b = (f"part_of({self.source(s, 'b32')},{half},16)" for s in sources)
+            value = self._comparison(compare, True, f"from_{kind}({a})", f"from_{kind}({b})")
             if one != "_":
                 lines.append(f"put({self.target(one, 'pred')},{value},{{M}})")
         return lines

@@ -13,6 +13,7 @@ from .memory import GlobalMemory, Report, SharedMemory
 from .operands import DTYPE, VIEW
 from .parser import Unsupported
 from .program import DONE, Counts, Piece, Program
+from .races import Threads
 from .warps import Warps
 
 UFUNCS = (
@@ -32,7 +33,7 @@ class Machine:
     Args:
         grid, block: x, y and z.
         dynamic_shared: bytes.
-        watch_races: look for races in shared memory.
+        watch_races: look for races in shared memory, and in what kernels write of global memory.
         count: note sectors and transactions of accesses to memory, which takes time.
         noise: approximate instructions err as they may.
         order: a seed of the order in which blocks run, and the warps of a block from barrier to
@@ -77,6 +78,7 @@ class Machine:
         self.batches = [blocks[i : i + at_once] for i in range(0, len(blocks), at_once)]
 
     def run(self) -> Counts:
+        self.memory.begin_launch()
         with np.errstate(all="ignore"):
             held = 0
             for batch in self.batches:
@@ -142,7 +144,8 @@ class Machine:
             special[f"NCTAID{axis}"] = thread * 0 + g
         self.namespace.update({k: v.astype(np.uint32) for k, v in special.items()})
         self.namespace["WARPSZ"] = np.uint32(32)
-        self.shared = SharedMemory(blocks, self.shared_bytes, self.threads, self.report, self.watch)
+        self.now = Threads(batch, self.threads)
+        self.shared = SharedMemory(self.shared_bytes, self.now, self.report, self.watch)
         local = max(16, -(-self.kernel.local_bytes // 16) * 16)
         self.local = np.full((self.total, local), 0xFF, np.uint8)
         self.pending, self.committed = [], np.zeros(self.total, np.int32)  # copies, groups of them
@@ -257,5 +260,5 @@ class Machine:
         waiting &= ~released
 
     def _pass_barrier(self, threads) -> None:
-        self.shared.epoch[threads.reshape(-1, self.threads).any(1)] += 1
-        self.shared.synced[threads.reshape(-1, 32).any(1)] += 1
+        self.now.epoch[threads.reshape(-1, self.threads).any(1)] += 1
+        self.now.synced[threads.reshape(-1, 32).any(1)] += 1

@@ -4,6 +4,8 @@ import collections
 
 import numpy as np
 
+from .races import RaceWatch, Threads, Who
+
 # Each allocation owns 2^36 addresses, so that one outside its bytes lies in no other.
 REGION = 36
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -38,7 +40,8 @@ class Allocation:
     def __init__(self, base: int, data: np.ndarray, name: str, fresh: bool):
         self.base, self.data, self.name, self.size = base, data, name, data.size
         self.written = np.zeros(data.size, bool) if fresh else None
-        self.views = {}
+        self.views: dict[int, np.ndarray] = {}
+        self.watch: RaceWatch | None = None  # of the launch that runs
 
     def view(self, size: int) -> np.ndarray:
         if size not in self.views:
@@ -93,8 +96,29 @@ class GlobalMemory:
             if offsets.size:
                 yield allocation, chosen, offsets
 
-    def load(self, addresses: np.ndarray, unit: int, count: int, site: str) -> np.ndarray:
-        """[threads, count] units of so many bytes; POISON where there is nothing."""
+    def begin_launch(self) -> None:
+        """What launches do one after the other is no race."""
+        for allocation in self.regions.values():
+            allocation.watch = None
+
+    def _is_watched(self, allocation: Allocation) -> bool:
+        """Races are about what kernels write."""
+        return allocation.written is not None
+
+    def _watch(self, allocation: Allocation, who: Who | None) -> RaceWatch | None:
+        if who is None or not self._is_watched(allocation):
+            return None
+        if allocation.watch is None:
+            allocation.watch = RaceWatch(allocation.size, self.report)
+        return allocation.watch
+
+    def load(
+        self, addresses: np.ndarray, unit: int, count: int, site: str, who: Who | None = None
+    ) -> np.ndarray:
+        """[threads, count] units of so many bytes; POISON where there is nothing.
+
+        ``who`` reads, if races are looked for.
+        """
         out = np.empty((addresses.size, count), UNSIGNED[unit])
         out.view(np.uint8).fill(POISON)
         if not addresses.size:
@@ -106,20 +130,34 @@ class GlobalMemory:
                 if unknown.any():
                     n = np.count_nonzero(unknown)
                     self.report.add("global load of unwritten bytes", site, n, allocation.name)
+            if watch := self._watch(allocation, who):
+                reader = who if chosen is None else Who(*(column[chosen] for column in who))
+                bytes_ = offsets[:, None] + np.arange(unit * count)
+                watch.note_read(bytes_, reader, site)
             index = (offsets // unit)[:, None] + np.arange(count)
             out[slice(None) if chosen is None else chosen] = allocation.view(unit)[index]
         return out
 
-    def store(self, addresses: np.ndarray, values: np.ndarray, site: str) -> None:
-        """``values``: [threads, count] of an unsigned type."""
+    def store(
+        self, addresses: np.ndarray, values: np.ndarray, site: str, who: Who | None = None
+    ) -> None:
+        """``values``: [threads, count] of an unsigned type; ``who`` writes, see :meth:`load`."""
         if not addresses.size:
             return
         unit, count = values.itemsize, values.shape[1]
         for allocation, chosen, offsets in self._parts(addresses, unit * count, site, "store"):
-            index = (offsets // unit)[:, None] + np.arange(count)
-            allocation.view(unit)[index] = values if chosen is None else values[chosen]
+            part = values if chosen is None else values[chosen]
+            bytes_ = offsets[:, None] + np.arange(unit * count)
+            watch = self._watch(allocation, who)
+            if watch:
+                writer = who if chosen is None else Who(*(column[chosen] for column in who))
+                new = np.ascontiguousarray(part).view(np.uint8).reshape(bytes_.shape)
+                watch.note_write(bytes_, writer, allocation.data[bytes_] == new, site)
+            allocation.view(unit)[(offsets // unit)[:, None] + np.arange(count)] = part
+            if watch and (lost := (allocation.data[bytes_] != new).any(1)).any():
+                self.report.add("RACE: different values written at once", site, lost.sum())
             if allocation.written is not None:
-                allocation.written[offsets[:, None] + np.arange(unit * count)] = True
+                allocation.written[bytes_] = True
 
     def sectors(self, addresses: np.ndarray, warps: np.ndarray) -> int:
         """Distinct 32-byte sectors, warp by warp (an aligned access lies in one)."""
@@ -128,32 +166,16 @@ class GlobalMemory:
 
 
 class SharedMemory:
-    """Shared memory of several blocks, block after block.
+    """Shared memory of several blocks, block after block; ``watch``: for races."""
 
-    Watching for races: each byte knows since which barrier (epoch) and by whom it was written and
-    read. Between two barriers no byte may be written by one warp and read or written by another.
-    """
-
-    def __init__(self, blocks: int, size: int, threads: int, report: Report, watch: bool):
+    def __init__(self, size: int, threads: Threads, report: Report, watch: bool):
         self.size = -(-max(size, 1) // 16) * 16
-        self.limit, self.report, self.watch = size, report, watch
-        self.data = np.full(blocks * self.size, POISON, np.uint8)
+        self.limit, self.threads, self.report = size, threads, report
+        total = threads.epoch.size * self.size
+        self.data = np.full(total, POISON, np.uint8)
         self.views = {unit: self.data.view(kind) for unit, kind in UNSIGNED.items()}
-        total = blocks * self.size
         self.written = np.zeros(total, bool)
-        self.epoch = np.zeros(blocks, np.int32)  # barriers passed
-        thread = np.arange(blocks * threads)
-        self.block_of = thread // threads
-        self.warp_of = (thread % threads // 32).astype(np.int32)
-        self.lane_of = (thread % 32).astype(np.int32)
-        self.synced = np.zeros(-(-thread.size // 32), np.int32)  # a warp's own synchronisations
-        if watch:
-            self.write_epoch = np.full(total, -1, np.int32)
-            self.write_warp = np.full(total, -1, np.int32)
-            self.write_lane = np.full(total, -1, np.int32)
-            self.write_sync = np.full(total, -1, np.int32)
-            self.read_epoch = np.full(total, -1, np.int32)
-            self.read_warps = np.zeros(total, np.uint32)
+        self.watch = RaceWatch(total, report) if watch else None
 
     def _places(self, addresses, threads, size: int, site: str, what: str):
         """Byte positions, and which threads are inside; what is outside is reported."""
@@ -166,7 +188,7 @@ class SharedMemory:
             example = f"byte {int(addresses[bad][0])} of {self.limit}"
             self.report.add(f"shared {what} OUT OF BOUNDS", site, np.count_nonzero(bad), example)
             addresses = np.where(bad, 0, addresses)
-        return self.block_of[threads] * self.size + addresses, bad
+        return self.threads.place[threads] * self.size + addresses, bad
 
     def load(self, addresses, threads, unit: int, count: int, site: str) -> np.ndarray:
         places, bad = self._places(addresses, threads, unit * count, site, "load")
@@ -176,7 +198,7 @@ class SharedMemory:
             n = np.count_nonzero(unknown)
             self.report.add("shared load of unwritten bytes", site, n)
         if self.watch:
-            self._note_read(bytes_, threads, site)
+            self.watch.note_read(bytes_, self.threads.who(threads), site)
         out = self.views[unit][(places // unit)[:, None] + np.arange(count)]
         if bad.any():
             out[bad] = ~out.dtype.type(0)
@@ -190,12 +212,13 @@ class SharedMemory:
         bytes_ = places[:, None] + np.arange(unit * count)
         if self.watch:
             new = np.ascontiguousarray(values).view(np.uint8).reshape(bytes_.shape)
-            self._note_write(bytes_, threads, new, site)
+            same = self.data[bytes_] == new
+            self.watch.note_write(bytes_, self.threads.who(threads), same, site)
         self.views[unit][(places // unit)[:, None] + np.arange(count)] = values
         self.written[bytes_] = True
-        if self.watch and (lost := self.data[bytes_] != new).any():
-            # Copies of one value are stored by several threads, which is fine.
-            self.report.add("RACE: different values written at once", site, lost.any(1).sum())
+        # Copies of one value are stored by several threads, which is fine.
+        if self.watch and (lost := (self.data[bytes_] != new).any(1)).any():
+            self.report.add("RACE: different values written at once", site, lost.sum())
 
     def poison(self, addresses, threads, size: int, site: str) -> None:
         """What cp.async writes later: until then nobody may look."""
@@ -203,48 +226,10 @@ class SharedMemory:
         places, bad = self._places(addresses, threads, size, site, "cp.async")
         bytes_ = places[~bad][:, None] + np.arange(size)
         if self.watch:
-            self._note_write(bytes_, threads[~bad], None, site)
+            same = np.False_
+            self.watch.note_write(bytes_, self.threads.who(threads[~bad]), same, site)
         self.data[bytes_] = values[~bad]
         self.written[bytes_] = False
-
-    # ---- Races: two warps at one byte between two barriers, one of them writing ----
-
-    def _note_read(self, bytes_, threads, site: str) -> None:
-        epoch = self.epoch[self.block_of[threads]][:, None]
-        warp, lane = self.warp_of[threads][:, None], self.lane_of[threads][:, None]
-        fresh = self.write_epoch[bytes_] == epoch
-        if fresh.any():
-            other = fresh & (self.write_warp[bytes_] != warp)
-            if other.any():
-                self.report.add("RACE: read of another warp's write", site, other.any(1).sum())
-            synced = self.synced[threads // 32][:, None]
-            unsynced = (self.write_sync[bytes_] == synced) & (self.write_lane[bytes_] != lane)
-            unsynced &= fresh & ~other
-            if unsynced.any():
-                self.report.add("intra-warp read after write", site, unsynced.any(1).sum())
-        old = self.read_epoch[bytes_] != epoch
-        self.read_warps[bytes_[old]] = 0
-        self.read_epoch[bytes_] = epoch
-        for number in np.unique(warp):
-            self.read_warps[bytes_[warp[:, 0] == number]] |= np.uint32(1 << number)
-
-    def _note_write(self, bytes_, threads, new, site: str) -> None:
-        epoch = self.epoch[self.block_of[threads]][:, None]
-        warp, lane = self.warp_of[threads][:, None], self.lane_of[threads][:, None]
-        same = False if new is None else self.data[bytes_] == new
-        other = (self.write_epoch[bytes_] == epoch) & (self.write_warp[bytes_] != warp)
-        if other.any():
-            kind = "RACE: two warps write" if (other & ~same).any() else "two warps write the same"
-            self.report.add(kind, site, other.any(1).sum())
-        mine = np.uint32(1) << warp.astype(np.uint32)
-        read = (self.read_epoch[bytes_] == epoch) & ((self.read_warps[bytes_] & ~mine) != 0)
-        if read.any():
-            self.report.add("RACE: write to what another warp reads", site, read.any(1).sum())
-        shape = bytes_.shape
-        self.write_epoch[bytes_] = np.broadcast_to(epoch, shape)
-        self.write_warp[bytes_] = np.broadcast_to(warp, shape)
-        self.write_lane[bytes_] = np.broadcast_to(lane, shape)
-        self.write_sync[bytes_] = np.broadcast_to(self.synced[threads // 32][:, None], shape)
 
     def transactions(self, addresses, threads, size: int) -> int:
         """Cycles of the 32 banks: lanes that share a 4-byte word share its access."""

@@ -22,7 +22,7 @@ class Instr:
     pred: str | None = None
     negated: bool = False
     line: int = 0  # of the PTX text, from 1
-    where: str = ""  # "file:line" of the innermost source position
+    where: str = ""  # "file:line" in the source, and where that was inlined
 
 
 @dataclass
@@ -176,7 +176,8 @@ class _Parser:
 
     def _directive(self, text: str) -> None:
         if (found := re.match(r"\.loc\s+(\d+)\s+(\d+)", text)) and found[2] != "0":
-            self.where = f"{self.files.get(found[1], '?')}:{found[2]}"
+            places = [found.groups(), *re.findall(r"inlined_at\s+(\d+)\s+(\d+)", text)]
+            self.where = " in ".join(f"{self.files.get(f, '?')}:{line}" for f, line in places)
 
     def _statement(self, text: str, line: int) -> None:
         k = self.kernel

@@ -71,7 +71,7 @@ class Warps:
 
     def synchronise(self, m) -> None:
         """Lanes see what others of their warp wrote before."""
-        synced = self.machine.shared.synced
+        synced = self.machine.now.synced
         synced[slice(None) if m is None else m.reshape(-1, 32).any(1)] += 1
 
     def shuffle(self, mode: str, target, flag, value, b, clamp, members, m, site: str) -> None:
