@@ -10,9 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
-from benchmarks import predict, sass, static  # noqa: E402
+from attn_ext.triton_kernels import launch_backward  # noqa: E402
+from benchmarks import predict, sass, static, static_cases  # noqa: E402
 from benchmarks.floors import Floor, floor  # noqa: E402
 from benchmarks.workloads import Workload  # noqa: E402
 
@@ -145,6 +147,29 @@ def test_kernels_bound_by_memory_load_rows_16_bytes_at_a_time(kernels, regime, p
     ]
     assert {pointer for _, pointer, _ in loads} == set(pointers)
     assert [load for load in loads if load[2] != {"16"}] == []
+
+
+@pytest.mark.parametrize("length_q", [1, 9], ids=["one_step", "several"])
+def test_gradients_of_returned_weights_compile_nothing_anew(length_q: int):
+    """Whatever their lengths and strides: no kernel is the faster for knowing those."""
+    found = []
+    for length_k, expanded in ((15, False), (16, False), (33, True), (64, False)):
+        shape = (static_cases.BATCH, 1, length_q, length_k)
+        dweights = torch.ones(()).expand(shape) if expanded else torch.ones(shape)
+        query = torch.empty(static_cases.BATCH, length_q, 1, 32)
+        key = torch.empty(static_cases.BATCH, length_k, 1, 32)
+        inputs = query, key, key, torch.empty(1, 32)
+        stats = torch.empty(*query.shape[:3], 2)
+        layout = None, None, None, None, length_q, length_k, 0.0, None, 1
+        with static_cases.noted_launches() as launches:
+            launch_backward.additive_attention_backward(
+                query, dweights, *inputs, stats, stats, *layout, 15, False
+            )
+        case = static_cases.make_case(launches[0], "all", "backward", "fp32", 32)
+        names = [name for name in case.signature if name.startswith("stride_dweight")]
+        found.append({name: (case.signature[name], name in case.aligned) for name in names})
+    assert len(found[0]) >= 4
+    assert all(kinds == found[0] for kinds in found), found
 
 
 def test_a_kernel_is_looked_up_by_the_same_text_in_every_process(monkeypatch):

@@ -89,10 +89,11 @@ def test_tiles_of_one_sequence_take_different_routes(monkeypatch: pytest.MonkeyP
     check(inputs, "triton")
 
 
+@pytest.mark.few(interpreted=4)  # nothing is run
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs more tiles than an axis holds")
 @pytest.mark.parametrize("layout", ["jagged", "padded_mask", "one_step_mask", "jagged_one_step"])
 def test_only_the_first_grid_axis_grows(monkeypatch: pytest.MonkeyPatch, layout: str):
-    """With sequences or tokens: the others end at 65,535. Nothing is run."""
+    """With sequences or tokens: the others end at 65,535."""
     from triton.runtime import interpreter
 
     launched: dict[str, tuple[int, ...]] = {}
@@ -105,7 +106,7 @@ def test_only_the_first_grid_axis_grows(monkeypatch: pytest.MonkeyPatch, layout:
     for lengths in ((100, 9, 1, 700), (200, 90, 10, 1, 0, 2, 1400)):
         launched.clear()
         inputs = make_inputs(layout, heads=2, lengths_q=lengths, lengths_k=lengths, poison=False)
-        results_of(inputs)
+        results_of(inputs, need_weights=True)
         if "one_step" in layout:
             query, *key_side = (leaf.requires_grad_() for leaf in inputs.leaves.values())
             memory = attn_ext.AttentionMemory(*key_side, **inputs.keywords, backend="triton")
@@ -121,9 +122,10 @@ def test_only_the_first_grid_axis_grows(monkeypatch: pytest.MonkeyPatch, layout:
 
 def results_of(inputs: Inputs, **options) -> list[Tensor]:
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in inputs.leaves.items()}
-    context = attn_ext.additive_attention(
+    result = attn_ext.additive_attention(
         *inputs.arguments(leaves), **inputs.keywords, backend="triton", **options
     )
+    context = result[0] if isinstance(result, tuple) else result
     context.backward(torch.ones_like(context))
     return [context.detach(), *(leaf.grad for leaf in leaves.values())]
 
@@ -202,6 +204,28 @@ def test_the_longest_sequence_is_read_where_no_bound_is_given(monkeypatch: pytes
         monkeypatch.setattr(module, "describe", note)
     results_of(make_inputs("jagged", poison=False, **TILES))
     assert bounds == [(9, 20), (9, 20)]
+
+
+def test_a_workspace_of_all_pairs_of_rows_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """While a CUDA graph is captured no length can be read: small calls go on as if one sequence
+    had all rows, others say which argument spares them the memory.
+    """
+    from attn_ext.triton_kernels import problem
+
+    def read(*_):
+        raise AssertionError("a value was read on the host")
+
+    inputs = make_inputs("jagged", poison=False, **TILES)
+    bounds = {"max_seqlen_q": inputs.max_seqlen_q, "max_seqlen_k": inputs.max_seqlen_k}
+    monkeypatch.setattr(attn_ext.layout, "can_read_values", lambda tensor: False)
+    monkeypatch.setattr(attn_ext.checks, "can_read_values", lambda tensor: False)
+    monkeypatch.setattr(problem, "_is_capturing", lambda tensor: True)
+    monkeypatch.setattr(problem, "read_longest", read)
+    check(inputs, "triton", need_weights=False)
+    monkeypatch.setattr(problem, "MOST_UNREAD_BYTES", 1000)
+    with pytest.raises(ValueError, match="max_seqlen_k: expected the longest sequences.*captured"):
+        results_of(inputs)
+    results_of(inputs, **bounds)
 
 
 def test_large_numbers_among_the_second_features_of_pairs():

@@ -106,6 +106,16 @@ def weighted_pair(a0, a1, b0, b1, w0, w1, USE_PTX: tl.constexpr):
 
 
 @triton.jit
+def add_square(squares, x):
+    """``squares + x^2`` for a sum over threads, of which all then get the same.
+
+    A product that is left to the first addition between two threads is fused into it: each would
+    add its own unrounded square to the other's rounded one. On such sums threads branch.
+    """
+    return tl.fma(x, x, squares)
+
+
+@triton.jit
 def product(left, right):
     """``left @ right`` of two matrices of one dtype, summed in float32 without rounding before."""
     if INTERPRETED:

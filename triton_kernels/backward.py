@@ -24,13 +24,14 @@ SIZES = [
     "max_seqlen_k",
     "query_tiles",
     "threshold",
-    # Those of kept scores and of returned weights follow the longest sequences.
-    "stride_score_query_row",
-    "stride_score_query",
-    "stride_score_head",
-    "stride_dweight_b",
-    "stride_dweight_query",
-    "stride_dweight_head",
+]
+# They follow the longest sequences, and what autograd made of the gradient.
+PAIR_STRIDES = [
+    f"stride_{pair}"
+    for pair in (
+        *(f"score_{axis}" for axis in ("query_row", "key_row", "query", "key", "head")),
+        *(f"dweight_{axis}" for axis in ("b", "key_row", "query", "key", "head")),
+    )
 ]
 
 
@@ -87,7 +88,7 @@ def kept(dropout, query, key):
         )
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES + PAIR_STRIDES)
 def additive_attention_bwd_scores_kernel(
     value_ptr,
     dcontext_ptr,

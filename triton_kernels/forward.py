@@ -276,7 +276,11 @@ def additive_attention_weights_kernel(
     rows_q = rows_q.to(tl.int64)
     rows_k = rows_k.to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
-    sequence, first_key = find_tile(cu_k_ptr, tl.program_id(0), batch, rows_k, BLOCK_K)
+    # Of the axes of a grid only the first holds more than 65,535.
+    query_tiles = tl.cdiv(max_seqlen_q, BLOCK_Q)
+    tile = tl.program_id(0) // query_tiles
+    first_query = (tl.program_id(0) % query_tiles).to(tl.int64) * BLOCK_Q
+    sequence, first_key = find_tile(cu_k_ptr, tile, batch, rows_k, BLOCK_K)
     if sequence >= batch:
         return
     key_place, key_start, length = attended_keys(
@@ -284,7 +288,7 @@ def additive_attention_weights_kernel(
     )
     place, start, length_q = sequence_rows(cu_q_ptr, sequence, batch, rows_q)
     length_q = tl.minimum(length_q, max_seqlen_q)
-    query = tl.program_id(2).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    query = first_query + tl.arange(0, BLOCK_Q)
     key = first_key + tl.arange(0, BLOCK_K)
     attended = are_attended(padding_mask_ptr, key_place, rows_k, key, length)
     mask = (query < length_q)[:, None] & attended[None, :]

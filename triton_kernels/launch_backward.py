@@ -15,6 +15,7 @@ from .problem import (
     GRAD_KEY,
     RAW,
     Problem,
+    check_workspace,
     describe,
     half_of,
     is_constant,
@@ -134,6 +135,7 @@ def _score_gradients(
     columns = triton.cdiv(problem.max_k, tiles.keys) * tiles.keys  # whole tiles of keys
     dscores = None
     if wants_scores:
+        check_workspace(problem, problem.all_rows_q * heads * columns)
         dscores = value.new_empty((problem.all_rows_q, heads, columns), dtype=torch.float32)
     query_tiles = problem.tiles("q", tiles.queries) if wants_scores else 0
     key_tiles = problem.tiles("k", tiles.keys) if dvalue is not None else 0

@@ -18,6 +18,7 @@ from .problem import (
     RAW,
     Problem,
     alignment,
+    check_workspace,
     describe,
     on_device,
     processors,
@@ -106,13 +107,8 @@ def additive_attention_forward(
             strides = None if scores is None else pair_strides(problem, scores.size(-1))
         if weights_layout and weights.numel() and scores is not weights:
             tiles = configurations.WEIGHTS
-            additive_attention_weights_kernel[
-                (
-                    problem.tiles("k", tiles.keys),
-                    problem.heads,
-                    triton.cdiv(problem.max_q, tiles.queries),
-                )
-            ](
+            programs = problem.tiles("k", tiles.keys) * triton.cdiv(problem.max_q, tiles.queries)
+            additive_attention_weights_kernel[(programs, problem.heads)](
                 scores,
                 softmax[1],
                 weights,
@@ -143,6 +139,7 @@ def pair_strides(problem: Problem, columns: int) -> tuple[int, int, int, int, in
 
 def _room_for_scores(problem: Problem, query: Tensor) -> Tensor:
     shape = (problem.all_rows_q, problem.heads, problem.max_k)
+    check_workspace(problem, math.prod(shape))
     return query.new_empty(shape, dtype=torch.float32)
 
 

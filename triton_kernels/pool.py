@@ -231,7 +231,7 @@ def _launch_weights(problem: Problem, scores: Tensor, stats: Tensor, weights: Te
     """Fill weights: [B, H, K, Nk], or of jagged keys [Nk, H, K]."""
     heads, branches = problem.heads, problem.rows_q
     config = configurations.WEIGHTS
-    grid = (problem.tiles("k", config.keys), heads, triton.cdiv(branches, config.queries))
+    programs = problem.tiles("k", config.keys) * triton.cdiv(branches, config.queries)
     strides = weights.stride()
     if problem.cu_k is None:
         by_sequence, by_head, by_branch, by_key = strides
@@ -239,7 +239,7 @@ def _launch_weights(problem: Problem, scores: Tensor, stats: Tensor, weights: Te
     else:
         by_key, by_head, by_branch = strides
         strides = (0, by_key, by_branch, by_key, by_head)
-    additive_attention_weights_kernel[grid](
+    additive_attention_weights_kernel[(programs, heads)](
         scores,
         stats,
         weights,

@@ -25,8 +25,8 @@ from .hidden import (
     strides_of_gate,
     zeros_of_branches,
 )
-from .pool import launch_forward
 from .launch_step import sum_partial
+from .pool import launch_forward
 from .problem import (
     GRAD_GATE,
     GRAD_KEY,

@@ -12,6 +12,8 @@ from .configurations import Tiles
 
 GRAD_QUERY, GRAD_KEY, GRAD_VALUE, GRAD_SCORE_WEIGHT, GRAD_GATE = 1, 2, 4, 8, 16
 DENSE_WEIGHTS, JAGGED_WEIGHTS = 1, 2
+# For scores, where a bound on lengths was neither given nor read: more is an error with a remedy.
+MOST_UNREAD_BYTES = 1 << 30
 RAW = 4  # added to these: scores instead of weights; values and softmax are not used
 
 
@@ -34,6 +36,7 @@ class Problem:
     seed: Tensor | None
     threshold: int
     dropout_scale: float
+    is_unread: bool  # whether a longest sequence counts as all rows, because none was given or read
 
     @property
     def is_one_step(self) -> bool:
@@ -91,6 +94,7 @@ def describe(
         seed if dropout_p > 0 else None,
         math.ceil(dropout_p * 2**24),
         1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
+        _is_unread(max_q, cu_q, query.size(1)) or _is_unread(max_k, cu_k, key.size(1)),
     )
 
 
@@ -99,6 +103,21 @@ def _bound(given: int, cu: Tensor, rows: int) -> int:
     if given != rows + 1 or cu.size(0) <= 2 or _is_capturing(cu):
         return min(given, rows)
     return min(max(read_longest(cu), 0), rows)
+
+
+def _is_unread(given: int, cu: Tensor | None, rows: int) -> bool:
+    return cu is not None and given == rows + 1 and cu.size(0) > 2 and _is_capturing(cu)
+
+
+def check_workspace(problem: Problem, count: int) -> None:
+    """Raise ValueError where ``count`` float32 numbers are many only for want of a bound."""
+    if problem.is_unread and 4 * count > MOST_UNREAD_BYTES:
+        raise ValueError(
+            "max_seqlen_q, max_seqlen_k: expected the longest sequences, which cannot be read "
+            f"while a CUDA graph is captured, got None, by which backward needs "
+            f"{4 * count / 2**30:.1f} GiB for scores of all {problem.all_rows_q} queries and all "
+            f"{problem.all_rows_k} keys"
+        )
 
 
 def read_longest(cu: Tensor) -> int:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .arithmetic import as_float32, exp_twice, tanh_and_derivative, weighted_pair
+from .arithmetic import add_square, as_float32, exp_twice, tanh_and_derivative, weighted_pair
 from .route import (
     INFORMATIVE_SHARE,
     LARGEST_WEIGHT_NORM,
@@ -158,7 +158,7 @@ def weights_are_fit(score_weight_ptr, D: tl.constexpr):
     for begin in range(0, D, BLOCK):
         weight = load_weights(score_weight_ptr, begin + tl.arange(0, BLOCK), D, D % BLOCK != 0)
         total += weight
-        squares += weight * weight
+        squares = add_square(squares, weight)
     norm = tl.sqrt(tl.sum(squares))
     fit = (norm <= LARGEST_WEIGHT_NORM) & (tl.abs(tl.sum(total)) <= norm * LARGEST_WEIGHT_SUM)
     return fit, norm

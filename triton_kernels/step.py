@@ -9,7 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .arithmetic import dropout_scales, tanh_and_derivative
+from .arithmetic import add_square, dropout_scales, tanh_and_derivative
 from .route import (
     INFORMATIVE_SHARE,
     LARGEST_WEIGHT_NORM,
@@ -112,7 +112,7 @@ def sum_of_tanh(rows, position, attended, options, EXACT: tl.constexpr, RAW: tl.
             informs = (size > SMALL_MAGNITUDE) & (size < SATURATED_MAGNITUDE)
             informative += tl.where(informs, tl.abs(weight)[None, :], 0.0)
             total += tl.abs(weight)
-            squares += weight * weight
+            squares = add_square(squares, weight)
     share = tl.sum(tl.where(attended, tl.sum(informative, 1), 0.0), 0)
     least = tl.sum(attended.to(tl.float32), 0) * tl.sum(total, 0) * INFORMATIVE_SHARE
     square = tl.sum(squares, 0)

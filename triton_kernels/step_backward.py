@@ -22,6 +22,7 @@ from .step import (
     step_scores,
 )
 
+DWEIGHT_STRIDES = [f"stride_dweight_{axis}" for axis in ("b", "key_row", "key", "head")]
 PARTS = tl.constexpr(128)  # of delta, one a tile of keys, that are added at a time
 
 
@@ -237,7 +238,7 @@ def step_gradients_of_tile(
             )
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES + DWEIGHT_STRIDES)
 def additive_attention_step_bwd_kernel(
     query_ptr,
     key_ptr,

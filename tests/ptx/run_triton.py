@@ -1,0 +1,166 @@
+"""Runs ``backend="triton"`` on CPU tensors: each launch is compiled, and its PTX executed.
+
+with triton_execution(session := TritonSession("sm_90")):
+    attn_ext.additive_attention(..., backend="triton")
+print(session.report.lines())
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from unittest import mock
+
+import numpy as np
+import torch
+
+# Compiled, not interpreted: to be settled before a kernel is imported.
+os.environ["TRITON_INTERPRET"] = "0"
+
+from attn_ext.triton_kernels import (
+    launch_backward,
+    launch_forward,
+    launch_step,
+    pool,
+    pool_backward,
+)
+from benchmarks import static, static_cases
+
+from .backend import on_cpu_tensors
+from .machine import Machine
+from .memory import GlobalMemory, Report
+from .parser import parse
+from .program import Program
+
+MODULES = (launch_forward, launch_backward, launch_step, pool, pool_backward)
+SCALARS = {"i32": np.int32, "i64": np.int64, "fp32": np.float32}
+
+
+def bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor's whole storage as uint8."""
+    storage = tensor.detach().untyped_storage()
+    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+
+
+class TritonSession:
+    """Compiles and executes launches; holds memory, findings and counts.
+
+    Args:
+        target: "sm_80" or "sm_90".
+        processors: of the GPU that launchers plan for.
+        options: of :class:`~.machine.Machine`.
+    """
+
+    def __init__(self, target: str = "sm_90", processors: int = 132, **options):
+        self.target, self.processors, self.options = target, processors, options
+        self.report = Report()
+        self.programs: dict[str, Program] = {}  # by their PTX
+        self.transform = lambda kernel, ptx: ptx  # damages PTX, in tests of the executor
+        self.launches: list[tuple] = []  # (case, grid, program, counts, compiled)
+        self.forget()
+
+    def forget(self) -> None:
+        """Between calls: where tensors are."""
+        self.memory = GlobalMemory(self.report)
+        self.bases: dict[int, int] = {}  # address of a storage -> address in the executor
+        self.fresh: set[int] = set()  # storages whose bytes only kernels write
+        self.kept: list[torch.Tensor] = []  # so that no other tensor gets their place
+
+    def note_fresh(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Outputs and workspaces: NaN, and unwritten."""
+        if tensor.untyped_storage().nbytes():
+            bytes_of(tensor).fill(0xFF)
+            self.fresh.add(tensor.untyped_storage().data_ptr())
+            self.kept.append(tensor)
+        return tensor
+
+    def address(self, tensor: torch.Tensor, name: str) -> int:
+        storage = tensor.untyped_storage()
+        place = storage.data_ptr()
+        if storage.nbytes() == 0:
+            return 0
+        if place not in self.bases:
+            self.kept.append(tensor)
+            self.bases[place] = self.memory.add(bytes_of(tensor), name, place in self.fresh)
+        return self.bases[place] + tensor.storage_offset() * tensor.element_size()
+
+    def launch(self, kernel, grid, arguments: dict, num_warps: int, maxnreg: int | None) -> None:
+        note = (kernel, arguments, num_warps, maxnreg)
+        case = static_cases.make_case(note, "all", "", "", 0)
+        addresses = {
+            name: self.address(value, f"{name} of {case.name}")
+            for name, value in arguments.items()
+            if isinstance(value, torch.Tensor)
+        }
+        aligned = {n for n in case.aligned if addresses.get(n, 0) % 16 == 0}
+        case = dataclasses.replace(case, aligned=aligned)
+        compiled = static.compile_case(case, self.target)
+        ptx = self.transform(case.name, compiled.asm["ptx"])
+        if ptx not in self.programs:
+            self.programs[ptx] = Program(parse(ptx))
+        program = self.programs[ptx]
+        threads = 32 * num_warps
+        assert program.kernel.threads in (None, (threads, 1, 1)), program.kernel.threads
+        grid = tuple(grid) + (1,) * (3 - len(grid))
+        machine = Machine(
+            program,
+            grid,
+            (threads, 1, 1),
+            self._parameters(case, program, arguments | addresses),
+            self.memory,
+            compiled.metadata.shared,
+            self.report,
+            uniform=True,  # all branches of Triton are those of a whole program
+            **self.options,
+        )
+        self.launches.append((case, grid, program, machine.run(), compiled))
+
+    @staticmethod
+    def _parameters(case, program: Program, values: dict) -> bytes:
+        """Parameter space; Triton adds scratch memory that these kernels do not use."""
+        data = bytearray(program.kernel.param_bytes)
+        names = [name for name, kind in case.signature.items() if kind != "constexpr"]
+        for name, (offset, size) in zip(names, program.kernel.params.values()):
+            scalar = SCALARS.get(case.signature[name], np.uint64)  # else a pointer
+            part = scalar(values[name]).tobytes()
+            assert len(part) == size, (name, size)
+            data[offset : offset + size] = part
+        return bytes(data)
+
+
+class _Kernel:
+    """Stands in for a Triton kernel."""
+
+    def __init__(self, kernel, session: TritonSession):
+        self.kernel, self.session = kernel, session
+
+    def __getitem__(self, grid: tuple):
+        def launch(*arguments, num_warps: int, maxnreg: int | None = None, **constants):
+            values = dict(zip(self.kernel.arg_names, arguments)) | constants
+            self.session.launch(self.kernel, grid, values, num_warps, maxnreg)
+
+        return launch
+
+
+@contextlib.contextmanager
+def triton_execution(session: TritonSession) -> Iterator[TritonSession]:
+    """Backend "triton" on CPU tensors, by the session."""
+    new_empty = torch.Tensor.new_empty
+
+    def note_new(tensor, *args, **kwargs):
+        return session.note_fresh(new_empty(tensor, *args, **kwargs))
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(on_cpu_tensors("triton"))
+        stack.enter_context(mock.patch.object(torch.Tensor, "new_empty", note_new))
+        for module in MODULES:
+            for name in [n for n in vars(module) if n.endswith("_kernel")]:
+                kernel = _Kernel(getattr(module, name), session)
+                stack.enter_context(mock.patch.object(module, name, kernel))
+            facts = {
+                "uses_ptx": lambda tensor: True,
+                "processors": lambda tensor: session.processors,
+            }
+            for name in facts.keys() & vars(module).keys():
+                stack.enter_context(mock.patch.object(module, name, facts[name]))
+        yield session
