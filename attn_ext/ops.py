@@ -79,15 +79,15 @@ def keeps_scores(
 ) -> bool:
     """Whether a forward whose gradient may be asked for keeps its scores for backward.
 
-    Where each sequence has one query it does, a number a key. Else they take at most half of the
-    memory of the inputs; larger ones backward computes again, a part at a time, as it does on
-    accelerators.
+    They take at most half of the memory of the inputs; larger ones backward computes again. Where
+    each sequence has one query, a number a key, they are kept on the CPU: accelerators wait for the
+    keys, and compute as they come.
     """
-    if backend != "cpu" or torch.jit.is_tracing():  # a trace's sizes are not numbers
+    if backend not in ("cpu", "triton") or torch.jit.is_tracing():  # a trace's sizes are no numbers
         return False
     if cu_seqlens_q is None:
         if _is_known_true(query.size(1) == 1):
-            return True
+            return backend == "cpu"
         if not _is_known_true(query.size(1) != 1):  # the shape of what is kept would not be either
             return False
     places, rows, heads, _ = query.shape

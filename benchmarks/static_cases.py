@@ -128,7 +128,7 @@ def elements_of(name: str, constants: dict) -> tuple[int, int]:
     """(i, j, d) elements of an iteration of the main loop, and its iterations for one tile."""
     c = constants
     raw = "stats_ptr" in c  # scores are returned, or their gradients come in: there is no softmax
-    if "bwd_scores" in name and raw:
+    if "bwd_scores" in name:  # from scores that there are
         return 0, 0
     if "grad" in name:  # one column against all rows; the columns are as many as a sequence has
         return c["ROW_TILES"] * TILE_ROWS.value * 2 * c["BLOCK_D"], 0

@@ -85,7 +85,7 @@ def shrink_tiles(set_attribute: Callable[[object, str, object], None]) -> None:
     from attn_ext.triton_kernels import configurations
 
     scores = configurations.Tiles(warps=1, queries=8, keys=8, features=4, value_features=8)
-    for name in ("SCORES", "DVALUE", "DVALUE_FLOAT32"):
+    for name in ("SCORES", "PAIRS", "PAIRS_FLOAT32"):
         set_attribute(configurations, name, scores)
     set_attribute(configurations, "GRADIENT_ROW_TILES", 2)
 

@@ -116,7 +116,8 @@ def test_only_the_first_grid_axis_grows(monkeypatch: pytest.MonkeyPatch, layout:
     assert few.keys() == many.keys() and len(few) > 2
     for name, grid in few.items():
         assert grid[1:] == many[name][1:], name
-        assert grid[0] < many[name][0], name
+        by_features = name == "sum_parts_kernel"
+        assert grid[0] < many[name][0] or (by_features and grid == many[name]), name
 
 
 def results_of(inputs: Inputs, **options) -> list[Tensor]:

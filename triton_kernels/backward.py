@@ -1,39 +1,102 @@
-"""Backward for several queries a sequence: weights and score gradients, then what they multiply.
+"""Backward for several queries a sequence: from scores to the gradients of scores and of values.
 
-With ``s_ij`` the gradient of the score, ``w'`` the weights after dropout and
-``h = 1 / (1 + A B) - 1/2``, so that ``tanh = -2 h``:
+With ``w_ij`` the weights, ``m_ij`` dropout's scales, ``g_ij = (dcontext_i . value_j + dweights_ij)
+m_ij`` and ``s_ij`` the gradients of scores:
 
-    dvalue_j = sum_i w'_ij dcontext_i           dquery_id = 4 w_d sum_j s_ij (1/4 - h^2)
-    dscore_weight_d = -2 sum_ij s_ij h          dkey_jd = 4 w_d sum_i s_ij (1/4 - h^2)
+    s_ij = w_ij (g_ij - sum_j w_ij g_ij)        dvalue_j = sum_i w_ij m_ij dcontext_i
 
-Nothing is added by atomics: every sum has its owner.
+What follows from ``s_ij`` is in ``gradient``. Nothing is added by atomics: every sum has its owner.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 from .arithmetic import dropout_scales, product, weighted_sum
 from .rows import are_attended, attended_keys, find_tile, sequence_rows
-from .scores import write_bounds, write_scores
 
-SIZES = ["batch", "rows_q", "rows_k", "max_seqlen_q", "max_seqlen_k", "threshold"]
+SIZES = [
+    "batch",
+    "rows_q",
+    "rows_k",
+    "max_seqlen_q",
+    "max_seqlen_k",
+    "query_tiles",
+    "threshold",
+]
 # They follow the longest sequences, and what autograd made of the gradient.
-DWEIGHT_STRIDES = [f"stride_dweight_{axis}" for axis in ("b", "key_row", "query", "key", "head")]
+PAIR_STRIDES = [
+    f"stride_{pair}"
+    for pair in (
+        *(f"score_{axis}" for axis in ("query_row", "key_row", "query", "key", "head")),
+        *(f"dweight_{axis}" for axis in ("b", "key_row", "query", "key", "head")),
+    )
+]
 
 
-@triton.jit(do_not_specialize=SIZES + DWEIGHT_STRIDES)
+class Softmax(NamedTuple):
+    """Scores of a sequence and head from its first query and key on, and its queries' stats."""
+
+    scores_ptr: tl.tensor
+    stride_query: tl.tensor
+    stride_key: tl.tensor
+    stats_ptr: tl.tensor | None  # (max, sum) of each query; without them the scores are weights
+    stride_stats: tl.tensor
+
+
+class WeightDropout(NamedTuple):
+    """Of the weights of a sequence and head; none without a seed."""
+
+    seed_ptr: tl.tensor | None
+    threshold: tl.tensor
+    scale: tl.tensor
+    sequence: tl.tensor
+    head: tl.tensor
+
+
+@triton.jit
+def load_softmax(softmax, query, key, are_queries, mask):
+    """``exp(score - max) / sum`` [queries, keys], 0 where not in ``mask``."""
+    places = query[:, None] * softmax.stride_query + key[None, :] * softmax.stride_key
+    scores = tl.load(softmax.scores_ptr + places, mask=mask, other=0.0)
+    if softmax.stats_ptr is None:
+        return scores
+    else:
+        stats = softmax.stats_ptr + query * softmax.stride_stats
+        largest = tl.load(stats, mask=are_queries, other=0.0)
+        total = tl.load(stats + 1, mask=are_queries, other=1.0)
+        total = tl.where(total == 0.0, 1.0, total)
+        weights = tl.exp(tl.where(mask, scores - largest[:, None], -float("inf")))
+        return weights / total[:, None]
+
+
+@triton.jit
+def kept(dropout, query, key):
+    """Dropout's scales [queries, keys], or 1."""
+    if dropout.seed_ptr is None:
+        return 1.0
+    else:
+        return dropout_scales(
+            dropout.seed_ptr,
+            dropout.threshold,
+            dropout.scale,
+            dropout.sequence,
+            dropout.head,
+            query[:, None],
+            key[None, :],
+        )
+
+
+@triton.jit(do_not_specialize=SIZES + PAIR_STRIDES)
 def additive_attention_bwd_scores_kernel(
-    query_ptr,
-    key_ptr,
     value_ptr,
-    score_weight_ptr,
     dcontext_ptr,
     dweights_ptr,
     stats_ptr,
-    weights_ptr,
+    scores_ptr,
     dscores_ptr,
-    query_bound_ptr,
-    key_bound_ptr,
+    dvalue_ptr,
     cu_q_ptr,
     cu_k_ptr,
     key_lengths_ptr,
@@ -44,263 +107,173 @@ def additive_attention_bwd_scores_kernel(
     rows_k,
     max_seqlen_q,
     max_seqlen_k,
+    query_tiles,
     threshold,
     dropout_scale,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
     stride_vb,
     stride_vt,
     stride_vh,
     stride_cb,
     stride_ct,
     stride_ch,
-    stride_wh,
+    stride_score_query_row,
+    stride_score_key_row,
+    stride_score_query,
+    stride_score_key,
+    stride_score_head,
     stride_dweight_b,
     stride_dweight_key_row,
     stride_dweight_query,
     stride_dweight_key,
     stride_dweight_head,
-    stride_scores,
+    stride_dscores,
     H: tl.constexpr,
-    D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    REFINE: tl.constexpr,
-    USE_PTX: tl.constexpr,
+    SEGMENT_Q: tl.constexpr,
+    SINGLE_Q: tl.constexpr,
 ):
-    """Weights after dropout and ``s_ij = w_ij (g_ij - sum_j w_ij g_ij)`` of BLOCK_Q queries.
+    """Score gradients of BLOCK_Q queries and a head, or value gradients of BLOCK_K keys and a head.
 
-    ``g_ij = (dcontext_i . value_j + dweights_ij) (dropout's scale)``. Both go to float32
-    [rows, H, stride_scores], for all keys of whole tiles of BLOCK_K, 0 where not attended.
-    The bounds of rows by which the gradient pass chooses its route go to [rows, H].
-    Without ``stats`` (and ``weights``), ``dweights`` are the gradients of the scores.
+    The first ``query_tiles`` programs do the former, the others the latter, over SEGMENT_Q queries
+    at a time, with SINGLE_Q all of a sequence. Score gradients go to float32 [rows, H,
+    stride_dscores], for all keys of whole tiles of BLOCK_K, 0 where not attended. Scores and
+    ``dweights`` are addressed as in ``additive_attention_weights_kernel``. Without ``stats`` the
+    gradients of scores are ``dweights``, or ``scores`` are the weights after dropout.
     """
     rows_q = rows_q.to(tl.int64)
     rows_k = rows_k.to(tl.int64)
+    tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    sequence, first_query = find_tile(cu_q_ptr, tl.program_id(0), batch, rows_q, BLOCK_Q)
-    place, start, length_q = sequence_rows(cu_q_ptr, sequence, batch, rows_q)
-    key_place, key_start, length = attended_keys(
-        cu_k_ptr, key_lengths_ptr, sequence, batch, rows_k, max_seqlen_k
-    )
-    if (first_query >= length_q) | (length == 0):
-        return
-    query = first_query + tl.arange(0, BLOCK_Q)
-    query_valid = query < length_q
-    safe_query = start + tl.minimum(query, length_q - 1)
-    row = (place * rows_q + start + query) * H + head
-    first_row = (place * rows_q + start) * H + head
-    key_row = key_place * rows_k + key_start
-    value_rows_ptr = value_ptr + key_place * stride_vb + key_start * stride_vt + head * stride_vh
-    query_item = query_ptr + place * stride_qb + start * stride_qt + head * stride_qh
-    key_item = key_ptr + key_place * stride_kb + key_start * stride_kt + head * stride_kh
-    if stats_ptr is None:
-        write_bounds(
-            query_item,
-            stride_qt,
-            first_query,
-            length_q,
-            key_item,
-            stride_kt,
-            length,
-            score_weight_ptr + head * stride_wh,
-            query_bound_ptr + first_row,
-            key_bound_ptr + key_row * H + head,
-            H,
-            D,
-            BLOCK_Q,
-            BLOCK_K,
-            BLOCK_D,
-            USE_PTX,
-        )
+    if tile < query_tiles:
+        sequence, first = find_tile(cu_q_ptr, tile, batch, rows_q, BLOCK_Q)
     else:
-        for half in tl.static_range(2):
-            if (length_q - first_query <= BLOCK_Q // 2) == half:
-                write_scores(
-                    query_item,
-                    stride_qt,
-                    first_query,
-                    length_q,
-                    key_item,
-                    stride_kt,
-                    0,
-                    length,
-                    length,
-                    score_weight_ptr + head * stride_wh,
-                    weights_ptr + first_row * stride_scores,
-                    H * stride_scores,
-                    query_bound_ptr + first_row,
-                    key_bound_ptr + key_row * H + head,
-                    H,
-                    D,
-                    BLOCK_Q >> half,
-                    BLOCK_K,
-                    BLOCK_D << half,
-                    False,
-                    REFINE,
-                    USE_PTX,
-                )
-        tl.debug_barrier()  # other threads of the program read what these have written
-
-    column = tl.arange(0, BLOCK_K).to(tl.int64)
-    if stats_ptr is not None:
-        largest = tl.load(stats_ptr + row * 2, mask=query_valid, other=0.0)
-        total = tl.load(stats_ptr + row * 2 + 1, mask=query_valid, other=1.0)
-        total = tl.where(total == 0.0, 1.0, total)
-    delta = tl.zeros((BLOCK_Q,), tl.float32)
-    sum_of_weights = tl.zeros((BLOCK_Q,), tl.float32)
-    for first in range(0, length, BLOCK_K):
-        position = first + column
-        attended = are_attended(padding_mask_ptr, key_place, rows_k, position, length)
-        mask = query_valid[:, None] & attended[None, :]
-        places = row[:, None] * stride_scores + position[None, :]
-        if stats_ptr is not None:
-            scores = tl.load(weights_ptr + places, mask=mask, other=0.0)
-            weights = tl.exp(tl.where(mask, scores - largest[:, None], -float("inf")))
-            weights = weights / total[:, None]
-        gradient = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
-        if dcontext_ptr is not None:
-            dcontext_rows = (
-                dcontext_ptr + place * stride_cb + safe_query * stride_ct + head * stride_ch
-            )
-            for begin in range(0, DV, BLOCK_DV):
-                d = begin + tl.arange(0, BLOCK_DV)
-                dcontext = tl.load(
-                    dcontext_rows[:, None] + d[None, :], mask=d[None, :] < DV, other=0.0
-                )
-                value = tl.load(
-                    value_rows_ptr + position[None, :] * stride_vt + d[:, None],
-                    mask=attended[None, :] & (d[:, None] < DV),
-                    other=0.0,
-                )
-                gradient += product(dcontext, value)
-        if dweights_ptr is not None:
-            gradient += tl.load(
-                dweights_ptr
-                + sequence.to(tl.int64) * stride_dweight_b
-                + key_row * stride_dweight_key_row
-                + head * stride_dweight_head
-                + query[:, None] * stride_dweight_query
-                + position[None, :] * stride_dweight_key,
-                mask=mask & (query < max_seqlen_q)[:, None],
-                other=0.0,
-            ).to(tl.float32)
-        if seed_ptr is not None:
-            gradient *= dropout_scales(
-                seed_ptr,
-                threshold,
-                dropout_scale,
-                sequence,
-                head,
-                query[:, None],
-                position[None, :],
-            )
-        if stats_ptr is not None:
-            delta += tl.sum(weights * gradient, 1)
-            sum_of_weights += tl.sum(weights, 1)
-            tl.debug_barrier()  # all scores have been read before they are replaced
-            tl.store(weights_ptr + places, weights, mask=query_valid[:, None])
-        tl.store(dscores_ptr + places, gradient, mask=query_valid[:, None])
-    if stats_ptr is not None:
-        # Rounded weights need not sum to 1, but score gradients to 0.
-        delta = delta / tl.where(sum_of_weights == 0.0, 1.0, sum_of_weights)
-        tl.debug_barrier()  # other threads of the program may have written what comes back here
-        for first in range(0, length, BLOCK_K):
-            position = first + column
-            places = row[:, None] * stride_scores + position[None, :]
-            weights = tl.load(weights_ptr + places, mask=query_valid[:, None], other=0.0)
-            gradient = tl.load(dscores_ptr + places, mask=query_valid[:, None], other=0.0)
-            dscores = weights * (gradient - delta[:, None])
-            tl.debug_barrier()  # all has been read before it is replaced
-            tl.store(dscores_ptr + places, dscores, mask=query_valid[:, None])
-            if seed_ptr is not None:
-                weights *= dropout_scales(
-                    seed_ptr,
-                    threshold,
-                    dropout_scale,
-                    sequence,
-                    head,
-                    query[:, None],
-                    position[None, :],
-                )
-                tl.store(weights_ptr + places, weights, mask=query_valid[:, None])
-
-
-@triton.jit(do_not_specialize=["batch", "rows_q", "rows_k", "max_seqlen_k"])
-def additive_attention_dvalue_kernel(
-    weights_ptr,
-    dcontext_ptr,
-    dvalue_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    key_lengths_ptr,
-    batch,
-    rows_q,
-    rows_k,
-    max_seqlen_k,
-    stride_cb,
-    stride_ct,
-    stride_ch,
-    stride_weight_query_row,
-    stride_weight_key_row,
-    stride_weight_query,
-    stride_weight_key,
-    stride_weight_head,
-    H: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
-    """``dvalue_j = sum_i w'_ij dcontext_i`` for BLOCK_K keys, a head and BLOCK_DV features.
-
-    ``weights`` are addressed as in ``additive_attention_weights_kernel``; rows that belong to
-    nobody or are not attended get 0.
-    """
-    rows_q = rows_q.to(tl.int64)
-    rows_k = rows_k.to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
-    sequence, first_key = find_tile(cu_k_ptr, tl.program_id(0), batch, rows_k, BLOCK_K)
+        sequence, first = find_tile(cu_k_ptr, tile - query_tiles, batch, rows_k, BLOCK_K)
+    place, start, length_q = sequence_rows(cu_q_ptr, sequence, batch, rows_q)
     key_place, key_start, extent = sequence_rows(cu_k_ptr, sequence, batch, rows_k)
     _, _, length = attended_keys(cu_k_ptr, key_lengths_ptr, sequence, batch, rows_k, max_seqlen_k)
-    if first_key >= extent:
-        return
-    place, start, length_q = sequence_rows(cu_q_ptr, sequence, batch, rows_q)
-    if first_key >= length:
-        length_q = length_q * 0
-    key = first_key + tl.arange(0, BLOCK_K)
-    d = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    weights_rows = (
-        weights_ptr
-        + (place * rows_q + start) * stride_weight_query_row
-        + (key_place * rows_k + key_start) * stride_weight_key_row
-        + head * stride_weight_head
+    row = place * rows_q + start
+    key_row = key_place * rows_k + key_start
+    scores_item = scores_ptr
+    if scores_ptr is not None:
+        scores_item += row * stride_score_query_row + key_row * stride_score_key_row
+        scores_item += head * stride_score_head
+    softmax = Softmax(
+        scores_item,
+        stride_score_query,
+        stride_score_key,
+        None if stats_ptr is None else stats_ptr + (row * H + head) * 2,
+        H * 2,
     )
-    dcontext_rows = dcontext_ptr + place * stride_cb + start * stride_ct + head * stride_ch
-    sums = tl.zeros((BLOCK_K, BLOCK_DV), tl.float32)
-    for begin in range(0, length_q, BLOCK_Q):
-        query = begin + tl.arange(0, BLOCK_Q)
-        weights = tl.load(
-            weights_rows + query[None, :] * stride_weight_query + key[:, None] * stride_weight_key,
-            mask=(query < length_q)[None, :] & (key < length)[:, None],
-            other=0.0,
-        )
-        dcontext = tl.load(
-            dcontext_rows + query[:, None] * stride_ct + d[None, :],
-            mask=(query < length_q)[:, None] & (d < DV)[None, :],
-            other=0.0,
-        )
-        sums += weighted_sum(weights, dcontext)
-    row = (key_place * rows_k + key_start + key) * H + head
-    tl.store(
-        dvalue_ptr + row[:, None] * DV + d[None, :],
-        sums.to(dvalue_ptr.dtype.element_ty),
-        mask=(key < extent)[:, None] & (d < DV)[None, :],
-    )
+    dropout = WeightDropout(seed_ptr, threshold, dropout_scale, sequence, head)
+    dcontext_item = dcontext_ptr
+    if dcontext_ptr is not None:
+        dcontext_item += place * stride_cb + start * stride_ct + head * stride_ch
+    if tile < query_tiles:
+        query = first + tl.arange(0, BLOCK_Q)
+        are_queries = query < length_q
+        column = tl.arange(0, BLOCK_K).to(tl.int64)
+        dscores_rows = dscores_ptr + ((row + query) * H + head) * stride_dscores
+        value_item = value_ptr + key_place * stride_vb + key_start * stride_vt + head * stride_vh
+        keys = tl.where(first < length_q, length, 0)
+        delta = tl.zeros((BLOCK_Q,), tl.float32)
+        sum_of_weights = tl.zeros((BLOCK_Q,), tl.float32)
+        for begin in range(0, keys, BLOCK_K):
+            key = begin + column
+            attended = are_attended(padding_mask_ptr, key_place, rows_k, key, length)
+            mask = are_queries[:, None] & attended[None, :]
+            gradient = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
+            if dcontext_ptr is not None:
+                dcontext_rows = dcontext_item + tl.minimum(query, length_q - 1) * stride_ct
+                for begin_d in range(0, DV, BLOCK_DV):
+                    d = begin_d + tl.arange(0, BLOCK_DV)
+                    dcontext = tl.load(
+                        dcontext_rows[:, None] + d[None, :], mask=d[None, :] < DV, other=0.0
+                    )
+                    value = tl.load(
+                        value_item + key[None, :] * stride_vt + d[:, None],
+                        mask=attended[None, :] & (d[:, None] < DV),
+                        other=0.0,
+                    )
+                    gradient += product(dcontext, value)
+            if dweights_ptr is not None:
+                gradient += tl.load(
+                    dweights_ptr
+                    + sequence.to(tl.int64) * stride_dweight_b
+                    + key_row * stride_dweight_key_row
+                    + head * stride_dweight_head
+                    + query[:, None] * stride_dweight_query
+                    + key[None, :] * stride_dweight_key,
+                    mask=mask & (query < max_seqlen_q)[:, None],
+                    other=0.0,
+                ).to(tl.float32)
+            gradient *= kept(dropout, query, key)
+            if stats_ptr is not None:
+                weights = load_softmax(softmax, query, key, are_queries, mask)
+                delta += tl.sum(weights * gradient, 1)
+                sum_of_weights += tl.sum(weights, 1)
+            tl.store(dscores_rows[:, None] + key[None, :], gradient, mask=are_queries[:, None])
+        if stats_ptr is not None:
+            # Rounded weights need not sum to 1, but score gradients to 0.
+            delta = delta / tl.where(sum_of_weights == 0.0, 1.0, sum_of_weights)
+            tl.debug_barrier()  # other threads of the program may have written what comes back here
+            for begin in range(0, keys, BLOCK_K):
+                key = begin + column
+                attended = are_attended(padding_mask_ptr, key_place, rows_k, key, length)
+                mask = are_queries[:, None] & attended[None, :]
+                places = dscores_rows[:, None] + key[None, :]
+                gradient = tl.load(places, mask=are_queries[:, None], other=0.0)
+                weights = load_softmax(softmax, query, key, are_queries, mask)
+                tl.debug_barrier()  # all has been read before it is replaced
+                tl.store(places, weights * (gradient - delta[:, None]), mask=are_queries[:, None])
+    elif dvalue_ptr is not None:
+        key = first + tl.arange(0, BLOCK_K)
+        attended = are_attended(padding_mask_ptr, key_place, rows_k, key, length)
+        line = tl.arange(0, SEGMENT_Q)
+        queries = tl.where(first < length, length_q, 0)
+        weights = value_weights(softmax, dropout, line, key, queries, attended)
+        dvalue_rows = dvalue_ptr + ((key_row + key) * H + head) * DV
+        for begin_d in range(0, tl.where(first < extent, DV, 0), BLOCK_DV):
+            d = begin_d + tl.arange(0, BLOCK_DV)
+            sums = tl.zeros((BLOCK_K, BLOCK_DV), tl.float32)
+            for begin in range(0, queries, SEGMENT_Q):
+                query = begin + line
+                if not SINGLE_Q:
+                    weights = value_weights(softmax, dropout, query, key, queries, attended)
+                dcontext = tl.load(
+                    dcontext_item + query[:, None] * stride_ct + d[None, :],
+                    mask=(query < queries)[:, None] & (d < DV)[None, :],
+                    other=0.0,
+                )
+                sums += weighted_sum(weights, dcontext)
+            tl.store(
+                dvalue_rows[:, None] + d[None, :],
+                sums.to(dvalue_ptr.dtype.element_ty),
+                mask=(key < extent)[:, None] & (d < DV)[None, :],
+            )
+
+
+@triton.jit
+def value_weights(softmax, dropout, query, key, queries, attended):
+    """The weights after dropout [keys, queries], 0 for queries past the last."""
+    are_queries = query < queries
+    mask = are_queries[:, None] & attended[None, :]
+    weights = load_softmax(softmax, query, key, are_queries, mask)
+    return tl.trans(weights * kept(dropout, query, key))
+
+
+@triton.jit(do_not_specialize=["parts"])
+def sum_parts_kernel(
+    partial_ptr, sum_ptr, parts, SIZE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The sum over the first axis of float32 ``partial`` [parts, SIZE]; BLOCK of it a program."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.zeros((PARTS, BLOCK), tl.float32)
+    for begin in range(0, parts, PARTS):
+        part = (begin + tl.arange(0, PARTS)).to(tl.int64)
+        mask = (part < parts)[:, None] & (place < SIZE)[None, :]
+        sums += tl.load(partial_ptr + part[:, None] * SIZE + place[None, :], mask=mask, other=0.0)
+    total = tl.sum(sums, 0).to(sum_ptr.dtype.element_ty)
+    tl.store(sum_ptr + place, total, mask=place < SIZE)

@@ -27,9 +27,12 @@ class Tiles:
 # memory, with barriers; at up to 168 registers three programs run on a multiprocessor, so that one
 # computes while another waits. What is spilled for that is used between the loops.
 SCORES = Tiles(warps=4, queries=32, keys=32, features=4, value_features=32, registers=168)
-DVALUE = Tiles(warps=4, queries=32, keys=64, value_features=64)
-# Float32 products of matrices go through multiply-adds and need the registers themselves.
-DVALUE_FLOAT32 = Tiles(warps=4, queries=32, keys=32, value_features=32)
+# Of the gradients of scores, and of values: matrix products. Those of float32 go through
+# multiply-adds and need the registers themselves.
+PAIRS = Tiles(warps=4, queries=32, keys=32, value_features=64)
+PAIRS_FLOAT32 = Tiles(warps=4, queries=32, keys=32, value_features=32)
+# Partial sums that are added: so many loads are on their way at a time.
+SUM_PARTS, SUM_NUMBERS = 32, 64
 # Returned weights are written once; any tile will do.
 WEIGHTS = Tiles(warps=4, queries=16, keys=64)
 # 32 rows of keys stay in registers as 8 tensors of 4 rows, at 255 registers without a spill; with
@@ -54,8 +57,8 @@ POOL_BRANCHES = 5  # the most whose weights of a tile a program has in registers
 WHOLE_SEQUENCE_PAIRS = 1 << 14
 
 
-def dvalue_tiles(dtype: torch.dtype) -> Tiles:
-    return DVALUE_FLOAT32 if dtype == torch.float32 else DVALUE
+def pair_tiles(dtype: torch.dtype) -> Tiles:
+    return PAIRS_FLOAT32 if dtype == torch.float32 else PAIRS
 
 
 def gradient_pairs(half: int) -> int:

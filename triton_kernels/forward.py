@@ -12,7 +12,7 @@ SIZES = ["batch", "rows_q", "rows_k", "max_seqlen_q", "max_seqlen_k", "parts", "
 WEIGHT_STRIDES = ["stride_weight_b", "stride_weight_query", "stride_weight_head"]
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, "stride_scores"])
 def additive_attention_fwd_kernel(
     query_ptr,
     key_ptr,
@@ -55,6 +55,7 @@ def additive_attention_fwd_kernel(
     SEGMENT: tl.constexpr,
     SINGLE: tl.constexpr,
     KEEP_SCORES: tl.constexpr,
+    RAW: tl.constexpr,
     REFINE: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
@@ -65,7 +66,7 @@ def additive_attention_fwd_kernel(
     takes each ``parts``-th segment, and leaves for :func:`merge_parts_kernel` its sum ``partial``
     [parts, rows, H, DV] and its (max, sum) in ``stats`` [parts, rows, H, 2].
     Scores pass through ``scores`` [(parts,) rows, H, stride_scores], all of them with KEEP_SCORES;
-    without ``stats`` nothing else is computed.
+    without ``stats`` nothing else is computed. RAW: of the scores more than differences matters.
     """
     rows_q = rows_q.to(tl.int64)
     rows_k = rows_k.to(tl.int64)
@@ -117,14 +118,11 @@ def additive_attention_fwd_kernel(
                     score_weight_ptr + head * stride_wh,
                     scores_item + kept,
                     H * stride_scores,
-                    None,
-                    None,
-                    H,
                     D,
                     BLOCK_Q >> half,
                     BLOCK_K,
                     BLOCK_D << half,
-                    stats_ptr is None,
+                    RAW,
                     REFINE,
                     USE_PTX,
                 )

@@ -18,11 +18,23 @@ from .gradient_tile import (
     Options,
     Scores,
     Side,
+    are_attended,
     existing,
+    exponentials,
+    load_lines,
+    load_rows,
     load_weights_times_4,
+    store_pairs,
     tile_gradients,
+    use_groups,
 )
-from .route import SMALLEST_GRADIENT_SUM, in_factored_range
+from .route import (
+    INFORMATIVE_SHARE,
+    SATURATED_MAGNITUDE,
+    SMALL_MAGNITUDE,
+    SMALLEST_GRADIENT_SUM,
+    in_factored_range,
+)
 from .rows import attended_keys, find_tile, sequence_rows
 
 SIZES = [
@@ -33,56 +45,75 @@ SIZES = [
     "max_columns",
     "items",
     "zero",
-    "stride_bound_place",
 ]
-DIRECT_CHOICE = tl.constexpr(3)  # of how to take a tile of rows, after those by its size
-
-
-@triton.constexpr_function
-def tiles_of_choice(choice, row_tiles):
-    """How many TILE_ROWS rows are taken at a time: a whole tile, 3/4, half of it; few directly."""
-    return 1 if choice == DIRECT_CHOICE.value else row_tiles - choice * row_tiles // 4
+LINES = tl.constexpr(8)  # rows that are looked at together where they are only looked at
 
 
 @triton.jit
-def column_bound(bound_ptr, stride, count, BLOCK: tl.constexpr):
-    """The largest of ``count`` magnitudes."""
-    largest = tl.zeros((BLOCK,), tl.float32)
-    for begin in range(0, count, BLOCK):
-        index = begin + tl.arange(0, BLOCK)
-        bound = tl.load(bound_ptr + index * stride, mask=index < count, other=0.0)
-        largest = tl.maximum(largest, bound)
-    return tl.max(largest, 0)
+def largest_magnitude(
+    side, pair, D: tl.constexpr, HALF: tl.constexpr, BLOCK_D: tl.constexpr, USE_PTX: tl.constexpr
+):
+    """Of these pairs of features in what is attended of a side."""
+    largest = tl.zeros((LINES, BLOCK_D), tl.float32)
+    for first in range(0, side.attended, LINES):
+        x0, x1 = load_lines(side, first + tl.arange(0, LINES), pair, D, HALF, BLOCK_D, USE_PTX)
+        largest = tl.maximum(largest, tl.maximum(tl.abs(x0), tl.abs(x1)))
+    return tl.max(tl.max(largest, 1), 0)
 
 
 @triton.jit
-def store_columns(
-    column_sums_ptr,
-    dcol_ptr,
+def are_informative(
+    rows,
+    cols,
+    first_row,
+    end_row,
     score_weight_ptr,
-    columns,
-    begun_columns,
+    pair,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    USE_PTX: tl.constexpr,
+):
+    """Whether enough of the score weights meet a tanh that is neither nearly 0 nor nearly 1, as
+    ``scores.are_informative`` asks: each row of [first_row, end_row) is looked at with one column.
+    """
+    weight0, weight1 = load_weights_times_4(score_weight_ptr, pair, D, HALF)
+    informative = tl.zeros((LINES, BLOCK_D), tl.float32)
+    total = tl.zeros((LINES, BLOCK_D), tl.float32)
+    for first in range(first_row, end_row, LINES):
+        row = first + tl.arange(0, LINES)
+        col = row % tl.maximum(cols.attended, 1)
+        both = are_attended(rows, row) & are_attended(cols, col)
+        x = load_lines(rows, row, pair, D, HALF, BLOCK_D, USE_PTX)
+        y = load_lines(cols, col, pair, D, HALF, BLOCK_D, USE_PTX)
+        for half in tl.static_range(2):
+            weight = tl.abs(weight0 if half == 0 else weight1)[None, :]
+            weight = tl.where(both[:, None], weight, 0.0)
+            magnitude = tl.abs(x[half] + y[half])
+            informs = (magnitude > SMALL_MAGNITUDE) & (magnitude < SATURATED_MAGNITUDE)
+            informative += tl.where(informs, weight, 0.0)
+            total += weight
+    share = tl.sum(tl.sum(informative, 1), 0)
+    return share >= tl.sum(tl.sum(total, 1), 0) * INFORMATIVE_SHARE
+
+
+@triton.jit
+def store_zeros(
+    ptr,
+    begin,
+    end,
     pair,
     H: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``dcol = 4 w sums``, 0 for the columns after the first ``begun_columns``."""
-    exists0, exists1 = existing(pair, D, HALF)
-    lane = tl.arange(0, BLOCK_D)
-    weight0, weight1 = load_weights_times_4(score_weight_ptr, pair, D, HALF)
-    element = dcol_ptr.dtype.element_ty
-    source = column_sums_ptr + lane
-    target = dcol_ptr + pair
-    for column in range(columns):
-        begun = pair < tl.where(column < begun_columns, HALF, 0)
-        sum0 = tl.load(source, mask=begun, other=0.0) * weight0
-        sum1 = tl.load(source + BLOCK_D, mask=begun & exists1, other=0.0) * weight1
-        tl.store(target, sum0.to(element), mask=exists0)
-        tl.store(target + HALF, sum1.to(element), mask=exists1)
-        source += 2 * BLOCK_D
-        target += H * D
+    """Gradients of the rows [begin, end) of a sequence that nothing depends on."""
+    zeros = tl.zeros((TILE_ROWS, BLOCK_D), tl.float32)
+    for first in range(begin, end, TILE_ROWS):
+        row = first + tl.arange(0, TILE_ROWS)
+        target = ptr + row[:, None].to(tl.int64) * (H * D) + pair[None, :]
+        store_pairs(target, zeros, zeros, row < end, pair, D, HALF)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -91,8 +122,6 @@ def additive_attention_grad_kernel(
     col_ptr,
     score_weight_ptr,
     dscores_ptr,
-    row_bound_ptr,
-    col_bound_ptr,
     drow_ptr,
     dcol_ptr,
     column_sums_ptr,
@@ -120,8 +149,6 @@ def additive_attention_grad_kernel(
     stride_score_row,
     stride_score_col,
     stride_score_head,
-    stride_bound_place,
-    stride_bound_col,
     H: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
@@ -130,7 +157,6 @@ def additive_attention_grad_kernel(
     ROWS_ARE_KEYS: tl.constexpr,
     WHOLE_SEQUENCES: tl.constexpr,
     CONTIGUOUS_SCORES: tl.constexpr,
-    MASK_SCORES: tl.constexpr,
     REFINE: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
@@ -139,8 +165,8 @@ def additive_attention_grad_kernel(
     An item of work is a head, BLOCK_D pairs of features, and a tile of rows or all of a sequence.
     ``column_sums`` is [programs, max_columns, 2 BLOCK_D] float32; ``dweight`` [tiles or sequences,
     H, D] float32 are partial sums. The gradient of a score is at (first row and column of the
-    sequence, row, column, head), each with its stride. Past the sequence's last row it is 0 with
-    CONTIGUOUS_SCORES, is not read with MASK_SCORES, and else may be any number.
+    sequence, row, column, head), each with its stride. With CONTIGUOUS_SCORES those of keys lie
+    next to each other, and are 0 past the last one up to whole tiles of keys.
     """
     rows_r = rows_r.to(tl.int64)
     rows_c = rows_c.to(tl.int64)
@@ -152,6 +178,7 @@ def additive_attention_grad_kernel(
         item = tl.program_id(0) + turn * programs
         # Of unknown alignment, features are not vectorised: each thread keeps to its own.
         pair = (item % CHUNKS) * BLOCK_D + (lane + zero)
+        looked_at = (item % CHUNKS) * BLOCK_D + lane
         head = (item // CHUNKS % H).to(tl.int64)
         unit = item // (CHUNKS * H)
         if WHOLE_SEQUENCES:
@@ -160,128 +187,169 @@ def additive_attention_grad_kernel(
         else:
             sequence, begin_row = find_tile(cu_row_ptr, unit, batch, rows_r, BLOCK_ROWS)
         row_place, row_start, extent = sequence_rows(cu_row_ptr, sequence, batch, rows_r)
-        col_place, col_start, columns = sequence_rows(cu_col_ptr, sequence, batch, rows_c)
+        col_place, col_start, all_columns = sequence_rows(cu_col_ptr, sequence, batch, rows_c)
+        row_mask_ptr = None
+        col_mask_ptr = None
         if ROWS_ARE_KEYS:
-            _, _, length = attended_keys(
+            length = attended_keys(
                 cu_row_ptr, key_lengths_ptr, sequence, batch, rows_r, max_seqlen_k
-            )
-            keys = length
-            row_mask_ptr = padding_mask_ptr
+            )[2]
+            columns = tl.where(length > 0, tl.minimum(all_columns, max_columns), 0)
+            length = tl.where(columns > 0, length, 0)
             if padding_mask_ptr is not None:
-                row_mask_ptr += row_place * rows_r
-            col_mask_ptr = None
+                row_mask_ptr = padding_mask_ptr + row_place * rows_r
         else:
-            length = extent
-            _, _, columns = attended_keys(
+            columns = attended_keys(
                 cu_col_ptr, key_lengths_ptr, sequence, batch, rows_c, max_seqlen_k
-            )
-            keys = columns
-            row_mask_ptr = None
-            col_mask_ptr = padding_mask_ptr
+            )[2]
+            length = tl.where(columns > 0, extent, 0)
             if padding_mask_ptr is not None:
-                col_mask_ptr += col_place * rows_c
-        # Nothing was written for a sequence without keys or without queries, bounds neither.
-        if (keys == 0) | (columns == 0):
-            length = length * 0
-        end_row = extent
+                col_mask_ptr = padding_mask_ptr + col_place * rows_c
+        end_row = length
         if not WHOLE_SEQUENCES:
-            end_row = tl.minimum(extent, begin_row + BLOCK_ROWS)
+            extent = tl.minimum(extent, begin_row + BLOCK_ROWS)
+            end_row = tl.minimum(length, extent)
 
         weight_row = score_weight_ptr + head * stride_wh
-        rows_ptr = row_ptr + row_place * stride_rb + row_start * stride_rt + head * stride_rh
-        cols_ptr = col_ptr + col_place * stride_cb + col_start * stride_ct + head * stride_ch
-        dscores_item = (
-            dscores_ptr
-            + (row_place * rows_r + row_start) * stride_score_row_start
-            + (col_place * rows_c + col_start) * stride_score_col_start
-            + head * stride_score_head
-        )
         first_row_number = row_place * rows_r + row_start
-        drow_item = drow_ptr
+        drow_item = None
         if drow_ptr is not None:
-            drow_item += (first_row_number * H + head) * D
-        sums_ptr = column_sums_ptr
-        if column_sums_ptr is not None:
-            slot = tl.program_id(0).to(tl.int64)
-            sums_ptr += slot * max_columns * (2 * BLOCK_D)
-        all_columns = columns
-        columns = tl.minimum(columns, max_columns)
-        rows = Side(rows_ptr, stride_rt, row_mask_ptr)
-        cols = Side(cols_ptr, stride_ct, col_mask_ptr)
-        dscores = Scores(dscores_item, stride_score_row, stride_score_col)
-        gradients = Gradients(drow_item, sums_ptr)
-        bound_of_columns = column_bound(
-            col_bound_ptr + col_place * stride_bound_place + col_start * stride_bound_col + head,
-            stride_bound_col,
-            tl.where(length > 0, columns, 0),
-            128,
-        )
-        dweight0 = tl.zeros((TILE_ROWS, BLOCK_D), tl.float32)
-        dweight1 = tl.zeros((TILE_ROWS, BLOCK_D), tl.float32)
-        for first_row in range(begin_row, end_row, BLOCK_ROWS):
-            tile_rows = first_row + tl.arange(0, BLOCK_ROWS)
-            attended = tile_rows < length
-            if row_mask_ptr is not None:
-                attended &= tl.load(row_mask_ptr + tile_rows, mask=attended, other=1) == 0
-            bounds = row_bound_ptr + (first_row_number + tile_rows) * H + head
-            bound_of_rows = tl.max(tl.load(bounds, mask=attended, other=0.0), 0)
-            columns_here = columns.to(tl.int32)
-            if first_row >= length:
-                columns_here = 0
-            # A whole tile, 3/4 or half of one, as the rows left need; or by the direct route, which
-            # is rare and takes more registers, a few rows at a time.
-            end = tl.minimum(first_row + BLOCK_ROWS, end_row)
-            choice = DIRECT_CHOICE
-            if in_factored_range(bound_of_rows, bound_of_columns, SMALLEST_GRADIENT_SUM):
-                rows_left = (end - first_row).to(tl.int32)
-                choice = (rows_left <= BLOCK_ROWS * 3 // 4).to(tl.int32)
-                choice += (rows_left <= BLOCK_ROWS // 2).to(tl.int32)
-            for option in tl.static_range(DIRECT_CHOICE + 1):
-                if choice == option:
-                    few = TILE_ROWS * tiles_of_choice(option, ROW_TILES)
-                    for row in range(first_row, end, few):
-                        more0, more1 = tile_gradients(
-                            rows,
-                            cols,
-                            dscores,
-                            weight_row,
-                            gradients,
-                            row,
-                            length,
-                            extent,
-                            columns_here,
-                            pair,
-                            Options(
-                                H,
-                                D,
-                                HALF,
-                                BLOCK_D,
-                                tiles_of_choice(option, ROW_TILES),
-                                CONTIGUOUS_SCORES,
-                                MASK_SCORES,
-                                dweight_ptr is not None,
-                                option == DIRECT_CHOICE,
-                                REFINE,
-                                USE_PTX,
-                            ),
-                        )
-                        dweight0 += more0
-                        dweight1 += more1
-            tl.debug_barrier()  # column sums may be another thread's in the next tile
+            drow_item = drow_ptr + (first_row_number * H + head) * D
+        dcol_item = None
+        sums_ptr = None
         if dcol_ptr is not None:
             dcol_item = dcol_ptr + ((col_place * rows_c + col_start) * H + head) * D
-            store_columns(
-                sums_ptr,
-                dcol_item,
-                weight_row,
-                all_columns.to(tl.int32),
-                tl.where(length > 0, columns, 0).to(tl.int32),
-                pair,
-                H,
-                D,
-                HALF,
-                BLOCK_D,
+            sums_ptr = column_sums_ptr
+            sums_ptr += tl.program_id(0).to(tl.int64) * max_columns * (2 * BLOCK_D)
+        rows = Side(
+            row_ptr + row_place * stride_rb + row_start * stride_rt + head * stride_rh,
+            stride_rt,
+            row_mask_ptr,
+            length.to(tl.int32),
+        )
+        cols = Side(
+            col_ptr + col_place * stride_cb + col_start * stride_ct + head * stride_ch,
+            stride_ct,
+            col_mask_ptr,
+            columns.to(tl.int32),
+        )
+        dscores = Scores(
+            dscores_ptr
+            + first_row_number * stride_score_row_start
+            + (col_place * rows_c + col_start) * stride_score_col_start
+            + head * stride_score_head,
+            stride_score_row,
+            stride_score_col,
+        )
+        bound_of_columns = largest_magnitude(cols, looked_at, D, HALF, BLOCK_D, USE_PTX)
+        dweight0 = tl.zeros((TILE_ROWS, BLOCK_D), tl.float32)
+        dweight1 = tl.zeros((TILE_ROWS, BLOCK_D), tl.float32)
+        # In as few turns as the registers allow, of as many rows each.
+        begin_row = begin_row.to(tl.int32)
+        end_row = end_row.to(tl.int32)
+        turns = tl.maximum(tl.cdiv(end_row - begin_row, BLOCK_ROWS), 1)
+        tiles = tl.cdiv(tl.cdiv(end_row - begin_row, turns), TILE_ROWS)
+        step = tiles * TILE_ROWS
+        for turn_of_rows in range(tl.cdiv(end_row - begin_row, tl.maximum(step, 1))):
+            first_row = begin_row + turn_of_rows * step
+            group_rows, used = use_groups(first_row, tiles, ROW_TILES)
+            rows0, rows1, bound_of_rows = load_rows(
+                rows, group_rows, used, pair, ROW_TILES, BLOCK_D, D, HALF, USE_PTX
             )
+            factored = in_factored_range(bound_of_rows, bound_of_columns, SMALLEST_GRADIENT_SUM)
+            if REFINE:  # inputs of 16 bits err more than this form
+                factored &= are_informative(
+                    rows,
+                    cols,
+                    first_row,
+                    tl.minimum(first_row + step, end_row),
+                    weight_row,
+                    looked_at,
+                    D,
+                    HALF,
+                    BLOCK_D,
+                    USE_PTX,
+                )
+            if factored:
+                more0, more1 = tile_gradients(
+                    exponentials(rows0, used, REFINE),
+                    exponentials(rows1, used, REFINE),
+                    group_rows,
+                    used,
+                    end_row,
+                    extent,
+                    cols,
+                    dscores,
+                    weight_row,
+                    Gradients(
+                        drow_item,
+                        dcol_item,
+                        sums_ptr,
+                        first_row == begin_row,
+                        first_row + step >= end_row,
+                        turns == 1,
+                    ),
+                    pair,
+                    Options(
+                        H,
+                        D,
+                        HALF,
+                        BLOCK_D,
+                        CONTIGUOUS_SCORES,
+                        dweight_ptr is not None,
+                        False,
+                        REFINE,
+                        USE_PTX,
+                    ),
+                )
+                dweight0 += more0
+                dweight1 += more1
+            else:  # a few rows at a time, as this takes more registers
+                for tile in range(tl.cdiv(tl.minimum(step, end_row - first_row), TILE_ROWS)):
+                    row = first_row + tile * TILE_ROWS
+                    one_row, one_used = use_groups(row, 1, 1)
+                    few0, few1, _ = load_rows(
+                        rows, one_row, one_used, pair, 1, BLOCK_D, D, HALF, USE_PTX
+                    )
+                    more0, more1 = tile_gradients(
+                        few0,
+                        few1,
+                        one_row,
+                        one_used,
+                        end_row,
+                        extent,
+                        cols,
+                        dscores,
+                        weight_row,
+                        Gradients(
+                            drow_item,
+                            dcol_item,
+                            sums_ptr,
+                            row == begin_row,
+                            row + TILE_ROWS >= end_row,
+                            (row == begin_row) & (row + TILE_ROWS >= end_row),
+                        ),
+                        pair,
+                        Options(
+                            H,
+                            D,
+                            HALF,
+                            BLOCK_D,
+                            CONTIGUOUS_SCORES,
+                            dweight_ptr is not None,
+                            True,
+                            REFINE,
+                            USE_PTX,
+                        ),
+                    )
+                    dweight0 += more0
+                    dweight1 += more1
+            tl.debug_barrier()  # column sums may be another thread's in the next tile
+        if drow_ptr is not None:
+            done = begin_row + tl.cdiv(end_row - begin_row, tl.maximum(step, 1)) * step
+            store_zeros(drow_item, done, extent, pair, H, D, HALF, BLOCK_D)
+        if dcol_ptr is not None:
+            store_zeros(dcol_item, columns, all_columns, pair, H, D, HALF, BLOCK_D)
         if dweight_ptr is not None:
             target = dweight_ptr + (unit.to(tl.int64) * H + head) * D + pair
             exists0, exists1 = existing(pair, D, HALF)

@@ -1,8 +1,9 @@
 """The inner loops of the gradient kernel: a tile of rows against all columns of their sequence.
 
 Each thread holds one pair of features (d, d + HALF) of all rows, so that no sum crosses threads;
-the rows are ROW_TILES tensors of TILE_ROWS rows, so that a sum over rows is a chain of
-multiply-adds.
+the rows are TILES tensors of TILE_ROWS rows, so that a sum over rows is a chain of multiply-adds.
+TILES is a power of two, and the tensors are in groups of 1, TILES / 2, TILES / 4 .. 1: any number
+of tensors is used by passing by some of the groups after the first.
 """
 
 from typing import NamedTuple
@@ -16,11 +17,15 @@ TILE_ROWS = tl.constexpr(4)  # what one 16-byte load of score gradients serves
 
 
 class Side(NamedTuple):
-    """The rows, or the columns, of a sequence and head, from its first on; keys may have a mask."""
+    """The rows, or the columns, of a sequence and head, from its first on; keys may have a mask.
+
+    There is at least one that is attended wherever they are looked at.
+    """
 
     ptr: tl.tensor
     stride: tl.tensor
     mask_ptr: tl.tensor | None
+    attended: tl.tensor  # how many count, those of the mask aside
 
 
 class Scores(NamedTuple):
@@ -32,13 +37,17 @@ class Scores(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Where gradients of rows go, from the first on, and sums of columns; None: not wanted.
+    """Where gradients of rows and columns go, from the first on; None: not wanted.
 
-    The sums are [columns, 2 BLOCK_D] float32, begun by the first tile of rows.
+    Sums of columns [columns, 2 BLOCK_D] float32 stay with the program until the last rows are in.
     """
 
     drow_ptr: tl.tensor | None
+    dcol_ptr: tl.tensor | None
     column_sums_ptr: tl.tensor | None
+    is_first: tl.tensor  # of the tiles of rows
+    is_last: tl.tensor
+    is_only: tl.tensor
 
 
 class Options(NamedTuple):
@@ -48,13 +57,32 @@ class Options(NamedTuple):
     D: tl.constexpr
     HALF: tl.constexpr
     BLOCK_D: tl.constexpr
-    ROW_TILES: tl.constexpr
     CONTIGUOUS_SCORES: tl.constexpr
-    MASK_SCORES: tl.constexpr
     WANT_WEIGHT: tl.constexpr
     DIRECT: tl.constexpr
     REFINE: tl.constexpr
     USE_PTX: tl.constexpr
+
+
+@triton.constexpr_function
+def group_count(tiles):
+    return tiles.bit_length()
+
+
+@triton.constexpr_function
+def group_size(group, tiles):
+    return max(1, tiles >> group) if group else 1
+
+
+@triton.constexpr_function
+def group_begin(group, tiles):
+    """The first tensor of a group of so many tensors."""
+    return 1 + tiles - (tiles >> (group - 1)) if group else 0
+
+
+@triton.constexpr_function
+def group_of(tile, tiles):
+    return sum(tile >= group_begin(group, tiles) for group in range(1, tiles.bit_length()))
 
 
 @triton.jit
@@ -73,21 +101,101 @@ def load_weights_times_4(score_weight_ptr, pair, D: tl.constexpr, HALF: tl.const
 
 
 @triton.jit
-def load_rows(rows, row, length, pair, options):
-    """Both features of TILE_ROWS rows, exponentiated unless DIRECT."""
-    exists0, exists1 = existing(pair, options.D, options.HALF)
-    attended = (row < length)[:, None]
-    if rows.mask_ptr is not None:
-        attended &= (tl.load(rows.mask_ptr + row, mask=row < length, other=1) == 0)[:, None]
-    features = rows.ptr + row[:, None] * rows.stride + pair[None, :]
-    # What is not attended may hold anything, NaN included: its score gradients are 0.
-    x0 = tl.load(features, mask=attended & exists0[None, :], other=0.0).to(tl.float32)
-    x1 = tl.load(features + options.HALF, mask=attended & exists1[None, :], other=0.0)
-    x1 = x1.to(tl.float32)
-    if not options.DIRECT:
-        x0 = exp_twice(x0, options.REFINE)
-        x1 = exp_twice(x1, options.REFINE)
-    return x0, x1
+def are_attended(side, row):
+    attended = row < side.attended
+    if side.mask_ptr is not None:
+        attended &= tl.load(side.mask_ptr + row, mask=attended, other=1) == 0
+    return attended
+
+
+@triton.jit
+def load_lines(
+    side,
+    row,
+    pair,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    USE_PTX: tl.constexpr,
+):
+    """Both features of pairs, [rows, pairs] float32. Past the last row that is attended it is
+    repeated; of what a mask leaves out, which may hold anything, NaN included, they are 0."""
+    PADDED: tl.constexpr = (HALF % BLOCK_D != 0) | (2 * HALF != D)
+    safe_row = tl.minimum(row, side.attended - 1).to(tl.int64)
+    features = side.ptr + safe_row[:, None] * side.stride + pair[None, :]
+    if side.mask_ptr is not None or PADDED:
+        exists0, exists1 = existing(pair, D, HALF)
+        attended = are_attended(side, row)[:, None]
+        x0 = tl.load(features, mask=attended & exists0[None, :], other=0.0)
+        x1 = tl.load(features + HALF, mask=attended & exists1[None, :], other=0.0)
+    else:
+        x0 = tl.load(features)
+        x1 = tl.load(features + HALF)
+    return as_float32(x0, USE_PTX), as_float32(x1, USE_PTX)
+
+
+@triton.jit
+def use_groups(first_row, row_tiles, TILES: tl.constexpr):
+    """Of each group of tensors its first row, and whether ``row_tiles`` of them use it."""
+    group_rows = ()
+    used = ()
+    for group in tl.static_range(group_count(TILES)):
+        if group == 0:
+            group_rows += (first_row,)
+            used += (True,)
+        else:
+            before = 1 + ((row_tiles - 1) & (-2 * group_size(group, TILES)))
+            group_rows += (first_row + before * TILE_ROWS,)
+            used += (((row_tiles - 1) & group_size(group, TILES)) != 0,)
+    return group_rows, used
+
+
+@triton.jit
+def row_in_group(tile: tl.constexpr, TILES: tl.constexpr):
+    """Of a tensor, from the first of its group on, [TILE_ROWS]."""
+    first = (tile - group_begin(group_of(tile, TILES), TILES)) * TILE_ROWS
+    return first + tl.arange(0, TILE_ROWS)
+
+
+@triton.jit
+def load_rows(
+    side,
+    group_rows,
+    used,
+    pair,
+    TILES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    USE_PTX: tl.constexpr,
+):
+    """The first and second features of tiles of rows, two tuples of tensors [TILE_ROWS, pairs], and
+    their largest magnitude; 0 of what is not used."""
+    largest = tl.zeros((TILE_ROWS, BLOCK_D), tl.float32)
+    rows0 = ()
+    rows1 = ()
+    for tile in tl.static_range(TILES):
+        x0 = tl.zeros((TILE_ROWS, BLOCK_D), tl.float32)
+        x1 = tl.zeros((TILE_ROWS, BLOCK_D), tl.float32)
+        if used[group_of(tile, TILES)]:
+            row = group_rows[group_of(tile, TILES)] + row_in_group(tile, TILES)
+            x0, x1 = load_lines(side, row, pair, D, HALF, BLOCK_D, USE_PTX)
+            largest = tl.maximum(largest, tl.maximum(tl.abs(x0), tl.abs(x1)))
+        rows0 += (x0,)
+        rows1 += (x1,)
+    return rows0, rows1, tl.max(tl.max(largest, 1), 0)
+
+
+@triton.jit
+def exponentials(rows, used, REFINE: tl.constexpr):
+    """``exp(2x)`` of a tuple of tiles, where they are used."""
+    found = ()
+    for tile in tl.static_range(len(rows)):
+        x = rows[tile]
+        if used[group_of(tile, len(rows))]:
+            x = exp_twice(x, REFINE)
+        found += (x,)
+    return found
 
 
 @triton.jit
@@ -113,14 +221,12 @@ def load_column(features, mask_ptr, pair, options):
 
 
 @triton.jit
-def load_scores(dscores_ptr, stride_row, row, length, options):
+def load_scores(dscores_ptr, stride_row, row, attended, options):
     """Score gradients of TILE_ROWS rows and a column, for every feature."""
     if options.CONTIGUOUS_SCORES:
         s = tl.load(dscores_ptr + row)
-    elif options.MASK_SCORES:
-        s = tl.load(dscores_ptr + row * stride_row, mask=row < length, other=0.0)
     else:
-        s = tl.load(dscores_ptr + row * stride_row)
+        s = tl.load(dscores_ptr + row * stride_row, mask=row < attended, other=0.0)
     return tl.broadcast_to(s[:, None], (TILE_ROWS, options.BLOCK_D))
 
 
@@ -146,95 +252,168 @@ def store_pairs(target, values0, values1, inside, pair, D: tl.constexpr, HALF: t
 
 
 @triton.jit
+def group_and_column(
+    rows0,
+    rows1,
+    drow0,
+    drow1,
+    dcol0,
+    dcol1,
+    dweight0,
+    dweight1,
+    y0,
+    y1,
+    dscores_ptr,
+    stride_row,
+    group_row,
+    attended,
+    group: tl.constexpr,
+    WANT_COL: tl.constexpr,
+    options,
+):
+    """The sums with what a group of tensors and a column add to them."""
+    TILES: tl.constexpr = len(rows0)
+    next0 = ()
+    next1 = ()
+    for tile in tl.static_range(group_begin(group, TILES), group_begin(group + 1, TILES)):
+        row = row_in_group(tile, TILES)
+        s = load_scores(dscores_ptr, stride_row, row, attended - group_row, options)
+        h0, h1, slope0, slope1 = halves_and_slopes(rows0[tile], rows1[tile], y0, y1, options)
+        # fma() keeps s * slope from being computed once and added twice, in three steps.
+        next0 += (tl.fma(s, slope0, drow0[tile]),)
+        next1 += (tl.fma(s, slope1, drow1[tile]),)
+        if WANT_COL and tile == 0:
+            dcol0 = s * slope0
+            dcol1 = s * slope1
+        elif WANT_COL:
+            dcol0 = tl.fma(s, slope0, dcol0)
+            dcol1 = tl.fma(s, slope1, dcol1)
+        if options.WANT_WEIGHT:
+            dweight0 = tl.fma(s, h0, dweight0)
+            dweight1 = tl.fma(s, h1, dweight1)
+    return next0, next1, dcol0, dcol1, dweight0, dweight1
+
+
+@triton.jit
 def tile_gradients(
-    rows,
+    rows0,
+    rows1,
+    group_rows,
+    used,
+    attended,
+    extent,
     cols,
     dscores,
     score_weight_ptr,
     gradients,
-    first_row,
-    length,
-    extent,
-    columns,
     pair,
     options,
 ):
-    """Write the gradients of rows [first_row, + ROW_TILES TILE_ROWS); add to the column sums.
+    """Write the gradients of tiles of rows; add to those of the columns.
 
     Args:
-        rows, cols, dscores, gradients, options: as their types say.
-        length, extent: rows that count, and rows to write (0 for the others).
+        rows0, rows1: tuples of tiles of their first and second features, exponentiated unless
+            DIRECT.
+        group_rows, used: as of :func:`use_groups`.
+        attended, extent: how many rows count, and how many are to be written.
+        cols, dscores, gradients, options: as their types say.
         pair: the first features of this program's pairs, [BLOCK_D].
 
     Returns:
         sums of s h for the two features of each pair, [TILE_ROWS, BLOCK_D].
     """
+    TILES: tl.constexpr = len(rows0)
     HALF: tl.constexpr = options.HALF
     BLOCK_D: tl.constexpr = options.BLOCK_D
-    WANT_COL: tl.constexpr = gradients.column_sums_ptr is not None
-    line = tl.arange(0, TILE_ROWS).to(tl.int64)
+    WANT_COL: tl.constexpr = gradients.dcol_ptr is not None
     shape: tl.constexpr = (TILE_ROWS, BLOCK_D)
+    exists0, exists1 = existing(pair, options.D, HALF)
+    weight0, weight1 = load_weights_times_4(score_weight_ptr, pair, options.D, HALF)
     dweight0 = tl.zeros(shape, tl.float32)
     dweight1 = tl.zeros(shape, tl.float32)
-    row0 = ()
-    row1 = ()
     drow0 = ()
     drow1 = ()
-    for tile in tl.static_range(options.ROW_TILES):
-        row = first_row + tile * TILE_ROWS + line
-        x0, x1 = load_rows(rows, row, length, pair, options)
-        row0 += (x0,)
-        row1 += (x1,)
+    for _ in tl.static_range(len(rows0)):
         drow0 += (tl.zeros(shape, tl.float32),)
         drow1 += (tl.zeros(shape, tl.float32),)
 
     features = cols.ptr + pair
     col_mask_ptr = cols.mask_ptr
     dscores_ptr = dscores.ptr
-    sums = gradients.column_sums_ptr
     if WANT_COL:
-        sums += tl.arange(0, BLOCK_D)
-    for _ in range(columns):
+        dcol = gradients.dcol_ptr + pair
+        kept = gradients.column_sums_ptr + tl.arange(0, BLOCK_D)
+        element = gradients.dcol_ptr.dtype.element_ty
+    for _ in range(cols.attended):
         y0, y1 = load_column(features, col_mask_ptr, pair, options)
         dcol0 = tl.zeros(shape, tl.float32)
         dcol1 = tl.zeros(shape, tl.float32)
         next0 = ()
         next1 = ()
-        for tile in tl.static_range(options.ROW_TILES):
-            row = first_row + tile * TILE_ROWS + line
-            s = load_scores(dscores_ptr, dscores.stride_row, row, length, options)
-            h0, h1, slope0, slope1 = halves_and_slopes(row0[tile], row1[tile], y0, y1, options)
-            # fma() keeps s * slope from being computed once and added twice, in three steps.
-            next0 += (tl.fma(s, slope0, drow0[tile]),)
-            next1 += (tl.fma(s, slope1, drow1[tile]),)
-            if WANT_COL:
-                dcol0 = tl.fma(s, slope0, dcol0)
-                dcol1 = tl.fma(s, slope1, dcol1)
-            if options.WANT_WEIGHT:
-                dweight0 = tl.fma(s, h0, dweight0)
-                dweight1 = tl.fma(s, h1, dweight1)
+        for group in tl.static_range(group_count(TILES)):
+            group0 = ()
+            group1 = ()
+            for tile in tl.static_range(group_begin(group, TILES), group_begin(group + 1, TILES)):
+                group0 += (drow0[tile],)
+                group1 += (drow1[tile],)
+            if used[group]:
+                group0, group1, dcol0, dcol1, dweight0, dweight1 = group_and_column(
+                    rows0,
+                    rows1,
+                    drow0,
+                    drow1,
+                    dcol0,
+                    dcol1,
+                    dweight0,
+                    dweight1,
+                    y0,
+                    y1,
+                    dscores_ptr + group_rows[group].to(tl.int64) * dscores.stride_row,
+                    dscores.stride_row,
+                    group_rows[group],
+                    attended,
+                    group,
+                    WANT_COL,
+                    options,
+                )
+            next0 += group0
+            next1 += group1
         drow0 = next0
         drow1 = next1
         if WANT_COL:
             sum0 = tl.sum(dcol0, 0)
             sum1 = tl.sum(dcol1, 0)
-            if first_row > 0:
-                sum0 += tl.load(sums)
-                sum1 += tl.load(sums + BLOCK_D)
-            tl.store(sums, sum0)
-            tl.store(sums + BLOCK_D, sum1)
-            sums += 2 * BLOCK_D
+            is_last = gradients.is_only
+            if not gradients.is_only:
+                if not gradients.is_first:
+                    sum0 += tl.load(kept)
+                    sum1 += tl.load(kept + BLOCK_D)
+                is_last = gradients.is_last
+                if not is_last:
+                    tl.store(kept, sum0)
+                    tl.store(kept + BLOCK_D, sum1)
+            if is_last:
+                tl.store(dcol, (sum0 * weight0).to(element), mask=exists0)
+                tl.store(dcol + HALF, (sum1 * weight1).to(element), mask=exists1)
+            kept += 2 * BLOCK_D
+            dcol += options.H * options.D
         features += cols.stride
         dscores_ptr += dscores.stride_col
         if col_mask_ptr is not None:
             col_mask_ptr += 1
 
     if gradients.drow_ptr is not None:
-        weight0, weight1 = load_weights_times_4(score_weight_ptr, pair, options.D, HALF)
-        for tile in tl.static_range(options.ROW_TILES):
-            row = first_row + tile * TILE_ROWS + line
-            target = gradients.drow_ptr + row[:, None] * (options.H * options.D) + pair[None, :]
-            values0 = drow0[tile] * weight0[None, :]
-            values1 = drow1[tile] * weight1[None, :]
-            store_pairs(target, values0, values1, row < extent, pair, options.D, HALF)
+        for group in tl.static_range(group_count(TILES)):
+            if used[group]:
+                for tile in tl.static_range(
+                    group_begin(group, TILES), group_begin(group + 1, TILES)
+                ):
+                    row = group_rows[group] + row_in_group(tile, TILES)
+                    target = gradients.drow_ptr + row[:, None].to(tl.int64) * (
+                        options.H * options.D
+                    )
+                    target += pair[None, :]
+                    values0 = drow0[tile] * weight0[None, :]
+                    values1 = drow1[tile] * weight1[None, :]
+                    store_pairs(target, values0, values1, row < extent, pair, options.D, HALF)
     return dweight0, dweight1

@@ -7,9 +7,10 @@ import triton
 from torch import Tensor
 
 from . import configurations
-from .backward import additive_attention_bwd_scores_kernel, additive_attention_dvalue_kernel
+from .backward import additive_attention_bwd_scores_kernel
 from .gradient import TILE_ROWS, additive_attention_grad_kernel
-from .launch_step import step_gradients
+from .launch_forward import pair_strides, score_pairs
+from .launch_step import step_gradients, sum_partial
 from .problem import (
     GRAD_KEY,
     RAW,
@@ -20,7 +21,6 @@ from .problem import (
     is_constant,
     on_device,
     processors,
-    register_limit,
     rows_of,
     strides_of,
     uses_ptx,
@@ -29,21 +29,16 @@ from .problem import (
 
 
 @dataclass(frozen=True)
-class ScoreGradients:
-    """Float32 score gradients and weights after dropout, if any, and where those of a pair are.
+class PairTensor:
+    """Float32 numbers of (query, key) pairs: scores, weights or score gradients.
 
     ``strides`` are of (sequence's first query row, first key row, query, key, head). ``is_padded``:
-    gradients past a sequence's last key are there, and 0. Bounds are the largest magnitudes of
-    rows; those of queries have strides of (place, row), those of keys are [rows, H].
+    what is past a sequence's last key is there, and 0.
     """
 
-    dscores: Tensor
-    weights: Tensor | None
+    data: Tensor
     strides: tuple[int, int, int, int, int]
-    is_padded: bool
-    query_bound: Tensor
-    query_bound_strides: tuple[int, int]
-    key_bound: Tensor
+    is_padded: bool = False
 
 
 def additive_attention_backward(
@@ -97,11 +92,18 @@ def additive_attention_backward(
         if problem.is_one_step:
             step_gradients(problem, rows, incoming, softmax, None, *gradients)
             return _or_empty(gradients, inputs)
-        found = _score_gradients(problem, rows, incoming, softmax)
-        if dvalue is not None:
-            _value_gradient(problem, found, incoming[0], dvalue)
-        if any(gradient is not None for gradient in (dquery, dkey, dscore_weight)):
-            _feature_gradients(problem, found, rows, dquery, dkey, dscore_weight)
+        wants_scores = any(gradient is not None for gradient in (dquery, dkey, dscore_weight))
+        if dvalue is not None and dcontext is None:
+            dvalue.zero_()
+            dvalue = None
+        pairs = None
+        if not raw:
+            if scores.numel() == 0:
+                scores = score_pairs(problem, rows)
+            pairs = PairTensor(scores, pair_strides(problem, scores.size(-1)))
+        dscores = _score_gradients(problem, rows[2], incoming, softmax, pairs, dvalue, wants_scores)
+        if wants_scores:
+            _feature_gradients(problem, dscores, rows, dquery, dkey, dscore_weight)
     return _or_empty(gradients, inputs)
 
 
@@ -115,36 +117,37 @@ def _or_empty(gradients: list[Tensor | None], inputs: tuple[Tensor, ...]) -> tup
 
 
 def _score_gradients(
-    problem: Problem, inputs: tuple[Tensor, ...], incoming: tuple, stats: Tensor | None
-) -> ScoreGradients:
-    query, key, value, score_weight = inputs
+    problem: Problem,
+    value: Tensor,
+    incoming: tuple,
+    stats: Tensor | None,
+    scores: PairTensor | None,
+    dvalue: Tensor | None,
+    wants_scores: bool,
+) -> PairTensor | None:
+    """Fill ``dvalue``, if any; return the gradients of scores, if wanted.
+
+    Without ``stats`` those come in as gradients of weights, and ``scores`` are the weights.
+    """
     dcontext, dweights, weights_layout = incoming
     heads = problem.heads
-    tiles = configurations.SCORES
+    tiles = configurations.pair_tiles(value.dtype)
     columns = triton.cdiv(problem.max_k, tiles.keys) * tiles.keys  # whole tiles of keys
-    # The gradient pass over queries alone reads a tile of rows past a sequence's last and drops
-    # their results: to mask them would take a slot an element. What nobody writes there is 0.
-    more_rows = 0 if is_whole(problem) else configurations.GRADIENT_ROW_TILES * TILE_ROWS.value
-    check_workspace(problem, 2 * problem.all_rows_q * heads * columns)
-    new = query.new_zeros if more_rows else query.new_empty
-    dscores = new((problem.all_rows_q + more_rows, heads, columns), dtype=torch.float32)
-    weights = None
-    if stats is not None:
-        weights = query.new_empty((problem.all_rows_q, heads, columns), dtype=torch.float32)
-    query_bound = query.new_empty((problem.all_rows_q, heads), dtype=torch.float32)
-    key_bound = query.new_empty((problem.all_rows_k, heads), dtype=torch.float32)
-    additive_attention_bwd_scores_kernel[(problem.tiles("q", tiles.queries), heads)](
-        query,
-        key,
+    dscores = None
+    if wants_scores:
+        check_workspace(problem, problem.all_rows_q * heads * columns)
+        dscores = value.new_empty((problem.all_rows_q, heads, columns), dtype=torch.float32)
+    query_tiles = problem.tiles("q", tiles.queries) if wants_scores else 0
+    key_tiles = problem.tiles("k", tiles.keys) if dvalue is not None else 0
+    segment = configurations.segment(problem.max_q)
+    additive_attention_bwd_scores_kernel[(query_tiles + key_tiles, heads)](
         value,
-        score_weight,
         dcontext,
         dweights,
         stats,
-        weights,
+        None if scores is None else scores.data,
         dscores,
-        query_bound,
-        key_bound,
+        dvalue,
         problem.cu_q,
         *problem.key_side(),
         problem.seed,
@@ -153,90 +156,46 @@ def _score_gradients(
         problem.rows_k,
         problem.max_q,
         problem.max_k,
+        query_tiles,
         *problem.dropout(),
-        *strides_of(query, problem.cu_q),
-        *strides_of(key, problem.cu_k),
         *strides_of(value, problem.cu_k),
         *(strides_of(dcontext, problem.cu_q) if dcontext is not None else (0, 0, 0)),
-        score_weight.stride(0),
+        *((0,) * 5 if scores is None else scores.strides),
         *(weight_strides(dweights, weights_layout) if dweights is not None else (0,) * 5),
         columns,
         H=heads,
-        D=problem.dim,
-        DV=problem.value_dim,
-        BLOCK_Q=tiles.queries,
-        BLOCK_K=tiles.keys,
-        BLOCK_D=tiles.features,
-        BLOCK_DV=tiles.value_features,
-        REFINE=query.dtype == torch.float32,
-        USE_PTX=uses_ptx(query),
-        num_warps=tiles.warps,
-        **register_limit(tiles),
-    )
-    strides = (heads * columns, 0, heads * columns, 1, columns)
-    bound_strides = (problem.rows_q * heads, heads)
-    return ScoreGradients(dscores, weights, strides, True, query_bound, bound_strides, key_bound)
-
-
-def _value_gradient(
-    problem: Problem, found: ScoreGradients, dcontext: Tensor | None, dvalue: Tensor
-) -> None:
-    if dcontext is None:
-        dvalue.zero_()
-        return
-    tiles = configurations.dvalue_tiles(dvalue.dtype)
-    grid = (
-        problem.tiles("k", tiles.keys),
-        problem.heads,
-        triton.cdiv(problem.value_dim, tiles.value_features),
-    )
-    additive_attention_dvalue_kernel[grid](
-        found.weights,
-        dcontext,
-        dvalue,
-        problem.cu_q,
-        problem.cu_k,
-        problem.lengths,
-        problem.batch,
-        problem.rows_q,
-        problem.rows_k,
-        problem.max_k,
-        *strides_of(dcontext, problem.cu_q),
-        *found.strides,
-        H=problem.heads,
         DV=problem.value_dim,
         BLOCK_Q=tiles.queries,
         BLOCK_K=tiles.keys,
         BLOCK_DV=tiles.value_features,
+        SEGMENT_Q=segment,
+        SINGLE_Q=problem.max_q <= segment,
         num_warps=tiles.warps,
     )
-
-
-def is_whole(problem: Problem) -> bool:
-    """Whether one pass gives the gradients of all of a sequence."""
-    return problem.max_q * problem.max_k <= configurations.WHOLE_SEQUENCE_PAIRS
+    return None if dscores is None else PairTensor(dscores, pair_strides(problem, columns), True)
 
 
 def _feature_gradients(
     problem: Problem,
-    found: ScoreGradients,
+    dscores: PairTensor,
     inputs: tuple[Tensor, ...],
     dquery: Tensor | None,
     dkey: Tensor | None,
     dscore_weight: Tensor | None,
 ) -> None:
-    if is_whole(problem):
-        _gradient_pass(problem, found, inputs, True, True, dkey, dquery, dscore_weight)
+    whole = problem.max_q * problem.max_k <= configurations.WHOLE_SEQUENCE_PAIRS
+    if whole:
+        _gradient_pass(problem, dscores, inputs, True, True, dkey, dquery, dscore_weight)
         return
     if dkey is not None or dscore_weight is not None:
-        _gradient_pass(problem, found, inputs, True, False, dkey, None, dscore_weight)
+        _gradient_pass(problem, dscores, inputs, True, False, dkey, None, dscore_weight)
     if dquery is not None:
-        _gradient_pass(problem, found, inputs, False, False, dquery, None, None)
+        _gradient_pass(problem, dscores, inputs, False, False, dquery, None, None)
 
 
 def _gradient_pass(
     problem: Problem,
-    found: ScoreGradients,
+    dscores: PairTensor,
     inputs: tuple[Tensor, ...],
     rows_are_keys: bool,
     whole_sequences: bool,
@@ -252,18 +211,12 @@ def _gradient_pass(
     chunks = triton.cdiv(half, pairs)
     warps = pairs // 32
     row_tiles = configurations.GRADIENT_ROW_TILES
-    query_start, key_start, by_query, by_key, by_head = found.strides
+    query_start, key_start, by_query, by_key, by_head = dscores.strides
     query_side = query, problem.cu_q, problem.rows_q, query_start, by_query
     key_side = key, problem.cu_k, problem.rows_k, key_start, by_key
     row_side, col_side = (key_side, query_side) if rows_are_keys else (query_side, key_side)
     row, cu_row, rows_r, row_start, by_row = row_side
     col, cu_col, rows_c, col_start, by_col = col_side
-    if rows_are_keys:
-        row_bound, col_bound = found.key_bound, found.query_bound
-        col_bound_strides = found.query_bound_strides
-    else:
-        row_bound, col_bound = found.query_bound, found.key_bound
-        col_bound_strides = (rows_c * heads, heads)
     if whole_sequences:
         units = problem.batch + (problem.cu_q is not None or problem.cu_k is not None)
     else:
@@ -283,9 +236,7 @@ def _gradient_pass(
         row,
         col,
         score_weight,
-        found.dscores,
-        row_bound,
-        col_bound,
+        dscores.data,
         drow,
         dcol,
         sums,
@@ -309,7 +260,6 @@ def _gradient_pass(
         by_row,
         by_col,
         by_head,
-        *col_bound_strides,
         H=heads,
         D=problem.dim,
         HALF=half,
@@ -317,14 +267,13 @@ def _gradient_pass(
         ROW_TILES=row_tiles,
         ROWS_ARE_KEYS=rows_are_keys,
         WHOLE_SEQUENCES=whole_sequences,
-        CONTIGUOUS_SCORES=rows_are_keys and found.is_padded,
-        MASK_SCORES=rows_are_keys and not found.is_padded,
+        CONTIGUOUS_SCORES=rows_are_keys and dscores.is_padded,
         REFINE=query.dtype == torch.float32,
         USE_PTX=uses_ptx(query),
         num_warps=warps,
     )
     if partial is not None:
-        dscore_weight.copy_(partial.sum(0))
+        sum_partial(partial, dscore_weight)
 
 
 # ---- All steps of a memory ----
@@ -370,26 +319,12 @@ def additive_attention_memory_backward(
         return _or_empty([g if g is None else g.zero_() for g in gradients], inputs)
     dkey, dvalue, dscore_weight = gradients
     rows = tuple(rows_of(tensor) for tensor in (by_sequence, *inputs))
-    all_keys = problem.all_rows_k * heads
-    found = ScoreGradients(
-        dscores.contiguous(),
-        weights.contiguous(),
-        (0, heads, all_keys, heads, 1),
-        False,
-        _largest_magnitudes(query),  # [steps, B, H]
-        (heads, batch * heads),
-        _largest_magnitudes(key),
-    )
+    strides = (0, heads, problem.all_rows_k * heads, heads, 1)
+    weights, dscores = (PairTensor(t.contiguous(), strides) for t in (weights, dscores))
+    incoming = rows_of(dcontext.transpose(0, 1)), None, 0
     with on_device(query):
         if dvalue is not None:
-            _value_gradient(problem, found, rows_of(dcontext.transpose(0, 1)), dvalue)
+            _score_gradients(problem, rows[2], incoming, None, weights, dvalue, False)
         if dkey is not None or dscore_weight is not None:
-            _gradient_pass(problem, found, rows, True, False, dkey, None, dscore_weight)
+            _gradient_pass(problem, dscores, rows, True, False, dkey, None, dscore_weight)
     return _or_empty(gradients, inputs)
-
-
-def _largest_magnitudes(rows: Tensor) -> Tensor:
-    """Of each row, in float32."""
-    if rows.size(-1) == 0:
-        return rows.new_zeros(rows.shape[:-1], dtype=torch.float32)
-    return torch.linalg.vector_norm(rows, torch.inf, -1, dtype=torch.float32)

@@ -18,6 +18,7 @@ from .problem import (
     RAW,
     Problem,
     alignment,
+    check_workspace,
     describe,
     on_device,
     processors,
@@ -70,7 +71,9 @@ def additive_attention_forward(
     rows = query.shape[:3]
     context = value.new_empty((*rows, value.size(3)))
     stats = query.new_empty((*rows, 2), dtype=torch.float32)
-    no_scores = stats.new_empty((0,))  # backward computes them again
+    # Of one query a sequence backward computes the scores again: it reads the keys anyway.
+    keep_scores = keep_scores and not problem.is_one_step
+    kept = stats.new_empty((*rows, max_seqlen_k) if keep_scores else (0,))
     weights_shape = {
         0: (0,),
         DENSE_WEIGHTS: (problem.batch, problem.heads, max_seqlen_q, max_seqlen_k),
@@ -86,17 +89,22 @@ def additive_attention_forward(
         stats.zero_()
         softmax = None, None
     if is_empty:
-        return context, weights, stats, no_scores
+        return context, weights, stats, kept
     inputs = [rows_of(tensor) for tensor in (query, key, weighted, score_weight)]
-    wanted = problem, inputs, *softmax, bool(weights_layout)
+    wanted = problem, inputs, *softmax
     with on_device(query):
         if problem.is_one_step:
             # Its scores need not be copied where they lie as they are returned.
             by_key = weights_layout == JAGGED_WEIGHTS
             by_key = by_key or (problem.heads == 1 and problem.cu_k is None)
-            scores, strides = _step_forward(*wanted, weights if raw and by_key else None)
+            room = weights if raw and by_key else None
+            scores, strides = _step_forward(*wanted, bool(weights_layout), room)
         else:
-            scores, strides = _forward(*wanted)
+            scores = kept if keep_scores else None
+            if weights_layout and not keep_scores:
+                scores = _room_for_scores(problem, query)
+            _forward(*wanted, scores, raw)
+            strides = None if scores is None else pair_strides(problem, scores.size(-1))
         if weights_layout and weights.numel() and scores is not weights:
             tiles = configurations.WEIGHTS
             programs = problem.tiles("k", tiles.keys) * triton.cdiv(problem.max_q, tiles.queries)
@@ -120,7 +128,26 @@ def additive_attention_forward(
                 BLOCK_K=tiles.keys,
                 num_warps=tiles.warps,
             )
-    return context, weights, stats, no_scores
+    return context, weights, stats, kept
+
+
+def pair_strides(problem: Problem, columns: int) -> tuple[int, int, int, int, int]:
+    """Of scores [rows, H, columns] at (first query row, first key row, query, key, head)."""
+    by_query = problem.heads * columns
+    return by_query, 0, by_query, 1, columns
+
+
+def _room_for_scores(problem: Problem, query: Tensor) -> Tensor:
+    shape = (problem.all_rows_q, problem.heads, problem.max_k)
+    check_workspace(problem, math.prod(shape))
+    return query.new_empty(shape, dtype=torch.float32)
+
+
+def score_pairs(problem: Problem, inputs: tuple[Tensor, ...]) -> Tensor:
+    """The scores [rows, H, max_k] that forward computed and did not keep."""
+    scores = _room_for_scores(problem, inputs[0])
+    _forward(problem, inputs, None, None, scores, False)
+    return scores
 
 
 def _forward(
@@ -128,9 +155,13 @@ def _forward(
     inputs: list[Tensor],
     context: Tensor | None,
     stats: Tensor | None,
-    keep_scores: bool,
-) -> tuple[Tensor, tuple[int, ...]]:
-    """Fill context and stats, if any; return raw scores and their strides, for weights."""
+    kept: Tensor | None,
+    raw: bool,
+) -> None:
+    """Fill context and stats, if any, and ``kept``, all scores [.., H, columns], if any.
+
+    ``raw``: the scores are returned; only their differences matter to a softmax.
+    """
     query, key, value, score_weight = inputs
     heads, rows_q = problem.heads, problem.all_rows_q
     tiles = configurations.SCORES
@@ -141,9 +172,9 @@ def _forward(
     if not single:
         wanted = PROGRAMS_A_PROCESSOR * processors(query) // max(1, grid_tiles * heads)
         parts = min(MOST_PARTS, max(1, wanted), triton.cdiv(problem.max_k, segment))
-    columns = triton.cdiv(problem.max_k, segment) * segment if keep_scores else segment
-    copies = 1 if keep_scores else parts
-    scores = query.new_empty((copies * rows_q * heads * columns,), dtype=torch.float32)
+    scores = kept
+    if scores is None:
+        scores = query.new_empty((parts, rows_q, heads, segment), dtype=torch.float32)
     partial, part_stats = None, stats
     merges = not single and stats is not None
     if merges:
@@ -171,7 +202,7 @@ def _forward(
         *strides_of(key, problem.cu_k),
         *strides_of(value, problem.cu_k),
         score_weight.stride(0),
-        columns,
+        scores.size(-1),
         H=heads,
         D=problem.dim,
         DV=problem.value_dim,
@@ -181,7 +212,8 @@ def _forward(
         BLOCK_DV=tiles.value_features,
         SEGMENT=segment,
         SINGLE=single,
-        KEEP_SCORES=keep_scores,
+        KEEP_SCORES=kept is not None,
+        RAW=raw,
         REFINE=query.dtype == torch.float32,
         USE_PTX=uses_ptx(query),
         num_warps=tiles.warps,
@@ -189,7 +221,6 @@ def _forward(
     )
     if merges:
         _merge(partial, part_stats, context, stats, None, 0, parts, 1, rows_q, 1)
-    return scores, (heads * columns, 0, heads * columns, 1, columns)
 
 
 def _merge(

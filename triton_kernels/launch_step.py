@@ -5,6 +5,7 @@ import triton
 from torch import Tensor
 
 from . import configurations
+from .backward import sum_parts_kernel
 from .problem import (
     GRAD_QUERY,
     RAW,
@@ -115,7 +116,21 @@ def step_gradients(
             num_warps=configurations.MERGE.warps,
         )
     if dscore_weight is not None:
-        dscore_weight.copy_(partial_dweight.sum(0))
+        sum_partial(partial_dweight, dscore_weight)
+
+
+def sum_partial(partial: Tensor, total: Tensor) -> None:
+    """``total`` = the sum over the first axis of float32 ``partial``; both contiguous."""
+    block = configurations.SUM_NUMBERS
+    sum_parts_kernel[(triton.cdiv(total.numel(), block),)](
+        partial,
+        total,
+        partial.size(0),
+        SIZE=total.numel(),
+        PARTS=configurations.SUM_PARTS,
+        BLOCK=block,
+        num_warps=1,
+    )
 
 
 def _step_weight_strides(dweights: Tensor | None, layout: int) -> tuple[int, int, int, int]:

@@ -25,6 +25,7 @@ from .hidden import (
     strides_of_gate,
     zeros_of_branches,
 )
+from .launch_step import sum_partial
 from .pool import launch_forward
 from .problem import (
     GRAD_GATE,
@@ -332,7 +333,7 @@ def _launch_gradients(
         num_warps=config.warps,
     )
     if dscore_weight is not None:
-        dscore_weight.copy_(partial.sum(0))
+        sum_partial(partial, dscore_weight)
 
 
 def additive_pool_backward(

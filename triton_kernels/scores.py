@@ -73,7 +73,7 @@ def factored_scores(
     REFINE: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
-    """Scores by ``sum_d w_d (1 - 2 r_d)``, and the largest magnitude of each row.
+    """Scores by ``sum_d w_d (1 - 2 r_d)``, and the largest magnitudes of queries and of keys.
 
     Args:
         query_rows: pointers to rows, [BLOCK_Q].
@@ -82,7 +82,7 @@ def factored_scores(
         RAW: no sum of fractions may grow with D beyond the score, as its rounding errors do.
 
     Returns:
-        scores [BLOCK_Q, BLOCK_K], bounds [BLOCK_Q] and [BLOCK_K].
+        scores [BLOCK_Q, BLOCK_K] and two numbers.
     """
     HALF: tl.constexpr = half_in_blocks(D, BLOCK_D)
     PADDED: tl.constexpr = 2 * HALF != D
@@ -120,7 +120,7 @@ def factored_scores(
             sums -= 0.5 * constant[None, None, :]
             constant = tl.zeros((BLOCK_D,), tl.float32)
     scores = tl.sum(constant[None, None, :] - 2.0 * sums, 2)
-    return scores, tl.max(query_bound, 1), tl.max(key_bound, 1)
+    return scores, tl.max(tl.max(query_bound, 1), 0), tl.max(tl.max(key_bound, 1), 0)
 
 
 @triton.jit
@@ -216,8 +216,6 @@ def score_tile(
     weight_norm,
     scores_rows,
     query_valid,
-    key_bound_ptr,
-    H: tl.constexpr,
     D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -230,10 +228,6 @@ def score_tile(
 
     Arguments are those of :func:`write_scores`; ``weights_fit`` and ``weight_norm`` are of
     :func:`weights_are_fit`, and ``scores_rows`` where each query's score of ``first_key`` goes.
-
-    Returns:
-        bounds of the queries' magnitudes [BLOCK_Q], infinite where magnitudes do not tell that the
-        tile needs the direct route.
     """
     # Past the last key its row is repeated, which there always is.
     position = first_key + tl.arange(0, BLOCK_K)
@@ -255,10 +249,7 @@ def score_tile(
     scores, query_bound, key_bound = factored_scores(
         query_rows, key_rows, score_weight_ptr, D, BLOCK_Q, BLOCK_K, BLOCK_D, RAW, REFINE, USE_PTX
     )
-    query_bound = tl.where(informative, query_bound, float("inf"))
-    in_range = in_factored_range(
-        tl.max(query_bound, 0), tl.max(key_bound, 0), SMALLEST_MAGNITUDE_SUM
-    )
+    in_range = informative & in_factored_range(query_bound, key_bound, SMALLEST_MAGNITUDE_SUM)
     if RAW:
         largest = tl.max(tl.max(tl.abs(scores), 1), 0)
         in_range = in_range & (largest >= LEAST_SCORE * weight_norm)
@@ -266,14 +257,11 @@ def score_tile(
         scores = direct_scores(
             query_rows, key_rows, score_weight_ptr, D, BLOCK_Q, BLOCK_K, BLOCK_D, USE_PTX
         )
-    if key_bound_ptr is not None:
-        tl.store(key_bound_ptr + position * H, key_bound, mask=inside)
     tl.store(
         scores_rows[:, None] + tl.arange(0, BLOCK_K)[None, :],
         scores,
         mask=query_valid[:, None] & inside[None, :],
     )
-    return query_bound
 
 
 @triton.jit
@@ -290,9 +278,6 @@ def write_scores(
     score_weight_ptr,
     scores_ptr,
     stride_scores,
-    query_bound_ptr,
-    key_bound_ptr,
-    H: tl.constexpr,
     D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -311,19 +296,17 @@ def write_scores(
         length: the sequence's keys, at least 1.
         scores_ptr: where the score of query 0 and ``first_key`` goes; a query's are
             ``stride_scores`` apart.
-        query_bound_ptr, key_bound_ptr: where bounds of the rows' magnitudes go, H apart, or None.
         RAW: scores are returned; only their differences matter to a softmax.
     """
     query = first_query + tl.arange(0, BLOCK_Q)
     query_valid = query < length_q
     query_rows = query_ptr + tl.minimum(query, length_q - 1) * stride_qt
     scores_rows = scores_ptr + query * stride_scores
-    query_bound = tl.zeros((BLOCK_Q,), tl.float32)
     weights_fit, weight_norm = weights_are_fit(score_weight_ptr, D)
     for begin in range(first_key, end_key, BLOCK_K):
         for half in tl.static_range(2):
             if (end_key - begin <= BLOCK_K // 2) == half:
-                bound = score_tile(
+                score_tile(
                     query_rows,
                     key_ptr,
                     stride_kt,
@@ -334,8 +317,6 @@ def write_scores(
                     weight_norm,
                     scores_rows + (begin - first_key),
                     query_valid,
-                    key_bound_ptr,
-                    H,
                     D,
                     BLOCK_Q,
                     BLOCK_K >> half,
@@ -344,63 +325,3 @@ def write_scores(
                     REFINE,
                     USE_PTX,
                 )
-                query_bound = tl.maximum(query_bound, bound)
-    if query_bound_ptr is not None:
-        tl.store(query_bound_ptr + query * H, query_bound, mask=query_valid)
-
-
-@triton.jit
-def largest_magnitudes(rows_ptr, D: tl.constexpr, ROWS: tl.constexpr, USE_PTX: tl.constexpr):
-    """Of each row, [ROWS]."""
-    BLOCK: tl.constexpr = feature_block(D, 64)
-    bound = tl.zeros((ROWS, BLOCK), tl.float32)
-    for begin in range(0, D, BLOCK):
-        d = begin + tl.arange(0, BLOCK)
-        x = load_features(rows_ptr, d, D, D % BLOCK != 0, USE_PTX)
-        bound = tl.maximum(bound, tl.abs(x))
-    return tl.max(bound, 1)
-
-
-@triton.jit
-def write_bounds(
-    query_ptr,
-    stride_qt,
-    first_query,
-    length_q,
-    key_ptr,
-    stride_kt,
-    length,
-    score_weight_ptr,
-    query_bound_ptr,
-    key_bound_ptr,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    USE_PTX: tl.constexpr,
-):
-    """The bounds of BLOCK_Q queries and all keys that :func:`write_scores` writes beside scores."""
-    query = first_query + tl.arange(0, BLOCK_Q)
-    query_rows = query_ptr + tl.minimum(query, length_q - 1) * stride_qt
-    query_bound = largest_magnitudes(query_rows, D, BLOCK_Q, USE_PTX)
-    for begin in range(0, length, BLOCK_K):
-        position = begin + tl.arange(0, BLOCK_K)
-        key_rows = key_ptr + tl.minimum(position, length - 1) * stride_kt
-        key_bound = largest_magnitudes(key_rows, D, BLOCK_K, USE_PTX)
-        tl.store(key_bound_ptr + position * H, key_bound, mask=position < length)
-        informative = are_informative(
-            query_rows,
-            key_ptr,
-            stride_kt,
-            begin,
-            length,
-            score_weight_ptr,
-            D,
-            BLOCK_Q,
-            BLOCK_K,
-            BLOCK_D,
-            USE_PTX,
-        )
-        query_bound = tl.where(informative, query_bound, float("inf"))
-    tl.store(query_bound_ptr + query * H, query_bound, mask=query < length_q)
