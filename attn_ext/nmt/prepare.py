@@ -65,7 +65,8 @@ def parse_arguments(arguments=None):
     number = functools.partial(add, type=cli.positive_int, metavar="N")
     number("--vocab-size", help="most subwords (default {vocab_size})".format(**OPTIONS))
     number("--sample-pairs",
-           help="pairs to learn them from; 100,000 take some 500 MB (default {sample_pairs})".format(**OPTIONS))  # fmt: skip
+           help="pairs to learn them from; 100,000 take some 500 MB "
+           "(default {sample_pairs})".format(**OPTIONS))  # fmt: skip
     number("--max-length", help="most subwords of a side; longer pairs are left out, of what is "
            "held out too (default {max_length})".format(**OPTIONS))  # fmt: skip
     number("--shard-pairs", help="pairs of a shard, about; training has two in memory at once "
