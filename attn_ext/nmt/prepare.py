@@ -63,14 +63,13 @@ def parse_arguments(arguments=None):
         "either")  # fmt: skip
     add("--test", metavar="FILE", help="pairs to test the model with")
     number = functools.partial(add, type=cli.positive_int, metavar="N")
-    number("--vocab-size", help="most subwords (default {vocab_size})".format(**OPTIONS))
-    number("--sample-pairs",
-           help="pairs to learn them from; 100,000 take some 500 MB "
-           "(default {sample_pairs})".format(**OPTIONS))  # fmt: skip
+    number("--vocab-size", help=f"most subwords (default {OPTIONS['vocab_size']})")
+    number("--sample-pairs", help="pairs to learn them from; 100,000 take some 500 MB of memory "
+           f"(default {OPTIONS['sample_pairs']})")  # fmt: skip
     number("--max-length", help="most subwords of a side; longer pairs are left out, of what is "
-           "held out too (default {max_length})".format(**OPTIONS))  # fmt: skip
+           f"held out too (default {OPTIONS['max_length']})")  # fmt: skip
     number("--shard-pairs", help="pairs of a shard, about; training has two in memory at once "
-           "(default {shard_pairs})".format(**OPTIONS))  # fmt: skip
+           f"(default {OPTIONS['shard_pairs']})")  # fmt: skip
     workers = len(os.sched_getaffinity(0))
     number("--workers", default=workers, help="processes; what they make does not depend on them "
            f"(default: all cores, here {workers})")  # fmt: skip
