@@ -8,6 +8,7 @@ had not; instead of a decay towards the end, the model that is kept is a moving 
 
 import contextlib
 import copy
+import ctypes
 import math
 import random
 import re
@@ -134,6 +135,7 @@ class Trainer:
                     "identity": self.identity,
                 },
             )
+        _give_back_memory()
 
     def resume(self, content):
         """Take over a checkpoint's state; the metrics are cut back to its step by `run`."""
@@ -384,6 +386,16 @@ class Trainer:
 
 def _dev_record(dev_loss):
     return {"dev_loss": dev_loss, "dev_ppl": perplexity(dev_loss)}
+
+
+def _give_back_memory():
+    """Return what the C library keeps of freed tensors to the system, where it is glibc.
+
+    Batches differ in size, so what it keeps fits the next ones badly: of a model of 3 million
+    parameters it grew to 1.3 GB within 8,000 steps.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _autocast(options, device):
