@@ -1043,7 +1043,7 @@ NMT = [
     Defect(
         "nmt-prepare-held-out",
         "attn_ext/nmt/prepare.py",
-        "kept = fitting & ~np.logical_or(*in_parts)[start : start + len(part)]",
+        "kept = fitting & ~held_out[start : start + len(part)]",
         "kept = fitting & ~in_parts[0][start : start + len(part)]",
         "tests/nmt/test_prepare.py",
         "Prepared data are trained on what they are tested with: BLEU is too good.",

@@ -171,7 +171,7 @@ def _add_training_options(add):
         "four times in the last third of --decay-steps",
     )
     add("--warmup", type=count, metavar="N", help="steps to the highest rate")
-    add("--decay-steps", type=whole, metavar="N", help="where a schedule ends: --max-steps")
+    add("--decay-steps", type=whole, metavar="N", help="where a schedule ends, or at --max-steps")
     add("--label-smoothing", type=fraction, metavar="P", help="weight of the uniform target")
     add("--clip", type=cli.positive_number, metavar="X", help="greatest norm of the gradient")
     add("--averaging", type=fraction, metavar="P", help="decay of the parameters' average")

@@ -57,6 +57,26 @@ class World:
             raise UsageError(error)
         return result
 
+    def together(self, function):
+        """What `function`, which every process calls, returns on this one.
+
+        Raises:
+            UsageError: the function raised it on one of them; every one gets its message, so that
+                the main process tells it and none waits for one that has ended.
+        """
+        result = error = None
+        try:
+            result = function()
+        except UsageError as raised:
+            error = str(raised)
+        errors = [error]
+        if self.size > 1:
+            errors = [None] * self.size
+            dist.all_gather_object(errors, error)
+        for error in filter(None, errors):
+            raise UsageError(error)
+        return result
+
     def wrap(self, model, parallel="ddp"):
         """The model whose backward averages gradients over the ranks, starting from rank 0's.
 

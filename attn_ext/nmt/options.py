@@ -49,11 +49,16 @@ def _constant(*_):
 
 
 def _linear(step, warmup, end):
-    return (end - step) / max(1, end - warmup)
+    return 1 - _share_done(step, warmup, end)
 
 
 def _cosine(step, warmup, end):
-    return (1 + math.cos(math.pi * (step - warmup) / max(1, end - warmup))) / 2
+    return (1 + math.cos(math.pi * _share_done(step, warmup, end))) / 2
+
+
+def _share_done(step, warmup, end):
+    """Of the way from the end of the warm-up to `end`, which may be before it."""
+    return min(1.0, (step - warmup) / max(1, end - warmup))
 
 
 def _gnmt(step, _, end):
@@ -82,7 +87,4 @@ def learning_rate(step, options):
     warmup = max(1, options.warmup)
     if step <= warmup:
         return options.learning_rate * step / warmup
-    if options.schedule in ENDING:
-        step = min(step, options.decay_steps)
-    factor = SCHEDULES[options.schedule](step, warmup, options.decay_steps)
-    return options.learning_rate * max(0.0, factor)
+    return options.learning_rate * SCHEDULES[options.schedule](step, warmup, options.decay_steps)

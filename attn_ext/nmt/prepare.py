@@ -30,6 +30,7 @@ import numpy as np
 
 from attn_ext.nmt import cli, corpora, data, runs, shards
 from attn_ext.nmt.cli import UsageError, atomic_file, atomic_write, writing
+from attn_ext.nmt.journal import FILE as JOURNAL_FILE
 from attn_ext.nmt.journal import FOLDER as JOURNAL_FOLDER
 from attn_ext.nmt.journal import Journal, locked, refuse_others
 from attn_ext.nmt.vocab import Vocabulary
@@ -73,7 +74,8 @@ def parse_arguments(arguments=None):
     workers = len(os.sched_getaffinity(0))
     number("--workers", default=workers, help="processes; what they make does not depend on them "
            f"(default: all cores, here {workers})")  # fmt: skip
-    add("--overwrite", action="store_true", help="start anew over what DIR holds")
+    add("--overwrite", action="store_true", help="start anew over what DIR holds; without it "
+        "what is unfinished goes on")  # fmt: skip
     add("--verify", action="store_true", help="only check each byte of a folder that is prepared")
     return parser.parse_args(arguments)
 
@@ -91,6 +93,7 @@ def main(arguments=None):
     chosen = {name: getattr(given, name) or default for name, default in OPTIONS.items()}
     files = [path for paths in inputs for path in paths]
     held_out = [path for path in (given.dev, given.test) if path]
+    _check_not_to_write_over(folder, [*files, *held_out])
     identity = {
         "format": shards.FORMAT,
         "options": {**chosen, "inputs": inputs, "dev": given.dev, "test": given.test},
@@ -107,6 +110,11 @@ def main(arguments=None):
             print(f"{folder} is prepared already")
             _remove_left_behind(folder)
             return _report(folder, index)
+        elif not (folder / JOURNAL_FOLDER).exists() and (there := _made_before(folder)):
+            raise UsageError(
+                f"{folder} holds {there[0].name} already, and no preparation to go on with; "
+                "--overwrite replaces it, or choose another --out"
+            )
         try:
             with contextlib.closing(Journal(folder, identity)) as journal:
                 index = Preparation(journal, inputs, given_pairs, chosen, given.workers).run()
@@ -146,11 +154,35 @@ def _stamp(path):
 # -- the folder --------------------------------------------------------------------------------
 
 
-def _remove(folder):
-    """What an earlier preparation made, its index first: from then on it is none."""
+def _files(folder):
+    """Those of a preparation but for its shards, the index first."""
     names = (shards.INDEX_FILE, shards.VOCABULARY_FILE, shards.DEV_FILE, shards.TEST_FILE)
+    return [folder / name for name in names]
+
+
+def _made_before(folder):
+    """What is there under the names of what is to be made."""
+    files = [path for path in _files(folder) if path.exists()]
+    return [*files, *sorted(folder.glob("shard-*.npy"))]
+
+
+def _check_not_to_write_over(folder, paths):
+    ours = set(map(os.path.realpath, _files(folder)))
+    for path in paths:
+        if os.path.realpath(path) in ours:
+            raise UsageError(f"{path} would be written over; choose another --out")
+
+
+def _remove(folder):
+    """What an earlier preparation made.
+
+    The index goes first, for from then on there is no preparation; then the journal, for what goes
+    after it must not be taken for done.
+    """
     with writing(folder):
-        for path in [*(folder / name for name in names), *folder.glob("shard-*.npy")]:
+        (folder / shards.INDEX_FILE).unlink(missing_ok=True)
+        (folder / JOURNAL_FOLDER / JOURNAL_FILE).unlink(missing_ok=True)
+        for path in _made_before(folder):
             path.unlink(missing_ok=True)
     _remove_left_behind(folder)
 
@@ -340,6 +372,7 @@ def make_shard(folder, number, pairs, bounds, held_out_keys, model, max_length):
     vocabulary = _vocabulary(model)
     texts, keys, copies = pairs.between(*bounds)
     in_parts = [np.isin(keys, part) for part in held_out_keys]
+    held_out = np.logical_or(*in_parts)
     all_lengths, all_tokens, fits = [], [], []
     dtype = np.uint16 if len(vocabulary) <= 1 << 16 else np.uint32
     for start in range(0, len(texts), PAIRS_AT_ONCE):
@@ -349,7 +382,7 @@ def make_shard(folder, number, pairs, bounds, held_out_keys, model, max_length):
         lengths = np.fromiter(map(len, ids), np.int64, len(ids)).reshape(-1, 2)
         tokens = np.fromiter(itertools.chain.from_iterable(ids), dtype, lengths.sum())
         fitting = lengths.max(1) <= max_length
-        kept = fitting & ~np.logical_or(*in_parts)[start : start + len(part)]
+        kept = fitting & ~held_out[start : start + len(part)]
         all_lengths.append(lengths[kept])
         all_tokens.append(tokens[np.repeat(kept, lengths.sum(1))])
         fits.append(fitting)
@@ -369,7 +402,7 @@ def make_shard(folder, number, pairs, bounds, held_out_keys, model, max_length):
         "distinct": len(texts),
         "duplicates": copies,
         "too long": int((~fits).sum()),
-        "like dev or test": int((fits & np.logical_or(*in_parts)).sum()),
+        "like dev or test": int((fits & held_out).sum()),
         "held out": [
             (which, int(keys[row]), texts[row].decode())
             for which, rows in enumerate(in_parts)

@@ -235,7 +235,8 @@ class Sorted:
         hashes = [np.empty(0, np.uint64)]
         for number in range(self.runs):
             records = self._records(number)
-            hashes.append(records["hash"][: self._position(records, (1 << 64) // parts)])
+            # Copied, or as many files would be open as there are runs.
+            hashes.append(records["hash"][: self._position(records, (1 << 64) // parts)].copy())
         return len(np.unique(np.concatenate(hashes))) * parts
 
     def smallest_keys(self, count):

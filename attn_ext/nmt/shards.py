@@ -36,6 +36,7 @@ class InMemory:
     def __init__(self, examples):
         self._examples = list(examples)
         self._lengths = lengths_of(self._examples)
+        self.fewest = len(self._examples)  # pairs of a shard that has any
 
     def __len__(self):
         return len(self._examples)
@@ -64,13 +65,11 @@ class Shards:
         index = read_index(self.folder)
         self._pairs = [shard["pairs"] for shard in index["shards"]]
         self.shards = len(self._pairs)
+        self.fewest = min(filter(None, self._pairs), default=0)  # pairs of a shard that has any
         self._open = {}  # shard: _Mapped, the latest last
 
     def __len__(self):
         return sum(self._pairs)
-
-    def __getstate__(self):  # another process maps for itself
-        return {**self.__dict__, "_open": {}}
 
     def lengths(self, shard):
         """(pairs, 2), subwords of source and target without marks."""

@@ -117,7 +117,9 @@ def _take_folder(folder, given):
         with tempfile.TemporaryFile(dir=folder):
             pass  # it can be written to
         files = (checkpoint.CHECKPOINT_FILE, checkpoint.MODEL_FILE, METRICS_FILE)
-        there = [name for name in files if (folder / name).exists()]
+        # Results, too, which a new run removes: who knows what they are the results of.
+        patterns = (*files, *RESULT_PATTERNS)
+        there = [path.name for pattern in patterns for path in sorted(folder.glob(pattern))]
         if there and not given.keys() & {"resume", "overwrite"}:
             raise UsageError(
                 f"{folder} holds a run already ({', '.join(there)}); --resume goes on with it, "
@@ -140,11 +142,11 @@ def _train(given, folder, world):
     )
     backend = given.get("backend")
     dev = _encode(vocabulary, split.dev)
-    train, too_long = _training_pairs(vocabulary, split, identity)
-    if len(train) < world.size:
+    train, too_long = world.together(lambda: _training_pairs(vocabulary, split, identity))
+    if train.fewest < world.size:
+        of = f"of at most {MAX_LENGTH} subwords a side" if split.train else "of the smallest shard"
         raise UsageError(
-            f"{len(train)} training pair(s) of at most {MAX_LENGTH} subwords a side are too few "
-            f"for {world.size} process(es)"
+            f"{train.fewest} training pair(s) {of} are too few for {world.size} process(es)"
         )
     torch.manual_seed(options.seed)
     model = Seq2Seq(config, backend).to(world.device)
@@ -301,12 +303,17 @@ def _train_options(given, saved, world):
     before = checkpoint.rebuild(
         TrainOptions, saved["options"], Path(given["out"]) / checkpoint.CHECKPOINT_FILE
     )
-    if before.bf16 and (reason := problem()):
-        raise UsageError(
-            f"the run in {given['out']} was begun in bfloat16, and {reason}; resume it on a "
-            "machine that can, as in float32 it would be another run, or train anew with "
-            "--overwrite or another --out"
-        )
+    problems = {
+        "bfloat16": before.bf16 and problem(),
+        "float16": before.fp16 and fp16_problem(config, world.device),
+    }
+    for numbers, reason in problems.items():
+        if reason:
+            raise UsageError(
+                f"the run in {given['out']} was begun in {numbers}, and {reason}; resume it on a "
+                "machine that can, as in float32 it would be another run, or train anew with "
+                "--overwrite or another --out"
+            )
     for name, value in chosen.items():
         if name not in TrainOptions.MUTABLE and value != getattr(before, name):
             _refuse(given, name, getattr(before, name))

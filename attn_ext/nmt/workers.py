@@ -35,8 +35,8 @@ def in_order(function, tasks, workers):
             yield waiting.popleft().result()
     except BrokenProcessPool:
         raise UsageError(
-            "a worker process was ended from outside, for want of memory perhaps; the same command "
-            "goes on from here, with fewer --workers if need be"
+            "a worker process was ended from outside, for want of memory perhaps; the same "
+            "command, without --overwrite, goes on from here, with fewer --workers if need be"
         ) from None
     except BaseException:
         for process in multiprocessing.active_children():

@@ -12,6 +12,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from toy_data import synthetic_pairs
 
 from attn_ext.nmt import checkpoint, distributed
+from attn_ext.nmt.cli import UsageError
 from attn_ext.nmt.model import DECODERS, ModelConfig, Seq2Seq
 from attn_ext.nmt.options import TrainOptions
 from attn_ext.nmt.shards import InMemory
@@ -76,12 +77,21 @@ def stop_and_go_on(folder, decoder, world, options):
     trainer.run()
 
 
+def fail_on(rank, world):
+    if world.rank == rank:
+        raise UsageError(f"only process {rank} has it")
+
+
 def main(folder):
     torch.set_num_threads(1)
     world = distributed.join("cpu")
     for decoder in sorted(DECODERS):
         for name, options in RUNS.items():
             train(folder / f"{decoder}-{name}", decoder, world, options)
+    try:
+        world.together(lambda: fail_on(1, world))
+    except UsageError as error:
+        (folder / f"told-{world.rank}").write_text(str(error))
     stop_and_go_on(folder / "resumed", "gnmt", world, RUNS["fsdp-passes"])
     distributed.leave(world)
 

@@ -105,11 +105,29 @@ def test_a_prepared_folder_has_its_own_subwords(prepared, tmp_path):
         train._load_data(given, None, World())
 
 
-def test_shards_smaller_than_the_number_of_processes(prepared):
-    """A rank without a sentence would wait for ever."""
+def test_each_rank_has_a_sentence_in_each_pass(prepared):
+    """One without would fail, and the others wait for it."""
     data = shards.load_prepared(prepared)
     options = dataclasses.replace(OPTIONS, batch_tokens=1)
     for rank in range(3):
         batches = Batches(data.train, data.vocabulary, options, World(rank, 3))
         for update in itertools.islice(batches.updates(Position()), 100):
             assert all(len(batch.source.lengths) for batch in update.passes)
+
+
+def test_shards_smaller_than_the_number_of_processes(tmp_path, monkeypatch):
+    (tmp_path / "a.tsv").write_text("".join(f"{s}\t{t}\n" for s, t in synthetic_pairs(100)))
+    options = ["--vocab-size", "320", "--shard-pairs", "2", "--workers", "1"]
+    prepare.main([str(tmp_path / "a.tsv"), "--out", str(tmp_path / "data"), *options])
+    train_pairs = shards.load_prepared(tmp_path / "data").train
+    sizes = [len(train_pairs.lengths(shard)) for shard in range(train_pairs.shards)]
+    assert min(sizes) == 0 and train_pairs.fewest == 1
+    for size in (1, 2):
+        world = World(0, size)
+        for name in ("from_main", "together"):
+            monkeypatch.setattr(World, name, lambda _, function: function())
+        monkeypatch.setattr(train, "Trainer", None)  # which is next
+        given = {"data": str(tmp_path / "data"), "out": str(tmp_path / "out")}
+        error, message = (TypeError, "not callable") if size == 1 else (UsageError, "1 training")
+        with pytest.raises(error, match=message):
+            train._train(given, tmp_path / "out", world)

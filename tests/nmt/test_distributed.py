@@ -61,6 +61,12 @@ def test_a_sharded_run_goes_on_exactly(two_processes):
     assert losses[0] == losses[1]
 
 
+def test_what_is_wrong_on_one_process_is_known_to_all(two_processes):
+    assert [(two_processes / f"told-{rank}").read_text() for rank in (0, 1)] == [
+        "only process 1 has it"
+    ] * 2
+
+
 def test_a_mistake_is_told_once(nursery, tmp_path):
     data, out = tmp_path / "pairs.tsv", tmp_path / "out"
     data.write_text("a\tb\nc\n")

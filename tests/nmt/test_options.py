@@ -60,6 +60,14 @@ def test_learning_rate_of_gnmt():
     assert rates == [1.0] * 80 + [0.5] * 10 + [0.25] * 10 + [0.125] * 10 + [0.0625] * 89
 
 
+@pytest.mark.parametrize("end", [50, 51, 100])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_after_a_warm_up_beyond_the_end_the_rate_is_0(schedule, end):
+    options = TrainOptions(learning_rate=1.0, schedule=schedule, warmup=100, decay_steps=end)
+    rates = [learning_rate(step, options) for step in (50, 100, 101, 200)]
+    assert rates == pytest.approx([0.5, 1, 0, 0])
+
+
 def test_a_schedule_ends_at_the_last_step_if_nothing_else_is_said():
     given = {"out": "o", "schedule": "linear", "max_steps": 70}
     assert train._train_options(given, None, World()).decay_steps == 70

@@ -141,6 +141,15 @@ def test_a_run_begun_elsewhere_is_not_resumed(no_bf16, no_data, trained, capsys,
     assert {path: path.read_bytes() for path in trained.iterdir()} == before
 
 
+def test_a_run_begun_in_float16_elsewhere_is_not_resumed(no_data, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "fp16_problem", lambda *_: LACKING)
+    content = checkpoint.load(trained / "checkpoint.pt", "checkpoint")
+    content["options"] |= {"bf16": False, "fp16": True}
+    checkpoint.save(tmp_path / "checkpoint.pt", "checkpoint", content)
+    with pytest.raises(cli.UsageError, match=f"was begun in float16, and {LACKING}; "):
+        train.main(["--out", str(tmp_path), "--resume", "--device", "cpu"])
+
+
 def test_a_run_begun_in_float32_is_resumed(no_bf16, no_data, trained, tmp_path):
     for path in trained.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -4,10 +4,13 @@ import gzip
 import json
 import random
 import re
+import resource
 import shutil
 import signal
 import tracemalloc
+from pathlib import Path
 
+import numpy as np
 import pytest
 from toy_data import synthetic_pairs
 
@@ -181,6 +184,32 @@ class TestResumes:
         done = nursery.run("prepare", *arguments, constant=self.BLOCKS)
         assert done.status == 0 and contents(tmp_path) == contents(prepared)
 
+    def test_ctrl_c_of_a_command_that_would_start_anew(self, nursery, files, tmp_path):
+        arguments = [*self.arguments(files, tmp_path, 1), "--overwrite"]
+        fault = {"number": 3, "with_signal": signal.SIGINT}
+        done = nursery.run("prepare", *arguments, constant=self.BLOCKS, at_record=fault)
+        assert "\nthe same command, without --overwrite, goes on from here\n" in done.error
+
+    def test_starting_anew_ended_while_it_removes(
+        self, files, prepared, tmp_path, monkeypatch, blocks
+    ):
+        """What has been removed is not taken for done."""
+        arguments = list(map(str, self.arguments(files, tmp_path, 1)))
+        unlink = Path.unlink
+
+        def unlink_a_shard_and_die(path, **keywords):
+            unlink(path, **keywords)
+            assert not path.name.startswith("shard"), "the end"
+
+        for place, name, last in (
+            (prepare.Preparation, "_finish", lambda _: pytest.fail("the end")),
+            (Path, "unlink", unlink_a_shard_and_die),
+        ):
+            with monkeypatch.context() as patch, pytest.raises(BaseException, match="the end"):
+                patch.setattr(place, name, last)
+                prepare.main([*arguments, "--overwrite"])
+        assert prepare.main(arguments) == 0 and contents(tmp_path) == contents(prepared)
+
     def test_a_worker_that_dies(self, nursery, files, tmp_path):
         arguments = self.arguments(files, tmp_path, 2)
         done = nursery.run("prepare", *arguments, file_limit={"size": 2000, "deadly": True})
@@ -218,6 +247,23 @@ class TestRefuses:
         path.write_bytes(text_of(varied_pairs(101)))
         self.refuses("was begun before .*a.tsv was changed; --overwrite", *arguments)
         assert run(tmp_path / "out", path, "--overwrite").counts["lines"] == 101
+
+    @pytest.mark.parametrize("more", [[], ["--overwrite"]])
+    def test_to_write_over_what_it_reads(self, tmp_path, more):
+        names = {name: tmp_path / f"{name}.tsv" for name in ("train", "dev", "test")}
+        for path in names.values():
+            path.write_bytes(text_of(varied_pairs(20)))
+        before = contents(tmp_path)
+        options = ["--dev", names["dev"], "--test", names["test"], "--out", tmp_path]
+        self.refuses("dev.tsv would be written over; choose", names["train"], *options, *more)
+        assert contents(tmp_path) == before
+
+    def test_to_write_over_what_it_did_not_make(self, tmp_path):
+        for name in ("train.tsv", "dev.tsv"):
+            (tmp_path / name).write_bytes(text_of(varied_pairs(20)))
+        before = contents(tmp_path)
+        self.refuses("holds dev.tsv already", tmp_path / "train.tsv", "--out", tmp_path)
+        assert contents(tmp_path).items() >= before.items()
 
     def test_no_inputs(self, tmp_path):
         out = ["--out", tmp_path / "out"]
@@ -330,6 +376,20 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[2] < 1.3 * peaks[1], peaks
+
+
+def test_more_runs_than_files_can_be_open(tmp_path):
+    count, (soft, hard) = 100, resource.getrlimit(resource.RLIMIT_NOFILE)
+    for number in range(count):
+        text = f"a {number}\tb\nb {number}\tc\n".encode()
+        runs.make_run(tmp_path, number, runs.Block((text,), 1, 2, runs.Place()))
+    pairs = runs.Sorted(tmp_path, count)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count // 2, hard))
+        assert pairs.distinct() == len(pairs.between(0, 1 << 64)[0]) == 2 * count
+        assert np.array_equal(pairs.smallest_keys(10)[1], [count, count])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_only_a_few_tasks_wait(tmp_path):

@@ -1,5 +1,4 @@
 import json
-import pickle
 import re
 import shutil
 from pathlib import Path
@@ -55,15 +54,6 @@ def test_epochs_read_each_pair_once_and_map_few_shards(prepared):
     texts = {tuple(map(found.vocabulary.decode, map(torch.Tensor.tolist, p))) for p in pairs}
     assert len(texts) == len(pairs) == len(found.train)
     assert all(target.split() == source.split()[::-1] for source, target in texts)
-
-
-def test_another_process_maps_for_itself(prepared):
-    train = load_prepared(prepared).train
-    first = train.examples(0, [1])
-    content = pickle.dumps(train)
-    assert len(content) < 5000
-    (source, target), (ours, theirs) = first[0], pickle.loads(content).examples(0, [1])[0]
-    assert np.array_equal(source, ours) and np.array_equal(target, theirs)
 
 
 def test_equal_folders_have_equal_fingerprints(prepared, folder):

@@ -165,10 +165,15 @@ class TestRefuses:
         checkpoint.save(copy / "checkpoint.pt", "checkpoint", content)
         self.refuses("cut off or damaged, .*--overwrite", None, copy, "--resume")
 
-    @pytest.mark.parametrize("name", ["model.pt", "metrics.jsonl"])
+    @pytest.mark.parametrize(
+        "name", ["model.pt", "metrics.jsonl", "results.json", "model-mine.pt", "tensorboard/mine"]
+    )
     def test_to_write_over_what_is_left_of_a_run(self, tsv, tmp_path, name):
-        (tmp_path / name).touch()
-        self.refuses(rf"holds a run already \({name}\)", tsv, tmp_path)
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        self.refuses(rf"holds a run already \({name.split('/')[0]}\)", tsv, tmp_path)
+        assert path.exists()
 
     def test_to_go_on_without_a_checkpoint(self, copy, tsv):
         (copy / "checkpoint.pt").unlink()
