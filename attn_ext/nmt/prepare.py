@@ -119,7 +119,7 @@ def main(arguments=None):
             with contextlib.closing(Journal(folder, identity)) as journal:
                 index = Preparation(journal, inputs, given_pairs, chosen, given.workers).run()
         except KeyboardInterrupt:
-            without = " without --overwrite" if given.overwrite else ""
+            without = ", without --overwrite," if given.overwrite else ""
             print(f"\nthe same command{without} goes on from here", file=sys.stderr)
             raise
         _remove_left_behind(folder)
