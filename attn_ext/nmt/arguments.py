@@ -33,6 +33,11 @@ def parse_arguments(arguments=None):
     given = vars(parser.parse_args(arguments))
     if "config" not in given:
         return given
+
+    def refuse(message):
+        raise UsageError(f"{given['config']}: {message}")
+
+    parser.error = refuse
     of_file = vars(parser.parse_args(["--out", given["out"], *_config_arguments(parser, given)]))
     for names in EXCLUSIVE:
         if any(given.get(name) for name in names):

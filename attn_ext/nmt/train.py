@@ -276,6 +276,8 @@ def _to_repeat(given, chosen):
     kept |= {name: given[name] for name in ("beam", "backend") if name in given}
     if chosen["data"] and os.path.isdir(chosen["data"]):
         del kept["vocab_size"]  # of the prepared folder
+    if kept["decay_steps"] == kept["max_steps"]:
+        del kept["decay_steps"]  # so that it follows another --max-steps
     if kept["max_steps"] == NO_LIMIT:
         del kept["max_steps"]
     if kept["fp16"]:

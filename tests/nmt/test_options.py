@@ -231,6 +231,8 @@ def test_a_config_file_repeats_a_run(tsv, tmp_path):
     assert (
         saved[0] == saved[1] and saved[0]["schedule"] == "cosine" and saved[0]["vocab_size"] == 320
     )
+    given = parse_arguments(["--config", str(config), "--out", "o", "--max-steps", "9"])
+    assert train._train_options(given, None, World()).decay_steps == 9  # again the last step
 
 
 def test_the_command_line_goes_before_the_file(tmp_path):
@@ -252,6 +254,7 @@ def test_the_command_line_goes_before_the_file(tmp_path):
         ("resume: true", "resume is no option of a training"),
         ("hidden: [3, 4]", r"hidden: expected one value, got \[3, 4\]"),
         ("bf16: 3", "bf16: expected true or false, got 3"),
+        ("hidden: -3", "--hidden: expected a positive whole number, got '-3'"),
         ("hidden", "expected lines such as `hidden: 512`, got 'hidden'"),
         ("hidden: {", "is not YAML: "),
     ],
