@@ -74,7 +74,8 @@ SCHEDULES = {
     "cosine": _cosine,
     "gnmt": _gnmt,
 }
-ENDING = ("linear", "cosine", "gnmt")  # need decay_steps
+FALLING_TO_0 = ("linear", "cosine")
+ENDING = (*FALLING_TO_0, "gnmt")  # need decay_steps
 
 
 def learning_rate(step, options):

@@ -284,8 +284,9 @@ class Preparation:
 
     def _write(self, pairs, ranges, keys, model, distinct):
         done = self.journal.of("shard")
+        always = pairs, keys, not self.held_out, model, self.options["max_length"]
         tasks = (
-            (self.folder, number, pairs, ranges[number], keys, model, self.options["max_length"])
+            (self.folder, number, ranges[number], *always)
             for number in range(len(done), len(ranges))
         )
         before = sum(shard["distinct"] for shard in done.values())
@@ -363,8 +364,8 @@ def learn_subwords(pairs, ranges, held_out_keys, sample_pairs, size):
     return Vocabulary.train(sample(), size).model_bytes
 
 
-def make_shard(folder, number, pairs, bounds, held_out_keys, model, max_length):
-    """Write the shard of a range of hashes.
+def make_shard(folder, number, bounds, pairs, held_out_keys, listed, model, max_length):
+    """Write the shard of a range of hashes; `listed`: say which pairs are held out of it, too.
 
     Returns:
         What the journal holds of it: counts, the pairs held out, sizes and digests of the files.
@@ -406,7 +407,7 @@ def make_shard(folder, number, pairs, bounds, held_out_keys, model, max_length):
         "held out": [
             (which, int(keys[row]), texts[row].decode())
             for which, rows in enumerate(in_parts)
-            for row in np.flatnonzero(rows & fits).tolist()
+            for row in np.flatnonzero(rows & fits & listed).tolist()
         ],
         "files": files,
     }

@@ -29,7 +29,7 @@ from attn_ext.nmt.arguments import (
 from attn_ext.nmt.cli import UsageError
 from attn_ext.nmt.metrics import METRICS_FILE
 from attn_ext.nmt.model import ModelConfig, Seq2Seq
-from attn_ext.nmt.options import ENDING, NO_LIMIT, TrainOptions
+from attn_ext.nmt.options import ENDING, FALLING_TO_0, NO_LIMIT, TrainOptions
 from attn_ext.nmt.precision import bf16_problem, fp16_problem
 from attn_ext.nmt.training import RESULT_PATTERNS, Trainer
 from attn_ext.nmt.vocab import Vocabulary
@@ -89,8 +89,9 @@ def _prepare(given, folder, world):
         split, identity = _load_data(given, saved, world)
         vocabulary = _vocabulary(saved, split, identity, path)
         config = _model_config(given, saved, len(vocabulary))
-        chosen = {**config.as_dict(), **options.as_dict(), **identity}
-        save_config(folder / CONFIG_FILE, _to_repeat(given, chosen))
+        if saved is None:
+            chosen = {**config.as_dict(), **options.as_dict(), **identity}
+            save_config(folder / CONFIG_FILE, _to_repeat(given, chosen))
     except UsageError:
         if created:
             with contextlib.suppress(OSError):
@@ -319,7 +320,19 @@ def _train_options(given, saved, world):
     for name, value in chosen.items():
         if name not in TrainOptions.MUTABLE and value != getattr(before, name):
             _refuse(given, name, getattr(before, name))
-    return dataclasses.replace(before, **chosen)
+    return _not_beyond_the_end(dataclasses.replace(before, **chosen))
+
+
+def _not_beyond_the_end(options):
+    """Refuse steps at a rate of 0; without a number of steps, end with the schedule."""
+    if options.schedule in FALLING_TO_0 and options.max_steps > options.decay_steps:
+        if options.max_steps != NO_LIMIT:
+            raise UsageError(
+                f"--max-steps {options.max_steps} is beyond step {options.decay_steps}, where "
+                f"--schedule {options.schedule} ends with a learning rate of 0 (--decay-steps)"
+            )
+        return dataclasses.replace(options, max_steps=options.decay_steps)
+    return options
 
 
 def _with_decay_steps(options):
@@ -334,7 +347,7 @@ def _with_decay_steps(options):
                 "--max-steps"
             )
         return dataclasses.replace(options, decay_steps=options.max_steps)
-    return options
+    return _not_beyond_the_end(options)
 
 
 def _check_combination(options, config, world):

@@ -71,9 +71,15 @@ def test_after_a_warm_up_beyond_the_end_the_rate_is_0(schedule, end):
 def test_a_schedule_ends_at_the_last_step_if_nothing_else_is_said():
     given = {"out": "o", "schedule": "linear", "max_steps": 70}
     assert train._train_options(given, None, World()).decay_steps == 70
+    given = {"out": "o", "schedule": "linear", "decay_steps": 70, "minutes": 3.0}
+    assert train._train_options(given, None, World()).max_steps == 70
     for wrong, message in (
         ({"schedule": "linear", "minutes": 3.0}, "give --decay-steps or --max-steps"),
         ({"decay_steps": 70}, "goes with --schedule linear, cosine, gnmt"),
+        (
+            {"schedule": "cosine", "decay_steps": 70, "max_steps": 71},
+            "--max-steps 71 is beyond step 70, where --schedule cosine ends",
+        ),
     ):
         with pytest.raises(UsageError, match=message):
             train._train_options({"out": "o", **wrong}, None, World())
