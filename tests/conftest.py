@@ -91,9 +91,9 @@ def shrink_tiles(set_attribute: Callable[[object, str, object], None]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    """Where nothing asks for those of the table."""
-    if BACKEND_DEVICES.get("triton") == "cpu" and "table_tiles" not in request.fixturenames:
+def small_tiles(monkeypatch: pytest.MonkeyPatch):
+    """What they compute with tiles of the table, tests/ptx executes as compiled."""
+    if BACKEND_DEVICES.get("triton") == "cpu":
         shrink_tiles(monkeypatch.setattr)
 
 
@@ -186,11 +186,6 @@ def spread(cases: list[pytest.Item], most: int, seed: int) -> list[pytest.Item]:
         found.append(best)
         seen.update(*met_by(best))
     return found
-
-
-@pytest.fixture
-def table_tiles():
-    """Keep the table of configurations as it is."""
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ def test_layouts(backend: str, layout: str, heads: int | None, need_weights: boo
 SEVERAL_TILES = {"lengths_q": (1, 0, 40, 2), "lengths_k": (2, 3, 0, 70)}
 
 
-@pytest.mark.few(interpreted=4, others=4)
+@pytest.mark.few(interpreted=2, others=4)
 @pytest.mark.parametrize("need_weights", [False, True], ids=["context", "weights"])
 @pytest.mark.parametrize("lengths", [{}, SEVERAL_TILES], ids=["small", "several_tiles"])
 @pytest.mark.parametrize("layout", MIXED_LAYOUTS)

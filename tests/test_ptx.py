@@ -172,7 +172,7 @@ DONE:
 """
 
 
-def executed(ptx: str, order: int | None = None) -> tuple[np.ndarray, list[str]]:
+def executed(ptx: str, order: int | None = None, blocks: int = 1) -> tuple[np.ndarray, list[str]]:
     """What the kernel stores, and the kinds of what is found or ends it."""
     memory = GlobalMemory(report := Report())
     given, stored = np.arange(100, 164, dtype="u4"), np.zeros(64, "u4")
@@ -180,7 +180,8 @@ def executed(ptx: str, order: int | None = None) -> tuple[np.ndarray, list[str]]
     parameters = np.array(bases, "u8").tobytes()
     program = Program(parse(ptx))
     options = {"order": order, "uniform": True}
-    machine = Machine(program, (1, 1, 1), (64, 1, 1), parameters, memory, 0, report, **options)
+    sizes = (blocks, 1, 1), (64, 1, 1)
+    machine = Machine(program, *sizes, parameters, memory, 0, report, **options)
     try:
         machine.run()
     except Deadlock as problem:
@@ -230,6 +231,16 @@ DAMAGE = {
     "shared_address": ("[%r7]", "[%r7+4]", "shared load OUT OF BOUNDS"),
     "alignment": ("[%rd5], %r8", "[%rd5+2], %r8", "misaligned global store"),
     "same_place": ("add.s32 %r4, %r3, %r2", "mov.u32 %r4, %r3", "RACE: two warps write"),
+    "one_target": (
+        "add.s64 %rd5, %rd2, %rd3",
+        "mov.u64 %rd5, %rd2",
+        "RACE: different values written at once",
+    ),
+    "read_back": (
+        "st.global.u32 [%rd5], %r8;",
+        "st.global.u32 [%rd5], %r8; ld.global.u32 %r8, [%rd2];",
+        "RACE: read of another warp's write",
+    ),
     "source": ("[%rd4], 4", "[%rd5], 4", "global load OUT OF BOUNDS"),
     "unwritten": ("add.s64 %rd4, %rd1", "add.s64 %rd4, %rd2", "global load of unwritten bytes"),
     "branch": ("%r1, 64", "%r1, 63", "threads of a block branch apart"),
@@ -255,6 +266,18 @@ def test_a_barrier_that_some_threads_never_reach():
     assert "barrier reached from different places" in found
 
 
+def test_what_a_barrier_orders_is_no_race():
+    read_back = "st.global.u32 [%rd5], %r8; bar.sync 0; ld.global.u32 %r8, [%rd2];"
+    assert executed(KERNEL.replace("st.global.u32 [%rd5], %r8;", read_back))[1] == []
+
+
+def test_blocks_have_no_barrier_between_them():
+    """Two of them store the same, but neither may rely on it."""
+    read_back = "st.global.u32 [%rd5], %r8; bar.sync 0; ld.global.u32 %r8, [%rd5];"
+    damaged = KERNEL.replace("st.global.u32 [%rd5], %r8;", read_back)
+    assert executed(damaged, blocks=2)[1] == ["RACE: read of another block's write"]
+
+
 def test_a_removed_barrier_shows_in_another_order():
     """Where races are not watched: a warp that runs alone reads what no other wrote yet."""
     expected = executed(KERNEL)[0]
@@ -262,9 +285,12 @@ def test_a_removed_barrier_shows_in_another_order():
     assert (stored != expected).any()
 
 
-# A few calls that take every kernel but those that merge parts; the dtype is that of most users,
-# whose products go through tensor cores.
-THIN = {"several": ("jagged", "memory"), "others": ("scores", "step-jagged", "pool")}
+# Calls that take every kernel, with most of its options, in the dtype of most users, whose products
+# go through tensor cores.
+THIN = {
+    "several": ("options",),
+    "others": ("options-scores", "options-step", "options-memory", "options-pool", "pool-scores"),
+}
 
 
 def run_cases(backend: str, dtype: str, cases: tuple[str, ...]) -> None:
@@ -287,4 +313,4 @@ def test_cuda_kernels():
 
     if problem := run_cuda.missing():
         pytest.skip(problem)
-    run_cases("cuda", "bfloat16", tuple(case for cases in THIN.values() for case in cases))
+    run_cases("cuda", "bfloat16", ("jagged", *THIN["several"], *THIN["others"]))

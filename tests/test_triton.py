@@ -1,4 +1,4 @@
-"""What only the Triton kernels have: their routes by size, and the table of configurations.
+"""What only the Triton kernels have: their routes by size.
 
 Run by ``make test`` in Triton's interpreter (TRITON_INTERPRET=1), and on a GPU by ``make gpu``.
 """
@@ -35,13 +35,6 @@ def on_device():
 
 def check_lengths(layout: str, lengths: dict, heads: int | None = None, **options) -> None:
     check(make_inputs(layout, heads=heads, **lengths), "triton", **options)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("layout", ["jagged", "padded_mask", "one_step", "jagged_one_step"])
-def test_tiles_of_the_table(table_tiles, layout: str, dtype: torch.dtype):
-    lengths = {"lengths_q": (3, 0, 34), "lengths_k": (40, 2, 33)}
-    check(make_inputs(layout, features=21, dtype=dtype, **lengths), "triton")
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["no_dropout", "dropout"])

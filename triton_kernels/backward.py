@@ -171,7 +171,11 @@ def additive_attention_bwd_scores_kernel(
     dcontext_item = dcontext_ptr
     if dcontext_ptr is not None:
         dcontext_item += place * stride_cb + start * stride_ct + head * stride_ch
-    if tile < query_tiles:
+    if dscores_ptr is None:
+        is_of_queries: tl.constexpr = False
+    else:
+        is_of_queries = tile < query_tiles
+    if is_of_queries:
         query = first + tl.arange(0, BLOCK_Q)
         are_queries = query < length_q
         column = tl.arange(0, BLOCK_K).to(tl.int64)

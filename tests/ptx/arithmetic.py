@@ -253,7 +253,8 @@ def to_bf16(x):
 
 def to_f16(x):
     with np.errstate(over="ignore"):
-        return np.asarray(x).astype(np.float16).view(u2)
+        rounded = np.asarray(x).astype(np.float16).view(u2)
+    return np.where(np.isnan(x), u2(0x7FFF), rounded)
 
 
 ROUNDINGS = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}

@@ -28,11 +28,14 @@ class Case:
     run: Callable[[str, torch.dtype], object]
 
 
-def attention(layout: str, *, need_weights=False, dropout_p=0.0, function=None, **options) -> Case:
+def attention(layout: str, **options) -> Case:
+    keywords = {"need_weights": False}
+    for name in ("need_weights", "dropout_p", "wanted", "function"):  # those of check()
+        if name in options:
+            keywords[name] = options.pop(name)
+
     def run(backend: str, dtype: torch.dtype) -> None:
-        more = {} if function is None else {"function": function}
-        inputs = make_inputs(layout, dtype=dtype, **options)
-        check(inputs, backend, need_weights=need_weights, dropout_p=dropout_p, **more)
+        check(make_inputs(layout, dtype=dtype, **options), backend, **keywords)
 
     return Case(run)
 
@@ -83,13 +86,31 @@ def pool(layout: str, raw: bool = False, **options) -> Case:
 
 
 SIZE = {"features": 32, "value_features": 24}
+# What a kernel may be asked for at once: a mask, dropout, heads, returned weights, value features
+# of another number and no multiple of 8.
+OPTIONS = {"features": 20, "value_features": 12, "heads": 2, "need_weights": True, "dropout_p": 0.3}
 CASES = {
+    "options": attention("padded_mask", **THREE, **OPTIONS),
+    "options-step": attention("one_step_mask", lengths_k=(5, 300, 0), **OPTIONS),
+    "options-memory": memory("jagged_one_step", True, lengths_k=(5, 0, 33), features=40, heads=2),
+    "options-scores": scores("padded_mask", **THREE, features=20, heads=2),
+    "options-pool": pool(
+        "one_step_mask",
+        lengths_k=(5, 70, 9),
+        features=20,
+        value_features=12,
+        branches=3,
+        feature_dropout=(0.25, 0.4),
+        dropout=0.3,
+    ),
     "jagged": attention("jagged", **THREE, **SIZE),
     "jagged-odd": attention("jagged", **THREE, features=19, value_features=17),
     "mask": attention("padded_mask", **THREE, features=64, value_features=48),
     "heads": attention("padded_lengths", **THREE, heads=2),
     "weights": attention("jagged", **THREE, **SIZE, need_weights=True),
     "dropout": attention("padded_mask", **THREE, heads=2, need_weights=True, dropout_p=0.3),
+    "dquery": attention("padded_mask", **THREE, **SIZE, wanted=("query",)),
+    "dkey": attention("jagged", **THREE, **SIZE, wanted=("key", "score_weight")),
     "large": attention("jagged", **THREE, **SIZE, scale=20.0),
     "small": attention("jagged", **THREE, **SIZE, scale=0.01),
     "long": attention("jagged", **LONG, **SIZE),
