@@ -133,10 +133,10 @@ def _score_gradients(
     heads = problem.heads
     tiles = configurations.pair_tiles(value.dtype)
     columns = triton.cdiv(problem.max_k, tiles.keys) * tiles.keys  # whole tiles of keys
-    # Without rows where they are not wanted: the kernel is compiled with both of its halves.
-    rows = problem.all_rows_q if wants_scores else 0
-    check_workspace(problem, rows * heads * columns)
-    dscores = value.new_empty((rows, heads, columns), dtype=torch.float32)
+    dscores = None
+    if wants_scores:
+        check_workspace(problem, problem.all_rows_q * heads * columns)
+        dscores = value.new_empty((problem.all_rows_q, heads, columns), dtype=torch.float32)
     query_tiles = problem.tiles("q", tiles.queries) if wants_scores else 0
     key_tiles = problem.tiles("k", tiles.keys) if dvalue is not None else 0
     segment = configurations.segment(problem.max_q)
@@ -172,7 +172,7 @@ def _score_gradients(
         SINGLE_Q=problem.max_q <= segment,
         num_warps=tiles.warps,
     )
-    return PairTensor(dscores, pair_strides(problem, columns), True) if wants_scores else None
+    return None if dscores is None else PairTensor(dscores, pair_strides(problem, columns), True)
 
 
 def _feature_gradients(
