@@ -83,6 +83,7 @@ gpu: ## build, test and time on the GPU at hand, with $(PYTHON) as it is (ARGS="
 # The arguments of a run a line, so many runs at a time; xargs fails if one of them does.
 PTX := OMP_NUM_THREADS=1 $(PY) -m tests.ptx
 gpu-proof: $(VENV)/.built ## execute the PTX of all GPU kernels without a GPU, which takes hours
+	@mkdir -p build
 	@nvcc=$$(command -v nvcc || echo "make gpu-proof: nvcc was not found, CUDA C++ is SKIPPED" >&2); \
 	for backend in triton $${nvcc:+cuda}; do \
 	    for target in sm_80 sm_90; do for dtype in float32 bfloat16 float16; do \
