@@ -25,24 +25,17 @@ from .workloads import WORKLOADS, Workload
 LANES = 128  # that a multiprocessor issues for in a clock
 TABLE = ("at-once", "gnmt-384", "step", "one-long-512", "skewed-512")
 DECODER = "step-decoder"
-SIDE = configurations.SCORES.queries
-SIDES = (SIDE, SIDE // 2)  # queries, and keys, of a score tile
-ROW_TILES = configurations.GRADIENT_ROW_TILES
-# Keys that the gradient pass takes at a time.
-ROWS = tuple(
-    gradient.TILE_ROWS.value * tiles for tiles in (ROW_TILES, ROW_TILES * 3 // 4, ROW_TILES // 2)
-)
+# Of a score tile: whole ones, and halves where they are enough.
+QUERIES = (configurations.SCORES.queries, configurations.SCORES.queries // 2)
+KEYS = (configurations.SCORES.keys, configurations.SCORES.keys // 2)
+ROWS = gradient.TILE_ROWS.value  # keys that the gradient pass takes at least
 
 
-def tile_slots(launch: tuple, regime: str, rank: str) -> list[float]:
-    """Issue slots an element of a kernel's paired loops, that of the largest tile first.
+def tile_slots(launch: tuple, regime: str) -> list[float]:
+    """Issue slots an element of a kernel's paired loops.
 
-    Args:
-        launch: from ``static_cases``.
-        regime: of the case.
-        rank: what is told apart by, of :class:`benchmarks.sass.PerElement`: "mufu" of loops over
-            as many elements each, which share exponentials the more the larger the tile is, or
-            "reciprocals" of loops over fewer.
+    Those over as many elements each come in the order of what their tiles share: exponentials, the
+    more the larger the tile is.
     """
     case = static_cases.make_case(launch, regime, "", "bf16", 1024)
     compiled = static.compile_case(case, "sm_90")
@@ -55,11 +48,7 @@ def tile_slots(launch: tuple, regime: str, rank: str) -> list[float]:
         element = per_element(Counts.of(loop.straight(lambda block: False)), elements)
         if element.reciprocals and element.mufu / element.reciprocals <= 1.5:
             found.append(element)
-    if rank == "mufu":
-        return [e.slots for e in sorted(found, key=lambda e: e.mufu)]
-    share = max(e.reciprocals for e in found)
-    ordered = sorted(found, key=lambda e: -e.reciprocals)
-    return [e.slots * share / e.reciprocals for e in ordered if e.reciprocals >= share / 2]
+    return [e.slots for e in sorted(found, key=lambda e: e.mufu)]
 
 
 def parts(length: int, sizes: Sequence[int]) -> list[int]:
@@ -73,19 +62,19 @@ def score_slots(workload: Workload, slots: Sequence[float]) -> float:
     by_area = {0: slots[0], 1: sum(slots[1:3]) / 2, 2: slots[3]}
     total = 0.0
     for queries, keys in zip(workload.query_lengths, workload.key_lengths, strict=True):
-        for tile_q in parts(queries, SIDES):
-            for tile_k in parts(keys, SIDES):
-                halved = (tile_q < SIDES[0]) + (tile_k < SIDES[0])
+        for tile_q in parts(queries, QUERIES):
+            for tile_k in parts(keys, KEYS):
+                halved = (tile_q < QUERIES[0]) + (tile_k < KEYS[0])
                 total += tile_q * tile_k * by_area[halved]
     return total * workload.dim
 
 
-def gradient_slots(workload: Workload, slots: Sequence[float]) -> float:
+def gradient_slots(workload: Workload, slots: float) -> float:
     """Issue slots of the pass over all pairs that gives the gradients."""
-    total = 0.0
-    for queries, keys in zip(workload.query_lengths, workload.key_lengths, strict=True):
-        total += sum(queries * rows * slots[ROWS.index(rows)] for rows in parts(keys, ROWS))
-    return total * workload.dim
+    lengths = zip(workload.query_lengths, workload.key_lengths, strict=True)
+    return sum(queries * -(-keys // ROWS) * ROWS for queries, keys in lengths) * (
+        slots * workload.dim
+    )
 
 
 def tanh_slots() -> float:
@@ -109,13 +98,10 @@ def main() -> None:
     forward, backward, _ = static_cases.launches_of(torch.bfloat16, 1024, 75, 75)
     launches = {launch[0].__name__: launch for launch in forward + backward}
 
-    def slots_of(name: str, rank: str) -> list[float]:
-        return tile_slots(launches[f"additive_attention_{name}_kernel"], "all", rank)
-
-    scores, again = slots_of("fwd", "mufu"), slots_of("bwd_scores", "mufu")
-    gradients = slots_of("grad", "reciprocals")
+    scores = tile_slots(launches["additive_attention_fwd_kernel"], "all")
+    gradients = tile_slots(launches["additive_attention_grad_kernel"], "all")
     tanh = tanh_slots()
-    tiles = {"forward": scores, "scores again": again, "gradients": gradients, "tanh": [tanh]}
+    tiles = {"forward": scores, "gradients": gradients, "tanh": [tanh]}
     for name, found in tiles.items():
         print(f"{name}: slots an element by tile:", ", ".join(f"{n:.2f}" for n in found))
     clocks = options.processors * options.clock * 1e9
@@ -129,9 +115,10 @@ def main() -> None:
             bound = floor(workload, mode, 2, peaks)
             text = f"{workload.name} {mode}: floor {bound.seconds * 1e3:.3f} ms ({bound.bound_by})"
             if not workload.one_query:
-                issued = score_slots(workload, scores if mode == "forward" else again)
-                if mode == "backward":
-                    issued += gradient_slots(workload, gradients)
+                if mode == "forward":
+                    issued = score_slots(workload, scores)
+                else:
+                    issued = gradient_slots(workload, min(gradients))
                 text += f", predicted {issued / (LANES * clocks) * 1e3:.3f} ms"
                 if mode == "forward":
                     rival = tanh * padded_elements(workload)

@@ -87,6 +87,8 @@ def shrink_tiles(set_attribute: Callable[[object, str, object], None]) -> None:
     scores = configurations.Tiles(warps=1, queries=8, keys=8, features=4, value_features=8)
     for name in ("SCORES", "PAIRS", "PAIRS_FLOAT32"):
         set_attribute(configurations, name, scores)
+    few = configurations.replace(scores, queries=4, features=8)
+    set_attribute(configurations, "SCORES_FEW", few)
     set_attribute(configurations, "GRADIENT_ROW_TILES", 2)
 
 

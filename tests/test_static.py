@@ -97,7 +97,8 @@ def test_nothing_spills_where_the_time_goes(kernels):
     assert {(row["kernel"], row["pass_"]) for row in spilled} <= {("fwd", "scores")}
     assert max((row["loop_spills"] for row in spilled), default=0) <= 4
     assert {row["kernel"] for row in kernels if row["spills"]} <= {"fwd"}
-    assert max(row["spills"] for row in kernels) < 500
+    # Of 22 queries and keys each they are 0.07 of 8.6 slots an element that are executed.
+    assert max(row["spills"] for row in kernels) < 700
 
 
 @pytest.mark.nightly
@@ -109,7 +110,9 @@ def test_every_main_loop_is_found(kernels):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("pass_", "slots", "mufu"), [("forward", 4.5, 0.6), ("backward", 12, 1.2)])
+@pytest.mark.parametrize(
+    ("pass_", "slots", "mufu"), [("forward", 4.5, 0.6), ("backward", 8.5, 0.6)]
+)
 def test_all_at_once_kernels_issue_little(kernels, pass_, slots, mufu):
     """The backward is the sum over its passes. tanh itself takes 20.75 slots and 2 MUFU."""
     found = [row for row in kernels if (row["regime"], row["pass_"]) == ("all", pass_)]
@@ -199,10 +202,10 @@ def test_tiles_hold_a_sequence_with_little_to_spare():
 
 def test_predictions_count_whole_tiles():
     workload = Workload("tiny", (40, 3), (33, 0), 10, 10)
-    # Of 33 x 40: 32 x 32, 32 x 16, 16 x 32 and 16 x 16.
+    # Of 33 x 40: 32 x 32, 32 x 8, 16 x 32 and 16 x 8.
     slots = [1.0, 2.0, 4.0, 5.0]
-    assert predict.score_slots(workload, slots) == 10 * (1024 + 2 * 512 * 3 + 256 * 5)
-    assert predict.gradient_slots(workload, [1.0, 2.0, 3.0]) == 10 * 33 * (32 + 16 * 3)
+    assert predict.score_slots(workload, slots) == 10 * (1024 + 3 * (256 + 512) + 5 * 128)
+    assert predict.gradient_slots(workload, 2.0) == 2 * 10 * 33 * 40
 
 
 def test_floors_are_the_slower_of_memory_and_arithmetic():
@@ -212,6 +215,6 @@ def test_floors_are_the_slower_of_memory_and_arithmetic():
     assert floor(pairs, "forward", 2, peaks) == Floor(0.48, "memory")
     peaks["copied_bytes_per_second"] = 1e6
     assert floor(pairs, "forward", 2, peaks) == Floor(0.16, "arithmetic")
-    assert floor(pairs, "both", 2, peaks) == Floor(0.48, "arithmetic")
+    assert floor(pairs, "both", 2, peaks) == Floor(0.32, "arithmetic")
     assert floor(pairs, "both", 2, {"copied_bytes_per_second": 1e6}) is None
     assert floor(Workload("loop", (8,), (1,), 10, 10, steps=3), "both", 2, peaks) is None

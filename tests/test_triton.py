@@ -4,6 +4,7 @@ Run by ``make test`` in Triton's interpreter (TRITON_INTERPRET=1), and on a GPU 
 """
 
 import importlib
+import itertools
 
 import pytest
 import torch
@@ -240,3 +241,37 @@ def test_scores_launch_no_softmax(monkeypatch: pytest.MonkeyPatch, layout: str):
     kernels = {launch[0].__name__: launch[1] for launch in launches}
     assert len(launches) == (2 if layout == "padded" else 1), list(kernels)
     assert all(arguments["stats_ptr"] is None for arguments in kernels.values())
+
+
+def test_what_a_call_launches():
+    """Backward takes the scores that forward kept, and its values' gradients go with others."""
+    static_cases = pytest.importorskip("benchmarks.static_cases")
+    inputs = make_inputs("jagged", features=64, poison=False, lengths_q=(3, 5), lengths_k=(4, 2))
+    with static_cases.noted_launches() as launches:
+        results_of(inputs)
+    kernels = [launch[0].__name__.removeprefix("additive_attention_") for launch in launches]
+    forward = ["order_kernel", "fwd_kernel"]
+    assert kernels == [*forward, "bwd_scores_kernel", "grad_kernel", "sum_parts_kernel"]
+
+
+@pytest.mark.parametrize("tile", [16, 0], ids=["tiles", "sequences"])
+def test_the_largest_tiles_come_first(tile: int):
+    from attn_ext.triton_kernels.rows import order_kernel
+
+    lengths_q, lengths_k = (3, 40, 0, 17, 5), (10, 5, 7, 30, 0)
+    offsets = [
+        torch.tensor([0, *itertools.accumulate(lengths)]) for lengths in (lengths_q, lengths_k)
+    ]
+    rows, room, batch = sum(lengths_q) + 2, 12, len(lengths_q)  # two rows belong to nobody
+    order = torch.full((2 * room + 1,), -1, dtype=torch.int32)
+    scalars = (batch + 1, room, batch, rows, sum(lengths_k), 30)
+    order_kernel[(batch + 1,)](order, *offsets, None, *scalars, TILE=tile, BLOCK=4, num_warps=1)
+    work = {
+        (b, n): (min(q, tile) if tile else q) * k
+        for b, (q, k) in enumerate(zip((*lengths_q, 2), (*lengths_k, 0)))
+        for n in range(-(-q // tile) if tile else 1)
+    }
+    found = [tuple(pair) for pair in order[: 2 * len(work)].view(-1, 2).tolist()]
+    assert order[-1] == len(work) == len(set(found)) and set(found) == set(work)
+    amounts = [work[pair] for pair in found]
+    assert amounts == sorted(amounts, reverse=True)

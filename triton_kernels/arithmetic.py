@@ -5,6 +5,8 @@ and its derivative is ``4 (r - r^2)``. Feature d goes with feature ``d + HALF``:
 one reciprocal, ``w0 r0 + w1 r1 = (w0 x1 + w1 x0) / (x0 x1)``.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -151,3 +153,30 @@ def dropout_scales(seed_ptr, threshold, scale, sequence, head, query, key):
     sequence = query * 0 + sequence
     word, _, _, _ = tl.philox(tl.load(seed_ptr), key, query, head, sequence)
     return tl.where((word >> 8).to(tl.int32) >= threshold, scale, 0.0)
+
+
+class WeightDropout(NamedTuple):
+    """Of the weights of a sequence and head; none without a seed."""
+
+    seed_ptr: tl.tensor | None
+    threshold: tl.tensor
+    scale: tl.tensor
+    sequence: tl.tensor
+    head: tl.tensor
+
+
+@triton.jit
+def kept_weights(dropout, query, key):
+    """The scales of queries and keys [queries, keys], or 1 where none is dropped out."""
+    if dropout.seed_ptr is None:
+        return 1.0
+    else:
+        return dropout_scales(
+            dropout.seed_ptr,
+            dropout.threshold,
+            dropout.scale,
+            dropout.sequence,
+            dropout.head,
+            query[:, None],
+            key[None, :],
+        )

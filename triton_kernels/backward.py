@@ -13,8 +13,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .arithmetic import dropout_scales, product, weighted_sum
-from .rows import are_attended, attended_keys, find_tile, sequence_rows
+from .arithmetic import WeightDropout, kept_weights, product, weighted_sum
+from .rows import ORDER_BLOCK, are_attended, attended_keys, find_tile, sequence_rows, write_order
 
 SIZES = [
     "batch",
@@ -23,6 +23,7 @@ SIZES = [
     "max_seqlen_q",
     "max_seqlen_k",
     "query_tiles",
+    "sequences",
     "threshold",
 ]
 # They follow the longest sequences, and what autograd made of the gradient.
@@ -45,16 +46,6 @@ class Softmax(NamedTuple):
     stride_stats: tl.tensor
 
 
-class WeightDropout(NamedTuple):
-    """Of the weights of a sequence and head; none without a seed."""
-
-    seed_ptr: tl.tensor | None
-    threshold: tl.tensor
-    scale: tl.tensor
-    sequence: tl.tensor
-    head: tl.tensor
-
-
 @triton.jit
 def load_softmax(softmax, query, key, are_queries, mask):
     """``exp(score - max) / sum`` [queries, keys], 0 where not in ``mask``."""
@@ -71,23 +62,6 @@ def load_softmax(softmax, query, key, are_queries, mask):
         return weights / total[:, None]
 
 
-@triton.jit
-def kept(dropout, query, key):
-    """Dropout's scales [queries, keys], or 1."""
-    if dropout.seed_ptr is None:
-        return 1.0
-    else:
-        return dropout_scales(
-            dropout.seed_ptr,
-            dropout.threshold,
-            dropout.scale,
-            dropout.sequence,
-            dropout.head,
-            query[:, None],
-            key[None, :],
-        )
-
-
 @triton.jit(do_not_specialize=SIZES + PAIR_STRIDES)
 def additive_attention_bwd_scores_kernel(
     value_ptr,
@@ -97,6 +71,7 @@ def additive_attention_bwd_scores_kernel(
     scores_ptr,
     dscores_ptr,
     dvalue_ptr,
+    order_ptr,
     cu_q_ptr,
     cu_k_ptr,
     key_lengths_ptr,
@@ -108,6 +83,7 @@ def additive_attention_bwd_scores_kernel(
     max_seqlen_q,
     max_seqlen_k,
     query_tiles,
+    sequences,
     threshold,
     dropout_scale,
     stride_vb,
@@ -141,7 +117,8 @@ def additive_attention_bwd_scores_kernel(
     at a time, with SINGLE_Q all of a sequence. Score gradients go to float32 [rows, H,
     stride_dscores], for all keys of whole tiles of BLOCK_K, 0 where not attended. Scores and
     ``dweights`` are addressed as in ``additive_attention_weights_kernel``. Without ``stats`` the
-    gradients of scores are ``dweights``, or ``scores`` are the weights after dropout.
+    gradients of scores are ``dweights``, or ``scores`` are the weights after dropout. ``order`` is
+    for the gradient pass: the sequences, those with most pairs first.
     """
     rows_q = rows_q.to(tl.int64)
     rows_k = rows_k.to(tl.int64)
@@ -149,6 +126,23 @@ def additive_attention_bwd_scores_kernel(
     head = tl.program_id(1).to(tl.int64)
     if tile < query_tiles:
         sequence, first = find_tile(cu_q_ptr, tile, batch, rows_q, BLOCK_Q)
+        if order_ptr is not None:
+            if (first == 0) & (head == 0):
+                write_order(
+                    order_ptr,
+                    sequence,
+                    sequences,
+                    sequences,
+                    cu_q_ptr,
+                    cu_k_ptr,
+                    key_lengths_ptr,
+                    batch,
+                    rows_q,
+                    rows_k,
+                    max_seqlen_k,
+                    0,
+                    ORDER_BLOCK,
+                )
     else:
         sequence, first = find_tile(cu_k_ptr, tile - query_tiles, batch, rows_k, BLOCK_K)
     place, start, length_q = sequence_rows(cu_q_ptr, sequence, batch, rows_q)
@@ -213,7 +207,7 @@ def additive_attention_bwd_scores_kernel(
                     mask=mask & (query < max_seqlen_q)[:, None],
                     other=0.0,
                 ).to(tl.float32)
-            gradient *= kept(dropout, query, key)
+            gradient *= kept_weights(dropout, query, key)
             if stats_ptr is not None:
                 weights = load_softmax(softmax, query, key, are_queries, mask)
                 delta += tl.sum(weights * gradient, 1)
@@ -237,21 +231,20 @@ def additive_attention_bwd_scores_kernel(
         attended = are_attended(padding_mask_ptr, key_place, rows_k, key, length)
         line = tl.arange(0, SEGMENT_Q)
         queries = tl.where(first < length, length_q, 0)
-        weights = value_weights(softmax, dropout, line, key, queries, attended)
+        if SINGLE_Q:
+            weights = value_weights(softmax, dropout, line, key, queries, attended)
         dvalue_rows = dvalue_ptr + ((key_row + key) * H + head) * DV
         for begin_d in range(0, tl.where(first < extent, DV, 0), BLOCK_DV):
             d = begin_d + tl.arange(0, BLOCK_DV)
-            sums = tl.zeros((BLOCK_K, BLOCK_DV), tl.float32)
-            for begin in range(0, queries, SEGMENT_Q):
-                query = begin + line
-                if not SINGLE_Q:
+            dcontext = dcontext_item + d
+            if SINGLE_Q:
+                sums = value_sums(weights, dcontext, stride_ct, line, queries, d, DV)
+            else:
+                sums = tl.zeros((BLOCK_K, BLOCK_DV), tl.float32)
+                for begin in range(0, queries, SEGMENT_Q):
+                    query = begin + line
                     weights = value_weights(softmax, dropout, query, key, queries, attended)
-                dcontext = tl.load(
-                    dcontext_item + query[:, None] * stride_ct + d[None, :],
-                    mask=(query < queries)[:, None] & (d < DV)[None, :],
-                    other=0.0,
-                )
-                sums += weighted_sum(weights, dcontext)
+                    sums += value_sums(weights, dcontext, stride_ct, query, queries, d, DV)
             tl.store(
                 dvalue_rows[:, None] + d[None, :],
                 sums.to(dvalue_ptr.dtype.element_ty),
@@ -265,7 +258,15 @@ def value_weights(softmax, dropout, query, key, queries, attended):
     are_queries = query < queries
     mask = are_queries[:, None] & attended[None, :]
     weights = load_softmax(softmax, query, key, are_queries, mask)
-    return tl.trans(weights * kept(dropout, query, key))
+    return tl.trans(weights * kept_weights(dropout, query, key))
+
+
+@triton.jit
+def value_sums(weights, dcontext, stride, query, queries, d, DV: tl.constexpr):
+    """``sum_i w_ij dcontext_i`` [keys, features] of the queries and features of these numbers."""
+    mask = (query < queries)[:, None] & (d < DV)[None, :]
+    rows = tl.load(dcontext[None, :] + query[:, None] * stride, mask=mask, other=0.0)
+    return weighted_sum(weights, rows)
 
 
 @triton.jit(do_not_specialize=["parts"])

@@ -26,10 +26,13 @@ class Tiles:
 # or keys are enough, twice the features take their place. A block of features passes through shared
 # memory, with barriers; at up to 168 registers three programs run on a multiprocessor, so that one
 # computes while another waits. What is spilled for that is used between the loops.
-SCORES = Tiles(warps=4, queries=32, keys=32, features=4, value_features=32, registers=168)
+SCORES = Tiles(warps=4, queries=32, keys=16, features=8, value_features=64, registers=168)
+# Of half as many queries where there are too few of those tiles to give each multiprocessor
+# several: one that takes twice the mean time would have all wait.
+SCORES_FEW = replace(SCORES, queries=16, features=16)
 # Of the gradients of scores, and of values: matrix products. Those of float32 go through
 # multiply-adds and need the registers themselves.
-PAIRS = Tiles(warps=4, queries=32, keys=32, value_features=64)
+PAIRS = Tiles(warps=4, queries=32, keys=32, value_features=128)
 PAIRS_FLOAT32 = Tiles(warps=4, queries=32, keys=32, value_features=32)
 # Partial sums that are added: so many loads are on their way at a time.
 SUM_PARTS, SUM_NUMBERS = 32, 64
@@ -55,6 +58,13 @@ POOL_BRANCHES = 5  # the most whose weights of a tile a program has in registers
 # an element). Of longer ones those of queries and of keys are computed apart (13.3), tile by tile,
 # for no program to be busy long after the others.
 WHOLE_SEQUENCE_PAIRS = 1 << 14
+# Up to so many sequences are put in order of their work; of more, any order will do.
+MOST_ORDERED = 1024
+
+
+def score_tiles(rows: int, processors: int) -> Tiles:
+    """For so many queries, of all heads."""
+    return SCORES if rows >= 2 * SCORES.queries * processors else SCORES_FEW
 
 
 def pair_tiles(dtype: torch.dtype) -> Tiles:

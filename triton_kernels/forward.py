@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from .arithmetic import dropout_scales, weighted_sum
-from .rows import are_attended, attended_keys, find_tile, offset_of, sequence_rows
+from .arithmetic import WeightDropout, dropout_scales, kept_weights, weighted_sum
+from .rows import are_attended, attended_keys, dealt, find_tile, offset_of, sequence_rows
 from .scores import write_scores
 
 SIZES = ["batch", "rows_q", "rows_k", "max_seqlen_q", "max_seqlen_k", "parts", "threshold"]
@@ -12,7 +12,71 @@ SIZES = ["batch", "rows_q", "rows_k", "max_seqlen_q", "max_seqlen_k", "parts", "
 WEIGHT_STRIDES = ["stride_weight_b", "stride_weight_query", "stride_weight_head"]
 
 
-@triton.jit(do_not_specialize=[*SIZES, "stride_scores"])
+@triton.jit
+def add_segment(
+    scores_rows,
+    query,
+    query_valid,
+    key,
+    attended,
+    value_ptr,
+    stride_vt,
+    sums_rows,
+    largest,
+    total,
+    dropout,
+    is_first,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SINGLE: tl.constexpr,
+):
+    """Add a segment of keys to the softmax and the weighted sum of queries.
+
+    Args:
+        scores_rows: where each query's score of the segment's first key is, [BLOCK_Q].
+        query, query_valid: [BLOCK_Q].
+        key, attended: [COLUMNS].
+        value_ptr: row 0 of the sequence.
+        sums_rows: where each query's sum is, [BLOCK_Q].
+        largest, total: of the scores before, and of their exponentials, [BLOCK_Q].
+        is_first: whether nothing has been summed before.
+        SINGLE: there is no other segment, and the sum is the context.
+
+    Returns:
+        ``largest`` and ``total``.
+    """
+    scores = tl.load(
+        scores_rows[:, None] + tl.arange(0, COLUMNS)[None, :],
+        mask=query_valid[:, None] & attended[None, :],
+        other=-float("inf"),
+    )
+    new_largest = tl.maximum(largest, tl.max(scores, 1))
+    shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)
+    weights = tl.exp(scores - shift[:, None])  # [BLOCK_Q, COLUMNS]
+    shrink = tl.exp(largest - shift)
+    total = total * shrink + tl.sum(weights, 1)
+    weights *= kept_weights(dropout, query, key)
+    if SINGLE:
+        weights = weights / tl.where(total == 0.0, 1.0, total)[:, None]
+    for begin in range(0, DV, BLOCK_DV):
+        d = begin + tl.arange(0, BLOCK_DV)
+        value = tl.load(
+            value_ptr + key[:, None] * stride_vt + d[None, :],
+            mask=attended[:, None] & (d[None, :] < DV),
+            other=0.0,
+        )
+        sums = weighted_sum(weights, value)
+        target = sums_rows[:, None] + d[None, :]
+        mask = query_valid[:, None] & (d[None, :] < DV)
+        if not SINGLE:
+            if not is_first:
+                sums += tl.load(target, mask=mask, other=0.0) * shrink[:, None]
+        tl.store(target, sums.to(sums_rows.dtype.element_ty), mask=mask)
+    return new_largest, total
+
+
+@triton.jit(do_not_specialize=[*SIZES, "room", "processors", "stride_scores"])
 def additive_attention_fwd_kernel(
     query_ptr,
     key_ptr,
@@ -22,6 +86,7 @@ def additive_attention_fwd_kernel(
     stats_ptr,
     partial_ptr,
     scores_ptr,
+    order_ptr,
     cu_q_ptr,
     cu_k_ptr,
     key_lengths_ptr,
@@ -32,6 +97,8 @@ def additive_attention_fwd_kernel(
     rows_k,
     max_seqlen_k,
     parts,
+    room,
+    processors,
     threshold,
     dropout_scale,
     stride_qb,
@@ -65,14 +132,25 @@ def additive_attention_fwd_kernel(
     ``SINGLE`` a sequence's keys are one segment, and results final. Else program (tile, head, part)
     takes each ``parts``-th segment, and leaves for :func:`merge_parts_kernel` its sum ``partial``
     [parts, rows, H, DV] and its (max, sum) in ``stats`` [parts, rows, H, 2].
+    The tiles are in ``order``, of :func:`rows.write_order`, if it is given.
     Scores pass through ``scores`` [(parts,) rows, H, stride_scores], all of them with KEEP_SCORES;
     without ``stats`` nothing else is computed. RAW: of the scores more than differences matters.
     """
     rows_q = rows_q.to(tl.int64)
     rows_k = rows_k.to(tl.int64)
+    # Half of a segment is another program text, which of the widest is long and spills.
+    HALVES: tl.constexpr = 2 if SEGMENT <= 64 else 1
     head = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
-    sequence, first_query = find_tile(cu_q_ptr, tl.program_id(0), batch, rows_q, BLOCK_Q)
+    if order_ptr is None:
+        sequence, first_query = find_tile(cu_q_ptr, tl.program_id(0), batch, rows_q, BLOCK_Q)
+    else:
+        tiles = tl.load(order_ptr + 2 * room)
+        if tl.program_id(0) >= tiles:
+            return
+        tile = dealt(tl.program_id(0), tiles, processors)
+        sequence = tl.load(order_ptr + 2 * tile)
+        first_query = tl.load(order_ptr + 2 * tile + 1).to(tl.int64) * BLOCK_Q
     place, start, length_q = sequence_rows(cu_q_ptr, sequence, batch, rows_q)
     if first_query >= length_q:
         return
@@ -92,10 +170,11 @@ def additive_attention_fwd_kernel(
         first_row += part * all_rows * H
     scores_item = scores_ptr + first_row * stride_scores
     key_item = key_ptr + key_place * stride_kb + key_start * stride_kt + head * stride_kh
-    value_rows_ptr = value_ptr + key_place * stride_vb + key_start * stride_vt + head * stride_vh
+    value_item = value_ptr + key_place * stride_vb + key_start * stride_vt + head * stride_vh
 
-    column = tl.arange(0, SEGMENT).to(tl.int64)
-    lane = tl.arange(0, BLOCK_DV)
+    sums_rows = None
+    if stats_ptr is not None:
+        sums_rows = context_ptr + row * DV if SINGLE else partial_ptr + part_row * DV
     largest = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     # Without any key there still is a result to write: 0, by one empty segment.
@@ -103,74 +182,50 @@ def additive_attention_fwd_kernel(
     for segment in range(part, segments, parts):
         first = segment * SEGMENT
         kept = first if KEEP_SCORES else 0
-        for half in tl.static_range(2):
-            if (length_q - first_query <= BLOCK_Q // 2) == half:
-                write_scores(
-                    query_item,
-                    stride_qt,
-                    first_query,
-                    length_q,
-                    key_item,
-                    stride_kt,
-                    first,
-                    tl.minimum(first + SEGMENT, length),
-                    length,
-                    score_weight_ptr + head * stride_wh,
-                    scores_item + kept,
-                    H * stride_scores,
-                    D,
-                    BLOCK_Q >> half,
-                    BLOCK_K,
-                    BLOCK_D << half,
-                    RAW,
-                    REFINE,
-                    USE_PTX,
-                )
+        write_scores(
+            query_item,
+            stride_qt,
+            first_query,
+            length_q,
+            key_item,
+            stride_kt,
+            first,
+            tl.minimum(first + SEGMENT, length),
+            length,
+            score_weight_ptr + head * stride_wh,
+            scores_item + kept,
+            H * stride_scores,
+            D,
+            BLOCK_Q,
+            BLOCK_K,
+            BLOCK_D,
+            RAW,
+            REFINE,
+            USE_PTX,
+        )
         if stats_ptr is not None:
             tl.debug_barrier()  # other threads of the program read what these have written
-            position = first + column
-            attended = are_attended(padding_mask_ptr, key_place, rows_k, position, length)
-            scores = tl.load(
-                scores_item + (query * H)[:, None] * stride_scores + kept + column[None, :],
-                mask=query_valid[:, None] & attended[None, :],
-                other=-float("inf"),
-            )
-            new_largest = tl.maximum(largest, tl.max(scores, 1))
-            shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)
-            weights = tl.exp(scores - shift[:, None])  # [BLOCK_Q, SEGMENT]
-            shrink = tl.exp(largest - shift)
-            total = total * shrink + tl.sum(weights, 1)
-            largest = new_largest
-            if seed_ptr is not None:
-                weights *= dropout_scales(
-                    seed_ptr,
-                    threshold,
-                    dropout_scale,
-                    sequence,
-                    head,
-                    query[:, None],
-                    position[None, :],
-                )
-            if SINGLE:
-                weights = weights / tl.where(total == 0.0, 1.0, total)[:, None]
-            for begin in range(0, DV, BLOCK_DV):
-                d = begin + lane
-                value = tl.load(
-                    value_rows_ptr + position[:, None] * stride_vt + d[None, :],
-                    mask=attended[:, None] & (d[None, :] < DV),
-                    other=0.0,
-                )
-                sums = weighted_sum(weights, value)
-                target_mask = query_valid[:, None] & (d[None, :] < DV)
-                if SINGLE:
-                    target = context_ptr + row[:, None] * DV + d[None, :]
-                    tl.store(target, sums.to(context_ptr.dtype.element_ty), mask=target_mask)
-                else:
-                    target = partial_ptr + part_row[:, None] * DV + d[None, :]
-                    if segment != part:
-                        earlier = tl.load(target, mask=target_mask, other=0.0)
-                        sums += earlier * shrink[:, None]
-                    tl.store(target, sums, mask=target_mask)
+            for half in tl.static_range(HALVES):
+                if (length - first <= SEGMENT // 2) == half or HALVES == 1:
+                    key = first + tl.arange(0, SEGMENT >> half).to(tl.int64)
+                    largest, total = add_segment(
+                        scores_item + query * H * stride_scores + kept,
+                        query,
+                        query_valid,
+                        key,
+                        are_attended(padding_mask_ptr, key_place, rows_k, key, length),
+                        value_item,
+                        stride_vt,
+                        sums_rows,
+                        largest,
+                        total,
+                        WeightDropout(seed_ptr, threshold, dropout_scale, sequence, head),
+                        segment == part,
+                        DV,
+                        BLOCK_DV,
+                        SEGMENT >> half,
+                        SINGLE,
+                    )
             tl.debug_barrier()  # the next segment overwrites the scores
     if stats_ptr is not None:
         tl.store(stats_ptr + part_row * 2, largest, mask=query_valid)

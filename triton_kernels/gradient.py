@@ -35,7 +35,7 @@ from .route import (
     SMALLEST_GRADIENT_SUM,
     in_factored_range,
 )
-from .rows import attended_keys, find_tile, sequence_rows
+from .rows import attended_keys, dealt, find_tile, sequence_rows
 
 SIZES = [
     "batch",
@@ -44,6 +44,7 @@ SIZES = [
     "max_seqlen_k",
     "max_columns",
     "items",
+    "processors",
     "zero",
 ]
 LINES = tl.constexpr(8)  # rows that are looked at together where they are only looked at
@@ -126,6 +127,7 @@ def additive_attention_grad_kernel(
     dcol_ptr,
     column_sums_ptr,
     dweight_ptr,
+    order_ptr,
     cu_row_ptr,
     cu_col_ptr,
     key_lengths_ptr,
@@ -136,6 +138,7 @@ def additive_attention_grad_kernel(
     max_seqlen_k,
     max_columns,
     items,
+    processors,
     zero,
     stride_rb,
     stride_rt,
@@ -157,16 +160,19 @@ def additive_attention_grad_kernel(
     ROWS_ARE_KEYS: tl.constexpr,
     WHOLE_SEQUENCES: tl.constexpr,
     CONTIGUOUS_SCORES: tl.constexpr,
+    MASK_SCORES: tl.constexpr,
     REFINE: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
     """Gradients of one side, or with WHOLE_SEQUENCES and ``dcol`` of both, as in the module's text.
 
-    An item of work is a head, BLOCK_D pairs of features, and a tile of rows or all of a sequence.
+    An item of work is a head, BLOCK_D pairs of features, and a tile of rows or all of a sequence,
+    of the sequences in ``order``, of :func:`rows.write_order`, if it is given.
     ``column_sums`` is [programs, max_columns, 2 BLOCK_D] float32; ``dweight`` [tiles or sequences,
     H, D] float32 are partial sums. The gradient of a score is at (first row and column of the
     sequence, row, column, head), each with its stride. With CONTIGUOUS_SCORES those of keys lie
-    next to each other, and are 0 past the last one up to whole tiles of keys.
+    next to each other, and are 0 past the last one up to whole tiles of keys. Past the last row
+    they are not read with MASK_SCORES, and else may be any number for up to three rows.
     """
     rows_r = rows_r.to(tl.int64)
     rows_c = rows_c.to(tl.int64)
@@ -176,6 +182,8 @@ def additive_attention_grad_kernel(
     programs = tl.num_programs(0)
     for turn in range(tl.cdiv(items - tl.program_id(0), programs)):
         item = tl.program_id(0) + turn * programs
+        if order_ptr is not None:
+            item = dealt(item, items, processors)
         # Of unknown alignment, features are not vectorised: each thread keeps to its own.
         pair = (item % CHUNKS) * BLOCK_D + (lane + zero)
         looked_at = (item % CHUNKS) * BLOCK_D + lane
@@ -183,6 +191,11 @@ def additive_attention_grad_kernel(
         unit = item // (CHUNKS * H)
         if WHOLE_SEQUENCES:
             sequence = unit
+            if order_ptr is not None:
+                if unit < batch:  # what belongs to nobody comes last
+                    # With corrupt offsets some places are not written.
+                    sequence = tl.load(order_ptr + 2 * unit)
+                    sequence = tl.minimum(tl.maximum(sequence, 0), batch)
             begin_row = rows_r * 0
         else:
             sequence, begin_row = find_tile(cu_row_ptr, unit, batch, rows_r, BLOCK_ROWS)
@@ -208,7 +221,7 @@ def additive_attention_grad_kernel(
         end_row = length
         if not WHOLE_SEQUENCES:
             extent = tl.minimum(extent, begin_row + BLOCK_ROWS)
-            end_row = tl.minimum(length, extent)
+            end_row = tl.maximum(tl.minimum(length, extent), begin_row)
 
         weight_row = score_weight_ptr + head * stride_wh
         first_row_number = row_place * rows_r + row_start
@@ -244,14 +257,16 @@ def additive_attention_grad_kernel(
         bound_of_columns = largest_magnitude(cols, looked_at, D, HALF, BLOCK_D, USE_PTX)
         dweight0 = tl.zeros((TILE_ROWS, BLOCK_D), tl.float32)
         dweight1 = tl.zeros((TILE_ROWS, BLOCK_D), tl.float32)
-        # In as few turns as the registers allow, of as many rows each.
+        # In as few turns as the registers allow, of about as many rows each.
         begin_row = begin_row.to(tl.int32)
         end_row = end_row.to(tl.int32)
-        turns = tl.maximum(tl.cdiv(end_row - begin_row, BLOCK_ROWS), 1)
-        tiles = tl.cdiv(tl.cdiv(end_row - begin_row, turns), TILE_ROWS)
-        step = tiles * TILE_ROWS
-        for turn_of_rows in range(tl.cdiv(end_row - begin_row, tl.maximum(step, 1))):
-            first_row = begin_row + turn_of_rows * step
+        row_turns = tl.cdiv(end_row - begin_row, BLOCK_ROWS)
+        step = tl.cdiv(tl.cdiv(end_row - begin_row, tl.maximum(row_turns, 1)), TILE_ROWS)
+        step = step * TILE_ROWS
+        for row_turn in range(row_turns):
+            first_row = begin_row + row_turn * step
+            turn_end = tl.minimum(first_row + step, end_row)
+            tiles = tl.cdiv(turn_end - first_row, TILE_ROWS)
             group_rows, used = use_groups(first_row, tiles, ROW_TILES)
             rows0, rows1, bound_of_rows = load_rows(
                 rows, group_rows, used, pair, ROW_TILES, BLOCK_D, D, HALF, USE_PTX
@@ -262,7 +277,7 @@ def additive_attention_grad_kernel(
                     rows,
                     cols,
                     first_row,
-                    tl.minimum(first_row + step, end_row),
+                    turn_end,
                     weight_row,
                     looked_at,
                     D,
@@ -285,9 +300,9 @@ def additive_attention_grad_kernel(
                         drow_item,
                         dcol_item,
                         sums_ptr,
-                        first_row == begin_row,
-                        first_row + step >= end_row,
-                        turns == 1,
+                        row_turn == 0,
+                        turn_end == end_row,
+                        row_turns == 1,
                     ),
                     pair,
                     Options(
@@ -296,6 +311,7 @@ def additive_attention_grad_kernel(
                         HALF,
                         BLOCK_D,
                         CONTIGUOUS_SCORES,
+                        MASK_SCORES,
                         dweight_ptr is not None,
                         False,
                         REFINE,
@@ -305,7 +321,7 @@ def additive_attention_grad_kernel(
                 dweight0 += more0
                 dweight1 += more1
             else:  # a few rows at a time, as this takes more registers
-                for tile in range(tl.cdiv(tl.minimum(step, end_row - first_row), TILE_ROWS)):
+                for tile in range(tiles):
                     row = first_row + tile * TILE_ROWS
                     one_row, one_used = use_groups(row, 1, 1)
                     few0, few1, _ = load_rows(
@@ -336,6 +352,7 @@ def additive_attention_grad_kernel(
                             HALF,
                             BLOCK_D,
                             CONTIGUOUS_SCORES,
+                            MASK_SCORES,
                             dweight_ptr is not None,
                             True,
                             REFINE,
@@ -346,7 +363,7 @@ def additive_attention_grad_kernel(
                     dweight1 += more1
             tl.debug_barrier()  # column sums may be another thread's in the next tile
         if drow_ptr is not None:
-            done = begin_row + tl.cdiv(end_row - begin_row, tl.maximum(step, 1)) * step
+            done = tl.cdiv(end_row, TILE_ROWS) * TILE_ROWS  # of tiles that were written whole
             store_zeros(drow_item, done, extent, pair, H, D, HALF, BLOCK_D)
         if dcol_ptr is not None:
             store_zeros(dcol_item, columns, all_columns, pair, H, D, HALF, BLOCK_D)

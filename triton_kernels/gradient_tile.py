@@ -58,6 +58,7 @@ class Options(NamedTuple):
     HALF: tl.constexpr
     BLOCK_D: tl.constexpr
     CONTIGUOUS_SCORES: tl.constexpr
+    MASK_SCORES: tl.constexpr
     WANT_WEIGHT: tl.constexpr
     DIRECT: tl.constexpr
     REFINE: tl.constexpr
@@ -225,8 +226,10 @@ def load_scores(dscores_ptr, stride_row, row, attended, options):
     """Score gradients of TILE_ROWS rows and a column, for every feature."""
     if options.CONTIGUOUS_SCORES:
         s = tl.load(dscores_ptr + row)
-    else:
+    elif options.MASK_SCORES:
         s = tl.load(dscores_ptr + row * stride_row, mask=row < attended, other=0.0)
+    else:
+        s = tl.load(dscores_ptr + row * stride_row)
     return tl.broadcast_to(s[:, None], (TILE_ROWS, options.BLOCK_D))
 
 

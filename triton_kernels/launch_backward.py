@@ -33,12 +33,13 @@ class PairTensor:
     """Float32 numbers of (query, key) pairs: scores, weights or score gradients.
 
     ``strides`` are of (sequence's first query row, first key row, query, key, head). ``is_padded``:
-    what is past a sequence's last key is there, and 0.
+    what is past a sequence's last key is there, and 0. ``order`` is of :func:`rows.write_order`.
     """
 
     data: Tensor
     strides: tuple[int, int, int, int, int]
     is_padded: bool = False
+    order: Tensor | None = None
 
 
 def additive_attention_backward(
@@ -133,10 +134,16 @@ def _score_gradients(
     heads = problem.heads
     tiles = configurations.pair_tiles(value.dtype)
     columns = triton.cdiv(problem.max_k, tiles.keys) * tiles.keys  # whole tiles of keys
-    dscores = None
+    dscores, order = None, None
+    if wants_scores and problem.is_ordered() and is_whole(problem):
+        order = value.new_empty((2 * problem.sequences() + 1,), dtype=torch.int32)
     if wants_scores:
         check_workspace(problem, problem.all_rows_q * heads * columns)
-        dscores = value.new_empty((problem.all_rows_q, heads, columns), dtype=torch.float32)
+        # The gradient pass over queries alone reads some rows past a sequence's last and drops
+        # their results: to mask them would spill. What nobody writes there is 0.
+        more_rows = 0 if is_whole(problem) else TILE_ROWS.value
+        new = value.new_zeros if more_rows else value.new_empty
+        dscores = new((problem.all_rows_q + more_rows, heads, columns), dtype=torch.float32)
     query_tiles = problem.tiles("q", tiles.queries) if wants_scores else 0
     key_tiles = problem.tiles("k", tiles.keys) if dvalue is not None else 0
     segment = configurations.segment(problem.max_q)
@@ -148,6 +155,7 @@ def _score_gradients(
         None if scores is None else scores.data,
         dscores,
         dvalue,
+        order,
         problem.cu_q,
         *problem.key_side(),
         problem.seed,
@@ -157,6 +165,7 @@ def _score_gradients(
         problem.max_q,
         problem.max_k,
         query_tiles,
+        problem.sequences(),
         *problem.dropout(),
         *strides_of(value, problem.cu_k),
         *(strides_of(dcontext, problem.cu_q) if dcontext is not None else (0, 0, 0)),
@@ -172,7 +181,14 @@ def _score_gradients(
         SINGLE_Q=problem.max_q <= segment,
         num_warps=tiles.warps,
     )
-    return None if dscores is None else PairTensor(dscores, pair_strides(problem, columns), True)
+    if dscores is None:
+        return None
+    return PairTensor(dscores, pair_strides(problem, columns), True, order)
+
+
+def is_whole(problem: Problem) -> bool:
+    """Whether one pass gives the gradients of all of a sequence."""
+    return problem.max_q * problem.max_k <= configurations.WHOLE_SEQUENCE_PAIRS
 
 
 def _feature_gradients(
@@ -183,8 +199,7 @@ def _feature_gradients(
     dkey: Tensor | None,
     dscore_weight: Tensor | None,
 ) -> None:
-    whole = problem.max_q * problem.max_k <= configurations.WHOLE_SEQUENCE_PAIRS
-    if whole:
+    if is_whole(problem):
         _gradient_pass(problem, dscores, inputs, True, True, dkey, dquery, dscore_weight)
         return
     if dkey is not None or dscore_weight is not None:
@@ -218,7 +233,7 @@ def _gradient_pass(
     row, cu_row, rows_r, row_start, by_row = row_side
     col, cu_col, rows_c, col_start, by_col = col_side
     if whole_sequences:
-        units = problem.batch + (problem.cu_q is not None or problem.cu_k is not None)
+        units = problem.sequences()
     else:
         units = problem.tiles("k" if rows_are_keys else "q", row_tiles * TILE_ROWS.value)
     items = units * heads * chunks
@@ -227,7 +242,7 @@ def _gradient_pass(
     sums = None
     if dcol is not None:
         # Each program reuses its sums, which stay in the cache: as many as run at a time.
-        programs = min(items, 8 * processors(query) // warps + 1)
+        programs = min(items, 8 // warps * processors(query))
         sums = query.new_empty((programs, max_columns, 2 * pairs), dtype=torch.float32)
     partial = None
     if dscore_weight is not None:
@@ -241,6 +256,7 @@ def _gradient_pass(
         dcol,
         sums,
         partial,
+        dscores.order if whole_sequences else None,
         cu_row,
         cu_col,
         problem.lengths,
@@ -251,6 +267,7 @@ def _gradient_pass(
         problem.max_k,
         max_columns,
         items,
+        processors(query),
         0,
         *strides_of(row, cu_row),
         *strides_of(col, cu_col),
@@ -268,6 +285,7 @@ def _gradient_pass(
         ROWS_ARE_KEYS=rows_are_keys,
         WHOLE_SEQUENCES=whole_sequences,
         CONTIGUOUS_SCORES=rows_are_keys and dscores.is_padded,
+        MASK_SCORES=rows_are_keys and not dscores.is_padded,
         REFINE=query.dtype == torch.float32,
         USE_PTX=uses_ptx(query),
         num_warps=warps,

@@ -28,6 +28,7 @@ from .problem import (
     uses_ptx,
     weight_strides,
 )
+from .rows import ORDER_BLOCK, order_kernel
 from .step import additive_attention_step_fwd_kernel
 
 PROGRAMS_A_PROCESSOR = 4  # enough for every processor to be busy to the end
@@ -164,7 +165,7 @@ def _forward(
     """
     query, key, value, score_weight = inputs
     heads, rows_q = problem.heads, problem.all_rows_q
-    tiles = configurations.SCORES
+    tiles = configurations.score_tiles(rows_q * heads, processors(query))
     segment = configurations.segment(problem.max_k)
     single = problem.max_k <= segment
     grid_tiles = problem.tiles("q", tiles.queries)
@@ -172,6 +173,24 @@ def _forward(
     if not single:
         wanted = PROGRAMS_A_PROCESSOR * processors(query) // max(1, grid_tiles * heads)
         parts = min(MOST_PARTS, max(1, wanted), triton.cdiv(problem.max_k, segment))
+    order = None
+    if problem.is_ordered():
+        order = query.new_empty((2 * grid_tiles + 1,), dtype=torch.int32)
+        order_kernel[(problem.sequences(),)](
+            order,
+            problem.cu_q,
+            problem.cu_k,
+            problem.lengths,
+            problem.sequences(),
+            grid_tiles,
+            problem.batch,
+            problem.rows_q,
+            problem.rows_k,
+            problem.max_k,
+            TILE=tiles.queries,
+            BLOCK=ORDER_BLOCK.value,
+            num_warps=1,
+        )
     scores = kept
     if scores is None:
         scores = query.new_empty((parts, rows_q, heads, segment), dtype=torch.float32)
@@ -189,6 +208,7 @@ def _forward(
         part_stats,
         partial,
         scores,
+        order,
         problem.cu_q,
         *problem.key_side(),
         problem.seed,
@@ -197,6 +217,8 @@ def _forward(
         problem.rows_k,
         problem.max_k,
         parts,
+        grid_tiles,
+        processors(query),
         *problem.dropout(),
         *strides_of(query, problem.cu_q),
         *strides_of(key, problem.cu_k),

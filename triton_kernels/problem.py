@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .configurations import Tiles
+from .configurations import MOST_ORDERED, Tiles
 
 GRAD_QUERY, GRAD_KEY, GRAD_VALUE, GRAD_SCORE_WEIGHT, GRAD_GATE = 1, 2, 4, 8, 16
 DENSE_WEIGHTS, JAGGED_WEIGHTS = 1, 2
@@ -55,6 +55,15 @@ class Problem:
 
     def dropout(self) -> tuple:
         return self.threshold, self.dropout_scale
+
+    def sequences(self) -> int:
+        """With that of the rows that belong to nobody."""
+        return self.batch + (self.cu_q is not None or self.cu_k is not None)
+
+    def is_ordered(self) -> bool:
+        """Whether sequences differ, and are few enough to compare each with all."""
+        differ = not (self.cu_q is None and self.cu_k is None and self.lengths is None)
+        return differ and self.sequences() <= MOST_ORDERED
 
     def tiles(self, side: str, rows: int) -> int:
         """How many tiles of so many rows a side has at most; see ``rows.find_tile``."""

@@ -9,6 +9,8 @@ Offsets are clamped to the rows there are, so that corrupt ones never lead out o
 import triton
 import triton.language as tl
 
+ORDER_BLOCK = tl.constexpr(128)  # sequences that are compared at a time where tiles are ordered
+
 
 @triton.jit
 def offset_of(cu_ptr, sequence, rows):
@@ -52,6 +54,149 @@ def find_tile(cu_ptr, tile, batch, rows, TILE: tl.constexpr):
                 high = middle
         first = offset_of(cu_ptr, low, rows) // TILE + low
         return low, tl.maximum((tile - first) * TILE, 0)  # corrupt offsets may go back
+
+
+@triton.jit
+def dealt(number, count, processors):
+    """The place in a descending order of ``count`` for multiprocessor ``number % processors``.
+
+    They take turns from the first to the last and back, so that each gets about as much.
+    """
+    turn = number // processors
+    place = number - turn * processors
+    last = tl.minimum(processors, count - turn * processors) - 1
+    return turn * processors + tl.where(turn % 2 == 0, place, last - place)
+
+
+@triton.jit
+def lengths_of(cu_ptr, sequence, batch, rows):
+    """Of sequences, as :func:`sequence_rows` has them."""
+    if cu_ptr is None:
+        return tl.where(sequence < batch, rows, 0)
+    else:
+        start = offset_of(cu_ptr, tl.minimum(sequence, batch), rows)
+        end = offset_of(cu_ptr, tl.minimum(sequence + 1, batch), rows)
+        return tl.maximum(tl.where(sequence < batch, end, rows) - start, 0)
+
+
+@triton.jit
+def work_of(
+    sequence,
+    cu_q_ptr,
+    cu_k_ptr,
+    key_lengths_ptr,
+    batch,
+    rows_q,
+    rows_k,
+    max_seqlen_k,
+    TILE: tl.constexpr,
+):
+    """How many tiles of TILE queries sequences have (TILE = 0: each is one), and the pairs of the
+    largest of them."""
+    queries = lengths_of(cu_q_ptr, sequence, batch, rows_q)
+    keys = tl.minimum(lengths_of(cu_k_ptr, sequence, batch, rows_k), max_seqlen_k)
+    if key_lengths_ptr is not None:
+        attended = tl.load(key_lengths_ptr + tl.minimum(sequence, batch - 1))
+        keys = tl.minimum(keys, tl.maximum(attended, 0).to(tl.int64))
+    keys = tl.where(sequence < batch, keys, 0)
+    if TILE == 0:
+        return tl.where(sequence <= batch, 1, 0), queries * keys
+    else:
+        return tl.cdiv(queries, TILE).to(tl.int32), tl.minimum(queries, TILE) * keys
+
+
+@triton.jit
+def write_order(
+    order_ptr,
+    sequence,
+    sequences,
+    room,
+    cu_q_ptr,
+    cu_k_ptr,
+    key_lengths_ptr,
+    batch,
+    rows_q,
+    rows_k,
+    max_seqlen_k,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the tiles of a sequence where they stand among those of all, the largest first.
+
+    ``order`` is [room, 2] and a number: of each tile its sequence, and which of its tiles it is;
+    and how many tiles there are.
+    """
+    own_tiles, own_work = work_of(
+        sequence,
+        cu_q_ptr,
+        cu_k_ptr,
+        key_lengths_ptr,
+        batch,
+        rows_q,
+        rows_k,
+        max_seqlen_k,
+        TILE,
+    )
+    before = 0
+    total = 0
+    for begin in range(0, sequences, BLOCK):
+        other = begin + tl.arange(0, BLOCK)
+        tiles, work = work_of(
+            other,
+            cu_q_ptr,
+            cu_k_ptr,
+            key_lengths_ptr,
+            batch,
+            rows_q,
+            rows_k,
+            max_seqlen_k,
+            TILE,
+        )
+        tiles = tl.where(other < sequences, tiles, 0)
+        precedes = (work > own_work) | ((work == own_work) & (other < sequence))
+        before += tl.sum(tl.where(precedes, tiles, 0), 0)
+        total += tl.sum(tiles, 0)
+    for begin in range(0, own_tiles, BLOCK):
+        tile = begin + tl.arange(0, BLOCK)
+        place = before + tile
+        inside = (tile < own_tiles) & (place < room)  # more are only of corrupt offsets
+        tl.store(order_ptr + 2 * place, sequence + tile * 0, mask=inside)
+        tl.store(order_ptr + 2 * place + 1, tile, mask=inside)
+    if sequence == 0:
+        tl.store(order_ptr + 2 * room, tl.minimum(total, room))
+
+
+@triton.jit(do_not_specialize=["sequences", "room", "batch", "rows_q", "rows_k", "max_seqlen_k"])
+def order_kernel(
+    order_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    key_lengths_ptr,
+    sequences,
+    room,
+    batch,
+    rows_q,
+    rows_k,
+    max_seqlen_k,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """:func:`write_order` for a sequence a program."""
+    write_order(
+        order_ptr,
+        tl.program_id(0),
+        sequences,
+        room,
+        cu_q_ptr,
+        cu_k_ptr,
+        key_lengths_ptr,
+        batch,
+        rows_q.to(tl.int64),
+        rows_k.to(tl.int64),
+        max_seqlen_k,
+        TILE,
+        BLOCK,
+    )
 
 
 @triton.jit

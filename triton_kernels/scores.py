@@ -65,6 +65,7 @@ def factored_scores(
     query_rows,
     key_rows,
     score_weight_ptr,
+    weight_sum,
     D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -79,6 +80,7 @@ def factored_scores(
         query_rows: pointers to rows, [BLOCK_Q].
         key_rows: pointers to rows, [BLOCK_K].
         score_weight_ptr: the head's [D].
+        weight_sum: of the score weights.
         RAW: no sum of fractions may grow with D beyond the score, as its rounding errors do.
 
     Returns:
@@ -88,7 +90,9 @@ def factored_scores(
     PADDED: tl.constexpr = 2 * HALF != D
     lane = tl.arange(0, BLOCK_D)
     sums = tl.zeros((BLOCK_Q, BLOCK_K, BLOCK_D), tl.float32)
-    # Added lane by lane before lanes are summed, so that no partial sum is as large as sum |w|.
+    # Added lane by lane before lanes are summed, so that no partial sum is as large as sum |w|;
+    # inputs of 16 bits err more than that.
+    LANES: tl.constexpr = RAW or REFINE
     constant = tl.zeros((BLOCK_D,), tl.float32)
     query_bound = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     key_bound = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
@@ -106,7 +110,8 @@ def factored_scores(
             key_bound = tl.maximum(key_bound, tl.maximum(tl.abs(k0), tl.abs(k1)))
             w0 = load_weights(score_weight_ptr, d0, D, PADDED)
             w1 = load_weights(score_weight_ptr, d1, D, PADDED)
-            constant += w0 + w1
+            if LANES:
+                constant += w0 + w1
             sums += weighted_pair(
                 exp_twice(q0, REFINE)[:, None, :],
                 exp_twice(q1, REFINE)[:, None, :],
@@ -119,7 +124,10 @@ def factored_scores(
         if RAW:
             sums -= 0.5 * constant[None, None, :]
             constant = tl.zeros((BLOCK_D,), tl.float32)
-    scores = tl.sum(constant[None, None, :] - 2.0 * sums, 2)
+    if LANES:
+        scores = tl.sum(constant[None, None, :] - 2.0 * sums, 2)
+    else:
+        scores = weight_sum - 2.0 * tl.sum(sums, 2)
     return scores, tl.max(tl.max(query_bound, 1), 0), tl.max(tl.max(key_bound, 1), 0)
 
 
@@ -151,7 +159,7 @@ def direct_scores(
 def weights_are_fit(score_weight_ptr, D: tl.constexpr):
     """Whether scores may be factored for all that the head's score weights say: they are neither
     too large nor so much of one sign that sums of fractions exceed the scores by far. And the root
-    of sum w^2."""
+    of sum w^2, and sum w."""
     BLOCK: tl.constexpr = feature_block(D, 1024)  # a few a thread
     total = tl.zeros((BLOCK,), tl.float32)
     squares = tl.zeros((BLOCK,), tl.float32)
@@ -160,8 +168,9 @@ def weights_are_fit(score_weight_ptr, D: tl.constexpr):
         total += weight
         squares = add_product(squares, weight, weight)
     norm = tl.sqrt(tl.sum(squares))
-    fit = (norm <= LARGEST_WEIGHT_NORM) & (tl.abs(tl.sum(total)) <= norm * LARGEST_WEIGHT_SUM)
-    return fit, norm
+    weight_sum = tl.sum(total)
+    fit = (norm <= LARGEST_WEIGHT_NORM) & (tl.abs(weight_sum) <= norm * LARGEST_WEIGHT_SUM)
+    return fit, norm, weight_sum
 
 
 @triton.jit
@@ -206,7 +215,10 @@ def are_informative(
 
 @triton.jit
 def score_tile(
-    query_rows,
+    query_ptr,
+    stride_qt,
+    first_query,
+    length_q,
     key_ptr,
     stride_kt,
     first_key,
@@ -214,54 +226,75 @@ def score_tile(
     score_weight_ptr,
     weights_fit,
     weight_norm,
-    scores_rows,
-    query_valid,
+    weight_sum,
+    scores_ptr,
+    stride_scores,
     D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DIRECT: tl.constexpr,
     RAW: tl.constexpr,
     REFINE: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
-    """Write the scores of keys [first_key, first_key + BLOCK_K) by the route that they allow.
+    """Write the scores of BLOCK_Q queries and BLOCK_K keys, unless the tile needs the other route.
 
-    Arguments are those of :func:`write_scores`; ``weights_fit`` and ``weight_norm`` are of
-    :func:`weights_are_fit`, and ``scores_rows`` where each query's score of ``first_key`` goes.
+    Arguments are those of :func:`write_scores`, with ``scores_ptr`` of query 0 and ``first_key``;
+    ``weights_fit``, ``weight_norm`` and ``weight_sum`` are of :func:`weights_are_fit`.
+
+    Returns:
+        whether they are written. They always are if DIRECT, else if magnitudes factor.
     """
-    # Past the last key its row is repeated, which there always is.
-    position = first_key + tl.arange(0, BLOCK_K)
-    inside = position < length
-    key_rows = key_ptr + tl.minimum(position, length - 1) * stride_kt
-    informative = are_informative(
-        query_rows,
-        key_ptr,
-        stride_kt,
-        first_key,
-        length,
-        score_weight_ptr,
-        D,
-        BLOCK_Q,
-        BLOCK_K,
-        BLOCK_D,
-        USE_PTX,
-    )
-    scores, query_bound, key_bound = factored_scores(
-        query_rows, key_rows, score_weight_ptr, D, BLOCK_Q, BLOCK_K, BLOCK_D, RAW, REFINE, USE_PTX
-    )
-    in_range = informative & in_factored_range(query_bound, key_bound, SMALLEST_MAGNITUDE_SUM)
-    if RAW:
-        largest = tl.max(tl.max(tl.abs(scores), 1), 0)
-        in_range = in_range & (largest >= LEAST_SCORE * weight_norm)
-    if not (weights_fit & in_range):
+    # Past the last row it is repeated, which there always is.
+    query = first_query + tl.arange(0, BLOCK_Q)
+    query_rows = query_ptr + tl.minimum(query, length_q - 1) * stride_qt
+    key = first_key + tl.arange(0, BLOCK_K)
+    key_rows = key_ptr + tl.minimum(key, length - 1) * stride_kt
+    if DIRECT:
+        is_right = weights_fit | True
         scores = direct_scores(
             query_rows, key_rows, score_weight_ptr, D, BLOCK_Q, BLOCK_K, BLOCK_D, USE_PTX
         )
+    else:
+        scores, query_bound, key_bound = factored_scores(
+            query_rows,
+            key_rows,
+            score_weight_ptr,
+            weight_sum,
+            D,
+            BLOCK_Q,
+            BLOCK_K,
+            BLOCK_D,
+            RAW,
+            REFINE,
+            USE_PTX,
+        )
+        is_right = in_factored_range(query_bound, key_bound, SMALLEST_MAGNITUDE_SUM) & weights_fit
+        if RAW:
+            largest = tl.max(tl.max(tl.abs(scores), 1), 0)
+            is_right &= largest >= LEAST_SCORE * weight_norm
+        if REFINE:  # inputs of 16 bits err more than this form
+            is_right &= are_informative(
+                query_rows,
+                key_ptr,
+                stride_kt,
+                first_key,
+                length,
+                score_weight_ptr,
+                D,
+                BLOCK_Q,
+                BLOCK_K,
+                BLOCK_D,
+                USE_PTX,
+            )
+    written = tl.where(is_right, length_q, 0)  # queries
     tl.store(
-        scores_rows[:, None] + tl.arange(0, BLOCK_K)[None, :],
+        scores_ptr + (query * stride_scores)[:, None] + tl.arange(0, BLOCK_K)[None, :],
         scores,
-        mask=query_valid[:, None] & inside[None, :],
+        mask=(query < written)[:, None] & (key < length)[None, :],
     )
+    return is_right
 
 
 @triton.jit
@@ -288,7 +321,8 @@ def write_scores(
 ):
     """Write scores of up to BLOCK_Q queries and keys [first_key, end_key), tile by tile.
 
-    They go to memory to come back as one tile. The last keys may fit a tile of half the width.
+    They go to memory to come back as one tile. The queries, and the last keys, may fit a tile of
+    half the width. Of up to 32 tiles those that do not factor follow after the others.
 
     Args:
         query_ptr, key_ptr: row 0 of the sequence.
@@ -298,29 +332,63 @@ def write_scores(
             ``stride_scores`` apart.
         RAW: scores are returned; only their differences matter to a softmax.
     """
-    query = first_query + tl.arange(0, BLOCK_Q)
-    query_valid = query < length_q
-    query_rows = query_ptr + tl.minimum(query, length_q - 1) * stride_qt
-    scores_rows = scores_ptr + query * stride_scores
-    weights_fit, weight_norm = weights_are_fit(score_weight_ptr, D)
-    for begin in range(first_key, end_key, BLOCK_K):
-        for half in tl.static_range(2):
-            if (end_key - begin <= BLOCK_K // 2) == half:
+    weights_fit, weight_norm, weight_sum = weights_are_fit(score_weight_ptr, D)
+    tiles = tl.cdiv(end_key - first_key, BLOCK_K).to(tl.int32)
+    direct = 0  # a bit a tile
+    for half_q in tl.static_range(2):
+        if (length_q - first_query <= BLOCK_Q // 2) == half_q:
+            for tile in range(tiles):
+                begin = first_key + tile * BLOCK_K
+                for half_k in tl.static_range(2):
+                    if (end_key - begin <= BLOCK_K // 2) == half_k:
+                        is_right = score_tile(
+                            query_ptr,
+                            stride_qt,
+                            first_query,
+                            length_q,
+                            key_ptr,
+                            stride_kt,
+                            begin,
+                            length,
+                            score_weight_ptr,
+                            weights_fit,
+                            weight_norm,
+                            weight_sum,
+                            scores_ptr + tile * BLOCK_K,
+                            stride_scores,
+                            D,
+                            BLOCK_Q >> half_q,
+                            BLOCK_K >> half_k,
+                            BLOCK_D << (half_q + half_k),
+                            False,
+                            RAW,
+                            REFINE,
+                            USE_PTX,
+                        )
+                        direct |= tl.where(is_right, 0, 1 << tile)
+    if direct != 0:
+        for tile in range(tiles):
+            if (direct >> tile) & 1 != 0:
                 score_tile(
-                    query_rows,
+                    query_ptr,
+                    stride_qt,
+                    first_query,
+                    length_q,
                     key_ptr,
                     stride_kt,
-                    begin,
+                    first_key + tile * BLOCK_K,
                     length,
                     score_weight_ptr,
                     weights_fit,
                     weight_norm,
-                    scores_rows + (begin - first_key),
-                    query_valid,
+                    weight_sum,
+                    scores_ptr + tile * BLOCK_K,
+                    stride_scores,
                     D,
                     BLOCK_Q,
-                    BLOCK_K >> half,
-                    BLOCK_D << half,
+                    BLOCK_K,
+                    BLOCK_D,
+                    True,
                     RAW,
                     REFINE,
                     USE_PTX,

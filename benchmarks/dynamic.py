@@ -1,0 +1,250 @@
+"""What calls issue on a GPU, counted by executing their machine code: every kernel of every launch.
+
+    python -m benchmarks.dynamic [--dim 1024] [--case 28x28 gnmt-128] [--sample 16]
+
+Runs bfloat16 calls of jagged sequences through the launchers on ``tests.ptx``, block by block. For
+each launch: issue slots for one (i, j, d) element of a real pair, MUFU operations, sectors of
+global and conflicts of shared memory, occupancy. A mixture of lengths is represented by a sample:
+its sequences in order of their pairs, the middle ones of equal parts of that order, and a batch is
+that sample repeated. Its makespan is that of its blocks dealt to multiprocessors: in order, each to
+the one with fewest blocks of those with room, whose blocks share its issue slots evenly; ideal is
+the same work on all of them to the end. Kernels that are given an order of their tiles have theirs
+in it. What slots leave out: see :mod:`benchmarks.sass`.
+"""
+
+import argparse
+import heapq
+import os
+from collections import Counter
+from dataclasses import dataclass
+from unittest import mock
+
+os.environ["TRITON_INTERPRET"] = "0"  # compiled, not interpreted
+
+import numpy as np
+import torch
+
+import attn_ext
+from attn_ext.triton_kernels import configurations
+from benchmarks.executed import MachineCode
+from benchmarks.sass import disassemble
+from benchmarks.workloads import WORKLOADS
+from tests.ptx import run_triton
+from tests.ptx.machine import Machine
+
+ARCH = {"sm_80": "sm_80", "sm_90": "sm_90a"}
+PROCESSORS = 132
+SCHEDULERS = 4  # of a multiprocessor: slots a clock
+CLOCK_GHZ = 1.755
+
+
+class MachineByBlock(Machine):
+    """Runs one block at a time and notes what each of them ran."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, threads_at_once=1, **options)
+        self.counts.blocks = []
+
+    def _reset(self, batch: np.ndarray) -> None:
+        super()._reset(batch)
+        self.counts.blocks.append(self.counts.warps.copy())  # before this block
+
+
+@dataclass
+class Launch:
+    """One launch: what its blocks issued."""
+
+    name: str
+    slots: np.ndarray  # of each block
+    opcodes: Counter
+    memory: Counter
+    resident: int  # blocks that a multiprocessor holds
+    sorted: bool  # whether blocks have the tiles with most work first
+
+
+def launches_of(session) -> list[Launch]:
+    codes: dict[int, MachineCode] = {}
+    found = []
+    for case, _, program, counts, compiled in session.launches:
+        if id(program) not in codes:
+            codes[id(program)] = MachineCode(compiled.asm["ptx"], program, ARCH[session.target])
+        code = codes[id(program)]
+        before = [*counts.blocks, counts.warps]
+        slots = [code.slots(after - b).total() for b, after in zip(before, before[1:])]
+        kernel = disassemble(compiled.asm["cubin"])[compiled.metadata.name]
+        resident = kernel.occupancy(32 * case.num_warps, compiled.metadata.shared).ctas
+        is_sorted = case.signature.get("order_ptr", "constexpr") != "constexpr"
+        is_sorted &= case.name in ("fwd", "grad")  # others write it
+        opcodes = code.slots(counts.warps)
+        found.append(
+            Launch(case.name, np.array(slots), opcodes, counts.memory, resident, is_sorted)
+        )
+    return found
+
+
+def run(lengths_q, lengths_k, most: int, dim: int, target: str, repeats: int = 1):
+    """Launches of forward and of backward of a batch, as they are where it is part of a larger
+    batch that repeats it."""
+    score_tiles = configurations.score_tiles
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(torch.bfloat16)
+
+    def offsets(lengths) -> torch.Tensor:
+        return torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0))
+
+    rows_q, rows_k = sum(lengths_q), sum(lengths_k)
+    inputs = draw(rows_q, dim), draw(rows_k, dim), draw(rows_k, dim), draw(dim, scale=dim**-0.5)
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+    session = run_triton.TritonSession(target, PROCESSORS, watch_races=False, count=True)
+    with (
+        mock.patch.object(
+            configurations, "score_tiles", lambda rows, count: score_tiles(rows * repeats, count)
+        ),
+        mock.patch.object(run_triton, "Machine", MachineByBlock),
+        run_triton.triton_execution(session),
+    ):
+        context = attn_ext.additive_attention(
+            *leaves,
+            cu_seqlens_q=offsets(lengths_q),
+            cu_seqlens_k=offsets(lengths_k),
+            max_seqlen_q=most,
+            max_seqlen_k=most,
+            backend="triton",
+        )
+        forward = len(session.launches)
+        torch.autograd.grad(context, leaves, draw(*context.shape))
+    launches = launches_of(session)
+    return launches[:forward], launches[forward:]
+
+
+def sampled(lengths_q, lengths_k, count: int) -> list[tuple[int, int]]:
+    """So many sequences that stand for equal parts of all, in an order that says nothing."""
+    pairs = sorted(zip(lengths_q, lengths_k, strict=True), key=lambda pair: pair[0] * pair[1])
+    chosen = [pairs[len(pairs) * (2 * i + 1) // (2 * count)] for i in range(count)]
+    shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(1)).tolist()
+    return [chosen[i] for i in shuffled]
+
+
+def makespan(slots: np.ndarray, resident: int) -> float:
+    """Clocks until the last of the blocks is done."""
+    # Of each multiprocessor the service that each of its blocks has had, the time of that, and
+    # the blocks' ends in service.
+    service, since = [0.0] * PROCESSORS, [0.0] * PROCESSORS
+    running: list[list[float]] = [[] for _ in range(PROCESSORS)]
+    events: list[tuple[float, int, int]] = []  # (time, processor, version)
+    version = [0] * PROCESSORS
+
+    def advance(p: int, now: float) -> None:
+        if running[p]:
+            service[p] += (now - since[p]) * SCHEDULERS / len(running[p])
+        since[p] = now
+
+    def plan(p: int, now: float) -> None:
+        version[p] += 1
+        if running[p]:
+            left = (running[p][0] - service[p]) * len(running[p]) / SCHEDULERS
+            heapq.heappush(events, (now + max(left, 0.0), p, version[p]))
+
+    now = 0.0
+    for block in slots:
+        p = min(range(PROCESSORS), key=lambda p: len(running[p]))
+        while len(running[p]) >= resident:
+            now, done, planned = heapq.heappop(events)
+            if planned == version[done]:
+                advance(done, now)
+                heapq.heappop(running[done])
+                plan(done, now)
+                p = done
+        advance(p, now)
+        heapq.heappush(running[p], service[p] + float(block))
+        plan(p, now)
+    while events:
+        now, done, planned = heapq.heappop(events)
+        if planned == version[done]:
+            advance(done, now)
+            heapq.heappop(running[done])
+            plan(done, now)
+    return now
+
+
+def batch_blocks(launch: Launch, repeats: int) -> np.ndarray:
+    """The blocks of a batch in which each sequence of the sample comes so many times."""
+    if launch.name.startswith("sum_"):  # one sum for all
+        return launch.slots
+    slots = launch.slots[launch.slots > launch.slots.max() / 50]  # without those that end at once
+    if not launch.sorted:
+        return np.tile(slots, repeats)
+    # As rows.dealt() has it: rounds of as many as there are multiprocessors, each second one back.
+    slots = np.sort(np.repeat(slots, repeats))[::-1]
+    rounds = [slots[i : i + PROCESSORS] for i in range(0, len(slots), PROCESSORS)]
+    slots = np.concatenate([r[::-1] if n % 2 else r for n, r in enumerate(rounds)])
+    if launch.name != "grad":
+        return slots
+    # Its programs, as many as are resident, take one after the other.
+    programs = PROCESSORS * launch.resident
+    return np.array([slots[p::programs].sum() for p in range(min(programs, len(slots)))])
+
+
+def report(name: str, launches: list[Launch], elements: int, repeats: int = 0) -> None:
+    """Print what launches issue; with ``repeats`` also how that is spread over multiprocessors."""
+    total = sum(launch.slots.sum() for launch in launches)
+    print(f"{name}: {32 * total / elements:.2f} slots an element, {len(launches)} launches")
+    for launch in launches:
+        mufu = sum(n for opcode, n in launch.opcodes.items() if opcode.startswith("MUFU"))
+        memory = launch.memory
+        moved = memory["global loads: sectors"] + memory["global stores: sectors"]
+        conflicts = sum(
+            memory[f"shared {what}: transactions"] - memory[f"shared {what}: at least"]
+            for what in ("loads", "stores")
+        )
+        print(
+            f"  {launch.name}: {32 * launch.slots.sum() / elements:.2f} slots, "
+            f"{32 * mufu / elements:.2f} MUFU, {32 * moved / elements:.2f} bytes in sectors, "
+            f"{conflicts} bank conflicts, {launch.resident} blocks of {len(launch.slots)} resident"
+        )
+    if not repeats:
+        return
+    blocks = [(batch_blocks(launch, repeats), launch.resident) for launch in launches]
+    spans = [makespan(slots, resident) for slots, resident in blocks]
+    ideals = [slots.sum() / (PROCESSORS * SCHEDULERS) for slots, _ in blocks]
+    each = ", ".join(
+        f"{launch.name} {span / ideal:.2f}"
+        for launch, span, ideal in zip(launches, spans, ideals, strict=True)
+    )
+    microseconds = sum(spans) / CLOCK_GHZ / 1e3
+    print(
+        f"  makespan {microseconds:.1f} us at {CLOCK_GHZ} GHz and a slot a clock and scheduler, "
+        f"{sum(spans) / sum(ideals):.2f} of ideal ({each})"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    cases = ["28x28", "12x15", "75x75", "gnmt-128", "gnmt-384"]
+    parser.add_argument("--case", nargs="*", default=cases, help="QxK, or gnmt-B: a mixture")
+    parser.add_argument("--dim", nargs="*", type=int, default=[512, 1024])
+    parser.add_argument("--sample", type=int, default=16, help="sequences that stand for a mixture")
+    parser.add_argument("--target", choices=ARCH, default="sm_90")
+    options = parser.parse_args()
+    for dim in options.dim:
+        for case in options.case:
+            repeats = 0
+            if case.startswith("gnmt"):
+                workload = WORKLOADS["gnmt-384"]
+                both = workload.query_lengths, workload.key_lengths
+                pairs = sampled(*both, options.sample)
+                most, repeats = max(map(max, both)), int(case.split("-")[1]) // options.sample
+            else:
+                pairs = [tuple(map(int, case.split("x")))]
+                most = max(pairs[0])
+            elements = sum(q * k for q, k in pairs) * dim
+            modes = run(*zip(*pairs), most, dim, options.target, max(repeats, 1))
+            for mode, launches in zip(("forward", "backward"), modes, strict=True):
+                report(f"{case} D={dim} {options.target} {mode}", launches, elements, repeats)
+            print(flush=True)
+
+
+if __name__ == "__main__":
+    main()
