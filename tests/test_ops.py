@@ -312,7 +312,9 @@ def test_versions_of_triton(monkeypatch: pytest.MonkeyPatch, version: str, probl
         (((2, 8), (2, 4), 5, 3), "cpu", True),  # 2 * 8 * 4 scores of 104 numbers
         (((2, 8), (2, 7), 5, 3), "cpu", False),
         (((2, 1), (2, 99), 1, 1), "cpu", True),  # one query: a score a key
-        (((2, 8), (2, 4), 5, 3), "triton", False),
+        (((2, 8), (2, 4), 5, 3), "triton", True),
+        (((2, 1), (2, 99), 1, 1), "triton", False),
+        (((2, 8), (2, 4), 5, 3), "cuda", False),
     ],
 )
 def test_scores_are_kept_where_they_are_small(sizes: tuple, backend: str, keeps: bool):
