@@ -284,7 +284,7 @@ PRIVATE_NAMES = """
     _C._ForceDispatchKeyGuard _C._after_autograd_keyset
     autograd.Variable._execution_engine.queue_callback
     _C._dispatch_tls_local_include_set _C._dispatch_tls_local_exclude_set
-    _ops.OpOverload _foreach_lerp_
+    _ops.OpOverload _foreach_lerp_ _dynamo.config.allow_rnn
     autograd.forward_ad._current_level autograd.forward_ad._set_fwd_grad_enabled
     _C._autograd._top_saved_tensors_default_hooks
     _C._len_torch_dispatch_stack _ops._len_torch_dispatch_stack_pre_dispatch

@@ -27,8 +27,8 @@ class TrainOptions:
     compile: bool = False
     eval_every: int = 250
     # From here on, what a resumed run may change without changing what its steps compute.
-    max_steps: int = 2400
-    minutes: float = 10.0
+    max_steps: int = 3000
+    minutes: float = 12.0
     patience: int = 8
     checkpoint_every: int = 100
     keep: int = 0
