@@ -859,7 +859,7 @@ TRITON = [
     Defect(
         "triton-delta",
         "triton_kernels/backward.py",
-        "            delta = delta / tl.where(sum_of_weights == 0.0, 1.0, sum_of_weights)\n",
+        "                delta = delta / tl.where(sum_of_weights == 0.0, 1.0, sum_of_weights)\n",
         "",
         "tests/test_numerics.py::test_gradients_that_nearly_cancel tests/test_magnitudes.py",
         "Gradients that nearly cancel consist of rounding errors.",

@@ -165,91 +165,93 @@ def additive_attention_bwd_scores_kernel(
     dcontext_item = dcontext_ptr
     if dcontext_ptr is not None:
         dcontext_item += place * stride_cb + start * stride_ct + head * stride_ch
-    if dscores_ptr is None:
-        is_of_queries: tl.constexpr = False
-    else:
-        is_of_queries = tile < query_tiles
-    if is_of_queries:
-        query = first + tl.arange(0, BLOCK_Q)
-        are_queries = query < length_q
-        column = tl.arange(0, BLOCK_K).to(tl.int64)
-        dscores_rows = dscores_ptr + ((row + query) * H + head) * stride_dscores
-        value_item = value_ptr + key_place * stride_vb + key_start * stride_vt + head * stride_vh
-        keys = tl.where(first < length_q, length, 0)
-        delta = tl.zeros((BLOCK_Q,), tl.float32)
-        sum_of_weights = tl.zeros((BLOCK_Q,), tl.float32)
-        for begin in range(0, keys, BLOCK_K):
-            key = begin + column
-            attended = are_attended(padding_mask_ptr, key_place, rows_k, key, length)
-            mask = are_queries[:, None] & attended[None, :]
-            gradient = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
-            if dcontext_ptr is not None:
-                dcontext_rows = dcontext_item + tl.minimum(query, length_q - 1) * stride_ct
-                for begin_d in range(0, DV, BLOCK_DV):
-                    d = begin_d + tl.arange(0, BLOCK_DV)
-                    dcontext = tl.load(
-                        dcontext_rows[:, None] + d[None, :], mask=d[None, :] < DV, other=0.0
-                    )
-                    value = tl.load(
-                        value_item + key[None, :] * stride_vt + d[:, None],
-                        mask=attended[None, :] & (d[:, None] < DV),
-                        other=0.0,
-                    )
-                    gradient += product(dcontext, value)
-            if dweights_ptr is not None:
-                gradient += tl.load(
-                    dweights_ptr
-                    + sequence.to(tl.int64) * stride_dweight_b
-                    + key_row * stride_dweight_key_row
-                    + head * stride_dweight_head
-                    + query[:, None] * stride_dweight_query
-                    + key[None, :] * stride_dweight_key,
-                    mask=mask & (query < max_seqlen_q)[:, None],
-                    other=0.0,
-                ).to(tl.float32)
-            gradient *= kept_weights(dropout, query, key)
-            if stats_ptr is not None:
-                weights = load_softmax(softmax, query, key, are_queries, mask)
-                delta += tl.sum(weights * gradient, 1)
-                sum_of_weights += tl.sum(weights, 1)
-            tl.store(dscores_rows[:, None] + key[None, :], gradient, mask=are_queries[:, None])
-        if stats_ptr is not None:
-            # Rounded weights need not sum to 1, but score gradients to 0.
-            delta = delta / tl.where(sum_of_weights == 0.0, 1.0, sum_of_weights)
-            tl.debug_barrier()  # other threads of the program may have written what comes back here
+    if dscores_ptr is not None:
+        if tile < query_tiles:
+            query = first + tl.arange(0, BLOCK_Q)
+            are_queries = query < length_q
+            column = tl.arange(0, BLOCK_K).to(tl.int64)
+            dscores_rows = dscores_ptr + ((row + query) * H + head) * stride_dscores
+            value_item = (
+                value_ptr + key_place * stride_vb + key_start * stride_vt + head * stride_vh
+            )
+            keys = tl.where(first < length_q, length, 0)
+            delta = tl.zeros((BLOCK_Q,), tl.float32)
+            sum_of_weights = tl.zeros((BLOCK_Q,), tl.float32)
             for begin in range(0, keys, BLOCK_K):
                 key = begin + column
                 attended = are_attended(padding_mask_ptr, key_place, rows_k, key, length)
                 mask = are_queries[:, None] & attended[None, :]
-                places = dscores_rows[:, None] + key[None, :]
-                gradient = tl.load(places, mask=are_queries[:, None], other=0.0)
-                weights = load_softmax(softmax, query, key, are_queries, mask)
-                tl.debug_barrier()  # all has been read before it is replaced
-                tl.store(places, weights * (gradient - delta[:, None]), mask=are_queries[:, None])
-    elif dvalue_ptr is not None:
-        key = first + tl.arange(0, BLOCK_K)
-        attended = are_attended(padding_mask_ptr, key_place, rows_k, key, length)
-        line = tl.arange(0, SEGMENT_Q)
-        queries = tl.where(first < length, length_q, 0)
-        if SINGLE_Q:
-            weights = value_weights(softmax, dropout, line, key, queries, attended)
-        dvalue_rows = dvalue_ptr + ((key_row + key) * H + head) * DV
-        for begin_d in range(0, tl.where(first < extent, DV, 0), BLOCK_DV):
-            d = begin_d + tl.arange(0, BLOCK_DV)
-            dcontext = dcontext_item + d
+                gradient = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
+                if dcontext_ptr is not None:
+                    dcontext_rows = dcontext_item + tl.minimum(query, length_q - 1) * stride_ct
+                    for begin_d in range(0, DV, BLOCK_DV):
+                        d = begin_d + tl.arange(0, BLOCK_DV)
+                        dcontext = tl.load(
+                            dcontext_rows[:, None] + d[None, :], mask=d[None, :] < DV, other=0.0
+                        )
+                        value = tl.load(
+                            value_item + key[None, :] * stride_vt + d[:, None],
+                            mask=attended[None, :] & (d[:, None] < DV),
+                            other=0.0,
+                        )
+                        gradient += product(dcontext, value)
+                if dweights_ptr is not None:
+                    gradient += tl.load(
+                        dweights_ptr
+                        + sequence.to(tl.int64) * stride_dweight_b
+                        + key_row * stride_dweight_key_row
+                        + head * stride_dweight_head
+                        + query[:, None] * stride_dweight_query
+                        + key[None, :] * stride_dweight_key,
+                        mask=mask & (query < max_seqlen_q)[:, None],
+                        other=0.0,
+                    ).to(tl.float32)
+                gradient *= kept_weights(dropout, query, key)
+                if stats_ptr is not None:
+                    weights = load_softmax(softmax, query, key, are_queries, mask)
+                    delta += tl.sum(weights * gradient, 1)
+                    sum_of_weights += tl.sum(weights, 1)
+                tl.store(dscores_rows[:, None] + key[None, :], gradient, mask=are_queries[:, None])
+            if stats_ptr is not None:
+                # Rounded weights need not sum to 1, but score gradients to 0.
+                delta = delta / tl.where(sum_of_weights == 0.0, 1.0, sum_of_weights)
+                tl.debug_barrier()  # other threads may have written what comes back here
+                for begin in range(0, keys, BLOCK_K):
+                    key = begin + column
+                    attended = are_attended(padding_mask_ptr, key_place, rows_k, key, length)
+                    mask = are_queries[:, None] & attended[None, :]
+                    places = dscores_rows[:, None] + key[None, :]
+                    gradient = tl.load(places, mask=are_queries[:, None], other=0.0)
+                    weights = load_softmax(softmax, query, key, are_queries, mask)
+                    tl.debug_barrier()  # all has been read before it is replaced
+                    tl.store(
+                        places, weights * (gradient - delta[:, None]), mask=are_queries[:, None]
+                    )
+    if dvalue_ptr is not None:
+        if tile >= query_tiles:
+            key = first + tl.arange(0, BLOCK_K)
+            attended = are_attended(padding_mask_ptr, key_place, rows_k, key, length)
+            line = tl.arange(0, SEGMENT_Q)
+            queries = tl.where(first < length, length_q, 0)
             if SINGLE_Q:
-                sums = value_sums(weights, dcontext, stride_ct, line, queries, d, DV)
-            else:
-                sums = tl.zeros((BLOCK_K, BLOCK_DV), tl.float32)
-                for begin in range(0, queries, SEGMENT_Q):
-                    query = begin + line
-                    weights = value_weights(softmax, dropout, query, key, queries, attended)
-                    sums += value_sums(weights, dcontext, stride_ct, query, queries, d, DV)
-            tl.store(
-                dvalue_rows[:, None] + d[None, :],
-                sums.to(dvalue_ptr.dtype.element_ty),
-                mask=(key < extent)[:, None] & (d < DV)[None, :],
-            )
+                weights = value_weights(softmax, dropout, line, key, queries, attended)
+            dvalue_rows = dvalue_ptr + ((key_row + key) * H + head) * DV
+            for begin_d in range(0, tl.where(first < extent, DV, 0), BLOCK_DV):
+                d = begin_d + tl.arange(0, BLOCK_DV)
+                dcontext = dcontext_item + d
+                if SINGLE_Q:
+                    sums = value_sums(weights, dcontext, stride_ct, line, queries, d, DV)
+                else:
+                    sums = tl.zeros((BLOCK_K, BLOCK_DV), tl.float32)
+                    for begin in range(0, queries, SEGMENT_Q):
+                        query = begin + line
+                        weights = value_weights(softmax, dropout, query, key, queries, attended)
+                        sums += value_sums(weights, dcontext, stride_ct, query, queries, d, DV)
+                tl.store(
+                    dvalue_rows[:, None] + d[None, :],
+                    sums.to(dvalue_ptr.dtype.element_ty),
+                    mask=(key < extent)[:, None] & (d < DV)[None, :],
+                )
 
 
 @triton.jit

@@ -32,7 +32,7 @@ SCORES = Tiles(warps=4, queries=32, keys=16, features=8, value_features=64, regi
 SCORES_FEW = replace(SCORES, queries=16, features=16)
 # Of the gradients of scores, and of values: matrix products. Those of float32 go through
 # multiply-adds and need the registers themselves.
-PAIRS = Tiles(warps=4, queries=32, keys=32, value_features=128)
+PAIRS = Tiles(warps=4, queries=32, keys=32, value_features=64)
 PAIRS_FLOAT32 = Tiles(warps=4, queries=32, keys=32, value_features=32)
 # Partial sums that are added: so many loads are on their way at a time.
 SUM_PARTS, SUM_NUMBERS = 32, 64
@@ -79,6 +79,13 @@ def gradient_pairs(half: int) -> int:
 def segment(max_seqlen_k: int) -> int:
     """Keys whose scores are one tile: a power of two from 32 on."""
     return min(SINGLE_SEGMENT, max(32, 1 << (max_seqlen_k - 1).bit_length()))
+
+
+def query_segment(max_seqlen_q: int) -> tuple[int, bool]:
+    """Queries whose weights are one tile of value gradients, and whether that is all of any
+    sequence; if not, they are loaded again for each block of features."""
+    single = max_seqlen_q <= SINGLE_SEGMENT
+    return segment(max_seqlen_q) if single else PAIRS.queries, single
 
 
 def step_segment(max_seqlen_k: int) -> tuple[int, bool]:

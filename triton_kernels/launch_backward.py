@@ -146,7 +146,7 @@ def _score_gradients(
         dscores = new((problem.all_rows_q + more_rows, heads, columns), dtype=torch.float32)
     query_tiles = problem.tiles("q", tiles.queries) if wants_scores else 0
     key_tiles = problem.tiles("k", tiles.keys) if dvalue is not None else 0
-    segment = configurations.segment(problem.max_q)
+    segment, single = configurations.query_segment(problem.max_q)
     additive_attention_bwd_scores_kernel[(query_tiles + key_tiles, heads)](
         value,
         dcontext,
@@ -178,7 +178,7 @@ def _score_gradients(
         BLOCK_K=tiles.keys,
         BLOCK_DV=tiles.value_features,
         SEGMENT_Q=segment,
-        SINGLE_Q=problem.max_q <= segment,
+        SINGLE_Q=single,
         num_warps=tiles.warps,
     )
     if dscores is None:

@@ -30,7 +30,7 @@ def half_in_blocks(dim, block):
 def centred_pairs(half, block):
     """``CENTRED_PAIRS``, or somewhat fewer if then all loops over blocks of them are equal."""
     blocks, most = half // block, CENTRED_PAIRS.value // block
-    equal = [count for count in range(most // 2, most + 1) if blocks % count == 0]
+    equal = [count for count in range(max(1, most // 2), most + 1) if blocks % count == 0]
     return block * max(equal, default=most)
 
 
