@@ -36,6 +36,7 @@ ARCH = {"sm_80": "sm_80", "sm_90": "sm_90a"}
 PROCESSORS = 132
 SCHEDULERS = 4  # of a multiprocessor: slots a clock
 CLOCK_GHZ = 1.755
+ONE_OF = 384  # sequences that a single one stands for where tiles go by how many there are
 
 
 class MachineByBlock(Machine):
@@ -240,7 +241,7 @@ def main() -> None:
                 pairs = [tuple(map(int, case.split("x")))]
                 most = max(pairs[0])
             elements = sum(q * k for q, k in pairs) * dim
-            modes = run(*zip(*pairs), most, dim, options.target, max(repeats, 1))
+            modes = run(*zip(*pairs), most, dim, options.target, repeats or ONE_OF)
             for mode, launches in zip(("forward", "backward"), modes, strict=True):
                 report(f"{case} D={dim} {options.target} {mode}", launches, elements, repeats)
             print(flush=True)
