@@ -1,5 +1,5 @@
 """Block sizes and warps: one table, chosen by regime, feature counts and dtype; nothing is tuned at
-call time, and nothing depends on how many tokens a call has.
+call time. Of how many queries a call has, only the score tiles depend (:func:`score_tiles`).
 
 Reasons are counts from machine code for sm_90 (``python -m benchmarks.static``), not measurements.
 """
