@@ -97,8 +97,7 @@ def test_nothing_spills_where_the_time_goes(kernels):
     assert {(row["kernel"], row["pass_"]) for row in spilled} <= {("fwd", "scores")}
     assert max((row["loop_spills"] for row in spilled), default=0) <= 4
     assert {row["kernel"] for row in kernels if row["spills"]} <= {"fwd"}
-    # Of 22 queries and keys each they are 0.07 of 8.6 slots an element that are executed.
-    assert max(row["spills"] for row in kernels) < 700
+    assert max(row["spills"] for row in kernels) < 500
 
 
 @pytest.mark.nightly
