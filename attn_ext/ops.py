@@ -80,14 +80,13 @@ def keeps_scores(
     """Whether a forward whose gradient may be asked for keeps its scores for backward.
 
     They take at most half of the memory of the inputs; larger ones backward computes again. Where
-    each sequence has one query, a number a key, they are kept on the CPU: accelerators wait for the
-    keys, and compute as they come.
+    each sequence has one query they are a number a key, and are always kept.
     """
     if backend not in ("cpu", "triton") or torch.jit.is_tracing():  # a trace's sizes are no numbers
         return False
     if cu_seqlens_q is None:
         if _is_known_true(query.size(1) == 1):
-            return backend == "cpu"
+            return True
         if not _is_known_true(query.size(1) != 1):  # the shape of what is kept would not be either
             return False
     places, rows, heads, _ = query.shape

@@ -92,20 +92,48 @@ def load_cases() -> list:
     return [case for name in CASE_MODULES for case in importlib.import_module(name).static_cases()]
 
 
+@dataclass(frozen=True)
+class Leaf:
+    """A number, pointer or constant among a kernel's arguments, of which some are structs."""
+
+    path: tuple[int, ...]  # as Triton counts: of arguments, and of fields of structs
+    name: str
+    value: object
+
+
+def leaves(arguments: dict[str, object]) -> Iterator[Leaf]:
+    """Arguments, or their types, with structs taken apart but for constant ones."""
+
+    def parts(path: tuple[int, ...], name: str, value: object) -> Iterator[Leaf]:
+        if isinstance(value, tuple) and not name.isupper():
+            for number, (field, part) in enumerate(zip(value._fields, value)):
+                is_row = field == "ptr" or field.startswith("by_")  # of triton_kernels.rows.Rows
+                yield from parts((*path, number), f"{name}_{field}" if is_row else field, part)
+        else:
+            yield Leaf(path, name, value)
+
+    for number, (name, value) in enumerate(arguments.items()):
+        yield from parts((number,), name, value)
+
+
 def compile_case(case, target: str):
     """Compile one row for one of ``TARGETS``; returns Triton's compiled kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    uses_ptx = TARGETS[target][0] == "cuda"
     constants = dict(case.constants)
+    for key, value in case.constants.items():
+        if hasattr(value, "USE_PTX"):
+            constants[key] = value._replace(USE_PTX=uses_ptx)
     if "USE_PTX" in constants:
-        constants["USE_PTX"] = TARGETS[target][0] == "cuda"
+        constants["USE_PTX"] = uses_ptx
     names = list(case.signature)
     # In order: Triton's cache on disk goes by the text of these, and the order of a set is another
     # one in each process.
-    places = sorted(names.index(name) for name in case.aligned)
-    aligned = {(place,): [["tt.divisibility", 16]] for place in places}
+    paths = sorted((names.index(key),) if isinstance(key, str) else key for key in case.aligned)
+    aligned = {path: [["tt.divisibility", 16]] for path in paths}
     source = ASTSource(case.kernel, case.signature, constants, aligned)
     options = {
         "num_warps": case.num_warps,
@@ -182,8 +210,8 @@ def slots_around(kernel: Kernel, loop: Loop, case, elements: float) -> float | N
 
 def load_widths(case, ptx: str) -> dict[str, dict[int, int]]:
     """For each pointer that is loaded from: bytes a lane -> number of loads."""
-    arguments = [(name, kind) for name, kind in case.signature.items() if kind != "constexpr"]
-    pointers = [name if kind.startswith("*") else None for name, kind in arguments]
+    arguments = [leaf for leaf in leaves(case.signature) if leaf.value != "constexpr"]
+    pointers = [leaf.name if leaf.value.startswith("*") else None for leaf in arguments]
     return {name: dict(widths) for name, widths in argument_load_widths(ptx, pointers).items()}
 
 

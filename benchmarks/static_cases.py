@@ -5,6 +5,8 @@ called, so that block sizes, types and alignment are those of real calls.
 """
 
 import contextlib
+import importlib
+import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from unittest import mock
@@ -12,14 +14,9 @@ from unittest import mock
 import torch
 import triton
 
-from attn_ext.triton_kernels import (
-    configurations,
-    launch_backward,
-    launch_forward,
-    launch_step,
-    pool,
-    pool_backward,
-)
+from attn_ext import triton_kernels
+from attn_ext.triton_kernels import configurations
+from attn_ext.triton_kernels import launch as launchers
 from attn_ext.triton_kernels.gradient import TILE_ROWS
 from attn_ext.triton_kernels.problem import DENSE_WEIGHTS, JAGGED_WEIGHTS, RAW
 
@@ -28,6 +25,10 @@ DIMS = (128, 1000, 1024)
 BATCH, HEADS = 4, 1
 # Keys a sequence: all scores of a query in one tile, or in several.
 SHORT, LONG = 75, 300
+MODULES = [
+    importlib.import_module(f"{triton_kernels.__name__}.{module.name}")
+    for module in pkgutil.iter_modules(triton_kernels.__path__)
+]
 POOL_BRANCHES = (1, 5, 8)  # the last in two groups
 
 
@@ -37,9 +38,10 @@ class Case:
 
     name: str
     kernel: triton.JITFunction
-    signature: dict[str, str]
-    constants: dict[str, object]
-    aligned: set[str]
+    # Of arguments by name, structs as structs; of what is in these by path, see ``static.leaves``.
+    signature: dict[str, object]
+    constants: dict[str | tuple[int, ...], object]
+    aligned: set[str | tuple[int, ...]]
     num_warps: int
     regime: str
     pass_: str
@@ -71,7 +73,7 @@ def noted_launches() -> Iterator[list]:
     """The launches (kernel, arguments by name, warps, register limit) of what runs inside."""
     seen: list = []
     with contextlib.ExitStack() as stack:
-        for module in (launch_forward, launch_backward, launch_step, pool, pool_backward):
+        for module in MODULES:
             kernels = [name for name in vars(module) if name.endswith("_kernel")]
             for name in kernels:
                 stand_in = Launches(getattr(module, name), seen)
@@ -93,18 +95,25 @@ def make_case(launch: tuple, regime: str, pass_: str, dtype: str, dim: int, **re
     kernel, arguments, num_warps, most_registers = launch
     fixed = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
     general = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
-    constants, signature, aligned = {}, {}, set()
-    for name in kernel.arg_names:
-        value = arguments[name]
-        is_one = isinstance(value, int) and value == 1 and name not in general
-        if name in fixed or value is None or is_one:
-            constants[name] = value
-            signature[name] = "constexpr"
-            continue
-        signature[name] = triton_type(value)
-        is_number = not isinstance(value, torch.Tensor)
-        if not is_number or (isinstance(value, int) and value % 16 == 0 and name not in general):
-            aligned.add(name)
+    constants, aligned = {}, set()
+
+    def typed(value: object, key: str | tuple[int, ...], path: tuple[int, ...]) -> object:
+        """As Triton types it, noting what it is specialised for."""
+        if isinstance(value, tuple) and key not in fixed:
+            parts = [(*path, number) for number in range(len(value))]
+            return type(value)(*map(typed, value, parts, parts))
+        is_number = isinstance(value, int) and key not in general
+        if key in fixed or value is None or (is_number and value == 1):
+            constants[key] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor) or (is_number and value % 16 == 0):
+            aligned.add(key)
+        return triton_type(value)
+
+    signature = {
+        name: typed(arguments[name], name, (number,))
+        for number, name in enumerate(kernel.arg_names)
+    }
     elements, iterations = elements_of(kernel.__name__, constants)
     return Case(
         name=kernel.__name__.removesuffix("_kernel").removeprefix("additive_attention_"),
@@ -127,6 +136,8 @@ def make_case(launch: tuple, regime: str, pass_: str, dtype: str, dim: int, **re
 def elements_of(name: str, constants: dict) -> tuple[int, int]:
     """(i, j, d) elements of an iteration of the main loop, and its iterations for one tile."""
     c = constants
+    if "SHAPE" in c:
+        c = c | c["SHAPE"]._asdict()
     raw = "stats_ptr" in c  # scores are returned, or their gradients come in: there is no softmax
     if "bwd_scores" in name:  # from scores that there are
         return 0, 0
@@ -135,7 +146,7 @@ def elements_of(name: str, constants: dict) -> tuple[int, int]:
     if "bwd_weights" in name:  # of pooling, which computes no hidden rows
         return 0, 0
     if "fwd" in name or "bwd" in name:
-        if "step" in name or "pool" in name:
+        if "keys" in name:
             return c["SEGMENT"] * c["BLOCK_D"], triton.cdiv(c["D"], c["BLOCK_D"])
         # The loop over features is unrolled: two blocks an iteration.
         features = 2 * 2 * c["BLOCK_D"]
@@ -172,11 +183,11 @@ def launches_of(
     keeps = length_q > 1 and not scores
     kept = stats, stats.new_empty((*query.shape[:3], length_k) if keeps else (0,))
     with noted_launches() as forward:
-        launch_forward.additive_attention_forward(
+        launchers.additive_attention_forward(
             *inputs, None, None, *layout, 0.0, None, weights_layout, keeps, False
         )
     with noted_launches() as backward:
-        launch_backward.additive_attention_backward(
+        launchers.additive_attention_backward(
             dcontext, dweights, *inputs, *kept, *layout, 0.0, None, weights_layout, 15, False
         )
     memory: list = []
@@ -185,7 +196,7 @@ def launches_of(
         by_key = torch.empty(length_k, 1, BATCH * length_k, HEADS)
         keys = (key, key, score_weight, None, None, cu_k, None, None, length_k)
         with noted_launches() as memory:
-            launch_backward.additive_attention_memory_backward(
+            launchers.additive_attention_memory_backward(
                 steps, by_key, by_key, steps, *keys, 14, False
             )
     return forward, backward, memory
@@ -201,8 +212,8 @@ def pool_launches(dtype: torch.dtype, dim: int, branches: int) -> list:
     scores = torch.empty(*key.shape[:3], branches)
     options = (0.0, 0.0, 0.0, None, 0)
     with noted_launches() as launches:
-        pool.additive_pool_forward(*inputs, *layout, *options, True, False)
-        pool_backward.additive_pool_backward(
+        launchers.additive_pool_forward(*inputs, *layout, *options, True, False)
+        launchers.additive_pool_backward(
             dcontext, None, *inputs, stats, scores, *layout, *options, 30, False
         )
     return launches

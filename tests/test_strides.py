@@ -71,6 +71,17 @@ def test_strides(backend: str, layout: str, strides: str, heads: int | None, dty
     check(inputs, backend)
 
 
+@pytest.mark.parametrize("layout", ["one_step", "padded"])
+def test_rows_of_8_features_at_odd_places(backend: str, layout: str):
+    """As many features as are loaded at once, in rows that are 13 numbers apart."""
+    inputs = make_inputs(layout, features=8, value_features=8)
+    names = ("query", "key", "value")
+    inputs = inputs.with_leaves(**{name: sliced_of_wide(inputs.leaves[name]) for name in names})
+    given = incoming_gradients(inputs, need_weights=False)
+    incoming = {name: sliced_of_wide(g) for name, g in given.items()}
+    check(inputs, backend, incoming=incoming)
+
+
 @pytest.mark.parametrize("name", INPUT_NAMES)
 def test_expanded_input(backend: str, name: str):
     """Stride 0 over the batch (over heads, for the score weight)."""

@@ -9,9 +9,8 @@ from .launch_backward import (
     additive_attention_memory_backward,
 )
 from .launch_forward import additive_attention_forward
-from .launch_step import additive_attention_step_backward
-from .pool import additive_pool_forward
-from .pool_backward import additive_pool_backward
+from .pool import additive_pool_backward, additive_pool_forward
+from .step import additive_attention_step_backward
 
 __all__ = [
     "additive_attention_backward",

@@ -9,8 +9,8 @@ from torch import Tensor
 from . import configurations
 from .backward import additive_attention_bwd_scores_kernel
 from .gradient import TILE_ROWS, additive_attention_grad_kernel
+from .keys_backward import sum_partial
 from .launch_forward import pair_strides, score_pairs
-from .launch_step import step_gradients, sum_partial
 from .problem import (
     GRAD_KEY,
     RAW,
@@ -26,6 +26,7 @@ from .problem import (
     uses_ptx,
     weight_strides,
 )
+from .step import step_gradients
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def additive_attention_backward(
     softmax = None if raw else stats.contiguous()
     with on_device(query):
         if problem.is_one_step:
-            step_gradients(problem, rows, incoming, softmax, None, *gradients)
+            kept = None if raw else (stats, scores)
+            step_gradients(problem, rows, incoming, kept, (None, None), gradients)
             return _or_empty(gradients, inputs)
         wants_scores = any(gradient is not None for gradient in (dquery, dkey, dscore_weight))
         if dvalue is not None and dcontext is None:

@@ -17,7 +17,6 @@ from .problem import (
     JAGGED_WEIGHTS,
     RAW,
     Problem,
-    alignment,
     check_workspace,
     describe,
     on_device,
@@ -29,7 +28,7 @@ from .problem import (
     weight_strides,
 )
 from .rows import ORDER_BLOCK, order_kernel
-from .step import additive_attention_step_fwd_kernel
+from .step import step_forward
 
 PROGRAMS_A_PROCESSOR = 4  # enough for every processor to be busy to the end
 MOST_PARTS = 64
@@ -72,9 +71,8 @@ def additive_attention_forward(
     rows = query.shape[:3]
     context = value.new_empty((*rows, value.size(3)))
     stats = query.new_empty((*rows, 2), dtype=torch.float32)
-    # Of one query a sequence backward computes the scores again: it reads the keys anyway.
-    keep_scores = keep_scores and not problem.is_one_step
-    kept = stats.new_empty((*rows, max_seqlen_k) if keep_scores else (0,))
+    kept_shape = key.shape[:3] if problem.is_one_step else (*rows, max_seqlen_k)
+    kept = stats.new_empty(kept_shape if keep_scores else (0,))
     weights_shape = {
         0: (0,),
         DENSE_WEIGHTS: (problem.batch, problem.heads, max_seqlen_q, max_seqlen_k),
@@ -98,8 +96,14 @@ def additive_attention_forward(
             # Its scores need not be copied where they lie as they are returned.
             by_key = weights_layout == JAGGED_WEIGHTS
             by_key = by_key or (problem.heads == 1 and problem.cu_k is None)
-            room = weights if raw and by_key else None
-            scores, strides = _step_forward(*wanted, bool(weights_layout), room)
+            scores = kept if keep_scores else None
+            if raw and by_key:
+                scores = weights
+            elif weights_layout and scores is None:
+                shape = problem.all_rows_k, problem.heads
+                scores = query.new_empty(shape, dtype=torch.float32)
+            step_forward(*wanted, scores)
+            strides = 0, problem.heads, 0, problem.heads, 1
         else:
             scores = kept if keep_scores else None
             if weights_layout and not keep_scores:
@@ -275,72 +279,3 @@ def _merge(
         TILE=tile,
         num_warps=configurations.MERGE.warps,
     )
-
-
-def _step_forward(
-    problem: Problem,
-    inputs: list[Tensor],
-    context: Tensor | None,
-    stats: Tensor | None,
-    keep_scores: bool,
-    scores: Tensor | None,
-) -> tuple[Tensor | None, tuple[int, ...]]:
-    """As :func:`_forward` for one query a sequence; ``scores`` may say where they go."""
-    query, key, value, score_weight = inputs
-    heads, value_dim = problem.heads, problem.value_dim
-    segment, single = configurations.step_segment(problem.max_k)
-    config = configurations.step_tiles(segment, raw=stats is None)
-    tiles = problem.tiles("k", segment)
-    if keep_scores and scores is None:
-        scores = query.new_empty((problem.all_rows_k, heads), dtype=torch.float32)
-    partial, part_stats = context, stats
-    merges = not single and stats is not None
-    if merges:
-        partial = query.new_empty((tiles, heads, value_dim), dtype=torch.float32)
-        part_stats = query.new_empty((tiles, heads, 2), dtype=torch.float32)
-    additive_attention_step_fwd_kernel[(tiles, heads)](
-        query,
-        key,
-        value,
-        score_weight,
-        partial,
-        part_stats,
-        scores,
-        *problem.key_side(),
-        problem.seed,
-        problem.batch,
-        problem.rows_k,
-        problem.max_k,
-        *problem.dropout(),
-        query.stride(0),
-        query.stride(2),
-        *strides_of(key, problem.cu_k),
-        *strides_of(value, problem.cu_k),
-        score_weight.stride(0),
-        H=heads,
-        D=problem.dim,
-        DV=value_dim,
-        SEGMENT=segment,
-        BLOCK_D=config.features,
-        BLOCK_DV=config.value_features,
-        SINGLE=single,
-        ALIGNMENT=alignment(query, key, value, score_weight),
-        num_warps=config.warps,
-        USE_PTX=uses_ptx(query),
-        **register_limit(config),
-    )
-    if merges:
-        parts = triton.cdiv(problem.rows_k, segment)
-        _merge(
-            partial,
-            part_stats,
-            context,
-            stats,
-            problem.cu_k,
-            problem.rows_k,
-            parts,
-            parts,
-            1,
-            segment,
-        )
-    return scores, (0, heads, 0, heads, 1)

@@ -2,13 +2,14 @@
 
 import contextlib
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from .configurations import MOST_ORDERED, Tiles
+from .rows import Dropout, KeySide, Rows
 
 GRAD_QUERY, GRAD_KEY, GRAD_VALUE, GRAD_SCORE_WEIGHT, GRAD_GATE = 1, 2, 4, 8, 16
 DENSE_WEIGHTS, JAGGED_WEIGHTS = 1, 2
@@ -17,8 +18,7 @@ MOST_UNREAD_BYTES = 1 << 30
 RAW = 4  # added to these: scores instead of weights; values and softmax are not used
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """Sizes and layout of a call, and what all kernels take from it."""
 
     batch: int
@@ -34,8 +34,7 @@ class Problem:
     lengths: Tensor | None
     mask: Tensor | None
     seed: Tensor | None
-    threshold: int
-    dropout_scale: float
+    dropout_p: float
     is_unread: bool  # whether a longest sequence counts as all rows, because none was given or read
 
     @property
@@ -50,11 +49,15 @@ class Problem:
     def all_rows_k(self) -> int:
         return self.rows_k * (self.batch if self.cu_k is None else 1)
 
-    def key_side(self) -> tuple:
-        return self.cu_k, self.lengths, self.mask
+    def key_side(self) -> KeySide:
+        return KeySide(self.cu_k, self.lengths, self.mask)
 
     def dropout(self) -> tuple:
-        return self.threshold, self.dropout_scale
+        p = self.dropout_p
+        return math.ceil(p * 2**24), 1 / (1 - p) if p < 1 else 0.0
+
+    def weight_dropout(self) -> Dropout | None:
+        return dropout_of(self.dropout_p, self.seed)
 
     def sequences(self) -> int:
         """With that of the rows that belong to nobody."""
@@ -101,8 +104,7 @@ def describe(
         None if lengths is None else lengths.contiguous(),
         None if mask is None else mask.contiguous().view(torch.uint8),
         seed if dropout_p > 0 else None,
-        math.ceil(dropout_p * 2**24),
-        1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
+        dropout_p,
         _is_unread(max_q, cu_q, query.size(1)) or _is_unread(max_k, cu_k, key.size(1)),
     )
 
@@ -162,6 +164,29 @@ def processors(tensor: Tensor) -> int:
 def rows_of(tensor: Tensor) -> Tensor:
     """With features next to each other, as every kernel takes them."""
     return tensor if tensor.stride(-1) == 1 or tensor.size(-1) <= 1 else tensor.contiguous()
+
+
+def dropout_of(p: float, seed: Tensor | None) -> Dropout | None:
+    if p == 0:
+        return None
+    return Dropout(seed, float(math.ceil(p * 2**24)), 1 / (1 - p) if p < 1 else 0.0)
+
+
+def as_rows(tensor: Tensor | None, cu: Tensor | None = None) -> Rows | None:
+    """As kernels take them, copied where features are apart or rows start at odd places.
+
+    Jagged rows are all at place 0: their stride, which would vary with the number of tokens, and so
+    call for other machine code, does not matter.
+    """
+    if tensor is None:
+        return None
+    by_place, by_row, by_head, by_feature = tensor.stride()
+    dim = tensor.size(3)
+    is_odd = dim % 8 == 0 and (by_place | by_row | by_head) % 8 != 0
+    if is_odd or (by_feature != 1 and dim > 1):
+        tensor = tensor.contiguous()
+        by_place, by_row, by_head, _ = tensor.stride()
+    return Rows(tensor, by_place if cu is None else 0, by_row, by_head)
 
 
 def strides_of(tensor: Tensor, cu: Tensor | None) -> tuple[int, int, int]:

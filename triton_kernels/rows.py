@@ -6,10 +6,41 @@ axis. Rows past the last offset are those of a sequence number ``batch`` that at
 Offsets are clamped to the rows there are, so that corrupt ones never lead out of a tensor.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 ORDER_BLOCK = tl.constexpr(128)  # sequences that are compared at a time where tiles are ordered
+
+# What launchers pass and kernels take apart. Triton specialises the integers in them (1, multiples
+# of 16), so those that vary from call to call, as numbers of rows do, are arguments of their own.
+
+
+class Rows(NamedTuple):
+    """A tensor [places, N, H, D] with features next to each other, and its strides."""
+
+    ptr: Tensor
+    by_place: int
+    by_row: int
+    by_head: int
+
+
+class KeySide(NamedTuple):
+    """Which keys sequences have, and attend to."""
+
+    cu_ptr: Tensor | None  # [batch + 1], of jagged keys
+    lengths_ptr: Tensor | None  # [batch]
+    mask_ptr: Tensor | None  # [batch, rows_k] uint8, 1 where ignored
+
+
+class Dropout(NamedTuple):
+    """Of weights, or of features."""
+
+    seed_ptr: Tensor  # one int64
+    threshold: float  # the least 24-bit number that is kept, ``ceil(p * 2^24)``
+    scale: float  # ``1 / (1 - p)``
 
 
 @triton.jit

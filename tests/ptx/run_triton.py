@@ -17,13 +17,6 @@ import torch
 # Compiled, not interpreted: to be settled before a kernel is imported.
 os.environ["TRITON_INTERPRET"] = "0"
 
-from attn_ext.triton_kernels import (
-    launch_backward,
-    launch_forward,
-    launch_step,
-    pool,
-    pool_backward,
-)
 from benchmarks import static, static_cases
 
 from .backend import on_cpu_tensors
@@ -32,7 +25,6 @@ from .memory import GlobalMemory, Report
 from .parser import parse
 from .program import Program
 
-MODULES = (launch_forward, launch_backward, launch_step, pool, pool_backward)
 SCALARS = {"i32": np.int32, "i64": np.int64, "fp32": np.float32}
 
 
@@ -87,12 +79,18 @@ class TritonSession:
     def launch(self, kernel, grid, arguments: dict, num_warps: int, maxnreg: int | None) -> None:
         note = (kernel, arguments, num_warps, maxnreg)
         case = static_cases.make_case(note, "all", "", "", 0)
-        addresses = {
-            name: self.address(value, f"{name} of {case.name}")
-            for name, value in arguments.items()
-            if isinstance(value, torch.Tensor)
+        values = {
+            leaf.path: self.address(leaf.value, f"{leaf.name} of {case.name}")
+            if isinstance(leaf.value, torch.Tensor)
+            else leaf.value
+            for leaf in static.leaves({name: arguments[name] for name in case.signature})
         }
-        aligned = {n for n in case.aligned if addresses.get(n, 0) % 16 == 0}
+        names = list(case.signature)
+        aligned = {
+            key
+            for key in case.aligned
+            if values[(names.index(key),) if isinstance(key, str) else key] % 16 == 0
+        }
         case = dataclasses.replace(case, aligned=aligned)
         compiled = static.compile_case(case, self.target)
         ptx = self.transform(case.name, compiled.asm["ptx"])
@@ -106,7 +104,7 @@ class TritonSession:
             program,
             grid,
             (threads, 1, 1),
-            self._parameters(case, program, arguments | addresses),
+            self._parameters(case, program, values),
             self.memory,
             compiled.metadata.shared,
             self.report,
@@ -119,11 +117,11 @@ class TritonSession:
     def _parameters(case, program: Program, values: dict) -> bytes:
         """Parameter space; Triton adds scratch memory that these kernels do not use."""
         data = bytearray(program.kernel.param_bytes)
-        names = [name for name, kind in case.signature.items() if kind != "constexpr"]
-        for name, (offset, size) in zip(names, program.kernel.params.values()):
-            scalar = SCALARS.get(case.signature[name], np.uint64)  # else a pointer
-            part = scalar(values[name]).tobytes()
-            assert len(part) == size, (name, size)
+        given = [leaf for leaf in static.leaves(case.signature) if leaf.value != "constexpr"]
+        for leaf, (offset, size) in zip(given, program.kernel.params.values()):
+            scalar = SCALARS.get(leaf.value, np.uint64)  # else a pointer
+            part = scalar(values[leaf.path]).tobytes()
+            assert len(part) == size, (leaf, size)
             data[offset : offset + size] = part
         return bytes(data)
 
@@ -153,7 +151,7 @@ def triton_execution(session: TritonSession) -> Iterator[TritonSession]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(on_cpu_tensors("triton"))
         stack.enter_context(mock.patch.object(torch.Tensor, "new_empty", note_new))
-        for module in MODULES:
+        for module in static_cases.MODULES:
             for name in [n for n in vars(module) if n.endswith("_kernel")]:
                 kernel = _Kernel(getattr(module, name), session)
                 stack.enter_context(mock.patch.object(module, name, kernel))
