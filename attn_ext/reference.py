@@ -1,6 +1,7 @@
 """Additive attention in plain PyTorch: the definition of correct, and the last-resort backend."""
 
 import contextlib
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -287,12 +288,12 @@ def dropout_keep_mask(seed: Tensor, dropout_p: float, shape: torch.Size) -> Tens
     """Which attention weights ``[B, H, Tq, Tk]`` survive dropout, the same on every backend.
 
     A weight is kept where the first word of :func:`_philox` with the counter (key position, query
-    position, head, sequence), as a fraction of 2^32, is at least ``dropout_p``. In pooling the
-    branch is the query position.
+    position, head, sequence), of it the first 24 bits as a fraction, is at least ``dropout_p``. In
+    pooling the branch is the query position.
     """
     batch, head, query, key = _axes_of(shape, seed)
     counter = [axis.expand(shape) for axis in (key, query, head, batch)]
-    return _uniform(_philox(counter, seed)[0]) >= dropout_p
+    return _kept(_philox(counter, seed)[0], dropout_p)
 
 
 def feature_keep_mask(seed: Tensor, dropout_p: float, shape: torch.Size, factor: int = 0) -> Tensor:
@@ -307,7 +308,7 @@ def feature_keep_mask(seed: Tensor, dropout_p: float, shape: torch.Size, factor:
     batch, key, head, group = _axes_of(groups, seed)
     numbers = (key, group, 0xFFFFFFFF - (2 * head + factor), batch)
     words = _philox([number.expand(groups) for number in numbers], seed)
-    return (_uniform(torch.stack(words, -1)) >= dropout_p).flatten(-2)[..., : shape[-1]]
+    return _kept(torch.stack(words, -1), dropout_p).flatten(-2)[..., : shape[-1]]
 
 
 def _axes_of(shape: torch.Size, seed: Tensor) -> list[Tensor]:
@@ -318,8 +319,9 @@ def _axes_of(shape: torch.Size, seed: Tensor) -> list[Tensor]:
     ]
 
 
-def _uniform(word: Tensor) -> Tensor:
-    return (word >> 8).to(torch.float32) * 2.0**-24
+def _kept(word: Tensor, dropout_p: float) -> Tensor:
+    """Compared as integers, as the kernels do: in float32 ``dropout_p`` may be less than it is."""
+    return word >> 8 >= math.ceil(dropout_p * 2**24)
 
 
 def _philox(counter: list[Tensor], seed: Tensor) -> list[Tensor]:

@@ -62,6 +62,14 @@ class Launch:
     resident: int  # blocks that a multiprocessor holds
     sorted: bool  # whether blocks have the tiles with most work first
 
+    @property
+    def special_functions(self) -> int:
+        return sum(n for opcode, n in self.opcodes.items() if opcode.startswith("MUFU"))
+
+    @property
+    def sectors(self) -> int:
+        return self.memory["global loads: sectors"] + self.memory["global stores: sectors"]
+
 
 def launches_of(session) -> list[Launch]:
     codes: dict[int, MachineCode] = {}
@@ -193,16 +201,15 @@ def report(name: str, launches: list[Launch], elements: int, repeats: int = 0) -
     total = sum(launch.slots.sum() for launch in launches)
     print(f"{name}: {32 * total / elements:.2f} slots an element, {len(launches)} launches")
     for launch in launches:
-        mufu = sum(n for opcode, n in launch.opcodes.items() if opcode.startswith("MUFU"))
         memory = launch.memory
-        moved = memory["global loads: sectors"] + memory["global stores: sectors"]
         conflicts = sum(
             memory[f"shared {what}: transactions"] - memory[f"shared {what}: at least"]
             for what in ("loads", "stores")
         )
         print(
             f"  {launch.name}: {32 * launch.slots.sum() / elements:.2f} slots, "
-            f"{32 * mufu / elements:.2f} MUFU, {32 * moved / elements:.2f} bytes in sectors, "
+            f"{32 * launch.special_functions / elements:.2f} MUFU, "
+            f"{32 * launch.sectors / elements:.2f} bytes in sectors, "
             f"{conflicts} bank conflicts, {launch.resident} blocks of {len(launch.slots)} resident"
         )
     if not repeats:

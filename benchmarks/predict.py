@@ -1,137 +1,89 @@
-"""What the workloads of a GPU should take, from the kernels' machine code and their tiles.
+"""What the workloads of a GPU should take, from what their kernels issue when executed.
 
-    python -m benchmarks.predict [--processors 132 --clock 1.755 --bandwidth 3.0]
+    python -m benchmarks.predict [--sample 16]
 
-Not measured: the main loops of Triton's kernels for sm_90 at one issue slot a clock and
-scheduler, with whole tiles counted where sequences fill them in part; and bytes at the bandwidth of
-a copy, whichever takes longer. Latency of memory, barriers and launches are left out, of
-torch.compile all but the tanh of its forward pass. It is to be held against what
+Not measured: of calls with several queries a sequence every kernel of every launch is executed as
+compiled for sm_90 (:mod:`benchmarks.dynamic`), and takes as long as the slowest of three: its
+blocks' issue slots, dealt to multiprocessors; its special functions, 16 a clock and multiprocessor;
+its sectors of global memory at the bandwidth of a copy. Latency of memory, barriers and the
+launches themselves are left out, of torch.compile all but the tanh of its forward pass. Of one
+query a sequence it is the bytes alone. It is to be held against what
 ``benchmarks.bench_additive_attention --device cuda`` measures.
 """
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
-from attn_ext.triton_kernels import configurations, gradient
-
-from . import static, static_cases, tanh_yardstick
-from .floors import floor
-from .sass import Counts, disassemble, per_element
+from . import dynamic, static, tanh_yardstick
+from .floors import OPERATIONS_A_CLOCK, floor
 from .workloads import WORKLOADS, Workload
 
 LANES = 128  # that a multiprocessor issues for in a clock
+BYTES_A_SECOND = 3.0e12  # read + written, of a copy on an H100
 TABLE = ("at-once", "gnmt-384", "step", "one-long-512", "skewed-512")
 DECODER = "step-decoder"
-# Of a score tile: whole ones, and halves where they are enough.
-QUERIES = (configurations.SCORES.queries, configurations.SCORES.queries // 2)
-KEYS = (configurations.SCORES.keys, configurations.SCORES.keys // 2)
-ROWS = gradient.TILE_ROWS.value  # keys that the gradient pass takes at least
+CLOCKS = dynamic.PROCESSORS * dynamic.CLOCK_GHZ * 1e9  # of all multiprocessors in a second
 
 
-def tile_slots(launch: tuple, regime: str) -> list[float]:
-    """Issue slots an element of a kernel's paired loops.
-
-    Those over as many elements each come in the order of what their tiles share: exponentials, the
-    more the larger the tile is.
-    """
-    case = static_cases.make_case(launch, regime, "", "bf16", 1024)
-    compiled = static.compile_case(case, "sm_90")
-    kernel = disassemble(compiled.asm["cubin"])[compiled.metadata.name]
-    elements = case.elements_per_iteration / case.num_warps
-    found = []
-    for loop in kernel.loops:
-        if any(other.parent is loop for other in kernel.loops):
-            continue
-        element = per_element(Counts.of(loop.straight(lambda block: False)), elements)
-        if element.reciprocals and element.mufu / element.reciprocals <= 1.5:
-            found.append(element)
-    return [e.slots for e in sorted(found, key=lambda e: e.mufu)]
+def seconds(launch: dynamic.Launch, repeats: int) -> float:
+    """Of a launch of a batch in which each sequence of the sample comes so many times."""
+    issued = dynamic.makespan(dynamic.batch_blocks(launch, repeats), launch.resident)
+    computed = repeats * 32 * launch.special_functions / (OPERATIONS_A_CLOCK * CLOCKS)
+    moved = repeats * 32 * launch.sectors / BYTES_A_SECOND
+    return max(issued / (dynamic.CLOCK_GHZ * 1e9), computed, moved)
 
 
-def parts(length: int, sizes: Sequence[int]) -> list[int]:
-    """The tiles of a side: whole ones, and for the rest the smallest that holds it."""
-    whole, rest = divmod(length, sizes[0])
-    return [sizes[0]] * whole + ([min(size for size in sizes if size >= rest)] if rest else [])
+def executed(workload: Workload, sample: int) -> dict[str, float]:
+    """Seconds of forward and of backward of a batch that a sample of its sequences stands for."""
+    lengths = workload.query_lengths, workload.key_lengths
+    alike = len(set(zip(*lengths, strict=True))) == 1
+    pairs = dynamic.sampled(*lengths, 1 if alike else sample)
+    most = max(map(max, lengths))
+    repeats = len(workload.key_lengths) // len(pairs)
+    modes = dynamic.run(*zip(*pairs), most, workload.dim, "sm_90", repeats)
+    found = [sum(seconds(launch, repeats) for launch in launches) for launches in modes]
+    return dict(zip(("forward", "backward"), found, strict=True))
 
 
-def score_slots(workload: Workload, slots: Sequence[float]) -> float:
-    """Issue slots of all scores; ``slots``: of a whole tile, two kinds of half one, a quarter."""
-    by_area = {0: slots[0], 1: sum(slots[1:3]) / 2, 2: slots[3]}
-    total = 0.0
-    for queries, keys in zip(workload.query_lengths, workload.key_lengths, strict=True):
-        for tile_q in parts(queries, QUERIES):
-            for tile_k in parts(keys, KEYS):
-                halved = (tile_q < QUERIES[0]) + (tile_k < KEYS[0])
-                total += tile_q * tile_k * by_area[halved]
-    return total * workload.dim
-
-
-def gradient_slots(workload: Workload, slots: float) -> float:
-    """Issue slots of the pass over all pairs that gives the gradients."""
-    lengths = zip(workload.query_lengths, workload.key_lengths, strict=True)
-    return sum(queries * -(-keys // ROWS) * ROWS for queries, keys in lengths) * (
-        slots * workload.dim
-    )
-
-
-def tanh_slots() -> float:
-    """Issue slots an element of the loop that evaluates the accurate tanh of every triple."""
+def tanh_seconds(workload: Workload) -> float:
+    """Of the accurate tanh of every triple (i, j, d), each sequence as long as the longest."""
     (case,) = tanh_yardstick.static_cases()
-    return static.figures_of(case, "sm_90").element.slots
-
-
-def padded_elements(workload: Workload) -> int:
-    """Triples (i, j, d) where each sequence is as long as the longest."""
-    batch = len(workload.key_lengths)
-    return batch * max(workload.query_lengths) * max(workload.key_lengths) * workload.dim
+    slots = static.figures_of(case, "sm_90").element.slots
+    longest = max(workload.query_lengths) * max(workload.key_lengths)
+    return slots * len(workload.key_lengths) * longest * workload.dim / (LANES * CLOCKS)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--processors", type=int, default=132, help="multiprocessors (H100: 132)")
-    parser.add_argument("--clock", type=float, default=1.755, help="GHz")
-    parser.add_argument("--bandwidth", type=float, default=3.0, help="TB/s read + written")
+    parser.add_argument("--sample", type=int, default=16, help="sequences that stand for a mixture")
     options = parser.parse_args()
-    forward, backward, _ = static_cases.launches_of(torch.bfloat16, 1024, 75, 75)
-    launches = {launch[0].__name__: launch for launch in forward + backward}
-
-    scores = tile_slots(launches["additive_attention_fwd_kernel"], "all")
-    gradients = tile_slots(launches["additive_attention_grad_kernel"], "all")
-    tanh = tanh_slots()
-    tiles = {"forward": scores, "gradients": gradients, "tanh": [tanh]}
-    for name, found in tiles.items():
-        print(f"{name}: slots an element by tile:", ", ".join(f"{n:.2f}" for n in found))
-    clocks = options.processors * options.clock * 1e9
     peaks = {
-        "copied_bytes_per_second": options.bandwidth * 1e12,
-        "special_functions_per_second": 16 * clocks,
+        "copied_bytes_per_second": BYTES_A_SECOND,
+        "special_functions_per_second": OPERATIONS_A_CLOCK * CLOCKS,
     }
-    print(f"{options.processors} multiprocessors, {options.clock} GHz, {options.bandwidth} TB/s")
+    print(
+        f"{dynamic.PROCESSORS} multiprocessors, {dynamic.CLOCK_GHZ} GHz, "
+        f"{BYTES_A_SECOND / 1e12} TB/s, bfloat16"
+    )
     for workload in (WORKLOADS[name] for name in TABLE):
+        predicted = {} if workload.one_query else executed(workload, options.sample)
         for mode in ("forward", "backward"):
             bound = floor(workload, mode, 2, peaks)
             text = f"{workload.name} {mode}: floor {bound.seconds * 1e3:.3f} ms ({bound.bound_by})"
-            if not workload.one_query:
-                if mode == "forward":
-                    issued = score_slots(workload, scores)
-                else:
-                    issued = gradient_slots(workload, min(gradients))
-                text += f", predicted {issued / (LANES * clocks) * 1e3:.3f} ms"
-                if mode == "forward":
-                    rival = tanh * padded_elements(workload)
-                    text += (
-                        f", torch.compile's tanh {rival / (LANES * clocks) * 1e3:.3f} ms: "
-                        f"{rival / issued:.1f} times as long"
-                    )
-            print(text)
+            if mode in predicted:
+                text += f", predicted {predicted[mode] * 1e3:.3f} ms"
+            if predicted and mode == "forward":
+                rival = tanh_seconds(workload)
+                text += (
+                    f", torch.compile's tanh {rival * 1e3:.3f} ms: "
+                    f"{rival / predicted[mode]:.1f} times as long"
+                )
+            print(text, flush=True)
     loop = WORKLOADS[DECODER]
     step = replace(loop, steps=0, query_lengths=(1,) * len(loop.key_lengths))
     for mode in ("forward", "backward"):
-        seconds = loop.steps * floor(step, mode, 2, peaks).seconds
-        print(f"{loop.name} {mode}: floor of {loop.steps} steps {seconds * 1e3:.3f} ms (memory)")
+        steps = loop.steps * floor(step, mode, 2, peaks).seconds
+        print(f"{loop.name} {mode}: floor of {loop.steps} steps {steps * 1e3:.3f} ms (memory)")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,14 @@ def test_dropout_of_everything(backend: str, layout: str):
         assert (result == 0).all(), name
 
 
+def test_the_reference_decides_as_kernels_do(monkeypatch):
+    """By the least 24-bit number that is kept; float32(0.7) 2^24 is 11744051, 0.7 2^24 more."""
+    words = torch.tensor([11744051, 11744052]) << 8
+    monkeypatch.setattr(attn_ext.reference, "_philox", lambda *_: [words.view(1, 1, 1, 2)])
+    keep = attn_ext.reference.dropout_keep_mask(torch.zeros(1), 0.7, torch.Size((1, 1, 1, 2)))
+    assert keep.flatten().tolist() == [False, True]
+
+
 def dropped_share(backend: str, dropout_p: float, seed: int) -> tuple[Tensor, Tensor]:
     """Context and weights of 40,000 equal weights."""
     torch.manual_seed(seed)

@@ -6,15 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton")
 from attn_ext.triton_kernels import launch_backward  # noqa: E402
-from benchmarks import predict, sass, static, static_cases  # noqa: E402
+from benchmarks import dynamic, predict, sass, static, static_cases  # noqa: E402
 from benchmarks.floors import Floor, floor  # noqa: E402
 from benchmarks.workloads import Workload  # noqa: E402
 
@@ -189,20 +191,42 @@ def test_a_kernel_is_looked_up_by_the_same_text_in_every_process(monkeypatch):
 # ---- Predictions ----
 
 
-def test_tiles_hold_a_sequence_with_little_to_spare():
-    assert predict.parts(75, (32, 16)) == [32, 32, 16]
-    assert predict.parts(75, (32, 24, 16)) == [32, 32, 16]
-    assert predict.parts(54, (32, 24, 16)) == [32, 24]
-    assert predict.parts(64, (32, 16)) == [32, 32]
-    assert predict.parts(0, (32, 16)) == []
+def launch(slots: list[float], resident: int = 1, name: str = "fwd", **counted) -> dynamic.Launch:
+    opcodes = Counter({"MUFU.RCP": counted.get("mufu", 0), "FFMA": 1000})
+    memory = Counter({"global loads: sectors": counted.get("sectors", 0)})
+    return dynamic.Launch(name, np.array(slots), opcodes, memory, resident, name == "fwd")
 
 
-def test_predictions_count_whole_tiles():
-    workload = Workload("tiny", (40, 3), (33, 0), 10, 10)
-    # Of 33 x 40: 32 x 32, 32 x 8, 16 x 32 and 16 x 8.
-    slots = [1.0, 2.0, 4.0, 5.0]
-    assert predict.score_slots(workload, slots) == 10 * (1024 + 3 * (256 + 512) + 5 * 128)
-    assert predict.gradient_slots(workload, 2.0) == 2 * 10 * 33 * 40
+def test_blocks_share_a_multiprocessor():
+    """A multiprocessor issues 4 slots a clock, and a place that is free takes the next block."""
+    count = dynamic.PROCESSORS
+    assert dynamic.makespan(np.full(2 * count, 8.0), 1) == 4
+    assert dynamic.makespan(np.full(2 * count, 8.0), 2) == 4
+    assert dynamic.makespan(np.array([80.0] + [8.0] * count), 1) == 20
+    assert dynamic.makespan(np.array([8.0] * count + [80.0]), 1) == 22
+    # Two that start together: the short one ends at 4, and the long one is alone from then on.
+    two = np.concatenate([np.full(count, 80.0), np.full(count, 8.0)])
+    assert dynamic.makespan(two, 2) == pytest.approx(22)
+
+
+def test_batch_of_a_sample_is_dealt_by_work():
+    """In turns from the first multiprocessor to the last and back; empty blocks are left out."""
+    count = dynamic.PROCESSORS
+    blocks = dynamic.batch_blocks(launch([8.0, 800.0, 400.0]), count)
+    assert blocks.tolist() == [800.0] * count + [400.0] * count
+    ramp = dynamic.batch_blocks(launch([float(i) for i in range(1000, 1000 + 2 * count)]), 1)
+    assert ramp[0] == ramp.max() and ramp[count] == ramp.min()
+    unsorted = dynamic.batch_blocks(launch([400.0, 800.0], name="bwd_scores"), 2)
+    assert unsorted.tolist() == [400.0, 800.0] * 2
+
+
+def test_predictions_are_the_slowest_of_three():
+    clock = 1 / (dynamic.CLOCK_GHZ * 1e9)
+    count = dynamic.PROCESSORS
+    assert predict.seconds(launch([4000.0]), count) == pytest.approx(1000 * clock)
+    # 32 lanes of a warp at 16 a clock: 2 clocks an instruction.
+    assert predict.seconds(launch([4.0], mufu=700), count) == pytest.approx(1400 * clock)
+    assert predict.seconds(launch([4.0], sectors=10**6), 3) == pytest.approx(3 * 32e6 / 3e12)
 
 
 def test_floors_are_the_slower_of_memory_and_arithmetic():

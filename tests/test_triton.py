@@ -222,6 +222,21 @@ def test_a_workspace_of_all_pairs_of_rows_is_refused(monkeypatch: pytest.MonkeyP
     results_of(inputs, **bounds)
 
 
+def test_backward_mapped_over_one_forward():
+    """``jacrev`` maps backward alone: all of its calls share the scores that one forward kept."""
+    draw = torch.Generator(DEVICE).manual_seed(0)
+    shapes = (1, 2, 8), (1, 3, 8), (1, 3, 2), (8,)
+    inputs = [torch.randn(shape, generator=draw) for shape in shapes]
+
+    def jacobians(backend: str) -> tuple[Tensor, ...]:
+        def attend(*tensors: Tensor) -> Tensor:
+            return attn_ext.additive_attention(*tensors, backend=backend)
+
+        return torch.func.jacrev(attend, argnums=(0, 1, 2, 3))(*inputs)
+
+    torch.testing.assert_close(jacobians("triton"), jacobians("reference"), rtol=1e-4, atol=1e-5)
+
+
 def test_large_numbers_among_the_second_features_of_pairs():
     """Features d and d + half are read together; the magnitudes of both choose the route."""
     inputs = make_inputs("padded", features=40)

@@ -231,7 +231,7 @@ def additive_attention_bwd_scores_kernel(
         if tile >= query_tiles:
             key = first + tl.arange(0, BLOCK_K)
             attended = are_attended(padding_mask_ptr, key_place, rows_k, key, length)
-            line = tl.arange(0, SEGMENT_Q)
+            line = tl.arange(0, SEGMENT_Q).to(tl.int64)
             queries = tl.where(first < length, length_q, 0)
             if SINGLE_Q:
                 weights = value_weights(softmax, dropout, line, key, queries, attended)

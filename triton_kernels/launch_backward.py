@@ -103,7 +103,8 @@ def additive_attention_backward(
         if not raw:
             if scores.numel() == 0:
                 scores = score_pairs(problem, rows)
-            pairs = PairTensor(scores, pair_strides(problem, scores.size(-1)))
+            # vmap hands over one call's scores for all, by a stride of 0.
+            pairs = PairTensor(scores.contiguous(), pair_strides(problem, scores.size(-1)))
         dscores = _score_gradients(problem, rows[2], incoming, softmax, pairs, dvalue, wants_scores)
         if wants_scores:
             _feature_gradients(problem, dscores, rows, dquery, dkey, dscore_weight)

@@ -31,7 +31,7 @@ from attn_ext.nmt.metrics import METRICS_FILE
 from attn_ext.nmt.model import ModelConfig, Seq2Seq
 from attn_ext.nmt.options import ENDING, FALLING_TO_0, NO_LIMIT, TrainOptions
 from attn_ext.nmt.precision import bf16_problem, fp16_problem
-from attn_ext.nmt.training import RESULT_PATTERNS, Trainer
+from attn_ext.nmt.training import EVENTS_FOLDER, RESULT_PATTERNS, Trainer
 from attn_ext.nmt.vocab import Vocabulary
 
 DEV_BLEU_SENTENCES = 300
@@ -126,10 +126,12 @@ def _take_folder(folder, given):
                 f"{folder} holds a run already ({', '.join(there)}); --resume goes on with it, "
                 "--overwrite starts anew, or choose another --out"
             )
-        if "resume" in given and files[0] not in there and files[1] in there:
+        # A run that was ended before its first checkpoint leaves these two at most.
+        finished = [name for name in there if name not in (METRICS_FILE, EVENTS_FOLDER)]
+        if "resume" in given and files[0] not in there and finished:
             raise UsageError(
-                f"{folder} holds a model but no checkpoint to go on from; --overwrite starts anew, "
-                "or choose another --out"
+                f"{folder} holds {', '.join(finished)} but no checkpoint to go on from; "
+                "--overwrite starts anew, or choose another --out"
             )
         for name in (*files, CONFIG_FILE, *RESULT_PATTERNS):
             for path in folder.glob(f".{name}.*.tmp"):  # left by a kill inside a write

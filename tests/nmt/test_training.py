@@ -175,9 +175,11 @@ class TestRefuses:
         self.refuses(rf"holds a run already \({name.split('/')[0]}\)", tsv, tmp_path)
         assert path.exists()
 
-    def test_to_go_on_without_a_checkpoint(self, copy, tsv):
-        (copy / "checkpoint.pt").unlink()
-        self.refuses("no checkpoint to go on from", tsv, copy, "--resume")
+    @pytest.mark.parametrize("name", ["model.pt", "results.json"])
+    def test_to_go_on_without_a_checkpoint(self, tsv, tmp_path, name):
+        (tmp_path / name).touch()
+        self.refuses(f"holds {name} but no checkpoint to go on from", tsv, tmp_path, "--resume")
+        assert (tmp_path / name).exists()
 
     def test_another_vocabulary_size(self, uninterrupted):
         self.refuses(
