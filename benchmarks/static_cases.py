@@ -179,12 +179,12 @@ def launches_of(
     inputs = (query, key, value, score_weight)
     layout = (cu_q, cu_k, None, None, length_q, length_k)
     stats = query.new_empty((*query.shape[:3], 2), dtype=torch.float32)
-    # Of several queries forward keeps the scores, unless they are what is asked for.
-    keeps = length_q > 1 and not scores
-    kept = stats, stats.new_empty((*query.shape[:3], length_k) if keeps else (0,))
+    # Forward keeps the scores, unless they are what is asked for.
+    kept_shape = (*query.shape[:3], length_k) if length_q > 1 else key.shape[:3]
+    kept = stats, stats.new_empty((0,) if scores else kept_shape)
     with noted_launches() as forward:
         launchers.additive_attention_forward(
-            *inputs, None, None, *layout, 0.0, None, weights_layout, keeps, False
+            *inputs, None, None, *layout, 0.0, None, weights_layout, not scores, False
         )
     with noted_launches() as backward:
         launchers.additive_attention_backward(

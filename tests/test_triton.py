@@ -222,10 +222,11 @@ def test_a_workspace_of_all_pairs_of_rows_is_refused(monkeypatch: pytest.MonkeyP
     results_of(inputs, **bounds)
 
 
-def test_backward_mapped_over_one_forward():
+@pytest.mark.parametrize("query", [(1, 2, 8), (1, 8)], ids=["several", "one_step"])
+def test_backward_mapped_over_one_forward(query: tuple[int, ...]):
     """``jacrev`` maps backward alone: all of its calls share the scores that one forward kept."""
     draw = torch.Generator(DEVICE).manual_seed(0)
-    shapes = (1, 2, 8), (1, 3, 8), (1, 3, 2), (8,)
+    shapes = query, (1, 3, 8), (1, 3, 2), (8,)
     inputs = [torch.randn(shape, generator=draw) for shape in shapes]
 
     def jacobians(backend: str) -> tuple[Tensor, ...]:

@@ -232,7 +232,8 @@ def store_feature_gradients(
     for begin in tl.range(0, D, SHAPE.BLOCK_D, num_stages=STAGES):
         hidden, by_key, by_gate = hidden_and_slopes(inputs, query, tile, begin, SHAPE)
         d = begin + tl.arange(0, SHAPE.BLOCK_D)
-        dhidden = hidden * 0.0  # zeros as the keys are shared out among threads
+        # Zeros; of several branches shared out among threads as the keys are.
+        dhidden = tl.zeros_like(hidden) if SHAPE.K == 1 else hidden * 0.0
         for k in range(SHAPE.K):
             scores = numbers_of(dscores, records.dscores_ptr, tile, k, SHAPE)
             row = tile.head * SHAPE.K + k
