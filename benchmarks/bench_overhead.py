@@ -4,11 +4,17 @@ python -m benchmarks.bench_overhead
 
 The kernels have next to nothing to do here: what is left is Python, the dispatcher and autograd.
 Calls take turns in short rounds; of each the median round, the fastest, and the ratio of medians.
+
+Of the Triton backend, without a GPU: its launchers with kernels that do nothing, and again with
+what Triton itself does for a launch (it looks up the compiled kernel) up to the driver's call.
 """
 
+import contextlib
+import importlib.util
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -29,6 +35,11 @@ def main() -> None:
     report("forward", calls, "sdpa")
     report("forward and backward", {name: both(call) for name, call in calls.items()}, "sdpa")
     report("parts of a padded forward", parts(), None)
+    if importlib.util.find_spec("triton") is not None:
+        for looks_up in (False, True):
+            with idle_kernels(looks_up):
+                name = "launchers, with Triton's own part" if looks_up else "launchers of Triton"
+                report(name, launchers(), None)
 
 
 def leaf(*shape: int) -> Tensor:
@@ -98,6 +109,83 @@ def parts() -> dict[str, Call]:
         "op and its autograd": lambda: autograd.forward(*leaves, *rest),
         "op alone": unrecorded,
         "view of the context": lambda: context.squeeze(2),
+    }
+
+
+@contextlib.contextmanager
+def idle_kernels(looks_up: bool) -> Iterator[None]:
+    """Kernels do nothing; ``looks_up``: but find what would be launched, as on an H100."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import JITFunction, driver
+
+    from benchmarks.static_cases import MODULES
+
+    def do_nothing(*_, **__) -> None:
+        pass
+
+    class Kernel:
+        def __getitem__(self, grid: tuple) -> Callable[..., None]:
+            return do_nothing
+
+    compiled = mock.Mock(function=0, packed_metadata=(), spec=["function", "run"])
+    compiled.launch_metadata = compiled.run = do_nothing
+
+    def compile_nothing(self, key, signature, device, *_) -> object:
+        self.device_caches[device][0][key] = compiled
+        return compiled
+
+    gpu = mock.Mock(spec=[])
+    gpu.get_current_target = lambda: GPUTarget("cuda", 90, 32)
+    gpu.get_current_device = lambda: 0
+    gpu.get_current_stream = lambda device: 0
+    with contextlib.ExitStack() as stack:
+        if looks_up:
+            stack.enter_context(mock.patch.object(driver, "_active", gpu))
+            stack.enter_context(mock.patch.object(JITFunction, "_do_compile", compile_nothing))
+        for module in () if looks_up else MODULES:
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                stack.enter_context(mock.patch.object(module, name, Kernel()))
+        yield
+
+
+def launchers() -> dict[str, Call]:
+    """Of jagged tensors in the internal form, with a gradient for every input."""
+    from attn_ext.triton_kernels import launch
+
+    rows, cu = torch.randn(1, BATCH * LENGTH, 1, FEATURES), torch.arange(BATCH + 1) * LENGTH
+    step, steps = rows[0, :BATCH, None], torch.randn(LENGTH, BATCH, 1, FEATURES)
+    score_weight, branch = torch.randn(1, FEATURES), torch.randn(1, 1, FEATURES)
+    pairs = torch.empty(1, BATCH * LENGTH, 1, LENGTH)
+    by_key, by_step = pairs[..., 0].contiguous(), torch.empty(LENGTH, 1, BATCH * LENGTH, 1)
+    stats, step_stats = torch.empty(*rows.shape[:3], 2), torch.empty(BATCH, 1, 1, 2)
+    keys, key_layout = (rows, rows, score_weight), (cu, None, None, LENGTH)
+    no_dropout, all_at_once = (0.0, None, 0), (cu, cu, None, None, LENGTH, LENGTH)
+    one_query = (None, cu, None, None, 1, LENGTH)
+
+    forward, backward = launch.additive_attention_forward, launch.additive_attention_backward
+    given, step_given = (rows, None, rows, *keys), (step, None, step, *keys)
+    options = *all_at_once, *no_dropout
+    step_options = *one_query, *no_dropout
+    pooled, pool_options = (rows, rows, branch, rows), (*key_layout, 0.0, 0.0, *no_dropout)
+    return {
+        "forward": lambda: forward(rows, *keys, None, None, *options, True, False),
+        "backward": lambda: backward(*given, stats, pairs, *options, 15, False),
+        "step, forward": lambda: forward(step, *keys, None, None, *step_options, True, False),
+        "step, backward": lambda: backward(
+            *step_given, step_stats, by_key, *step_options, 15, False
+        ),
+        "memory, a step's backward": lambda: launch.additive_attention_step_backward(
+            *step_given, None, None, step_stats, by_key, *key_layout, *no_dropout, 1, False
+        ),
+        "memory, backward": lambda: launch.additive_attention_memory_backward(
+            steps, by_step, by_step, steps, *keys, None, None, *key_layout, 14, False
+        ),
+        "pooling, forward": lambda: launch.additive_pool_forward(
+            *pooled, *pool_options, True, False
+        ),
+        "pooling, backward": lambda: launch.additive_pool_backward(
+            step, None, *pooled, step_stats, by_key[..., None], *pool_options, 30, False
+        ),
     }
 
 

@@ -79,12 +79,13 @@ def hidden_and_slopes(inputs, query, tile, begin, SHAPE: tl.constexpr):
 @triton.jit
 def no_sums(BLOCK: tl.constexpr, SHAPE: tl.constexpr):
     """What :func:`add_products` adds to: a tuple of [SEGMENT], or of one [SEGMENT, BLOCK]."""
-    if SHAPE.GROUP == 1:
-        return (tl.zeros((SHAPE.SEGMENT, BLOCK), tl.float32),)
+    GROUP: tl.constexpr = SHAPE.GROUP
+    if GROUP == 1:
+        return (tl.full((SHAPE.SEGMENT, BLOCK), 0.0, tl.float32),)
     else:
         sums = ()
-        for _ in tl.static_range(SHAPE.GROUP):
-            sums += (tl.zeros((SHAPE.SEGMENT,), tl.float32),)
+        for _ in tl.static_range(GROUP):
+            sums += (tl.full((SHAPE.SEGMENT,), 0.0, tl.float32),)
         return sums
 
 
@@ -98,12 +99,13 @@ def add_products(
         rows: [SEGMENT, features], those of numbers d.
         vectors_ptr: of ``v`` of the first of them; others are ``stride`` apart.
     """
+    GROUP: tl.constexpr = SHAPE.GROUP
     added = ()
-    for i in tl.static_range(SHAPE.GROUP):
+    for i in tl.static_range(GROUP):
         sum_ = sums[i]
         if branch + i < SHAPE.K:
             vector = load_row(vectors_ptr + i * stride, d, DIM)[None, :]
-            if SHAPE.GROUP == 1:
+            if GROUP == 1:
                 sum_ += rows * vector
             elif DIM % 8 == 0:
                 sum_ += tl.sum(rows * vector, 1)
@@ -143,10 +145,10 @@ def quick_scores(inputs, query, tile, SHAPE: tl.constexpr, RAW: tl.constexpr):
     large, scores would show its error; RAW ones, which are returned, also where all are small.
     """
     D: tl.constexpr = SHAPE.D
-    sums = tl.zeros((SHAPE.SEGMENT, SHAPE.BLOCK_D), tl.float32)
-    informative = tl.zeros((SHAPE.SEGMENT, SHAPE.BLOCK_D), tl.float32)
-    total = tl.zeros((SHAPE.BLOCK_D,), tl.float32)
-    squares = tl.zeros((SHAPE.BLOCK_D,), tl.float32)
+    sums = tl.full((SHAPE.SEGMENT, SHAPE.BLOCK_D), 0.0, tl.float32)
+    informative = tl.full((SHAPE.SEGMENT, SHAPE.BLOCK_D), 0.0, tl.float32)
+    total = tl.full((SHAPE.BLOCK_D,), 0.0, tl.float32)
+    squares = tl.full((SHAPE.BLOCK_D,), 0.0, tl.float32)
     for begin in tl.range(0, D, SHAPE.BLOCK_D, num_stages=STAGES):
         d = begin + tl.arange(0, SHAPE.BLOCK_D)
         x = arguments_of_tanh(inputs, query, tile, d, D)

@@ -90,7 +90,7 @@ def weights_and_gradients(inputs, incoming, query, tile, k, products, columns, S
         products: :func:`products_with_values`.
         columns: of dweights, or None where these go by row of keys.
     """
-    weights = tl.zeros((SHAPE.SEGMENT,), tl.float32)
+    weights = tl.full((SHAPE.SEGMENT,), 0.0, tl.float32)
     entry = tile.row * SHAPE.K + k
     if incoming.stats_ptr is not None:
         stats_row = incoming.stats_ptr + ((query * SHAPE.K + k) * SHAPE.H + tile.head) * 2
@@ -120,6 +120,7 @@ def additive_attention_keys_bwd_weights_kernel(
     SHAPE: tl.constexpr,
 ):
     """The first of two launches."""
+    GROUP: tl.constexpr = SHAPE.GROUP
     keys = program_keys(inputs.key_side, batch, rows_k, max_seqlen_k, SHAPE.TILE)
     if keys.sequence >= batch:
         return
@@ -127,7 +128,7 @@ def additive_attention_keys_bwd_weights_kernel(
     branch = first_branch(SHAPE)
     query = keys.sequence.to(tl.int64)
     products = products_with_values(inputs, incoming.dcontext, query, tile, branch, SHAPE)
-    for i in tl.static_range(SHAPE.GROUP):
+    for i in tl.static_range(GROUP):
         k = branch + i
         if k < SHAPE.K:
             weights, gradients = weights_and_gradients(
@@ -165,16 +166,17 @@ def score_gradients(weights, gradients, delta, total):
 @triton.jit
 def finish_records(inputs, records, query, tile, rows_k, SHAPE: tl.constexpr):
     """In the second launch: g becomes s, and w what dropout makes of it."""
+    K: tl.constexpr = SHAPE.K
     first, count = tiles_of(inputs.key_side.cu_ptr, query, rows_k, SHAPE.TILE)
-    for k in range(SHAPE.K):
-        deltas = tl.zeros((PARTS,), tl.float32)
-        totals = tl.zeros((PARTS,), tl.float32)
+    for k in range(K):
+        deltas = tl.full((PARTS,), 0.0, tl.float32)
+        totals = tl.full((PARTS,), 0.0, tl.float32)
         for begin in range(0, count, PARTS):
             part = begin + tl.arange(0, PARTS)
-            parts = records.delta_ptr + (((first + part) * SHAPE.K + k) * SHAPE.H + tile.head) * 2
+            parts = records.delta_ptr + (((first + part) * K + k) * SHAPE.H + tile.head) * 2
             deltas += tl.load(parts, mask=part < count, other=0.0)
             totals += tl.load(parts + 1, mask=part < count, other=0.0)
-        entry = tile.row * SHAPE.K + k
+        entry = tile.row * K + k
         weights = tl.load(records.weights_ptr + entry, mask=tile.attended, other=0.0)
         gradients = tl.load(records.dscores_ptr + entry, mask=tile.attended, other=0.0)
         dscores = score_gradients(weights, gradients, tl.sum(deltas, 0), tl.sum(totals, 0))
@@ -197,11 +199,12 @@ def numbers_of(only, records_ptr, tile, k, SHAPE: tl.constexpr):
 @triton.jit
 def store_dvalue(dvalue_ptr, dcontext, weights, records, query, tile, SHAPE: tl.constexpr):
     """``dvalue_j = sum_k w'_kj dcontext_k`` from dropped out weights."""
+    K: tl.constexpr = SHAPE.K
     DV: tl.constexpr = SHAPE.DV
     for begin in range(0, DV, SHAPE.BLOCK_DV):
         d = begin + tl.arange(0, SHAPE.BLOCK_DV)
-        dvalue = tl.zeros((SHAPE.SEGMENT, SHAPE.BLOCK_DV), tl.float32)
-        for k in range(SHAPE.K):
+        dvalue = tl.full((SHAPE.SEGMENT, SHAPE.BLOCK_DV), 0.0, tl.float32)
+        for k in range(K):
             kept = numbers_of(weights, records.weights_ptr, tile, k, SHAPE)
             row = load_row(rows_at(dcontext, query, k, tile.head, DV), d, DV)
             dvalue += kept[:, None] * row[None, :]
@@ -227,20 +230,21 @@ def store_feature_gradients(
         has_query: whether ``query`` is the program's sequence, and this the tile to tell.
         SUM_IS_0: that of the dscores.
     """
+    K: tl.constexpr = SHAPE.K
     D: tl.constexpr = SHAPE.D
     number = tl.program_id(0).to(tl.int64)
     for begin in tl.range(0, D, SHAPE.BLOCK_D, num_stages=STAGES):
         hidden, by_key, by_gate = hidden_and_slopes(inputs, query, tile, begin, SHAPE)
         d = begin + tl.arange(0, SHAPE.BLOCK_D)
         # Zeros; of several branches shared out among threads as the keys are.
-        dhidden = tl.zeros_like(hidden) if SHAPE.K == 1 else hidden * 0.0
-        for k in range(SHAPE.K):
+        dhidden = tl.zeros_like(hidden) if K == 1 else hidden * 0.0
+        for k in range(K):
             scores = numbers_of(dscores, records.dscores_ptr, tile, k, SHAPE)
-            row = tile.head * SHAPE.K + k
+            row = tile.head * K + k
             weight = load_row(inputs.score_weight_ptr + row * D, d, D)
             dhidden += scores[:, None] * weight[None, :]
             if gradients.score_weight_ptr is not None:
-                row += number * (SHAPE.H * SHAPE.K)
+                row += number * (SHAPE.H * K)
                 dweight = tl.sum(scores[:, None] * hidden, 0)
                 tl.store(gradients.score_weight_ptr + row * D + d, dweight, mask=d < D)
         if gradients.key_ptr is not None:
@@ -365,7 +369,7 @@ def sum_tiles_kernel(
     first, count = tiles_of(cu_ptr, sequence, rows_k, TILE)
     for begin in range(0, D, BLOCK_D):
         d = begin + tl.arange(0, BLOCK_D)
-        sums = tl.zeros((BLOCK_D,), tl.float32)
+        sums = tl.full((BLOCK_D,), 0.0, tl.float32)
         for part in range(count):
             source = partial_ptr + ((first + part) * H + head) * D + d
             sums += tl.load(source, mask=d < D, other=0.0)

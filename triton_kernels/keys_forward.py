@@ -25,13 +25,14 @@ from .problem import Problem
 @triton.jit
 def attend(scores, branch, inputs, tile, context_ptr, stats_ptr, SHAPE: tl.constexpr):
     """Write contexts and stats of the GROUP branches from ``branch`` on."""
+    GROUP: tl.constexpr = SHAPE.GROUP
     H: tl.constexpr = SHAPE.H
     K: tl.constexpr = SHAPE.K
     DV: tl.constexpr = SHAPE.DV
     target = (tile.sequence if SHAPE.SINGLE else tl.program_id(0)).to(tl.int64)
     target = (target * K + branch) * H + tile.head
     weights = ()
-    for i in tl.static_range(SHAPE.GROUP):
+    for i in tl.static_range(GROUP):
         score = tl.where(tile.attended, scores[i], -float("inf"))
         largest = tl.max(score, 0)
         weight = tl.exp(score - tl.where(largest == -float("inf"), 0.0, largest))
@@ -47,7 +48,7 @@ def attend(scores, branch, inputs, tile, context_ptr, stats_ptr, SHAPE: tl.const
     for begin in tl.range(0, DV, SHAPE.BLOCK_DV, num_stages=STAGES):
         d = begin + tl.arange(0, SHAPE.BLOCK_DV)
         value = load_tile(values, tile.attended, d, DV)
-        for i in tl.static_range(SHAPE.GROUP):
+        for i in tl.static_range(GROUP):
             if branch + i < K:
                 context = tl.sum(weights[i][:, None] * value, 0)
                 row = context_ptr + (target + i * H) * DV
@@ -57,12 +58,13 @@ def attend(scores, branch, inputs, tile, context_ptr, stats_ptr, SHAPE: tl.const
 @triton.jit
 def forward_of_tile(inputs, keys, context_ptr, stats_ptr, scores_ptr, rows_k, SHAPE: tl.constexpr):
     """What the kernel writes for one tile."""
+    GROUP: tl.constexpr = SHAPE.GROUP
     tile = key_tile(keys, inputs.key_side, rows_k, SHAPE)
     branch = first_branch(SHAPE)
     scores = scores_of_tile(inputs, tile, branch, SHAPE, stats_ptr is None)
     if scores_ptr is not None:
         entries = scores_ptr + tile.row * SHAPE.K + branch
-        for i in tl.static_range(SHAPE.GROUP):
+        for i in tl.static_range(GROUP):
             if branch + i < SHAPE.K:
                 tl.store(entries + i, scores[i], mask=tile.attended)
     if stats_ptr is not None:
