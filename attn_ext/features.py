@@ -98,7 +98,7 @@ def added_to_keys(
 ) -> Iterator[KeySide]:
     """Keys with the term in them. Attention keeps for backward what they were made of, not them."""
     shifted = shifted_keys(keys.key, features, feature_weight)
-    with_term = keys._replace(key=shifted)
+    with_term = keys.with_key(shifted)
     # The reference may be differentiated twice.
     if backend == "reference" or not torch.is_grad_enabled() or not runs_eagerly():
         yield with_term

@@ -26,7 +26,6 @@ from .checks import (
 )
 
 DENSE_WEIGHTS, JAGGED_WEIGHTS = 1, 2  # 0: no weights are returned
-Prepared = tuple[Tensor | None, Tensor | None]  # what a backend made of keys: exp_key, key_bound
 RAW = 4  # added to these: scores instead, as they are before the softmax
 
 
@@ -43,6 +42,26 @@ class KeySide(NamedTuple):
     batch_size: int
     has_heads: bool
     autocast: bool  # whether key and value were cast
+    exp_key: Tensor | None = None  # what a backend prepared of the keys, for a memory's steps
+    key_bound: Tensor | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of the ops."""
+        return {
+            "key": self.key,
+            "value": self.value,
+            "score_weight": self.score_weight,
+            "exp_key": self.exp_key,
+            "key_bound": self.key_bound,
+            "cu_seqlens_k": self.cu_seqlens,
+            "key_lengths": self.lengths,
+            "key_padding_mask": self.padding_mask,
+            "max_seqlen_k": self.max_seqlen,
+        }
+
+    def with_key(self, key: Tensor) -> "KeySide":
+        """With other keys, of which nothing is prepared."""
+        return self._replace(key=key, exp_key=None, key_bound=None)
 
     def ignored(self) -> Tensor | None:
         """Which rows ``[Bk, Nk]`` of keys nobody attends to; None where there are none for sure."""
@@ -60,8 +79,8 @@ class KeySide(NamedTuple):
         bound = _bound_of_unread(self.cu_seqlens, self.key.size(1), need_exact=True)
         return self._replace(max_seqlen=bound)
 
-    def select(self, index: Tensor, prepared: Prepared) -> tuple["KeySide", Prepared]:
-        """The sequences ``index`` ``(B',)``, in that order, and of ``prepared`` what is theirs.
+    def select(self, index: Tensor) -> "KeySide":
+        """The sequences ``index`` ``(B',)``, in that order.
 
         Keys are copied unless those sequences are known, on the host, to lie side by side.
         """
@@ -84,7 +103,7 @@ class KeySide(NamedTuple):
                 return tensor.narrow(axis, rows.start, rows.stop - rows.start)
             return tensor.index_select(axis, rows)
 
-        selected = self._replace(
+        return self._replace(
             key=taken(self.key),
             value=taken(self.value),
             cu_seqlens=cu,
@@ -92,8 +111,9 @@ class KeySide(NamedTuple):
             padding_mask=taken(self.padding_mask),
             max_seqlen=longest,
             batch_size=index.size(0),
+            exp_key=taken(self.exp_key),
+            key_bound=taken(self.key_bound),
         )
-        return selected, (taken(prepared[0]), taken(prepared[1]))
 
     def detached(self) -> "KeySide":
         """The same as constants, to which no gradient flows."""
@@ -110,6 +130,14 @@ class QuerySide(NamedTuple):
     is_one_step: bool
     has_heads: bool
     nested: Tensor | None  # the nested tensor whose offsets the context takes over
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of the ops."""
+        return {
+            "query": self.query,
+            "cu_seqlens_q": self.cu_seqlens,
+            "max_seqlen_q": self.max_seqlen,
+        }
 
     def restore_context(self, context: Tensor) -> Tensor:
         """Shape an internal context ``[Bq, Nq, H, Dv]`` as the caller's layout has it."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
 import torch
 from torch import Tensor
 
-from . import autograd, backends, layout, ops, reference
+from . import autograd, backends, layout, reference
 from .checks import (
     check_device,
     check_flag,
@@ -305,23 +305,18 @@ def _call(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The op's context and weights, in the internal form."""
-    forward = ops.pool_forward if torch.jit.is_tracing() else autograd.pool_forward
-    keys = side.keys
-    context, weights, *_ = forward(
-        keys.key,
-        keys.value,
-        side.score_weight,
-        side.gate,
-        keys.cu_seqlens,
-        keys.lengths,
-        keys.padding_mask,
-        keys.max_seqlen,
-        *feature_dropout,
-        dropout_p,
-        seed,
-        weights_layout,
-        False,  # autograd decides whether scores are kept
-        deterministic,
-        backend,
+    of_tanh, of_gate = feature_dropout
+    arguments = side.keys.arguments() | {"score_weight": side.score_weight}
+    context, weights, *_ = autograd.pool_forward(
+        **arguments,
+        gate=side.gate,
+        tanh_dropout_p=of_tanh,
+        gate_dropout_p=of_gate,
+        dropout_p=dropout_p,
+        dropout_seed=seed,
+        weights_layout=weights_layout,
+        keep_scores=False,  # autograd decides
+        deterministic=deterministic,
+        backend=backend,
     )
     return context, weights
