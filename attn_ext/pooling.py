@@ -12,7 +12,6 @@ from torch import Tensor
 
 from . import autograd, backends, layout, reference
 from .checks import (
-    check_device,
     check_flag,
     check_floating,
     check_probability,
@@ -21,7 +20,6 @@ from .checks import (
     mismatch,
     resolve_deterministic,
     shape_of,
-    wrong_type,
 )
 from .layout import KeySide
 
@@ -115,13 +113,7 @@ def check_pool_side(
 
 def _check_gate(gate: Tensor, key: Tensor, keys: KeySide) -> Tensor:
     """The gate in the internal form."""
-    rows = layout.values_like("gate", gate, key)
-    check_floating("gate", rows)
-    check_device("gate", rows, keys.key.device)
-    if keys.autocast:
-        rows = rows.to(keys.key.dtype)
-    if rows.dtype != keys.key.dtype:
-        raise wrong_type("gate", f"dtype {keys.key.dtype}, as key", rows.dtype)
+    rows = keys.checked("gate", layout.values_like("gate", gate, key))
     of_key = key.values() if key.is_nested else key
     if rows.shape != of_key.shape:
         raise mismatch("gate", f"shape {shape_of(of_key)}, as key", shape_of(rows))

@@ -43,10 +43,8 @@ PYTHON = [
     Defect(
         "pool-gate-dtype",
         "attn_ext/pooling.py",
-        """    if keys.autocast:
-        rows = rows.to(keys.key.dtype)
-""",
-        "",
+        'rows = keys.checked("gate", layout.values_like("gate", gate, key))',
+        'rows = layout.values_like("gate", gate, key)',
         "tests/test_pool.py::test_autocast_and_determinism",
         "Pooling with a gate under autocast is an error.",
     ),
@@ -93,8 +91,8 @@ PYTHON = [
     Defect(
         "layout-nested-bound",
         "attn_ext/layout.py",
-        "max_seqlen_k = nest.max_seqlen if max_seqlen_k is None else max_seqlen_k",
-        "max_seqlen_k = nest.max_seqlen",
+        "return nest.offsets, nest.max_seqlen if max_seqlen is None else max_seqlen",
+        "return nest.offsets, nest.max_seqlen",
         "tests/test_errors.py",
         "A max_seqlen_k given beside nested keys is ignored: the weights have another shape.",
     ),
@@ -117,8 +115,8 @@ PYTHON = [
     Defect(
         "layout-autocast-memory",
         "attn_ext/layout.py",
-        "        if keys.autocast or _autocast_dtype(query) is not None:\n",
-        "        if _autocast_dtype(query) is not None:\n",
+        "            if self.autocast or _autocast_dtype(tensor) is not None:\n",
+        "            if _autocast_dtype(tensor) is not None:\n",
         "tests/test_attention_memory_modes.py::test_autocast_on_one_side_only",
         "A memory made under autocast refuses the float32 queries of steps outside of it.",
     ),

@@ -150,6 +150,14 @@ def test_steps_share_memory_for_their_keys_one_after_the_other():
             torch.testing.assert_close(third.key.squeeze(2), key + terms[2] @ weight)
 
 
+def test_autocast_inside_of_which_a_memory_was_not_made():
+    key, terms = torch.randn(2, 5, 4), torch.randn(2, 5, 3).bfloat16()
+    memory = AttentionMemory(key, key, torch.randn(4), feature_weight=torch.randn(3, 4))
+    expected = memory.attend(key[:, 0], features=terms.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(memory.attend(key[:, 0], features=terms), expected)
+
+
 @pytest.mark.parametrize("name", ["key", "features", "feature_weight"])
 def test_modified_before_backward_is_an_error(name: str):
     """Also where autograd itself keeps none of them, as nothing but the query needs a gradient."""
