@@ -2,105 +2,75 @@
 
 :func:`forward`, :func:`backward`, :func:`step_backward`, :func:`memory_backward`,
 :func:`pool_forward` and :func:`pool_backward` are the ops of the same names in
-:mod:`attn_ext.ops`, called the shortest way.
+:mod:`attn_ext.ops`, called the shortest way, with their arguments by name; what more is given is
+left out.
 """
 
 import functools
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch._ops import OpOverload
 
 from . import batching, ops
 from .layout import RAW
 
-# Tensors that lead the forward ops' arguments, the first four differentiable.
-_TENSORS, _POOL_TENSORS = 10, 7
+INPUTS = 4  # differentiable arguments, which lead the others of the forward ops
 
 
-class _Forward(torch.autograd.Function):
-    """The forward op with its gradient."""
+def _with_gradient(
+    op: OpOverload, gradient_op: OpOverload, gradient: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    """A forward op with its gradient, which is an op that takes arguments of the same names."""
+    names = ops.argument_names(op)
+    kept = [a for a in gradient_op._schema.arguments if a.name in (*names, "stats", "scores")]
+    tensors = [argument.name for argument in kept if "Tensor" in str(argument.type)]
+    others = [argument.name for argument in kept if argument.name not in tensors]
+    get_tensors, get_others = itemgetter(*tensors), itemgetter(*others)
 
-    @staticmethod
-    def forward(ctx, *arguments):
-        query, key, value, score_weight, _, _, *offsets = arguments[:_TENSORS]
-        *ctx.bounds, ctx.dropout_p, dropout_seed, ctx.weights_layout, _ = arguments[_TENSORS:-2]
-        ctx.choice = arguments[-2:]
-        keeps = not ctx.weights_layout & RAW and ops.keeps_scores(
-            query, key, value, offsets[0], ctx.bounds[1], ctx.choice[1]
-        )
-        output = _recorded_further_out(ops.forward, (*arguments[:-3], keeps, *ctx.choice))
-        ctx.save_for_backward(query, key, value, score_weight, *output[2:], dropout_seed, *offsets)
-        ctx.mark_non_differentiable(*output[2:])
-        ctx.set_materialize_grads(False)
-        return output
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *arguments):
+            named = dict(zip(names, arguments))
+            named["keep_scores"] = _keeps_scores(op, named)
+            output = _recorded_further_out(op, tuple(named.values()))
+            _, _, named["stats"], named["scores"] = output
+            ctx.save_for_backward(*get_tensors(named))
+            ctx.others = get_others(named)
+            ctx.mark_non_differentiable(*output[2:])
+            ctx.set_materialize_grads(False)
+            return output
 
-    @staticmethod
-    def backward(ctx, dcontext, dweights, dstats, dscores):
-        no_gradient = (None,) * 14
-        if dcontext is None and dweights is None:
-            return (None,) * 4 + no_gradient
-        wanted = ctx.needs_input_grad[:4]
-        query, key, value, score_weight, stats, scores, dropout_seed, *offsets = ctx.saved_tensors
-        gradients = backward(
-            dcontext,
-            dweights if ctx.weights_layout else None,
-            query,
-            key,
-            value,
-            score_weight,
-            stats,
-            scores,
-            *offsets,
-            *ctx.bounds,
-            ctx.dropout_p,
-            dropout_seed,
-            ctx.weights_layout,
-            sum(needed << bit for bit, needed in enumerate(wanted)),
-            *ctx.choice,
-        )
-        chosen = (grad if needed else None for grad, needed in zip(gradients, wanted))
-        return (*chosen, *no_gradient)
+        @staticmethod
+        def backward(ctx, dcontext, dweights, dstats, dscores):
+            no_gradients = (None,) * len(names)
+            if dcontext is None and dweights is None:
+                return no_gradients
+            wanted = ctx.needs_input_grad[:INPUTS]
+            named = dict(zip((*tensors, *others), (*ctx.saved_tensors, *ctx.others)))
+            named["dcontext"] = dcontext
+            named["dweights"] = dweights if named["weights_layout"] else None
+            mask = sum(ops.GRADS[name] for name, needed in zip(names, wanted) if needed)
+            gradients = gradient(**named, grad_mask=mask)
+            chosen = (grad if needed else None for grad, needed in zip(gradients, wanted))
+            return (*chosen, *no_gradients[INPUTS:])
+
+    return Recorded
 
 
-class _PoolForward(torch.autograd.Function):
-    """The same of pooling. Its scores, K numbers a key, are always kept."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        *ctx.options, dropout_seed, ctx.weights_layout, _ = arguments[_POOL_TENSORS:-2]
-        ctx.choice = arguments[-2:]
-        keeps = not ctx.weights_layout & RAW
-        output = _recorded_further_out(ops.pool_forward, (*arguments[:-3], keeps, *ctx.choice))
-        ctx.save_for_backward(*output[2:], dropout_seed, *arguments[:_POOL_TENSORS])
-        ctx.mark_non_differentiable(*output[2:])
-        ctx.set_materialize_grads(False)
-        return output
-
-    @staticmethod
-    def backward(ctx, dcontext, dweights, dstats, dscores):
-        no_gradient = (None,) * 12
-        if dcontext is None and dweights is None:
-            return (None,) * 4 + no_gradient
-        wanted = ctx.needs_input_grad[:4]
-        stats, scores, dropout_seed, *tensors = ctx.saved_tensors
-        gradients = pool_backward(
-            dcontext,
-            dweights if ctx.weights_layout else None,
-            *tensors[:4],
-            stats,
-            scores,
-            *tensors[4:],
-            *ctx.options,
-            dropout_seed,
-            ctx.weights_layout,
-            sum(needed << bit + 1 for bit, needed in enumerate(wanted)),
-            *ctx.choice,
-        )
-        chosen = (grad if needed else None for grad, needed in zip(gradients, wanted))
-        return (*chosen, *no_gradient)
+def _keeps_scores(op: OpOverload, named: dict[str, Any]) -> bool:
+    """Whether a forward keeps its scores for backward. Those of pooling are K numbers a key."""
+    if named["weights_layout"] & RAW:
+        return False
+    if op is ops.pool_forward:
+        return True
+    inputs = named["query"], named["key"], named["value"]
+    layout = named["cu_seqlens_q"], named["max_seqlen_k"]
+    return ops.keeps_scores(*inputs, *layout, named["backend"])
 
 
 class _Gradient(torch.autograd.Function):
@@ -118,12 +88,12 @@ class _Gradient(torch.autograd.Function):
         )
 
 
-def _below_autograd(op: torch._ops.OpOverload, arguments: tuple):
+def _below_autograd(op: OpOverload, arguments: tuple):
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
 
 
-def _recorded_further_out(op: torch._ops.OpOverload, arguments: tuple):
+def _recorded_further_out(op: OpOverload, arguments: tuple):
     """The op below autograd, but not below the torch.func transforms around this one.
 
     A Function's forward runs without recording, which would otherwise hold for those too.
@@ -156,61 +126,52 @@ def _refuse_tangents(arguments: tuple) -> None:
         )
 
 
-def _differentiable(
-    op: torch._ops.OpOverload, function: type[torch.autograd.Function]
-) -> Callable[..., Any]:
-    """A forward op at the Autograd key."""
-
-    def kernel(*arguments):
-        if torch.autograd.forward_ad._current_level >= 0:
-            _refuse_tangents(arguments)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments[:4]):
-            return _record(function, *arguments)
-        return _below_autograd(op, arguments)
-
-    return kernel
-
-
-def _differentiated(op: torch._ops.OpOverload) -> Callable[..., Any]:
-    """An op that computes gradients at the Autograd key."""
-
-    def kernel(*arguments):
-        if torch.autograd.forward_ad._current_level >= 0:
-            _refuse_tangents(arguments)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-            return _record(_Gradient, op, *arguments)
-        return _below_autograd(op, arguments)
-
-    return kernel
-
-
 # torch.library.register_autograd would do, but it reads the schema in every call, 90 microseconds,
 # and torch.func cannot differentiate what it registers.
 _library = torch.library.Library("attn_ext", "FRAGMENT")
 
 
-def _register(op: torch._ops.OpOverload, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Register the kernel of the Autograd key; the shortest way to call it."""
+def _register(
+    op: OpOverload, gradient: tuple[OpOverload, Callable[..., Any]] | None = None
+) -> Callable[..., Any]:
+    """Register what an op is at the Autograd key; returns the shortest way to call it.
+
+    ``gradient``: of a forward op, the op of its gradient and how that is called.
+    """
+    names = ops.argument_names(op)
+    if gradient is not None:
+        inputs, record = INPUTS, functools.partial(_record, _with_gradient(op, *gradient))
+    else:
+        inputs, record = len(names), functools.partial(_record, _Gradient, op)
+
+    def kernel(*arguments):
+        if torch.autograd.forward_ad._current_level >= 0:
+            _refuse_tangents(arguments)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments[:inputs]):
+            return record(*arguments)
+        return _below_autograd(op, arguments)
+
+    get_arguments = itemgetter(*names)
+
+    def call(**named):
+        if (
+            torch.compiler.is_compiling()
+            or torch.jit.is_tracing()  # what is recorded then is the op, with its gradient
+            or torch._C._are_functorch_transforms_active()
+        ):
+            return op(*(named[name] for name in names))
+        return kernel(*get_arguments(named))  # the dispatcher would take 5 microseconds to do that
+
     _library.impl(op, kernel, "Autograd")
-
-    def call(*arguments):
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return op(*arguments)
-        return kernel(*arguments)  # the dispatcher would take 5 microseconds to do that
-
     return call
 
 
-forward: Callable[..., Any] = _register(ops.forward, _differentiable(ops.forward, _Forward))
-backward: Callable[..., Any] = _register(ops.backward, _differentiated(ops.backward))
-step_backward: Callable[..., Any] = _register(ops.step_backward, _differentiated(ops.step_backward))
-memory_backward: Callable[..., Any] = _register(
-    ops.memory_backward, _differentiated(ops.memory_backward)
-)
-pool_forward: Callable[..., Any] = _register(
-    ops.pool_forward, _differentiable(ops.pool_forward, _PoolForward)
-)
-pool_backward: Callable[..., Any] = _register(ops.pool_backward, _differentiated(ops.pool_backward))
+backward: Callable[..., Any] = _register(ops.backward)
+forward: Callable[..., Any] = _register(ops.forward, (ops.backward, backward))
+step_backward: Callable[..., Any] = _register(ops.step_backward)
+memory_backward: Callable[..., Any] = _register(ops.memory_backward)
+pool_backward: Callable[..., Any] = _register(ops.pool_backward)
+pool_forward: Callable[..., Any] = _register(ops.pool_forward, (ops.pool_backward, pool_backward))
 
 for _op in batching.HEAD_AXES:
     torch.library.register_vmap(_op._name, functools.partial(batching.batched, _op))

@@ -67,6 +67,15 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
         raise mismatch(name, f"device {device}, as key", str(tensor.device))
 
 
+def check_beside_key(name: str, tensor: Tensor, key: Tensor) -> None:
+    """Floating, where key is, and float64 only if key is: other dtypes mix."""
+    check_floating(name, tensor)
+    check_device(name, tensor, key.device)
+    if (tensor.dtype == torch.float64) != (key.dtype == torch.float64):
+        expected = f"a dtype that goes with key's {key.dtype} (float64 does not mix)"
+        raise wrong_type(name, expected, tensor.dtype)
+
+
 def check_probability(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise wrong_type(name, "a float", value)

@@ -12,28 +12,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .checks import (
-    check_device,
-    check_floating,
-    mismatch,
-    runs_eagerly,
-    shape_of,
-    wrong_type,
-)
+from .checks import check_beside_key, mismatch, runs_eagerly, shape_of
 from .layout import KeySide, QuerySide, row_text, without_nesting
 
 
 def check_feature_weight(feature_weight: Tensor, keys: KeySide) -> Tensor:
     """Check ``(F, D)`` or ``(F, H, D)``; returns ``[F, H, D]``."""
-    check_floating("feature_weight", feature_weight)
-    check_device("feature_weight", feature_weight, keys.key.device)
+    check_beside_key("feature_weight", feature_weight, keys.key)
     row = keys.key.shape[2 if keys.has_heads else 3 :]
     if feature_weight.dim() != 1 + len(row) or feature_weight.shape[1:] != row:
         expected = f"shape (F, {row_text(keys.has_heads)}), {tuple(row)} after F as in key"
         raise mismatch("feature_weight", expected, shape_of(feature_weight))
-    if (feature_weight.dtype == torch.float64) != (keys.key.dtype == torch.float64):
-        expected = f"a dtype that goes with key's {keys.key.dtype} (float64 does not mix)"
-        raise wrong_type("feature_weight", expected, feature_weight.dtype)
     return feature_weight if keys.has_heads else feature_weight.unsqueeze(1)
 
 
@@ -44,18 +33,12 @@ def check_features(
     if not queries.is_one_step:
         expected = f"None unless query is (B, {row_text(keys.has_heads)}), one query a sequence"
         raise mismatch("features", expected, f"a {type(features).__name__}")
-    features = without_nesting("features", features, keys)
-    check_floating("features", features)
-    check_device("features", features, keys.key.device)
+    features = keys.checked("features", without_nesting("features", features, keys))
     jagged = keys.cu_seqlens is not None
     shape = (*keys.key.shape[1 if jagged else 0 : 2], feature_weight.size(0))
     if features.shape != shape:
         expected = f"shape {shape} = ({'total_k' if jagged else 'B, Tk'}, F)"
         raise mismatch("features", expected, shape_of(features))
-    if keys.autocast and features.dtype != torch.float64:
-        features = features.to(keys.key.dtype)
-    if features.dtype != keys.key.dtype:
-        raise wrong_type("features", f"dtype {keys.key.dtype}, as key", features.dtype)
     if jagged:
         features = features.unsqueeze(0)
     ignored = keys.ignored()  # may hold NaN, which no gradient of 0 would stop
@@ -98,7 +81,7 @@ def added_to_keys(
 ) -> Iterator[KeySide]:
     """Keys with the term in them. Attention keeps for backward what they were made of, not them."""
     shifted = shifted_keys(keys.key, features, feature_weight)
-    with_term = keys._replace(key=shifted)
+    with_term = keys.with_key(shifted)
     # The reference may be differentiated twice.
     if backend == "reference" or not torch.is_grad_enabled() or not runs_eagerly():
         yield with_term

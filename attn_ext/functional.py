@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
-from . import autograd, backends, layout, ops, pooling, reference
+from . import autograd, backends, layout, pooling, reference
 from .checks import (
     check_flag,
     check_probability,
@@ -14,7 +14,7 @@ from .checks import (
     resolve_deterministic,
 )
 from .features import with_features
-from .layout import KeySide, Prepared, QuerySide
+from .layout import KeySide, QuerySide
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -277,19 +277,13 @@ def additive_scores(
         return score(queries, keys, deterministic, backend)
 
 
-def score(
-    queries: QuerySide,
-    keys: KeySide,
-    deterministic: bool,
-    backend: str,
-    prepared: Prepared = (None, None),
-) -> Tensor:
+def score(queries: QuerySide, keys: KeySide, deterministic: bool, backend: str) -> Tensor:
     """Scores with everything checked and chosen."""
     weights_layout = layout.weights_layout(queries, keys)
     if backend == "reference" or _must_be_plain(queries, keys, weights_layout, backend):
         return reference.scores(queries, keys)
     raw = weights_layout | layout.RAW
-    _, scores = _call(queries, keys, prepared, 0.0, None, raw, deterministic, backend)
+    _, scores = _call(queries, keys, 0.0, None, raw, deterministic, backend)
     return queries.restore_weights(scores, weights_layout)
 
 
@@ -300,16 +294,13 @@ def attend(
     need_weights: bool,
     deterministic: bool,
     backend: str,
-    prepared: Prepared = (None, None),
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend with everything checked and chosen."""
     seed = reference.draw_seed(queries.query.device) if dropout_p > 0 else None
     weights_layout = layout.weights_layout(queries, keys) if need_weights else 0
     if backend == "reference" or _must_be_plain(queries, keys, weights_layout, backend):
         return reference.attend(queries, keys, dropout_p, seed, need_weights)
-    context, weights = _call(
-        queries, keys, prepared, dropout_p, seed, weights_layout, deterministic, backend
-    )
+    context, weights = _call(queries, keys, dropout_p, seed, weights_layout, deterministic, backend)
     context = queries.restore_context(context)
     if not need_weights:
         return context
@@ -319,7 +310,6 @@ def attend(
 def _call(
     queries: QuerySide,
     keys: KeySide,
-    prepared: Prepared,
     dropout_p: float,
     seed: Tensor | None,
     weights_layout: int,
@@ -327,26 +317,15 @@ def _call(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The op's context and weights, in the internal form."""
-    # In a trace the op itself is recorded, with its gradient, instead of a call of Python.
-    forward = ops.forward if torch.jit.is_tracing() else autograd.forward
-    context, weights, *_ = forward(
-        queries.query,
-        keys.key,
-        keys.value,
-        keys.score_weight,
-        *prepared,
-        queries.cu_seqlens,
-        keys.cu_seqlens,
-        keys.lengths,
-        keys.padding_mask,
-        queries.max_seqlen,
-        keys.max_seqlen,
-        dropout_p,
-        seed,
-        weights_layout,
-        False,  # autograd decides whether scores are kept
-        deterministic,
-        backend,
+    context, weights, *_ = autograd.forward(
+        **queries.arguments(),
+        **keys.arguments(),
+        dropout_p=dropout_p,
+        dropout_seed=seed,
+        weights_layout=weights_layout,
+        keep_scores=False,  # autograd decides
+        deterministic=deterministic,
+        backend=backend,
     )
     return context, weights
 

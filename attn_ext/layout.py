@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .checks import (
     can_read_values,
+    check_beside_key,
     check_bound,
     check_device,
     check_floating,
@@ -26,7 +27,6 @@ from .checks import (
 )
 
 DENSE_WEIGHTS, JAGGED_WEIGHTS = 1, 2  # 0: no weights are returned
-Prepared = tuple[Tensor | None, Tensor | None]  # what a backend made of keys: exp_key, key_bound
 RAW = 4  # added to these: scores instead, as they are before the softmax
 
 
@@ -43,6 +43,39 @@ class KeySide(NamedTuple):
     batch_size: int
     has_heads: bool
     autocast: bool  # whether key and value were cast
+    exp_key: Tensor | None = None  # what a backend prepared of the keys, for a memory's steps
+    key_bound: Tensor | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of the ops."""
+        return {
+            "key": self.key,
+            "value": self.value,
+            "score_weight": self.score_weight,
+            "exp_key": self.exp_key,
+            "key_bound": self.key_bound,
+            "cu_seqlens_k": self.cu_seqlens,
+            "key_lengths": self.lengths,
+            "key_padding_mask": self.padding_mask,
+            "max_seqlen_k": self.max_seqlen,
+        }
+
+    def checked(self, name: str, tensor: Tensor) -> Tensor:
+        """Another tensor of the call, in the dtype of key, to which autocast takes it."""
+        check_floating(name, tensor)
+        check_device(name, tensor, self.key.device)
+        dtype = self.key.dtype
+        # Either side may be made under autocast and the other not.
+        if torch.float64 not in (tensor.dtype, dtype):
+            if self.autocast or _autocast_dtype(tensor) is not None:
+                tensor = tensor.to(dtype)
+        if tensor.dtype != dtype:
+            raise wrong_type(name, f"dtype {dtype}, as key", tensor.dtype)
+        return tensor
+
+    def with_key(self, key: Tensor) -> "KeySide":
+        """With other keys, of which nothing is prepared."""
+        return self._replace(key=key, exp_key=None, key_bound=None)
 
     def ignored(self) -> Tensor | None:
         """Which rows ``[Bk, Nk]`` of keys nobody attends to; None where there are none for sure."""
@@ -60,8 +93,8 @@ class KeySide(NamedTuple):
         bound = _bound_of_unread(self.cu_seqlens, self.key.size(1), need_exact=True)
         return self._replace(max_seqlen=bound)
 
-    def select(self, index: Tensor, prepared: Prepared) -> tuple["KeySide", Prepared]:
-        """The sequences ``index`` ``(B',)``, in that order, and of ``prepared`` what is theirs.
+    def select(self, index: Tensor) -> "KeySide":
+        """The sequences ``index`` ``(B',)``, in that order.
 
         Keys are copied unless those sequences are known, on the host, to lie side by side.
         """
@@ -84,7 +117,7 @@ class KeySide(NamedTuple):
                 return tensor.narrow(axis, rows.start, rows.stop - rows.start)
             return tensor.index_select(axis, rows)
 
-        selected = self._replace(
+        return self._replace(
             key=taken(self.key),
             value=taken(self.value),
             cu_seqlens=cu,
@@ -92,8 +125,9 @@ class KeySide(NamedTuple):
             padding_mask=taken(self.padding_mask),
             max_seqlen=longest,
             batch_size=index.size(0),
+            exp_key=taken(self.exp_key),
+            key_bound=taken(self.key_bound),
         )
-        return selected, (taken(prepared[0]), taken(prepared[1]))
 
     def detached(self) -> "KeySide":
         """The same as constants, to which no gradient flows."""
@@ -110,6 +144,14 @@ class QuerySide(NamedTuple):
     is_one_step: bool
     has_heads: bool
     nested: Tensor | None  # the nested tensor whose offsets the context takes over
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of the ops."""
+        return {
+            "query": self.query,
+            "cu_seqlens_q": self.cu_seqlens,
+            "max_seqlen_q": self.max_seqlen,
+        }
 
     def restore_context(self, context: Tensor) -> Tensor:
         """Shape an internal context ``[Bq, Nq, H, Dv]`` as the caller's layout has it."""
@@ -163,17 +205,9 @@ def check_key_side(
         value = key.new_empty((*key.shape[:-1], 0))
     else:
         value = _unwrap_like("value", value, nest)
-    if nest is not None:
-        if cu_seqlens_k is not None:
-            raise mismatch("cu_seqlens_k", "None for a nested key, which has its own", "offsets")
-        cu_seqlens_k = nest.offsets
-        max_seqlen_k = nest.max_seqlen if max_seqlen_k is None else max_seqlen_k
+    cu_seqlens_k, max_seqlen_k = _offsets("key", nest, cu_seqlens_k, max_seqlen_k)
     for name, tensor in (("key", key), ("value", value), ("score_weight", score_weight)):
-        check_floating(name, tensor)
-        check_device(name, tensor, key.device)
-        if (tensor.dtype == torch.float64) != (key.dtype == torch.float64):
-            expected = f"a dtype that goes with key's {key.dtype} (float64 does not mix)"
-            raise wrong_type(name, expected, tensor.dtype)
+        check_beside_key(name, tensor, key)
     is_jagged = cu_seqlens_k is not None
     _check_key_shapes(key, value, score_weight, is_jagged)
 
@@ -182,12 +216,7 @@ def check_key_side(
             if given is not None:
                 expected = "None with jagged keys, whose offsets give lengths"
                 raise mismatch(name, expected, type(given).__name__)
-        longest = check_offsets("cu_seqlens_k", cu_seqlens_k, "key", key)
-        bound = check_bound("max_seqlen_k", max_seqlen_k, longest)
-        if records_lengths():
-            bound = _bound_in_trace("max_seqlen_k", bound, need_max)
-        if bound is None:
-            bound = _bound_of_unread(cu_seqlens_k, key.size(0), need_max)
+        bound = _bound("key", key, cu_seqlens_k, max_seqlen_k, need_max)
         batch_size = cu_seqlens_k.size(0) - 1
     else:
         check_padding(key_padding_mask, key_lengths, max_seqlen_k, key)
@@ -224,31 +253,15 @@ def check_query_side(
 ) -> QuerySide:
     """Check queries against an already checked key side."""
     values, nest = _unwrap("query", query)
-    if nest is not None:
-        if cu_seqlens_q is not None:
-            raise mismatch("cu_seqlens_q", "None for a nested query, which has its own", "offsets")
-        cu_seqlens_q = nest.offsets
-        max_seqlen_q = nest.max_seqlen if max_seqlen_q is None else max_seqlen_q
-    nested, query = (None if nest is None else query), values
-    check_floating("query", query)
-    check_device("query", query, keys.key.device)
+    cu_seqlens_q, max_seqlen_q = _offsets("query", nest, cu_seqlens_q, max_seqlen_q)
+    nested, query = (None if nest is None else query), keys.checked("query", values)
     is_jagged = cu_seqlens_q is not None
     _check_query_shape(query, keys, is_jagged)
-    if torch.float64 not in (query.dtype, keys.key.dtype):
-        if keys.autocast or _autocast_dtype(query) is not None:
-            query = query.to(keys.key.dtype)
-    if query.dtype != keys.key.dtype:
-        raise wrong_type("query", f"dtype {keys.key.dtype}, as key", query.dtype)
 
     bound: int | None = None
     batch = query.size(0)
     if cu_seqlens_q is not None:
-        longest = check_offsets("cu_seqlens_q", cu_seqlens_q, "query", query)
-        bound = check_bound("max_seqlen_q", max_seqlen_q, longest)
-        if records_lengths():
-            bound = _bound_in_trace("max_seqlen_q", bound, need_max)
-        if bound is None:
-            bound = _bound_of_unread(cu_seqlens_q, query.size(0), need_max)
+        bound = _bound("query", query, cu_seqlens_q, max_seqlen_q, need_max)
         batch = cu_seqlens_q.size(0) - 1
     if batch != keys.batch_size:
         name = "cu_seqlens_q" if is_jagged and nested is None else "query"
@@ -284,8 +297,7 @@ def clear_ignored(
     if cu_seqlens is None:
         check_padding(padding_mask, lengths, None, rows)
     else:
-        offsets_name = "cu_seqlens_q" if name == "query" else "cu_seqlens_k"
-        check_offsets(offsets_name, cu_seqlens, name, rows)
+        check_offsets(f"cu_seqlens_{name[0]}", cu_seqlens, name, rows)
         if can_read_values(cu_seqlens) and int(cu_seqlens[-1]) == rows.size(0):
             return rows
     ignored = _ignored(rows.size(-2), rows.device, cu_seqlens, lengths, padding_mask)
@@ -400,6 +412,27 @@ def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     if tensor.dtype == torch.float64 or device == "meta":  # which autocast does not know
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _offsets(
+    name: str, nest: "_Nest | None", cu: Tensor | None, max_seqlen: int | None
+) -> tuple[Tensor | None, int | None]:
+    """Those that were given, or those of a nested tensor."""
+    if nest is None:
+        return cu, max_seqlen
+    if cu is not None:
+        expected = f"None for a nested {name}, which has its own"
+        raise mismatch(f"cu_seqlens_{name[0]}", expected, "offsets")
+    return nest.offsets, nest.max_seqlen if max_seqlen is None else max_seqlen
+
+
+def _bound(name: str, rows: Tensor, cu: Tensor, max_seqlen: int | None, need_exact: bool) -> int:
+    """Check the offsets of jagged rows; a bound on the longest sequence."""
+    longest = check_offsets(f"cu_seqlens_{name[0]}", cu, name, rows)
+    bound = check_bound(f"max_seqlen_{name[0]}", max_seqlen, longest)
+    if records_lengths():
+        return _bound_in_trace(f"max_seqlen_{name[0]}", bound, need_exact)
+    return _bound_of_unread(cu, rows.size(0), need_exact) if bound is None else bound
 
 
 def _bound_of_unread(cu: Tensor, rows: int, need_exact: bool) -> int:

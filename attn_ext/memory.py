@@ -17,7 +17,7 @@ from .checks import (
 )
 from .features import added_to_keys, check_feature_weight, check_features
 from .functional import attend, score
-from .layout import RAW, KeySide, Prepared, QuerySide
+from .layout import RAW, KeySide, QuerySide
 from .steps import Steps
 
 
@@ -78,16 +78,19 @@ class AttentionMemory:
             feature_weight = None if feature_weight is None else feature_weight.detach()
         self._feature_weight = feature_weight
         self._dropout_p = check_probability("dropout_p", dropout_p)
-        deterministic = resolve_deterministic(deterministic)
-        self._choice = deterministic, backends.choose(backend, keys.key.device, keys.key.dtype)
+        self._choice: dict[str, Any] = {
+            "deterministic": resolve_deterministic(deterministic),
+            "backend": backends.choose(backend, keys.key.device, keys.key.dtype),
+        }
         self._prepare(keys)
 
-    def _prepare(self, keys: KeySide, prepared: Prepared | None = None) -> None:
-        self._keys = keys
+    def _prepare(self, keys: KeySide) -> None:
         self._steps: Steps | None = None
-        if self._choice[1] != "reference" and runs_eagerly():
-            self._steps = Steps(keys, self._feature_weight, self._choice, prepared)
+        if self._choice["backend"] != "reference" and runs_eagerly():
+            self._steps = Steps(keys, self._feature_weight, self._choice)
             self._token = self._steps.make_token()
+            keys = self._steps.keys
+        self._keys = keys
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
@@ -142,8 +145,8 @@ class AttentionMemory:
             if not need_weights:
                 return context
             return context, queries.restore_weights(weights, weights_layout)
-        with self._keys_and_prepared(features, need_weights) as (keys, prepared):
-            return attend(queries, keys, self._dropout_p, need_weights, *self._choice, prepared)
+        with self._keys_of_call(features, need_weights) as keys:
+            return attend(queries, keys, self._dropout_p, need_weights, **self._choice)
 
     def scores(self, query: Tensor, *, features: Tensor | None = None) -> Tensor:
         """Score without attending, as :func:`attn_ext.additive_scores`.
@@ -164,8 +167,8 @@ class AttentionMemory:
             weights_layout = layout.weights_layout(queries, self._keys)
             _, scores = self._step(queries, features, 0.0, weights_layout | RAW)
             return queries.restore_weights(scores, weights_layout)
-        with self._keys_and_prepared(features, True) as (keys, prepared):
-            return score(queries, keys, *self._choice, prepared)
+        with self._keys_of_call(features, True) as keys:
+            return score(queries, keys, **self._choice)
 
     def select(self, index: Tensor) -> "AttentionMemory":
         """A memory of some of the sequences, in any order, left out or repeated.
@@ -182,10 +185,9 @@ class AttentionMemory:
             TypeError, ValueError: ``index`` is of another type, shape or device, or names a
                 sequence that is not there.
         """
-        keys, prepared = self._keys.select(index, self._prepared())
         selected = object.__new__(type(self))
         selected.__dict__.update(self.__dict__)
-        selected._prepare(keys, None if self._steps is None else prepared)
+        selected._prepare(self._checked_keys().select(index))
         return selected
 
     def _check_query(self, query: Tensor) -> QuerySide:
@@ -207,24 +209,25 @@ class AttentionMemory:
         """Whether a step leaves the gradients of the key side to the batched pass."""
         return queries.is_one_step and self._steps is not None and runs_eagerly()
 
-    def _prepared(self) -> Prepared:
-        # A compiled graph has no use for what was prepared outside of it, or in another call.
-        if self._steps is None or not runs_eagerly():
-            return None, None
+    def _checked_keys(self) -> KeySide:
+        """The key side, whose tensors must be what they were when it was prepared."""
+        if self._steps is None:
+            return self._keys
+        if not runs_eagerly():  # a graph has no use for what was prepared outside of it
+            return self._keys.with_key(self._keys.key)
         self._steps.check_unchanged()
-        return self._steps.prepared
+        return self._keys
 
     @contextlib.contextmanager
-    def _keys_and_prepared(
-        self, features: Tensor | None, need_weights: bool
-    ) -> Iterator[tuple[KeySide, Prepared]]:
+    def _keys_of_call(self, features: Tensor | None, need_weights: bool) -> Iterator[KeySide]:
         """The key side of a step that computes all its gradients itself."""
-        keys = self._keys.with_exact_bound() if need_weights else self._keys
+        keys = self._checked_keys()
+        keys = keys.with_exact_bound() if need_weights else keys
         if features is None or self._feature_weight is None:
-            yield keys, self._prepared()
+            yield keys
             return
-        with added_to_keys(keys, features, self._feature_weight, self._choice[1]) as keys:
-            yield keys, (None, None)
+        with added_to_keys(keys, features, self._feature_weight, self._choice["backend"]) as keys:
+            yield keys
 
     def _step(
         self, queries: QuerySide, features: Tensor | None, dropout_p: float, weights_layout: int

@@ -5,7 +5,9 @@ The CPU kernels are registered by the C++ library (``csrc/registration.cpp``); o
 is checked here.
 """
 
+import functools
 import importlib
+import inspect
 import warnings
 from collections.abc import Callable
 
@@ -16,39 +18,37 @@ from torch._ops import OpOverload
 from . import backends
 from .layout import RAW
 
-_KEY_LAYOUT = "Tensor? cu_seqlens_k, Tensor? key_lengths, Tensor? key_padding_mask"
-_LAYOUT = f"Tensor? cu_seqlens_q, {_KEY_LAYOUT}, SymInt max_seqlen_q, SymInt max_seqlen_k"
+_KEY_ROWS = "Tensor? cu_seqlens_k, Tensor? key_lengths, Tensor? key_padding_mask"
+_KEY_LAYOUT = f"{_KEY_ROWS}, SymInt max_seqlen_k"
+_LAYOUT = f"Tensor? cu_seqlens_q, {_KEY_ROWS}, SymInt max_seqlen_q, SymInt max_seqlen_k"
 _DROPOUT = "float dropout_p, Tensor? dropout_seed"
+_POOL_DROPOUT = f"float tanh_dropout_p, float gate_dropout_p, {_DROPOUT}"
 _CHOICE = "bool deterministic, str backend"
-_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor score_weight"
+_KEYS = "Tensor key, Tensor value, Tensor score_weight"
 _PREPARED = "Tensor? exp_key, Tensor? key_bound"  # None: the backend prepares nothing
 _KEPT = "Tensor stats, Tensor scores"  # what forward leaves for backward
-_GRADS = "Tensor? dcontext, Tensor? dweights"
-_POOLED = "Tensor key, Tensor value, Tensor score_weight, Tensor? gate"
-_POOL_LAYOUT = f"{_KEY_LAYOUT}, SymInt max_seqlen_k"
-_POOL_DROPOUT = f"float tanh_dropout_p, float gate_dropout_p, {_DROPOUT}"
+_FORWARD = f"int weights_layout, bool keep_scores, {_CHOICE}"
+_RESULTS = "Tensor context, Tensor weights, Tensor stats, Tensor scores"
+_INCOMING = "Tensor? dcontext, Tensor? dweights"
+_BACKWARD = f"int weights_layout, int grad_mask, {_CHOICE}"
+_KEY_GRADS = "Tensor dkey, Tensor dvalue, Tensor dscore_weight"
 
 _SCHEMAS = {
-    "additive_attention_forward": f"({_INPUTS}, Tensor? exp_key, Tensor? key_bound, {_LAYOUT}, "
-    f"{_DROPOUT}, int weights_layout, bool keep_scores, {_CHOICE}) "
-    "-> (Tensor context, Tensor weights, Tensor stats, Tensor scores)",
-    "additive_attention_backward": f"({_GRADS}, {_INPUTS}, {_KEPT}, {_LAYOUT}, {_DROPOUT}, "
-    f"int weights_layout, int grad_mask, {_CHOICE}) "
-    "-> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dscore_weight)",
+    "additive_attention_forward": f"(Tensor query, {_KEYS}, {_PREPARED}, {_LAYOUT}, {_DROPOUT}, "
+    f"{_FORWARD}) -> ({_RESULTS})",
+    "additive_attention_backward": f"({_INCOMING}, Tensor query, {_KEYS}, {_KEPT}, {_LAYOUT}, "
+    f"{_DROPOUT}, {_BACKWARD}) -> (Tensor dquery, {_KEY_GRADS})",
     "additive_attention_prepare": "(Tensor key) -> (Tensor exp_key, Tensor key_bound)",  # CPU
-    "additive_attention_step_backward": f"({_GRADS}, {_INPUTS}, {_PREPARED}, {_KEPT}, "
-    f"{_KEY_LAYOUT}, SymInt max_seqlen_k, {_DROPOUT}, int weights_layout, int grad_mask, "
-    f"{_CHOICE}) -> (Tensor dquery, Tensor dscores, Tensor weights)",
+    "additive_attention_step_backward": f"({_INCOMING}, Tensor query, {_KEYS}, {_PREPARED}, "
+    f"{_KEPT}, {_KEY_LAYOUT}, {_DROPOUT}, {_BACKWARD}) "
+    "-> (Tensor dquery, Tensor dscores, Tensor weights)",
     "additive_attention_memory_backward": "(Tensor query, Tensor dscores, Tensor weights, "
-    "Tensor dcontext, Tensor key, Tensor value, Tensor score_weight, "
-    f"{_PREPARED}, {_KEY_LAYOUT}, SymInt max_seqlen_k, int grad_mask, {_CHOICE}) "
-    "-> (Tensor dkey, Tensor dvalue, Tensor dscore_weight)",
-    "additive_pool_forward": f"({_POOLED}, {_POOL_LAYOUT}, {_POOL_DROPOUT}, int weights_layout, "
-    f"bool keep_scores, {_CHOICE}) "
-    "-> (Tensor context, Tensor weights, Tensor stats, Tensor scores)",
-    "additive_pool_backward": f"({_GRADS}, {_POOLED}, {_KEPT}, {_POOL_LAYOUT}, {_POOL_DROPOUT}, "
-    f"int weights_layout, int grad_mask, {_CHOICE}) "
-    "-> (Tensor dkey, Tensor dvalue, Tensor dscore_weight, Tensor dgate)",
+    f"Tensor dcontext, {_KEYS}, {_PREPARED}, {_KEY_LAYOUT}, int grad_mask, {_CHOICE}) "
+    f"-> ({_KEY_GRADS})",
+    "additive_pool_forward": f"({_KEYS}, Tensor? gate, {_KEY_LAYOUT}, {_POOL_DROPOUT}, "
+    f"{_FORWARD}) -> ({_RESULTS})",
+    "additive_pool_backward": f"({_INCOMING}, {_KEYS}, Tensor? gate, {_KEPT}, {_KEY_LAYOUT}, "
+    f"{_POOL_DROPOUT}, {_BACKWARD}) -> ({_KEY_GRADS}, Tensor dgate)",
 }
 _CPU_ONLY = ("additive_attention_prepare",)  # which "triton" and "cuda" do not have
 
@@ -62,6 +62,13 @@ step_backward: OpOverload = torch.ops.attn_ext.additive_attention_step_backward.
 memory_backward: OpOverload = torch.ops.attn_ext.additive_attention_memory_backward.default
 pool_forward: OpOverload = torch.ops.attn_ext.additive_pool_forward.default
 pool_backward: OpOverload = torch.ops.attn_ext.additive_pool_backward.default
+
+GRADS = {"query": 1, "key": 2, "value": 4, "score_weight": 8, "gate": 16}  # bits of grad_mask
+
+
+@functools.cache
+def argument_names(op: OpOverload) -> tuple[str, ...]:
+    return tuple(argument.name for argument in op._schema.arguments)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -104,100 +111,92 @@ def _is_known_true(fact: bool | torch.SymBool) -> bool:
     return fact
 
 
-@torch.library.register_fake("attn_ext::additive_attention_forward")
+def _fake(op: OpOverload) -> Callable:
+    """Register the fake kernel of an op, which takes those of its arguments that it names."""
+
+    def register(fake: Callable) -> Callable:
+        places = [argument_names(op).index(name) for name in inspect.signature(fake).parameters]
+
+        def kernel(*arguments):
+            return fake(*(arguments[place] for place in places))
+
+        return torch.library.register_fake(op._name, kernel)
+
+    return register
+
+
+@_fake(forward)
 def _forward_fake(
-    query,
-    key,
-    value,
-    score_weight,
-    exp_key,
-    key_bound,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    key_lengths,
-    key_padding_mask,
-    max_seqlen_q,
-    max_seqlen_k,
-    dropout_p,
-    dropout_seed,
-    weights_layout,
-    keep_scores,
-    deterministic,
-    backend,
+    query, key, value, cu_seqlens_q, max_seqlen_q, max_seqlen_k, weights_layout, keep_scores
 ):
     rows, heads = query.shape[:2], query.size(2)
     batch = query.size(0) if cu_seqlens_q is None else cu_seqlens_q.size(0) - 1
     weights_shape = ((0,), (batch, heads, max_seqlen_q, max_seqlen_k), (key.size(1), heads))
     raw, weights_layout = divmod(weights_layout, RAW)
-    weights_dtype = compute_dtype(key.dtype) if raw else value.dtype
+    dtype = compute_dtype(key.dtype)
     scores_shape: tuple = (0,)
     if keep_scores:
         by_key = cu_seqlens_q is None and query.size(1) == 1
         scores_shape = key.shape[:3] if by_key else (*rows, heads, max_seqlen_k)
     return (
         value.new_empty((*rows, heads, value.size(-1))),
-        value.new_empty(weights_shape[weights_layout], dtype=weights_dtype),
-        query.new_empty((*rows, heads, 2), dtype=compute_dtype(query.dtype)),
-        query.new_empty(scores_shape, dtype=compute_dtype(query.dtype)),
+        value.new_empty(weights_shape[weights_layout], dtype=dtype if raw else value.dtype),
+        query.new_empty((*rows, heads, 2), dtype=dtype),
+        query.new_empty(scores_shape, dtype=dtype),
     )
 
 
-def _gradient(like: Tensor, wanted: int) -> Tensor:
-    return like.new_empty(like.shape if wanted else (0,))
+def _gradients(grad_mask: int, **inputs: Tensor) -> tuple[Tensor, ...]:
+    """One of each input; empty where none is asked for."""
+    return tuple(
+        tensor.new_empty(tensor.shape if grad_mask & GRADS[name] else (0,))
+        for name, tensor in inputs.items()
+    )
 
 
-@torch.library.register_fake("attn_ext::additive_attention_backward")
-def _backward_fake(dcontext, dweights, query, key, value, score_weight, *rest):
-    *_, grad_mask, _, _ = rest
-    inputs = (query, key, value, score_weight)
-    return tuple(_gradient(tensor, grad_mask & 1 << bit) for bit, tensor in enumerate(inputs))
+@_fake(backward)
+def _backward_fake(query, key, value, score_weight, grad_mask):
+    return _gradients(grad_mask, query=query, key=key, value=value, score_weight=score_weight)
 
 
-@torch.library.register_fake("attn_ext::additive_attention_prepare")
+@_fake(prepare)
 def _prepare_fake(key):
     dtype = compute_dtype(key.dtype)
     return key.new_empty(key.shape, dtype=dtype), key.new_empty(key.shape[:-1], dtype=dtype)
 
 
-@torch.library.register_fake("attn_ext::additive_attention_step_backward")
-def _step_backward_fake(dcontext, dweights, query, key, value, score_weight, *rest):
+@_fake(step_backward)
+def _step_backward_fake(query, key, grad_mask):
     dtype = compute_dtype(key.dtype)
     by_key = (key.new_empty(key.shape[:-1], dtype=dtype) for _ in range(2))
-    *_, grad_mask, _, _ = rest
-    return _gradient(query, grad_mask & 1), *by_key
+    return *_gradients(grad_mask, query=query), *by_key
 
 
-@torch.library.register_fake("attn_ext::additive_attention_memory_backward")
-def _memory_backward_fake(query, dscores, weights, dcontext, key, value, score_weight, *rest):
-    *_, grad_mask, _, _ = rest
-    inputs = (key, value, score_weight)
-    return tuple(_gradient(tensor, grad_mask & 2 << bit) for bit, tensor in enumerate(inputs))
+@_fake(memory_backward)
+def _memory_backward_fake(key, value, score_weight, grad_mask):
+    return _gradients(grad_mask, key=key, value=value, score_weight=score_weight)
 
 
-@torch.library.register_fake("attn_ext::additive_pool_forward")
-def _pool_forward_fake(key, value, score_weight, gate, cu_seqlens_k, *rest):
-    *_, weights_layout, keep_scores, _, _ = rest
+@_fake(pool_forward)
+def _pool_forward_fake(key, value, score_weight, cu_seqlens_k, weights_layout, keep_scores):
     heads, branches, _ = score_weight.shape
     batch = key.size(0) if cu_seqlens_k is None else cu_seqlens_k.size(0) - 1
     by_key = (key.size(1), heads, branches)
+    weights_shape = ((0,), (batch, heads, branches, key.size(1)), by_key)
     raw, weights_layout = divmod(weights_layout, RAW)
     dtype = compute_dtype(key.dtype)
     return (
         value.new_empty((batch, branches, heads, value.size(-1))),
-        value.new_empty(
-            ((0,), (batch, heads, branches, key.size(1)), by_key)[weights_layout],
-            dtype=dtype if raw else value.dtype,
-        ),
+        value.new_empty(weights_shape[weights_layout], dtype=dtype if raw else value.dtype),
         key.new_empty((batch, branches, heads, 2), dtype=dtype),
         key.new_empty((key.size(0), *by_key) if keep_scores else (0,), dtype=dtype),
     )
 
 
-@torch.library.register_fake("attn_ext::additive_pool_backward")
-def _pool_backward_fake(dcontext, dweights, key, value, score_weight, gate, *rest):
-    *_, grad_mask, _, _ = rest
-    inputs = (key, value, score_weight, key if gate is None else gate)
-    return tuple(_gradient(tensor, grad_mask & 2 << bit) for bit, tensor in enumerate(inputs))
+@_fake(pool_backward)
+def _pool_backward_fake(key, value, score_weight, gate, grad_mask):
+    gate = key if gate is None else gate
+    return _gradients(grad_mask, key=key, value=value, score_weight=score_weight, gate=gate)
 
 
 # ---- The kernels of CUDA tensors ----

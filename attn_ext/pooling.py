@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
 import torch
 from torch import Tensor
 
-from . import autograd, backends, layout, ops, reference
+from . import autograd, backends, layout, reference
 from .checks import (
-    check_device,
     check_flag,
     check_floating,
     check_probability,
@@ -21,7 +20,6 @@ from .checks import (
     mismatch,
     resolve_deterministic,
     shape_of,
-    wrong_type,
 )
 from .layout import KeySide
 
@@ -115,13 +113,7 @@ def check_pool_side(
 
 def _check_gate(gate: Tensor, key: Tensor, keys: KeySide) -> Tensor:
     """The gate in the internal form."""
-    rows = layout.values_like("gate", gate, key)
-    check_floating("gate", rows)
-    check_device("gate", rows, keys.key.device)
-    if keys.autocast:
-        rows = rows.to(keys.key.dtype)
-    if rows.dtype != keys.key.dtype:
-        raise wrong_type("gate", f"dtype {keys.key.dtype}, as key", rows.dtype)
+    rows = keys.checked("gate", layout.values_like("gate", gate, key))
     of_key = key.values() if key.is_nested else key
     if rows.shape != of_key.shape:
         raise mismatch("gate", f"shape {shape_of(of_key)}, as key", shape_of(rows))
@@ -305,23 +297,18 @@ def _call(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The op's context and weights, in the internal form."""
-    forward = ops.pool_forward if torch.jit.is_tracing() else autograd.pool_forward
-    keys = side.keys
-    context, weights, *_ = forward(
-        keys.key,
-        keys.value,
-        side.score_weight,
-        side.gate,
-        keys.cu_seqlens,
-        keys.lengths,
-        keys.padding_mask,
-        keys.max_seqlen,
-        *feature_dropout,
-        dropout_p,
-        seed,
-        weights_layout,
-        False,  # autograd decides whether scores are kept
-        deterministic,
-        backend,
+    of_tanh, of_gate = feature_dropout
+    arguments = side.keys.arguments() | {"score_weight": side.score_weight}
+    context, weights, *_ = autograd.pool_forward(
+        **arguments,
+        gate=side.gate,
+        tanh_dropout_p=of_tanh,
+        gate_dropout_p=of_gate,
+        dropout_p=dropout_p,
+        dropout_seed=seed,
+        weights_layout=weights_layout,
+        keep_scores=False,  # autograd decides
+        deterministic=deterministic,
+        backend=backend,
     )
     return context, weights

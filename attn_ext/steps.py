@@ -8,6 +8,7 @@ they share from all records.
 import contextlib
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,8 @@ from torch import Tensor
 from . import autograd, ops
 from .checks import operations_are_recorded
 from .features import shifted_keys
-from .layout import DENSE_WEIGHTS, JAGGED_WEIGHTS, RAW, KeySide, Prepared
-
-GRAD_QUERY, GRAD_KEY, GRAD_VALUE, GRAD_SCORE_WEIGHT = 1, 2, 4, 8  # bits of the ops' grad_mask
+from .layout import DENSE_WEIGHTS, JAGGED_WEIGHTS, RAW, KeySide
+from .ops import GRADS
 
 
 class _Records:
@@ -42,25 +42,18 @@ class Steps:
         self,
         keys: KeySide,
         feature_weight: Tensor | None,  # [F, H, D]
-        choice: tuple[bool, str],
-        prepared: Prepared | None,
+        choice: dict[str, Any],
     ):
+        if keys.exp_key is None and choice["backend"] == "cpu":
+            # Accelerators exponentiate keys faster than they would read prepared exponentials.
+            exp_key, key_bound = ops.prepare(keys.key.detach())
+            keys = keys._replace(exp_key=exp_key, key_bound=key_bound)
         self.keys = keys
         self.choice = choice
         # Not detached, so that under create_graph the backward ops refuse a second derivative.
-        self.inputs: tuple[Tensor, Tensor, Tensor] = (keys.key, keys.value, keys.score_weight)
+        self.inputs = {"key": keys.key, "value": keys.value, "score_weight": keys.score_weight}
         self.feature_weight = feature_weight
-        wanted = (t.requires_grad << bit for bit, t in enumerate(self.inputs, start=1))
-        self.grad_mask: int = sum(wanted)
-        if prepared is None:
-            # Accelerators exponentiate keys faster than they would read prepared exponentials.
-            prepared = ops.prepare(keys.key.detach()) if choice[1] == "cpu" else (None, None)
-        self.prepared = prepared
-        self.key_layout: tuple[Tensor | None, Tensor | None, Tensor | None] = (
-            keys.cu_seqlens,
-            keys.lengths,
-            keys.padding_mask,
-        )
+        self.grad_mask = sum(GRADS[name] for name, t in self.inputs.items() if t.requires_grad)
         self._rooms: list[Tensor] = []  # for keys with features, of steps that have run
         self._versions = self._current_versions()
         # By backward pass: passes may nest (reentrant checkpointing) or run in several threads.
@@ -68,7 +61,7 @@ class Steps:
 
     def make_token(self) -> Tensor:
         """What each step takes. It knows the steps, which must not hold it in turn."""
-        return _Collect.apply(*self.inputs, self.feature_weight, self)
+        return _Collect.apply(*self.inputs.values(), self.feature_weight, self)
 
     def attend(
         self,
@@ -81,19 +74,20 @@ class Steps:
     ) -> tuple[Tensor, Tensor]:
         """Context and weights of one query a sequence, in the internal form."""
         tensors = (query, token) if features is None else (query, token, features)
+        keys, backend = self.keys, self.choice["backend"]
         keeps_scores = (
             torch.is_grad_enabled()
             and any(tensor.requires_grad for tensor in tensors)
             and not weights_layout & RAW
-            and ops.keeps_scores(
-                query, self.keys.key, self.keys.value, None, self.keys.max_seqlen, self.choice[1]
-            )
+            and ops.keeps_scores(query, keys.key, keys.value, None, keys.max_seqlen, backend)
         )
         options = dropout_p, seed, weights_layout, keeps_scores
         return _Attend.apply(query, token, features, self, *options)
 
     def _current_versions(self) -> list[int]:
-        tensors = (*self.inputs, self.feature_weight, *self.key_layout)
+        keys = self.keys
+        layout = keys.cu_seqlens, keys.lengths, keys.padding_mask
+        tensors = (*self.inputs.values(), self.feature_weight, *layout)
         tracked = (t for t in tensors if t is not None and not t.is_inference())
         return [tensor._version for tensor in tracked]
 
@@ -105,16 +99,19 @@ class Steps:
                 "new memory"
             )
 
+    def keys_of_step(self, features: Tensor | None) -> contextlib.AbstractContextManager[KeySide]:
+        return contextlib.nullcontext(self.keys) if features is None else self._shifted(features)
+
     @contextlib.contextmanager
-    def shifted_keys(self, features: Tensor) -> Iterator[Tensor]:
-        """The keys of a step with features.
+    def _shifted(self, features: Tensor) -> Iterator[KeySide]:
+        """The key side of a step with features.
 
         On the CPU one step after the other has them in the same memory. Freed blocks of that size
         would be split by what each step keeps, and never be used again: two or three times the
         memory. In inference mode nothing is kept, and memory made there could not be written to
         outside.
         """
-        key, weight = self.inputs[0], self.feature_weight
+        key, weight = self.keys.key, self.feature_weight
         assert weight is not None  # or there were no features
         if (
             not key.is_cpu
@@ -122,13 +119,13 @@ class Steps:
             or torch.is_inference_mode_enabled()
             or operations_are_recorded()
         ):
-            yield shifted_keys(key, features, weight)
+            yield self.keys.with_key(shifted_keys(key, features, weight))
             return
         try:
             room = self._rooms.pop()  # from here on no other thread has it
         except IndexError:
             room = torch.empty_like(key, memory_format=torch.contiguous_format)
-        yield shifted_keys(key, features, weight, out=room)
+        yield self.keys.with_key(shifted_keys(key, features, weight, out=room))
         self._rooms.append(room)
 
     def records(self) -> _Records:
@@ -161,15 +158,15 @@ class _Collect(torch.autograd.Function):
         if records is None:
             return (None,) * 5
         steps.check_unchanged()
-        mask = sum(needed << bit for bit, needed in enumerate((False, *wanted)))
+        mask = sum(GRADS[name] for name, needed in zip(steps.inputs, wanted) if needed)
         dkey, dvalue, dscore_weight = _batched(steps, records.plain, mask)
         dfeature_weight = None
         if records.featured:
-            _, more_dvalue, _ = _batched(steps, records.featured, mask & GRAD_VALUE)
-            dvalue = _add(dvalue, more_dvalue, steps.inputs[1])
+            _, more_dvalue, _ = _batched(steps, records.featured, mask & GRADS["value"])
+            dvalue = _add(dvalue, more_dvalue, steps.keys.value)
             more_dkey, more_dscore_weight, dfeature_weight = records.sums
-            dkey = _add(dkey, more_dkey, steps.inputs[0])
-            dscore_weight = _add(dscore_weight, more_dscore_weight, steps.inputs[2])
+            dkey = _add(dkey, more_dkey, steps.keys.key)
+            dscore_weight = _add(dscore_weight, more_dscore_weight, steps.keys.score_weight)
             dfeature_weight = dfeature_weight.to(steps.feature_weight.dtype)
         gradients = (dkey, dvalue, dscore_weight, dfeature_weight)
         needs = ctx.needs_input_grad[:4]
@@ -182,18 +179,16 @@ def _batched(steps: Steps, records: list[tuple[Tensor, ...]], mask: int):
         return None, None, None
     query, dscores, weights, dcontext = (torch.stack(column) for column in zip(*records))
     gradients = autograd.memory_backward(
-        query.squeeze(2),
-        dscores,
-        weights,
-        dcontext.squeeze(2),
-        *steps.inputs,
-        *steps.prepared,
-        *steps.key_layout,
-        steps.keys.max_seqlen,
-        mask,
-        *steps.choice,
+        **steps.keys.arguments(),
+        query=query.squeeze(2),
+        dscores=dscores,
+        weights=weights,
+        dcontext=dcontext.squeeze(2),
+        grad_mask=mask,
+        **steps.choice,
     )
-    return [grad if mask & 2 << bit else None for bit, grad in enumerate(gradients)]
+    pairs = zip(steps.inputs, gradients)
+    return [grad if mask & GRADS[name] else None for name, grad in pairs]
 
 
 def _add(ours: Tensor | None, more: Tensor | None, like: Tensor) -> Tensor | None:
@@ -209,13 +204,18 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, token, features, steps, dropout_p, seed, weights_layout, keeps_scores):
         steps.check_unchanged()
-        options = dropout_p, seed, weights_layout, keeps_scores
-        if features is None:
-            results = _forward(steps, query, steps.inputs[0], steps.prepared, options)
-        else:
-            with steps.shifted_keys(features) as key:
-                results = _forward(steps, query, key, (None, None), options)
-        context, weights, *kept = results
+        with steps.keys_of_step(features) as keys:
+            context, weights, *kept = autograd.forward(
+                query=query,
+                cu_seqlens_q=None,
+                max_seqlen_q=1,
+                **keys.arguments(),
+                dropout_p=dropout_p,
+                dropout_seed=seed,
+                weights_layout=weights_layout,
+                keep_scores=keeps_scores,
+                **steps.choice,
+            )
         ctx.steps, ctx.dropout_p, ctx.weights_layout = steps, dropout_p, weights_layout
         # The keys of a step with features are made again, which takes no memory till then.
         ctx.save_for_backward(query, features, *kept, seed)
@@ -232,126 +232,99 @@ class _Attend(torch.autograd.Function):
             return no_gradients
         steps.check_unchanged()
         query, features, stats, scores, seed = ctx.saved_tensors
+        given = {  # of the ops' arguments those that are the step's own
+            "dcontext": dcontext,
+            "dweights": dweights,
+            "query": query,
+            "stats": stats,
+            "scores": scores,
+            "dropout_p": ctx.dropout_p,
+            "dropout_seed": seed,
+            "weights_layout": ctx.weights_layout,
+            **steps.choice,
+        }
+        needs_query, _, needs_features, *_ = ctx.needs_input_grad
         if features is None:
-            differentiate = _step_gradients
+            dquery, dfeatures = _step_gradients(steps, given, needs_query, collects), None
         else:
-            differentiate = _featured_step_gradients
-        dquery, dfeatures = differentiate(
-            ctx, collects, dcontext, dweights, query, features, stats, scores, seed
-        )
+            dquery, dfeatures = _featured_step_gradients(
+                steps, given, features, needs_query, needs_features, collects
+            )
         return dquery, None, dfeatures, *no_gradients[3:]
 
 
-def _forward(steps: Steps, query: Tensor, key: Tensor, prepared: Prepared, options: tuple):
-    """The op, with one query a sequence."""
-    return autograd.forward(
-        query,
-        key,
-        *steps.inputs[1:],
-        *prepared,
-        None,
-        *steps.key_layout,
-        1,
-        steps.keys.max_seqlen,
-        *options,
-        *steps.choice,
-    )
+def _record(steps: Steps, given: dict[str, Any], dscores: Tensor, weights: Tensor):
+    """What the batched pass needs of a step."""
+    query, dcontext = given["query"], given["dcontext"]
+    if dcontext is None:
+        dcontext = query.new_zeros((*query.shape[:-1], steps.keys.value.size(-1)))
+    return query, dscores, weights, dcontext
 
 
-def _step_backward(ctx, mask, dcontext, dweights, query, key, prepared, stats, scores, seed):
-    """The op: dquery, and what is recorded, the gradients of scores and the weights."""
-    steps = ctx.steps
-    return autograd.step_backward(
-        dcontext,
-        dweights,
-        query,
-        key,
-        *steps.inputs[1:],
-        *prepared,
-        stats,
-        scores,
-        *steps.key_layout,
-        steps.keys.max_seqlen,
-        ctx.dropout_p,
-        seed,
-        ctx.weights_layout,
-        mask,
-        *steps.choice,
-    )
-
-
-def _no_dcontext(steps: Steps, query: Tensor) -> Tensor:
-    return query.new_zeros((*query.shape[:-1], steps.inputs[1].size(-1)))
-
-
-def _step_gradients(ctx, collects, dcontext, dweights, query, _, stats, scores, seed):
-    """Of a step without features: dquery and None."""
-    steps = ctx.steps
-    mask = int(ctx.needs_input_grad[0]) | (steps.grad_mask if collects else 0)
+def _step_gradients(steps: Steps, given: dict[str, Any], needs_query: bool, collects: bool):
+    """Of a step without features: dquery."""
+    mask = GRADS["query"] * needs_query | (steps.grad_mask if collects else 0)
     if not mask:
-        return None, None
-    dquery, dscores, weights = _step_backward(
-        ctx, mask, dcontext, dweights, query, steps.inputs[0], steps.prepared, stats, scores, seed
+        return None
+    dquery, dscores, weights = autograd.step_backward(
+        **given, **steps.keys.arguments(), grad_mask=mask
     )
     if collects:
-        if dcontext is None:
-            dcontext = _no_dcontext(steps, query)
-        steps.records().plain.append((query, dscores, weights, dcontext))
-    return dquery if ctx.needs_input_grad[0] else None, None
+        steps.records().plain.append(_record(steps, given, dscores, weights))
+    return dquery if needs_query else None
 
 
 def _featured_step_gradients(
-    ctx, collects, dcontext, dweights, query, features, stats, scores, seed
+    steps: Steps,
+    given: dict[str, Any],
+    features: Tensor,
+    needs_query: bool,
+    needs_features: bool,
+    collects: bool,
 ):
     """Of a step with features: dquery and dfeatures; the gradient of its own keys gives both."""
-    steps = ctx.steps
-    needs = GRAD_QUERY * ctx.needs_input_grad[0] | GRAD_KEY * (collects or ctx.needs_input_grad[2])
-    needs |= steps.grad_mask & GRAD_SCORE_WEIGHT if collects else 0
-    if not needs:
+    feature_weight = steps.feature_weight
+    assert feature_weight is not None  # or there were no features
+    needs_key = collects or needs_features
+    needs_score_weight = collects and steps.grad_mask & GRADS["score_weight"]
+    mask = GRADS["query"] * needs_query | GRADS["key"] * needs_key | needs_score_weight
+    if not mask:
         return None, None
-    with steps.shifted_keys(features) as key:
-        _, dscores, weights = _step_backward(
-            ctx, GRAD_KEY, dcontext, dweights, query, key, (None, None), stats, scores, seed
+    with steps.keys_of_step(features) as keys:
+        _, dscores, weights = autograd.step_backward(
+            **given, **keys.arguments(), grad_mask=GRADS["key"]
         )
-        jagged = steps.keys.cu_seqlens is not None
-        by_weights = dscores.squeeze(0) if jagged else dscores.transpose(1, 2).unsqueeze(2)
+        jagged = keys.cu_seqlens is not None
+        of_scores = {
+            "cu_seqlens_q": None,
+            "max_seqlen_q": 1,
+            "dcontext": None,
+            "dweights": dscores.squeeze(0) if jagged else dscores.transpose(1, 2).unsqueeze(2),
+            "scores": given["scores"].new_empty(0),
+            "dropout_p": 0.0,
+            "dropout_seed": None,
+            "weights_layout": (JAGGED_WEIGHTS if jagged else DENSE_WEIGHTS) | RAW,
+        }
         dquery, dkey, _, dscore_weight = autograd.backward(
-            None,
-            by_weights,
-            query,
-            key,
-            *steps.inputs[1:],
-            stats,
-            scores.new_empty(0),
-            None,
-            *steps.key_layout,
-            1,
-            steps.keys.max_seqlen,
-            0.0,
-            None,
-            (JAGGED_WEIGHTS if jagged else DENSE_WEIGHTS) | RAW,
-            needs,
-            *steps.choice,
+            **given | of_scores, **keys.arguments(), grad_mask=mask
         )
-    weight = steps.feature_weight.flatten(1)  # [F, H * D]
-    if needs & GRAD_KEY:
+    weight = feature_weight.flatten(1)  # [F, H * D]
+    if needs_key:
         rows = dkey.flatten(0, 1).flatten(1)  # [Bk * Nk, H * D]
     if collects:
         records = steps.records()
-        if dcontext is None:
-            dcontext = _no_dcontext(steps, query)
-        records.featured.append((query, dscores, weights, dcontext))
+        records.featured.append(_record(steps, given, dscores, weights))
         if not records.sums:
             wide = ops.compute_dtype(dkey.dtype)
-            shapes = dkey, steps.inputs[2], steps.feature_weight
+            shapes = dkey, steps.keys.score_weight, feature_weight
             records.sums = [torch.zeros_like(tensor, dtype=wide) for tensor in shapes]
         sums = records.sums
         sums[0] += dkey
-        if needs & GRAD_SCORE_WEIGHT:
+        if needs_score_weight:
             sums[1] += dscore_weight
         wide_rows, wide_features = rows.to(sums[2].dtype), features.to(sums[2].dtype)
         sums[2].view_as(weight).addmm_(wide_features.flatten(0, 1).t(), wide_rows)
     dfeatures = None
-    if ctx.needs_input_grad[2]:
+    if needs_features:
         dfeatures = (rows @ weight.to(rows.dtype).t()).view(features.shape)
-    return dquery if ctx.needs_input_grad[0] else None, dfeatures
+    return dquery if needs_query else None, dfeatures

@@ -84,14 +84,22 @@ def parts() -> dict[str, Call]:
     score_weight = leaf(FEATURES)
     keys = layout.check_key_side(key, value, score_weight, None, None, None, None)
     queries = layout.check_query_side(query, keys)
-    tensors = queries.query, keys.key, keys.value, keys.score_weight
-    rest = (*[None] * 6, LENGTH, LENGTH, 0.0, None, 0, False, False, "cpu")
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    context = autograd.forward(*leaves, *rest)[0]
+    arguments = {
+        **queries.arguments(),
+        **keys.arguments(),
+        "dropout_p": 0.0,
+        "dropout_seed": None,
+        "weights_layout": 0,
+        "keep_scores": False,
+        "deterministic": False,
+        "backend": "cpu",
+    }
+    positional = [arguments[name] for name in ops.argument_names(ops.forward)]
+    context = autograd.forward(**arguments)[0]
 
     def unrecorded() -> object:
         with torch._C._AutoDispatchBelowAutograd():
-            return ops.forward(*tensors, *rest)
+            return ops.forward(*positional)
 
     def checks() -> object:
         keys = layout.check_key_side(key, value, score_weight, None, None, None, None)
@@ -106,7 +114,7 @@ def parts() -> dict[str, Call]:
             value.unsqueeze(2),
             score_weight.unsqueeze(0),
         ),
-        "op and its autograd": lambda: autograd.forward(*leaves, *rest),
+        "op and its autograd": lambda: autograd.forward(**arguments),
         "op alone": unrecorded,
         "view of the context": lambda: context.squeeze(2),
     }

@@ -43,10 +43,8 @@ PYTHON = [
     Defect(
         "pool-gate-dtype",
         "attn_ext/pooling.py",
-        """    if keys.autocast:
-        rows = rows.to(keys.key.dtype)
-""",
-        "",
+        'rows = keys.checked("gate", layout.values_like("gate", gate, key))',
+        'rows = layout.values_like("gate", gate, key)',
         "tests/test_pool.py::test_autocast_and_determinism",
         "Pooling with a gate under autocast is an error.",
     ),
@@ -61,8 +59,8 @@ PYTHON = [
     Defect(
         "memory-select-prepared",
         "attn_ext/layout.py",
-        "        return selected, (taken(prepared[0]), taken(prepared[1]))\n",
-        "        return selected, prepared\n",
+        "            exp_key=taken(self.exp_key),\n            key_bound=taken(self.key_bound),\n",
+        "",
         "tests/test_attention_memory_family.py::test_select",
         "A chosen part of a memory attends to the keys of other sequences.",
     ),
@@ -93,8 +91,8 @@ PYTHON = [
     Defect(
         "layout-nested-bound",
         "attn_ext/layout.py",
-        "max_seqlen_k = nest.max_seqlen if max_seqlen_k is None else max_seqlen_k",
-        "max_seqlen_k = nest.max_seqlen",
+        "return nest.offsets, nest.max_seqlen if max_seqlen is None else max_seqlen",
+        "return nest.offsets, nest.max_seqlen",
         "tests/test_errors.py",
         "A max_seqlen_k given beside nested keys is ignored: the weights have another shape.",
     ),
@@ -117,8 +115,8 @@ PYTHON = [
     Defect(
         "layout-autocast-memory",
         "attn_ext/layout.py",
-        "        if keys.autocast or _autocast_dtype(query) is not None:\n",
-        "        if _autocast_dtype(query) is not None:\n",
+        "            if self.autocast or _autocast_dtype(tensor) is not None:\n",
+        "            if _autocast_dtype(tensor) is not None:\n",
         "tests/test_attention_memory_modes.py::test_autocast_on_one_side_only",
         "A memory made under autocast refuses the float32 queries of steps outside of it.",
     ),
@@ -181,26 +179,24 @@ PYTHON = [
     Defect(
         "autograd-weights-alone",
         "attn_ext/autograd.py",
-        "        no_gradient = (None,) * 14\n        if dcontext is None and dweights is None:\n",
-        "        no_gradient = (None,) * 14\n        if dcontext is None:\n",
+        "if dcontext is None and dweights is None:",
+        "if dcontext is None:",
         "tests/test_additive_attention.py::test_gradient_through_weights_alone",
         "A loss of the weights alone has no gradient.",
     ),
     Defect(
         "autograd-forward-mode",
         "attn_ext/autograd.py",
-        "            _refuse_tangents(arguments)\n"
-        "        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments[:4]):\n",
-        "            pass\n"
-        "        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments[:4]):\n",
+        "            _refuse_tangents(arguments)\n",
+        "            pass\n",
         "tests/test_additive_attention.py::test_forward_mode_is_refused",
         "Forward-mode derivatives are 0 instead of refused.",
     ),
     Defect(
         "autograd-score-weight",
         "attn_ext/autograd.py",
-        "torch._C._any_requires_grad(*arguments[:4])",
-        "torch._C._any_requires_grad(*arguments[:3])",
+        "_any_requires_grad(*arguments[:inputs])",
+        "_any_requires_grad(*arguments[:min(inputs, 3)])",
         "tests/test_hard_cases.py::test_requires_grad_subsets",
         "Where only the score weight is trained, it has no gradient.",
     ),
@@ -223,7 +219,7 @@ PYTHON = [
     Defect(
         "ops-stats-dtype",
         "attn_ext/ops.py",
-        "query.new_empty((*rows, heads, 2), dtype=compute_dtype(query.dtype))",
+        "query.new_empty((*rows, heads, 2), dtype=dtype)",
         "query.new_empty((*rows, heads, 2), dtype=torch.float32)",
         "tests/test_ops.py::test_opcheck_of_dtypes_and_strides tests/test_fake_tensors.py",
         "torch.compile of a float64 model fails or computes wrong gradients.",
@@ -231,10 +227,8 @@ PYTHON = [
     Defect(
         "ops-memory-mask",
         "attn_ext/ops.py",
-        "    inputs = (key, value, score_weight)\n"
-        "    return tuple(_gradient(tensor, grad_mask & 2 << bit)",
-        "    inputs = (key, value, score_weight)\n"
-        "    return tuple(_gradient(tensor, grad_mask & 1 << bit)",
+        "    return _gradients(grad_mask, key=key, value=value, score_weight=score_weight)\n",
+        "    return _gradients(grad_mask << 1, key=key, value=value, score_weight=score_weight)\n",
         "tests/test_ops.py::test_fakes_of_memory_ops tests/test_ops.py::test_opcheck_of_memory_ops",
         "A compiled decoder whose keys need no gradient fails, or gets one of a wrong shape.",
     ),
@@ -290,8 +284,8 @@ PYTHON = [
     Defect(
         "memory-mask-modified",
         "attn_ext/steps.py",
-        "tensors = (*self.inputs, self.feature_weight, *self.key_layout)",
-        "tensors = self.inputs",
+        "tensors = (*self.inputs.values(), self.feature_weight, *layout)",
+        "tensors = self.inputs.values()",
         "tests/test_attention_memory_modes.py::test_modification_in_place_before_backward_raises",
         "A mask that is modified between the steps and backward gives wrong gradients in silence.",
     ),

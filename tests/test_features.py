@@ -141,13 +141,21 @@ def test_steps_share_memory_for_their_keys_one_after_the_other():
     key, weight = torch.randn(2, 5, 4), torch.randn(3, 4)
     memory = AttentionMemory(key, key, torch.randn(4), feature_weight=weight, backend="cpu")
     terms = [torch.randn(2, 5, 3) for _ in "123"]
-    with torch.no_grad(), memory._steps.shifted_keys(terms[0]) as first:
-        with memory._steps.shifted_keys(terms[1]) as second:
-            torch.testing.assert_close(first.squeeze(2), key + terms[0] @ weight)
-            torch.testing.assert_close(second.squeeze(2), key + terms[1] @ weight)
-        with memory._steps.shifted_keys(terms[2]) as third:
-            assert third.data_ptr() == second.data_ptr()
-            torch.testing.assert_close(third.squeeze(2), key + terms[2] @ weight)
+    with torch.no_grad(), memory._steps.keys_of_step(terms[0]) as first:
+        with memory._steps.keys_of_step(terms[1]) as second:
+            torch.testing.assert_close(first.key.squeeze(2), key + terms[0] @ weight)
+            torch.testing.assert_close(second.key.squeeze(2), key + terms[1] @ weight)
+        with memory._steps.keys_of_step(terms[2]) as third:
+            assert third.key.data_ptr() == second.key.data_ptr()
+            torch.testing.assert_close(third.key.squeeze(2), key + terms[2] @ weight)
+
+
+def test_autocast_inside_of_which_a_memory_was_not_made():
+    key, terms = torch.randn(2, 5, 4), torch.randn(2, 5, 3).bfloat16()
+    memory = AttentionMemory(key, key, torch.randn(4), feature_weight=torch.randn(3, 4))
+    expected = memory.attend(key[:, 0], features=terms.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(memory.attend(key[:, 0], features=terms), expected)
 
 
 @pytest.mark.parametrize("name", ["key", "features", "feature_weight"])

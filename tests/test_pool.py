@@ -494,6 +494,8 @@ def test_autocast_and_determinism():
     key, gate, value, weight = (*torch.randn(3, 2, 700, 8).unbind(0), torch.randn(8))
     with torch.autocast("cpu", torch.bfloat16):
         context = additive_pool(key, value, weight, gate=gate)
+        with pytest.raises(TypeError, match="gate: expected dtype torch.bfloat16"):
+            additive_pool(key, value, weight, gate=gate.double())
     assert context.dtype == torch.bfloat16
     expected = additive_pool(key, value, weight, gate=gate)
     torch.testing.assert_close(context.float(), expected, rtol=0.02, atol=0.02)
