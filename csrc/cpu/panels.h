@@ -167,6 +167,15 @@ ATTN_EXT_INLINE bool lies_in_panel(const RowSource& source) {
   return source.dtype == kDTypeOf<T> && source.col == 1 && source.index == nullptr;
 }
 
+// Where rows from `first` on can be summed in place: numbers of the compute type in whole steps.
+// Null where they cannot.
+template <class T>
+ATTN_EXT_INLINE T* rows_in_place(const RowSource& target, int64_t first, int64_t columns) {
+  return lies_in_panel<T>(target) && columns % kStep<T> == 0
+             ? static_cast<T*>(const_cast<void*>(target.data)) + target.offset(first)
+             : nullptr;
+}
+
 // Columns [begin, begin + count) of rows [first, first + rows) as a panel: in place if possible,
 // else packed one row after the other into `target`.
 template <class T>
