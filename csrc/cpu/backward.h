@@ -246,36 +246,41 @@ void value_item(const BackwardCall<T>& call, const UnitBlock& range) {
   const Unit& unit = rows.unit;
   const int64_t dim = call.problem->value_dim;
   const int64_t steps = steps_of<T>(dim);
-  const int64_t columns = steps * kStep<T>;
-  T* sums = scratch.take<T>(range.key_count * columns);
-  pad_row<T>(sums, 0, range.key_count * columns, 0);
-  const RowSource sum = key_rows(call.dvalue_sum, rows.sequence, unit.head);
-  if (!unit.first) {
-    for (int64_t j = 0; j < range.key_count; ++j) {
-      __builtin_memcpy(sums + j * columns,
-                       static_cast<const T*>(sum.data) + sum.offset(range.key + j),
+  const RowSource gathered = key_rows(call.dvalue_sum, rows.sequence, unit.head);
+  const RowSource result = key_rows(call.dvalue, rows.sequence, unit.head);
+  const bool streams = call.streams && unit.first && unit.last;
+  Sums<T> sums{rows_in_place<T>(gathered, range.key, dim), gathered.row, !unit.first};
+  if (sums.data == nullptr || streams) {
+    sums.row = steps * kStep<T>;
+    sums.data = scratch.take<T>(range.key_count * sums.row);
+    for (int64_t j = 0; sums.adds && j < range.key_count; ++j) {
+      __builtin_memcpy(sums.data + j * sums.row,
+                       static_cast<const T*>(gathered.data) + gathered.offset(range.key + j),
                        dim * sizeof(T));
     }
   }
   const RowSource dcontext = query_rows(call.dcontext, rows.sequence, unit.head);
   const PanelRoom<T> room(smaller(kValueTile, unit.query_count), dim, scratch);
-  for (int64_t i = 0; i < unit.query_count; i += kValueTile) {
+  for (int64_t i = 0; i < unit.query_count; i += kValueTile, sums.adds = true) {
     const int64_t count = smaller(kValueTile, unit.query_count - i);
     const Panel<T> panel =
         outer_panel<T>(dcontext, unit.query + i, count, dim, range.key_count, room);
     outer_products<T>({rows.alpha(i), 1, unit.ld}, range.key_count, panel, count, steps, sums);
   }
-  const RowSource target = unit.last ? key_rows(call.dvalue, rows.sequence, unit.head) : sum;
+  const RowSource target = unit.last ? result : gathered;
+  if (rows_in_place<T>(target, range.key, dim) == sums.data) {
+    return;
+  }
   for (int64_t j = 0; j < range.key_count; ++j) {
     void* data = const_cast<void*>(target.data);
     const int64_t offset = target.offset(range.key + j);
-    if (call.streams && unit.first && unit.last) {
-      stream_row<T>(data, target.dtype, offset, dim, sums + j * columns);
+    if (streams) {
+      stream_row<T>(data, target.dtype, offset, dim, sums.data + j * sums.row);
     } else {
-      write_row<T>(data, target.dtype, offset, 1, dim, sums + j * columns);
+      write_row<T>(data, target.dtype, offset, 1, dim, sums.data + j * sums.row);
     }
   }
-  if (call.streams) {
+  if (streams) {
     finish_streams();
   }
 }

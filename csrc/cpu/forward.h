@@ -16,20 +16,17 @@ template <class T>
 struct RunningSoftmax {
   T* largest;
   T* total;
-  T* sums;
+  Sums<T> sums;  // of no key so far
   int64_t columns;
 
-  RunningSoftmax(int64_t queries, int64_t value_dim, Scratch& scratch)
+  RunningSoftmax(int64_t queries, int64_t value_dim, Sums<T> sums, Scratch& scratch)
       : largest(scratch.take<T>(queries)),
         total(scratch.take<T>(queries)),
+        sums(sums),
         columns(steps_of<T>(value_dim) * kStep<T>) {
-    sums = scratch.take<T>(queries * columns);
     for (int64_t i = 0; i < queries; ++i) {
       largest[i] = static_cast<T>(-__builtin_inf());
       total[i] = 0;
-    }
-    for (int64_t n = 0; n < queries * columns; ++n) {
-      sums[n] = 0;
     }
   }
 
@@ -41,7 +38,9 @@ struct RunningSoftmax {
     if (next > largest[i]) {
       const T scale = exp_nonpositive_scalar<T>(largest[i] - shift);
       total[i] *= scale;
-      scale_row(sums + i * columns, columns, scale);
+      if (sums.adds) {
+        scale_row(sums.data + i * sums.row, columns, scale);
+      }
       largest[i] = next;
     }
     total[i] += exponentiate_row(scores, ld, shift, T(1));
@@ -63,31 +62,37 @@ Panel<T> outer_panel(const RowSource& source, int64_t first, int64_t rows, int64
   return panel;
 }
 
-// sums += weights x values for keys [first, first + count).
+// sums = weights x values for keys [first, first + count).
 template <class T>
-void add_weighted_values(const RowSource& value, int64_t first, int64_t count, int64_t value_dim,
-                         const T* weights, int64_t ld, int64_t queries, T* sums,
-                         const PanelRoom<T>& room) {
+void weigh_values(const RowSource& value, int64_t first, int64_t count, int64_t value_dim,
+                  const T* weights, int64_t ld, int64_t queries, Sums<T>& sums,
+                  const PanelRoom<T>& room) {
   const int64_t steps = steps_of<T>(value_dim);
   for (int64_t j = 0; j < count; j += kValueTile) {
     const int64_t keys = smaller(kValueTile, count - j);
     const Panel<T> panel = outer_panel<T>(value, first + j, keys, value_dim, queries, room);
     outer_products<T>({weights + j, ld, 1}, queries, panel, keys, steps, sums);
+    sums.adds = true;
   }
 }
 
-// Context and statistics of one query from its softmax.
+// Statistics and context of one query, the context from its sum of values, scaled by `scale`.
 template <class T>
 void write_context(const ForwardCall<T>& call, const Sequence& sequence, int64_t head,
-                   int64_t query, T largest, T total, T* sums, int64_t columns) {
-  scale_row(sums, columns, 1 / total);
+                   int64_t query, T largest, T total, T scale, T* sum) {
   const Problem& problem = *call.problem;
-  const RowSource context = query_rows(call.context, sequence, head);
-  write_row<T>(call.context.data, context.dtype, context.offset(query), 1, problem.value_dim, sums);
   const RowSource stats = query_rows(call.stats, sequence, head);
   T* stat = static_cast<T*>(call.stats.data) + stats.offset(query);
   stat[0] = largest;
   stat[1] = total;
+  if (scale != T(1)) {
+    scale_row(sum, steps_of<T>(problem.value_dim) * kStep<T>, scale);
+  }
+  const RowSource context = query_rows(call.context, sequence, head);
+  if (rows_in_place<T>(context, query, problem.value_dim) != sum) {
+    write_row<T>(call.context.data, context.dtype, context.offset(query), 1, problem.value_dim,
+                 sum);
+  }
 }
 
 // Turns the scores of one query, waiting in call.scores, into weights.
@@ -125,12 +130,31 @@ struct ForwardBlock {
       : call(call),
         item(item),
         sequence(call.problem->sequences[item.sequence]),
-        softmax(item.query_count, call.problem->value_dim, scratch),
+        softmax(item.query_count, call.problem->value_dim, room_for_sums(call, item, scratch),
+                scratch),
         ld(round_up(smaller(item.key_count, kKeyChunk), kLanes<T>)) {
     scores = scratch.take<T>(item.query_count * ld);
     keeps = scratch.take<uint8_t>(kKeyChunk);
   }
 
+  // Among the partial sums, in the context itself, or in scratch.
+  static Sums<T> room_for_sums(const ForwardCall<T>& call, const ForwardItem& item,
+                               Scratch& scratch) {
+    const Problem& problem = *call.problem;
+    const int64_t partial_row = padded_columns(problem.value_dim);
+    if (item.partial >= 0) {
+      return {call.partial_sums + item.partial * partial_row, partial_row, false};
+    }
+    const RowSource context =
+        query_rows(call.context, problem.sequences[item.sequence], item.head);
+    if (T* rows = rows_in_place<T>(context, item.query, problem.value_dim)) {
+      return {rows, context.row, false};
+    }
+    const int64_t row = steps_of<T>(problem.value_dim) * kStep<T>;
+    return {scratch.take<T>(item.query_count * row), row, false};
+  }
+
+  // Whether all keys' scores are at hand, so that they can become weights before they meet values.
   bool one_chunk() const {
     return item.key_count == sequence.key_count && item.key_count <= kKeyChunk;
   }
@@ -149,6 +173,9 @@ struct ForwardBlock {
       }
       pad_row<T>(row, count, padded, static_cast<T>(-__builtin_inf()));
       softmax.include(i, row, padded);
+      if (one_chunk()) {
+        scale_row(row, padded, 1 / softmax.total[i]);
+      }
       if (dropout.active) {
         const RowSource key = key_rows(problem.key, sequence, item.head);
         dropout_mask(dropout, sequence, key, item.head, query, first, count, keeps);
@@ -170,7 +197,6 @@ struct ForwardBlock {
     for (int64_t i = 0; i < item.query_count; ++i) {
       const int64_t query = item.query + i;
       if (one_chunk()) {
-        scale_row(scores + i * ld, ld, 1 / softmax.total[i]);
         write_along_keys<T>(weight_row(call.weights, *call.problem, sequence, item.head, query), 0,
                             item.key_count, scores + i * ld);
       } else {
@@ -180,14 +206,19 @@ struct ForwardBlock {
     }
   }
 
-  void write_partial() {
-    const int64_t columns = padded_columns(call.problem->value_dim);
+  void write_results() {
     for (int64_t i = 0; i < item.query_count; ++i) {
-      const int64_t row = item.partial + i;
-      call.partial_stats[2 * row] = softmax.largest[i];
-      call.partial_stats[2 * row + 1] = softmax.total[i];
-      __builtin_memcpy(call.partial_sums + row * columns, softmax.sums + i * softmax.columns,
-                       softmax.columns * sizeof(T));
+      const T largest = softmax.largest[i];
+      const T total = softmax.total[i];
+      if (item.partial >= 0) {
+        T* stat = call.partial_stats + 2 * (item.partial + i);
+        stat[0] = largest;
+        stat[1] = total;
+      } else {
+        write_context<T>(call, sequence, item.head, item.query + i, largest, total,
+                         one_chunk() ? T(1) : 1 / total,
+                         softmax.sums.data + i * softmax.sums.row);
+      }
     }
   }
 };
@@ -212,24 +243,16 @@ void forward_item_by(const ForwardCall<T>& call, const ForwardItem& item) {
       continue;
     }
     block.normalise(first, count);
-    add_weighted_values<T>(value, first, count, problem.value_dim, block.scores, block.ld,
-                           item.query_count, block.softmax.sums, value_room);
+    weigh_values<T>(value, first, count, problem.value_dim, block.scores, block.ld,
+                    item.query_count, block.softmax.sums, value_room);
   }
   if (problem.raw_scores) {
     return;
   }
-  if (item.partial >= 0) {
-    block.write_partial();
-    return;
-  }
-  if (call.weights.data != nullptr) {
+  if (item.partial < 0 && call.weights.data != nullptr) {
     block.write_weights(scratch.take<T>(kKeyChunk));
   }
-  for (int64_t i = 0; i < item.query_count; ++i) {
-    write_context<T>(call, sequence, item.head, item.query + i, block.softmax.largest[i],
-                     block.softmax.total[i], block.softmax.sums + i * block.softmax.columns,
-                     block.softmax.columns);
-  }
+  block.write_results();
 }
 
 template <class T>
@@ -257,7 +280,6 @@ void forward_merge(const ForwardCall<T>& call, const ForwardMerge& merge) {
       largest = next > largest ? next : largest;
     }
     T total = 0;
-    pad_row<T>(sums, 0, columns, 0);
     for (int64_t n = 0; n < merge.splits; ++n) {
       const int64_t partial = item.partial + n * item.query_count + i;
       const T* stats = call.partial_stats + 2 * partial;
@@ -266,13 +288,13 @@ void forward_merge(const ForwardCall<T>& call, const ForwardMerge& merge) {
       outer_stream<T, 1>(
           {&scale, 0, 0},
           {call.partial_sums + partial * padded_columns(problem.value_dim), columns, kStep<T>},
-          steps_of<T>(problem.value_dim), sums);
+          steps_of<T>(problem.value_dim), {sums, 0, n > 0});
     }
     const int64_t query = item.query + i;
     if (call.weights.data != nullptr) {
       finish_weights<T>(call, sequence, item.head, query, largest, total, row, keeps);
     }
-    write_context<T>(call, sequence, item.head, query, largest, total, sums, columns);
+    write_context<T>(call, sequence, item.head, query, largest, total, 1 / total, sums);
   }
 }
 

@@ -102,13 +102,16 @@ class GradientBlock {
   void read_scores(int64_t first, int64_t count) {
     constexpr int kHighest = sizeof(T) == 4 ? 120 : 1000;  // of it and its inverse
     const T* s = call_.dscores + unit_.scores + first;
-    T largest = 0;
+    Vec<T> sizes{};
     for (int64_t i = 0; i < unit_.query_count; ++i) {
-      for (int64_t j = 0; j < count; ++j) {
-        const T size = __builtin_fabs(s[i * unit_.ld + j]);
-        largest = size > largest ? size : largest;
+      for (int64_t j = 0; j < count; j += kLanes<T>) {
+        const T* row = s + i * unit_.ld + j;
+        const Vec<T> next = magnitude<T>(j + kLanes<T> <= count ? load<T>(row)
+                                                                : load_partial<T>(row, count - j));
+        sizes = next > sizes ? next : sizes;
       }
     }
+    const T largest = fold_lanes<T, LargerLane<T>>(sizes);
     int exponent = 0;
     if (largest > 0 && largest - largest == T(0)) {
       __builtin_frexp(static_cast<double>(largest), &exponent);

@@ -9,42 +9,36 @@ namespace attn_ext {
 namespace ATTN_EXT_ISA {
 
 // Keys a register tile holds.
-constexpr int kGradientKeys = kManyRegisters ? 4 : 2;
+constexpr int kGradientKeys = 4;
 
-// What one pair adds to dscore_weight, dkey and dquery for a step of features: s tanh and, to both
-// others, a quarter of s (1 - tanh^2).
+// What one pair adds to dscore_weight, dkey and dquery for a vector of features: s tanh and, to
+// both others, a quarter of s (1 - tanh^2).
 template <class T>
 struct GradientTerms {
   Vec<T> weight;
   Vec<T> key;
   Vec<T> query;
-
-  // Of another key: what each adds to its own dkey is not summed.
-  ATTN_EXT_INLINE void add_other_key(const GradientTerms& other) {
-    weight += other.weight;
-    query += other.query;
-  }
 };
+
+// Rules of gradient_tile, in two halves: start() is what needs no score, and ends in a division,
+// finish() what waits for it.
 
 // From a = exp(2q), b = exp(2k): with z = ab, u = 1 / (1 + z) and v = z u, tanh = v - u and
 // (1 - tanh^2) / 4 = u v, taken from the smaller of both, which keeps its relative accuracy where
-// tanh is saturated. One division serves two features. Sums take their terms rounded: those of
-// equal keys, whose s are opposite, then cancel exactly, and additions are left to the adders that
-// most machines have beside their multipliers.
+// tanh is saturated. Sums take their terms rounded: those of equal keys, whose s are opposite, then
+// cancel exactly, and additions are left to the adders that most machines have beside their
+// multipliers; so is that of 1 + z.
 template <class T>
 struct FactoredSlope {
-  static ATTN_EXT_INLINE void eval(Vec<T> a0, Vec<T> a1, Vec<T> b0, Vec<T> b1, Vec<T> s,
-                                   GradientTerms<T>& t0, GradientTerms<T>& t1) {
-    const Vec<T> z0 = a0 * b0;
-    const Vec<T> z1 = a1 * b1;
-    const Vec<T> x0 = z0 + 1;
-    const Vec<T> x1 = z1 + 1;
-    const Vec<T> inverse = quotient<T>(splat<T>(1), x0 * x1);
-    t0 = terms(z0, x1 * inverse, s);
-    t1 = terms(z1, x0 * inverse, s);
+  Vec<T> z;
+  Vec<T> u;
+
+  static ATTN_EXT_INLINE FactoredSlope start(Vec<T> a, Vec<T> b) {
+    const Vec<T> z = rounded<T>(a * b);
+    return {z, rounded<T>(quotient<T>(splat<T>(1), z + 1))};
   }
 
-  static ATTN_EXT_INLINE GradientTerms<T> terms(Vec<T> z, Vec<T> u, Vec<T> s) {
+  ATTN_EXT_INLINE GradientTerms<T> finish(Vec<T> s) const {
     const Vec<T> v = z * u;
     const Vec<T> key = rounded<T>(s * quarter_slope<T>(u < v ? u : v));
     return {rounded<T>(s * (v - u)), key, key};
@@ -55,13 +49,11 @@ struct FactoredSlope {
 // -tanh^2 for 1 - tanh^2 in dquery.
 template <class T, bool kSmall>
 struct UnfactoredSlope {
-  static ATTN_EXT_INLINE void eval(Vec<T> a0, Vec<T> a1, Vec<T> b0, Vec<T> b1, Vec<T> s,
-                                   GradientTerms<T>& t0, GradientTerms<T>& t1) {
-    t0 = terms(a0 + b0, s);
-    t1 = terms(a1 + b1, s);
-  }
+  Vec<T> x;
 
-  static ATTN_EXT_INLINE GradientTerms<T> terms(Vec<T> x, Vec<T> s) {
+  static ATTN_EXT_INLINE UnfactoredSlope start(Vec<T> a, Vec<T> b) { return {a + b}; }
+
+  ATTN_EXT_INLINE GradientTerms<T> finish(Vec<T> s) const {
     const TanhParts<T> parts = kSmall ? small_tanh_parts<T>(x) : tanh_parts<T>(x);
     const Vec<T> quarter = T(0.25) * s;
     const Vec<T> key = quarter * parts.slope;
@@ -93,79 +85,87 @@ struct GradientOperands {
   T* dw;  // [steps, kStep]
 };
 
-// Step p, all queries and keys [j, j + K).
+// One vector of features, at `half` of step p, of all queries and keys [j, j + K). A query's terms
+// are finished after those of the next are started, so that a division has time to end.
 template <class T, template <class> class Rule, int K, bool kQuery, bool kKey>
-ATTN_EXT_INLINE void gradient_tile(const GradientOperands<T>& o, int64_t p, int64_t j) {
-  constexpr int lanes = kLanes<T>;
-  const StepRows<T> a = o.a.at(p);
-  const StepRows<T> b = o.b.at(p);
-  Vec<T> b0[K];
-  Vec<T> b1[K];
-  Vec<T> dk0[K] = {};
-  Vec<T> dk1[K] = {};
+ATTN_EXT_INLINE void gradient_tile(const GradientOperands<T>& o, int64_t p, int half, int64_t j) {
+  using Terms = Rule<T>[K];
+  const int64_t a_row = o.a.at(p).row;
+  const int64_t s_row = o.s_row;
+  const int64_t rows = o.rows;
+  const StepRows<T> keys = o.b.at(p);
+  const T* a = o.a.at(p).data + half;
+  const T* s = o.s + j;
+  T* dq = o.dq + p * o.dq_step + half;
+  T* dk = o.dk + p * o.dk_step + j * kStep<T> + half;
+  T* dw = o.dw + p * kStep<T> + half;
+  Vec<T> b[K];
+  Vec<T> key_sums[K] = {};
+  Vec<T> weight_sum{};
 #pragma GCC unroll 4
   for (int n = 0; n < K; ++n) {
-    b0[n] = load<T>(b.data + (j + n) * b.row);
-    b1[n] = load<T>(b.data + (j + n) * b.row + lanes);
+    b[n] = load<T>(keys.data + (j + n) * keys.row + half);
   }
-  Vec<T> dw0{};
-  Vec<T> dw1{};
-  T* dq = o.dq + p * o.dq_step;
-  const T* s = o.s + j;
-  for (int64_t i = 0; i < o.rows; ++i) {
-    const Vec<T> a0 = load<T>(a.data + i * a.row);
-    const Vec<T> a1 = load<T>(a.data + i * a.row + lanes);
-    GradientTerms<T> sum0;
-    GradientTerms<T> sum1;
+  const auto start = [&](Terms& terms, const T* query) ATTN_EXT_INLINE_LAMBDA {
+    const Vec<T> numbers = load<T>(query);
 #pragma GCC unroll 4
     for (int n = 0; n < K; ++n) {
-      GradientTerms<T> t0;
-      GradientTerms<T> t1;
-      Rule<T>::eval(a0, a1, b0[n], b1[n], splat<T>(s[i * o.s_row + n]), t0, t1);
-      if constexpr (kKey) {
-        dk0[n] += t0.key;
-        dk1[n] += t1.key;
-      }
-      if (n == 0) {  // not added to 0, which is an operation too
-        sum0 = t0;
-        sum1 = t1;
-      } else {
-        sum0.add_other_key(t0);
-        sum1.add_other_key(t1);
-      }
+      terms[n] = Rule<T>::start(numbers, b[n]);
     }
-    if constexpr (kKey) {
-      dw0 += sum0.weight;
-      dw1 += sum1.weight;
+  };
+  const auto finish = [&](const Terms& terms, const T* scores, T* query) ATTN_EXT_INLINE_LAMBDA {
+    Vec<T> weight;
+    Vec<T> sum;
+#pragma GCC unroll 4
+    for (int n = 0; n < K; ++n) {
+      const GradientTerms<T> term = terms[n].finish(splat<T>(scores[n]));
+      key_sums[n] += term.key;
+      weight = n == 0 ? term.weight : weight + term.weight;  // not added to 0, an operation too
+      sum = n == 0 ? term.query : sum + term.query;
     }
+    weight_sum += weight;
     if constexpr (kQuery) {
-      store<T>(dq, load<T>(dq) + sum0.query);
-      store<T>(dq + lanes, load<T>(dq + lanes) + sum1.query);
-      dq += kStep<T>;
+      store<T>(query, load<T>(query) + sum);
     }
+  };
+  Terms even;
+  Terms odd;
+  int64_t i = 0;
+  start(even, a);
+  for (; i + 2 < rows; i += 2, a += 2 * a_row, s += 2 * s_row, dq += 2 * kStep<T>) {
+    start(odd, a + a_row);
+    finish(even, s, dq);
+    start(even, a + 2 * a_row);
+    finish(odd, s + s_row, dq + kStep<T>);
+  }
+  const bool one_more = i + 1 < rows;
+  if (one_more) {
+    start(odd, a + a_row);
+  }
+  finish(even, s, dq);
+  if (one_more) {
+    finish(odd, s + s_row, dq + kStep<T>);
   }
   if constexpr (kKey) {
-    T* dk = o.dk + p * o.dk_step + j * kStep<T>;
 #pragma GCC unroll 4
-    for (int n = 0; n < K; ++n, dk += kStep<T>) {
-      store<T>(dk, load<T>(dk) + dk0[n]);
-      store<T>(dk + lanes, load<T>(dk + lanes) + dk1[n]);
+    for (int n = 0; n < K; ++n) {
+      store<T>(dk + n * kStep<T>, load<T>(dk + n * kStep<T>) + key_sums[n]);
     }
-    T* dw = o.dw + p * kStep<T>;
-    store<T>(dw, load<T>(dw) + dw0);
-    store<T>(dw + lanes, load<T>(dw + lanes) + dw1);
+    store<T>(dw, load<T>(dw) + weight_sum);
   }
 }
 
 template <class T, template <class> class Rule, bool kQuery, bool kKey>
 void gradient_tiles(const GradientOperands<T>& o) {
   for (int64_t p = 0; p < o.steps; ++p) {
-    int64_t j = 0;
-    for (; j + kGradientKeys <= o.keys; j += kGradientKeys) {
-      gradient_tile<T, Rule, kGradientKeys, kQuery, kKey>(o, p, j);
-    }
-    for (; j < o.keys; ++j) {
-      gradient_tile<T, Rule, 1, kQuery, kKey>(o, p, j);
+    for (int half = 0; half < kStep<T>; half += kLanes<T>) {
+      int64_t j = 0;
+      for (; j + kGradientKeys <= o.keys; j += kGradientKeys) {
+        gradient_tile<T, Rule, kGradientKeys, kQuery, kKey>(o, p, half, j);
+      }
+      for (; j < o.keys; ++j) {
+        gradient_tile<T, Rule, 1, kQuery, kKey>(o, p, half, j);
+      }
     }
   }
 }

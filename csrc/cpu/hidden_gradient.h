@@ -53,8 +53,8 @@ class HiddenGradient {
     const T* s = call_.dscores + unit_.scores + first;
     const bool wants_rows = call_.dkey.data != nullptr || call_.dgate.data != nullptr;
     if (wants_rows) {
-      pad_row<T>(dhidden_, 0, keys * columns(), 0);
-      outer_products<T>({s, 1, unit_.ld}, keys, weights_, unit_.query_count, steps_, dhidden_);
+      outer_products<T>({s, 1, unit_.ld}, keys, weights_, unit_.query_count, steps_,
+                        {dhidden_, columns(), false});
     }
     for (int64_t j = 0; j < keys; ++j) {
       T* hidden = hidden_ + j * columns();
@@ -94,9 +94,8 @@ class HiddenGradient {
 
   void add_weights(const T* s, int64_t keys) {
     const int64_t branches = unit_.query_count;
-    pad_row<T>(dweight_, 0, branches * columns(), 0);
     outer_products<T>({s, unit_.ld, 1}, branches, {hidden_, columns(), kStep<T>}, keys, steps_,
-                      dweight_);
+                      {dweight_, columns(), false});
     for (int64_t i = 0; i < branches; ++i) {
       double* total = dweight_total_ + i * call_.problem->dim;
       for (int64_t c = 0; c < item_.cols; ++c) {

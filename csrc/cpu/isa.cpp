@@ -83,6 +83,15 @@ void use_cpu_isa(const std::string& name) {
   chosen.store(isa_named(name, "attn_ext: "), std::memory_order_release);
 }
 
+bool divides_quickly() {
+#if defined(__x86_64__)
+  static const bool result = __builtin_cpu_is("amd") != 0;
+  return result;
+#else
+  return false;
+#endif
+}
+
 template <>
 const Kernels<float>& kernels() {
   return *chosen_isa().float_kernels;

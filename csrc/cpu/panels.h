@@ -109,9 +109,11 @@ struct PackValues {
 template <class T>
 struct PackExponentials {
   static ATTN_EXT_INLINE Vec<T> map(Vec<T> x) {
-    const Vec<T> largest = splat<T>(FactoredRange<T>::kLargest);
+    // Opaque to GCC, which else compares and blends where one instruction takes the smaller.
+    const Vec<T> largest = rounded<T>(splat<T>(FactoredRange<T>::kLargest));
+    const Vec<T> smallest = rounded<T>(-largest);
     const Vec<T> below = x < largest ? x : largest;
-    return exp_in_range<T>(2 * (below > -largest ? below : -largest));
+    return exp_in_range<T>(2 * (below > smallest ? below : smallest));
   }
 };
 
@@ -129,9 +131,11 @@ struct LargestMagnitude {
 };
 
 // Packs columns [begin, begin + count) of rows [first, first + rows) and their largest magnitudes.
+// Each step is followed by its products with `weights`, if given.
 template <class T, class Map>
 void pack(const RowSource& source, int64_t first, int64_t rows, int64_t begin, int64_t count,
-          T* target, int64_t row_stride, int64_t step_stride, T* bounds, T* copy) {
+          T* target, int64_t row_stride, int64_t step_stride, T* bounds, T* copy,
+          const T* weights = nullptr) {
   constexpr int lanes = kLanes<T>;
   for (int64_t i = 0; i < rows; ++i) {
     const T* values = row_values<T>(source, first + i, begin, count, copy);
@@ -151,8 +155,14 @@ void pack(const RowSource& source, int64_t first, int64_t rows, int64_t begin, i
                             : load_partial<T>(values + c + lanes, count - c - lanes);
       bound.include(x0);
       bound.include(x1);
-      store<T>(row, Map::map(x0));
-      store<T>(row + lanes, Map::map(x1));
+      const Vec<T> y0 = Map::map(x0);
+      const Vec<T> y1 = Map::map(x1);
+      store<T>(row, y0);
+      store<T>(row + lanes, y1);
+      if (weights != nullptr) {
+        store<T>(row + 2 * lanes, y0 * load<T>(weights + c));
+        store<T>(row + 3 * lanes, y1 * load<T>(weights + c + lanes));
+      }
       row += step_stride;
     }
     if (bounds != nullptr) {
@@ -165,6 +175,15 @@ void pack(const RowSource& source, int64_t first, int64_t rows, int64_t begin, i
 template <class T>
 ATTN_EXT_INLINE bool lies_in_panel(const RowSource& source) {
   return source.dtype == kDTypeOf<T> && source.col == 1 && source.index == nullptr;
+}
+
+// Where rows from `first` on can be summed in place: numbers of the compute type in whole steps.
+// Null where they cannot.
+template <class T>
+ATTN_EXT_INLINE T* rows_in_place(const RowSource& target, int64_t first, int64_t columns) {
+  return lies_in_panel<T>(target) && columns % kStep<T> == 0
+             ? static_cast<T*>(const_cast<void*>(target.data)) + target.offset(first)
+             : nullptr;
 }
 
 // Columns [begin, begin + count) of rows [first, first + rows) as a panel: in place if possible,
@@ -209,17 +228,8 @@ QueryBlock<T> pack_queries(const RowSource& source, int64_t first, int64_t rows,
   T* data = scratch.take<T>(steps * stride);
   T* bounds = scratch.take<T>(rows);
   T* copy = scratch.take<T>(count);
-  pack<T, PackExponentials<T>>(source, first, rows, begin, count, data, width, stride, bounds,
-                               copy);
-  for (int64_t p = 0; weights != nullptr && p < steps; ++p) {
-    for (int64_t half = 0; half < kStep<T>; half += kLanes<T>) {
-      const Vec<T> weight = load<T>(weights + p * kStep<T> + half);
-      for (int64_t i = 0; i < rows; ++i) {
-        T* step = data + p * stride + i * width + half;
-        store<T>(step + kStep<T>, load<T>(step) * weight);
-      }
-    }
-  }
+  pack<T, PackExponentials<T>>(source, first, rows, begin, count, data, width, stride, bounds, copy,
+                               weights);
   return {{data, width, stride}, bounds, source, first, rows};
 }
 

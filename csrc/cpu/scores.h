@@ -2,6 +2,7 @@
 #pragma once
 
 #include "call.h"
+#include "isa.h"
 #include "tiles.h"
 
 namespace attn_ext {
@@ -176,6 +177,8 @@ class AdditiveScores {
   void compute(int64_t first, int64_t keys, T* scores, int64_t ld) {
     const int64_t dim = problem_.dim;
     const int64_t steps = steps_of<T>(dim);
+    const auto factored =
+        divides_quickly() ? inner_products<T, DividedScore> : inner_products<T, FactoredScore>;
     for (int64_t j = 0; j < keys; j += kTileCols) {
       const int64_t cols = smaller(kTileCols, keys - j);
       const KeyBlock<T> block = key_block<T>(side_, first + j, cols, 0, dim, room_.key);
@@ -187,8 +190,8 @@ class AdditiveScores {
         T* out = scores + i * ld + j;
         const T query_bound = largest_bound(queries_.bounds + i, rows);
         if (informs && in_factored_range(query_bound, key_bound, kSmallestMagnitudeSum)) {
-          inner_products<T, FactoredScore>(queries_.exponentials.from_row(i), rows,
-                                           block.exponentials, cols, steps, weights_.data, out, ld);
+          factored(queries_.exponentials.from_row(i), rows, block.exponentials, cols, steps,
+                   weights_.data, out, ld);
         } else {
           unfactored_scores<T>(queries_, i, rows, side_.key, first + j, cols, dim, weights_.data,
                                query_bound + key_bound <= T(kSmallTanhLimit), out, ld, room_);

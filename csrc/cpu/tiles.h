@@ -7,11 +7,10 @@
 namespace attn_ext {
 namespace ATTN_EXT_ISA {
 
-// Tile sizes, by the number of vector registers: 32 with AVX-512, else 16.
-constexpr bool kManyRegisters = ATTN_EXT_ISA_AVX512;
-constexpr int kTileRows = kManyRegisters ? 4 : 2;
+constexpr int kTileRows = 4;
 constexpr int kTileCols = 4;
-constexpr int kOuterRows = kManyRegisters ? 8 : 4;
+// By the number of vector registers: 32 with AVX-512, else 16.
+constexpr int kOuterRows = ATTN_EXT_ISA_AVX512 ? 8 : 4;
 static_assert((kOuterRows & (kOuterRows - 1)) == 0, "outer_products halves it");
 
 // Rules of inner_tile. add() adds one step of features of a row of each panel to a sum: `a` and `b`
@@ -22,8 +21,8 @@ static_assert((kOuterRows & (kOuterRows - 1)) == 0, "outer_products halves it");
 // (y0 x1 + y1 x0) / (x0 x1). Terms and partial sums are as small as those of the score: sums of
 // w / x, of which sum w - 2 times their sum is the score too, grow with sum w, and so would
 // roundings.
-template <class T>
-struct FactoredScore {
+template <class T, bool kDivides>
+struct PairedScore {
   static ATTN_EXT_INLINE Vec<T> add(Vec<T> sum, const T* a, const T* b, const T* w) {
     constexpr int lanes = kLanes<T>;
     const Vec<T> b0 = load<T>(b);
@@ -32,9 +31,16 @@ struct FactoredScore {
     const Vec<T> x1 = load<T>(a + lanes) * b1 + 1;
     const Vec<T> y0 = load<T>(a + 2 * lanes) * b0 - load<T>(w);
     const Vec<T> y1 = load<T>(a + 3 * lanes) * b1 - load<T>(w + lanes);
-    return sum + quotient<T>(y0 * x1 + y1 * x0, x0 * x1);
+    const Vec<T> numerator = y0 * x1 + y1 * x0;
+    return sum + (kDivides ? numerator / (x0 * x1) : quotient<T>(numerator, x0 * x1));
   }
 };
+
+template <class T>
+using FactoredScore = PairedScore<T, false>;
+// The same for processors that divide AVX-512's vectors in less time than quotient() takes.
+template <class T>
+using DividedScore = PairedScore<T, ATTN_EXT_ISA_AVX512>;
 
 // The same sum from a = q, b = k, for any magnitudes, or with kSmall for small_tanh_parts.
 template <class T, bool kSmall>
@@ -68,25 +74,35 @@ struct DotProduct {
 // number of terms of each of the two sums, not of their product.
 constexpr int64_t kStepsOfSum = 8;
 
-// out[i * out_row + j] = sum over features by Rule of rows a_i and b_j, for R x C rows.
+// sums[i * C + j] += one step of features by Rule of rows a_i and b_j, for R x C rows.
+template <class T, template <class> class Rule, int R, int C>
+ATTN_EXT_INLINE void add_step(StepRows<T> a, StepRows<T> b, const T* weights, Vec<T>* sums) {
+#pragma GCC unroll 8
+  for (int j = 0; j < C; ++j) {
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      Vec<T>& sum = sums[i * C + j];
+      sum = Rule<T>::add(sum, a.data + i * a.row, b.data + j * b.row, weights);
+    }
+  }
+}
+
+// out[i * out_row + j] = the sum of all steps.
 template <class T, template <class> class Rule, int R, int C>
 void inner_tile(Panel<T> a, Panel<T> b, int64_t steps, const T* weights, T* out, int64_t out_row) {
   constexpr int lanes = kLanes<T>;
+  const int64_t whole = smaller(steps, smaller(a.whole_steps, b.whole_steps));
   Vec<T> totals[R * C] = {};
   for (int64_t begin = 0; begin < steps; begin += kStepsOfSum) {
     const int64_t end = smaller(begin + kStepsOfSum, steps);
     Vec<T> sums[R * C] = {};
-    for (int64_t p = begin; p < end; ++p) {
-      const StepRows<T> a_step = a.at(p);
-      const StepRows<T> b_step = b.at(p);
-#pragma GCC unroll 8
-      for (int j = 0; j < C; ++j) {
-#pragma GCC unroll 8
-        for (int i = 0; i < R; ++i) {
-          sums[i * C + j] = Rule<T>::add(sums[i * C + j], a_step.data + i * a_step.row,
-                                         b_step.data + j * b_step.row, weights + p * kStep<T>);
-        }
-      }
+    int64_t p = begin;
+    for (; p < smaller(end, whole); ++p) {
+      add_step<T, Rule, R, C>({a.data + p * a.step, a.row}, {b.data + p * b.step, b.row},
+                              weights + p * kStep<T>, sums);
+    }
+    if (p < end) {
+      add_step<T, Rule, R, C>(a.at(p), b.at(p), weights + p * kStep<T>, sums);
     }
 #pragma GCC unroll 16
     for (int n = 0; n < R * C; ++n) {
@@ -125,16 +141,30 @@ struct Scalars {
   int64_t col;
 };
 
-// sums[i] += sum_k scalars(i, k) b_k for R rows i and one step of features.
+// Rows that a product is written to, or added to what they hold.
+template <class T>
+struct Sums {
+  T* data;
+  int64_t row;
+  bool adds;
+};
+
+// sums[i] = sum_k scalars(i, k) b_k, for R rows i and one step of features.
 template <class T, int R>
-void outer_tile(Scalars<T> scalars, StepRows<T> b, int64_t inner, T* sums, int64_t sums_row) {
+void outer_tile(Scalars<T> scalars, StepRows<T> b, int64_t inner, Sums<T> sums) {
   constexpr int lanes = kLanes<T>;
-  Vec<T> sum0[R];
-  Vec<T> sum1[R];
+  Vec<T> sum0[R] = {};
+  Vec<T> sum1[R] = {};
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
-    sum0[i] = load<T>(sums + i * sums_row);
-    sum1[i] = load<T>(sums + i * sums_row + lanes);
+    T* const row = sums.data + i * sums.row;
+    if (sums.adds) {
+      sum0[i] = load<T>(row);
+      sum1[i] = load<T>(row + lanes);
+    } else {  // the lines are on their way while the sums are made
+      __builtin_prefetch(row, 1);
+      __builtin_prefetch(row + lanes, 1);
+    }
   }
   for (int64_t k = 0; k < inner; ++k) {
     const Vec<T> b0 = load<T>(b.data + k * b.row);
@@ -148,14 +178,14 @@ void outer_tile(Scalars<T> scalars, StepRows<T> b, int64_t inner, T* sums, int64
   }
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
-    store<T>(sums + i * sums_row, sum0[i]);
-    store<T>(sums + i * sums_row + lanes, sum1[i]);
+    store<T>(sums.data + i * sums.row, sum0[i]);
+    store<T>(sums.data + i * sums.row + lanes, sum1[i]);
   }
 }
 
 // The same for one row i and every step: reads each b_k once from its beginning to its end.
 template <class T, int K>
-void outer_stream(Scalars<T> scalars, Panel<T> b, int64_t steps, T* sums) {
+void outer_stream(Scalars<T> scalars, Panel<T> b, int64_t steps, Sums<T> sums) {
   constexpr int lanes = kLanes<T>;
   Vec<T> scale[K];
 #pragma GCC unroll 4
@@ -164,38 +194,37 @@ void outer_stream(Scalars<T> scalars, Panel<T> b, int64_t steps, T* sums) {
   }
   for (int64_t p = 0; p < steps; ++p) {
     const StepRows<T> rows = b.at(p);
-    Vec<T> sum0 = load<T>(sums + p * kStep<T>);
-    Vec<T> sum1 = load<T>(sums + p * kStep<T> + lanes);
+    T* const data = sums.data + p * kStep<T>;
+    Vec<T> sum0 = sums.adds ? load<T>(data) : Vec<T>{};
+    Vec<T> sum1 = sums.adds ? load<T>(data + lanes) : Vec<T>{};
 #pragma GCC unroll 4
     for (int k = 0; k < K; ++k) {
       const T* row = rows.data + k * rows.row;
       sum0 += scale[k] * load<T>(row);
       sum1 += scale[k] * load<T>(row + lanes);
     }
-    store<T>(sums + p * kStep<T>, sum0);
-    store<T>(sums + p * kStep<T> + lanes, sum1);
+    store<T>(data, sum0);
+    store<T>(data + lanes, sum1);
   }
 }
 
 // Terms of a sum up to which rows are summed one by one: the terms stay in the first cache.
 constexpr int64_t kFewTerms = 4;
 
-// sums[i] += sum_k scalars(i, k) b_k for `rows` rows of `steps` steps, one row after the other.
+// sums[i] = sum_k scalars(i, k) b_k for `rows` rows of `steps` steps, `inner` > 0.
 template <class T>
 void outer_products(Scalars<T> scalars, int64_t rows, Panel<T> b, int64_t inner, int64_t steps,
-                    T* sums) {
-  const int64_t sums_row = steps * kStep<T>;
+                    Sums<T> sums) {
   if (rows == 1 || inner <= kFewTerms) {
     for (int64_t i = 0; i < rows; ++i) {
       const T* row = scalars.data + i * scalars.row;
+      Sums<T> target{sums.data + i * sums.row, 0, sums.adds};
       int64_t k = 0;
-      for (; k + 4 <= inner; k += 4) {
-        outer_stream<T, 4>({row + k * scalars.col, 0, scalars.col}, b.from_row(k), steps,
-                           sums + i * sums_row);
+      for (; k + 4 <= inner; k += 4, target.adds = true) {
+        outer_stream<T, 4>({row + k * scalars.col, 0, scalars.col}, b.from_row(k), steps, target);
       }
-      for (; k < inner; ++k) {
-        outer_stream<T, 1>({row + k * scalars.col, 0, scalars.col}, b.from_row(k), steps,
-                           sums + i * sums_row);
+      for (; k < inner; ++k, target.adds = true) {
+        outer_stream<T, 1>({row + k * scalars.col, 0, scalars.col}, b.from_row(k), steps, target);
       }
     }
     return;
@@ -211,7 +240,7 @@ void outer_products(Scalars<T> scalars, int64_t rows, Panel<T> b, int64_t inner,
                           : tile == 2 ? outer_tile<T, 2>
                                       : outer_tile<T, 1>;
       kernel({scalars.data + i * scalars.row, scalars.row, scalars.col}, b.at(p), inner,
-             sums + i * sums_row + p * kStep<T>, sums_row);
+             {sums.data + i * sums.row + p * kStep<T>, sums.row, sums.adds});
     }
   }
 }

@@ -6,6 +6,7 @@
 #include <utility>
 
 #define ATTN_EXT_INLINE inline __attribute__((always_inline))
+#define ATTN_EXT_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace attn_ext {
 namespace ATTN_EXT_ISA {

@@ -41,14 +41,16 @@ struct ExpConstants<double> {
 
 constexpr double inverse_factorial(int n) { return n < 2 ? 1.0 : inverse_factorial(n - 1) / n; }
 
-// sum_{k >= N} x^(k - N) / k! by Horner's rule.
+// sum_{k >= N} x^(k - N) / k!, by Horner's rule in pairs of terms: half as many operations wait for
+// each other.
 template <class T, int N>
-ATTN_EXT_INLINE Vec<T> taylor_exp(Vec<T> x) {
-  constexpr T coefficient = static_cast<T>(inverse_factorial(N));
-  if constexpr (N == ExpConstants<T>::kDegree) {
-    return splat<T>(coefficient);
+ATTN_EXT_INLINE Vec<T> taylor_exp(Vec<T> x, Vec<T> square) {
+  const Vec<T> pair =
+      x * static_cast<T>(inverse_factorial(N + 1)) + static_cast<T>(inverse_factorial(N));
+  if constexpr (N + 1 == ExpConstants<T>::kDegree) {
+    return pair;
   } else {
-    return taylor_exp<T, N + 1>(x) * x + coefficient;
+    return taylor_exp<T, N + 2>(x, square) * square + pair;
   }
 }
 
@@ -67,9 +69,10 @@ ATTN_EXT_INLINE ExpParts<T> exp_parts(Vec<T> x, int lift = 0) {
   const Vec<T> n = shifted - C::kRound;
   const Vec<T> high = x - n * C::kLn2High;
   const Vec<T> rest = high - n * C::kLn2Low;
+  const Vec<T> square = rest * rest;
   const VecBits<T> one = bits_of<T>(splat<T>(static_cast<T>(int64_t{1} << lift)));
   return {from_bits<T>((bits_of<T>(shifted) << VectorOf<T>::kMantissaBits) + one),
-          rest + rest * rest * taylor_exp<T, 2>(rest)};
+          rest + square * taylor_exp<T, 2>(rest, square)};
 }
 
 template <class T>
