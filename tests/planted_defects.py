@@ -820,7 +820,7 @@ TRITON = [
     ),
     Defect(
         "triton-part-rescale",
-        "triton_kernels/forward.py",
+        "triton_kernels/sums.py",
         "            total = total * tl.exp(largest - new_largest)\n",
         "",
         "tests/test_triton.py::test_segments_of_few_queries_are_shared_out",

@@ -269,18 +269,3 @@ def value_sums(weights, dcontext, stride, query, queries, d, DV: tl.constexpr):
     mask = (query < queries)[:, None] & (d < DV)[None, :]
     rows = tl.load(dcontext[None, :] + query[:, None] * stride, mask=mask, other=0.0)
     return weighted_sum(weights, rows)
-
-
-@triton.jit(do_not_specialize=["parts"])
-def sum_parts_kernel(
-    partial_ptr, sum_ptr, parts, SIZE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The sum over the first axis of float32 ``partial`` [parts, SIZE]; BLOCK of it a program."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    sums = tl.zeros((PARTS, BLOCK), tl.float32)
-    for begin in range(0, parts, PARTS):
-        part = (begin + tl.arange(0, PARTS)).to(tl.int64)
-        mask = (part < parts)[:, None] & (place < SIZE)[None, :]
-        sums += tl.load(partial_ptr + part[:, None] * SIZE + place[None, :], mask=mask, other=0.0)
-    total = tl.sum(sums, 0).to(sum_ptr.dtype.element_ty)
-    tl.store(sum_ptr + place, total, mask=place < SIZE)

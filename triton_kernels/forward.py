@@ -1,15 +1,13 @@
-"""Forward for several queries a sequence, and what merges partial results and returns weights."""
+"""Forward for several queries a sequence."""
 
 import triton
 import triton.language as tl
 
-from .arithmetic import WeightDropout, dropout_scales, kept_weights, weighted_sum
-from .rows import are_attended, attended_keys, dealt, find_tile, offset_of, sequence_rows
+from .arithmetic import WeightDropout, kept_weights, weighted_sum
+from .rows import are_attended, attended_keys, dealt, find_tile, sequence_rows
 from .scores import write_scores
 
 SIZES = ["batch", "rows_q", "rows_k", "max_seqlen_q", "max_seqlen_k", "parts", "threshold"]
-# Those of returned weights follow the longest sequences.
-WEIGHT_STRIDES = ["stride_weight_b", "stride_weight_query", "stride_weight_head"]
 
 
 @triton.jit
@@ -130,7 +128,7 @@ def additive_attention_fwd_kernel(
 
     Keys are taken in segments: all scores of one, then its softmax, then its weighted sum. With
     ``SINGLE`` a sequence's keys are one segment, and results final. Else program (tile, head, part)
-    takes each ``parts``-th segment, and leaves for :func:`merge_parts_kernel` its sum ``partial``
+    takes each ``parts``-th segment, and leaves for ``sums.merge_parts`` its sum ``partial``
     [parts, rows, H, DV] and its (max, sum) in ``stats`` [parts, rows, H, 2].
     The tiles are in ``order``, of :func:`rows.write_order`, if it is given.
     Scores pass through ``scores`` [(parts,) rows, H, stride_scores], all of them with KEEP_SCORES;
@@ -230,152 +228,3 @@ def additive_attention_fwd_kernel(
     if stats_ptr is not None:
         tl.store(stats_ptr + part_row * 2, largest, mask=query_valid)
         tl.store(stats_ptr + part_row * 2 + 1, total, mask=query_valid)
-
-
-@triton.jit(do_not_specialize=["rows_k", "parts", "rows_apart", "parts_apart"])
-def merge_parts_kernel(
-    partial_ptr,
-    part_stats_ptr,
-    context_ptr,
-    stats_ptr,
-    cu_k_ptr,
-    rows_k,
-    parts,
-    rows_apart,
-    parts_apart,
-    H: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """``context = sum_p exp(max_p - max) partial_p / sum`` over the parts of a query row and head.
-
-    Part p of row r is row ``r rows_apart + p parts_apart`` of ``partial`` [.., H, DV] and of its
-    stats [.., H, 2]; or, with offsets, row r is sequence r and its parts are its tiles of keys.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
-    if cu_k_ptr is None:
-        first = row * rows_apart
-        count = parts
-    else:
-        rows_k = rows_k.to(tl.int64)
-        first = offset_of(cu_k_ptr, row, rows_k) // TILE + row
-        count = offset_of(cu_k_ptr, row + 1, rows_k) // TILE + row + 1 - first
-    largest = -float("inf")
-    total = 0.0
-    for part in range(count):
-        part_row = (first + part * parts_apart) * H + head
-        part_largest = tl.load(part_stats_ptr + part_row * 2)
-        part_total = tl.load(part_stats_ptr + part_row * 2 + 1)
-        if part_total != 0.0:
-            new_largest = tl.maximum(largest, part_largest)
-            total = total * tl.exp(largest - new_largest)
-            total += part_total * tl.exp(part_largest - new_largest)
-            largest = new_largest
-    tl.store(stats_ptr + (row * H + head) * 2, largest)
-    tl.store(stats_ptr + (row * H + head) * 2 + 1, total)
-    safe_total = tl.where(total == 0.0, 1.0, total)
-    for begin in range(0, DV, BLOCK_DV):
-        d = begin + tl.arange(0, BLOCK_DV)
-        context = tl.zeros((BLOCK_DV,), tl.float32)
-        for part in range(count):
-            part_row = (first + part * parts_apart) * H + head
-            part_total = tl.load(part_stats_ptr + part_row * 2 + 1)
-            share = tl.exp(tl.load(part_stats_ptr + part_row * 2) - largest) / safe_total
-            # A part without keys has written nothing.
-            mask = d < tl.where(part_total != 0.0, DV, 0)
-            partial = tl.load(partial_ptr + part_row * DV + d, mask=mask, other=0.0)
-            context += tl.where(part_total != 0.0, share, 0.0) * partial
-        target = context_ptr + (row * H + head) * DV + d
-        tl.store(target, context.to(context_ptr.dtype.element_ty), mask=d < DV)
-
-
-@triton.jit(do_not_specialize=SIZES + WEIGHT_STRIDES)
-def additive_attention_weights_kernel(
-    scores_ptr,
-    stats_ptr,
-    weights_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    key_lengths_ptr,
-    padding_mask_ptr,
-    seed_ptr,
-    batch,
-    rows_q,
-    rows_k,
-    max_seqlen_q,
-    max_seqlen_k,
-    threshold,
-    dropout_scale,
-    stride_score_query_row,
-    stride_score_key_row,
-    stride_score_query,
-    stride_score_key,
-    stride_score_head,
-    stride_weight_b,
-    stride_weight_key_row,
-    stride_weight_query,
-    stride_weight_key,
-    stride_weight_head,
-    H: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """``exp(score - max) / sum``, dropped out, where weights are returned; the rest is not touched.
-    Without ``stats`` they are the scores.
-
-    A score is at (sequence's first query row and key row, query, key, head), each with its stride;
-    a weight at (sequence, first key row, query, key, head).
-    """
-    rows_q = rows_q.to(tl.int64)
-    rows_k = rows_k.to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
-    # Of the axes of a grid only the first holds more than 65,535.
-    query_tiles = tl.cdiv(max_seqlen_q, BLOCK_Q)
-    tile = tl.program_id(0) // query_tiles
-    first_query = (tl.program_id(0) % query_tiles).to(tl.int64) * BLOCK_Q
-    sequence, first_key = find_tile(cu_k_ptr, tile, batch, rows_k, BLOCK_K)
-    if sequence >= batch:
-        return
-    key_place, key_start, length = attended_keys(
-        cu_k_ptr, key_lengths_ptr, sequence, batch, rows_k, max_seqlen_k
-    )
-    place, start, length_q = sequence_rows(cu_q_ptr, sequence, batch, rows_q)
-    length_q = tl.minimum(length_q, max_seqlen_q)
-    query = first_query + tl.arange(0, BLOCK_Q)
-    key = first_key + tl.arange(0, BLOCK_K)
-    attended = are_attended(padding_mask_ptr, key_place, rows_k, key, length)
-    mask = (query < length_q)[:, None] & attended[None, :]
-    query_row = place * rows_q + start
-    key_row = key_place * rows_k + key_start
-    scores = tl.load(
-        scores_ptr
-        + query_row * stride_score_query_row
-        + key_row * stride_score_key_row
-        + head * stride_score_head
-        + query[:, None] * stride_score_query
-        + key[None, :] * stride_score_key,
-        mask=mask,
-        other=0.0,
-    )
-    weights = scores
-    if stats_ptr is not None:
-        stats = stats_ptr + ((query_row + query) * H + head) * 2
-        largest = tl.load(stats, mask=query < length_q, other=0.0)
-        total = tl.load(stats + 1, mask=query < length_q, other=1.0)
-        weights = tl.exp(scores - largest[:, None]) / total[:, None]
-    if seed_ptr is not None:
-        weights *= dropout_scales(
-            seed_ptr, threshold, dropout_scale, sequence, head, query[:, None], key[None, :]
-        )
-    tl.store(
-        weights_ptr
-        + sequence.to(tl.int64) * stride_weight_b
-        + key_row * stride_weight_key_row
-        + head * stride_weight_head
-        + query[:, None] * stride_weight_query
-        + key[None, :] * stride_weight_key,
-        weights.to(weights_ptr.dtype.element_ty),
-        mask=mask,
-    )

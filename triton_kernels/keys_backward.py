@@ -13,8 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configurations
-from .backward import sum_parts_kernel
 from .key_scores import add_products, hidden_and_slopes, no_sums, row_sums
 from .key_tiles import (
     SIZES,
@@ -33,7 +31,8 @@ from .key_tiles import (
     store_tile,
 )
 from .problem import Problem
-from .rows import Rows, offset_of
+from .rows import Rows
+from .sums import parts_of, sum_parts
 
 PARTS = tl.constexpr(128)  # tiles whose sums are added at a time
 
@@ -143,19 +142,6 @@ def additive_attention_keys_bwd_weights_kernel(
 
 
 @triton.jit
-def tiles_of(cu_ptr, sequence, rows_k, TILE: tl.constexpr):
-    """(first, count) of the tiles of a sequence."""
-    rows_k = rows_k.to(tl.int64)
-    if cu_ptr is None:
-        count = tl.cdiv(rows_k, TILE)
-        return sequence * count, count
-    else:
-        first = offset_of(cu_ptr, sequence, rows_k) // TILE + sequence
-        end = offset_of(cu_ptr, sequence + 1, rows_k) // TILE + sequence + 1
-        return first, end - first
-
-
-@triton.jit
 def score_gradients(weights, gradients, delta, total):
     """``w (g - delta)``. ``total`` is the sum of the rounded w: these need not sum to 1, but the
     results to 0.
@@ -167,15 +153,17 @@ def score_gradients(weights, gradients, delta, total):
 def finish_records(inputs, records, query, tile, rows_k, SHAPE: tl.constexpr):
     """In the second launch: g becomes s, and w what dropout makes of it."""
     K: tl.constexpr = SHAPE.K
-    first, count = tiles_of(inputs.key_side.cu_ptr, query, rows_k, SHAPE.TILE)
+    cu_ptr = inputs.key_side.cu_ptr
+    parts = tl.cdiv(rows_k, SHAPE.TILE)
+    first, count = parts_of(query, parts, parts, cu_ptr, rows_k, SHAPE.TILE)
     for k in range(K):
         deltas = tl.full((PARTS,), 0.0, tl.float32)
         totals = tl.full((PARTS,), 0.0, tl.float32)
         for begin in range(0, count, PARTS):
             part = begin + tl.arange(0, PARTS)
-            parts = records.delta_ptr + (((first + part) * K + k) * SHAPE.H + tile.head) * 2
-            deltas += tl.load(parts, mask=part < count, other=0.0)
-            totals += tl.load(parts + 1, mask=part < count, other=0.0)
+            delta_row = records.delta_ptr + (((first + part) * K + k) * SHAPE.H + tile.head) * 2
+            deltas += tl.load(delta_row, mask=part < count, other=0.0)
+            totals += tl.load(delta_row + 1, mask=part < count, other=0.0)
         entry = tile.row * K + k
         weights = tl.load(records.weights_ptr + entry, mask=tile.attended, other=0.0)
         gradients = tl.load(records.dscores_ptr + entry, mask=tile.attended, other=0.0)
@@ -352,31 +340,6 @@ def additive_attention_keys_bwd_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["rows_k"])
-def sum_tiles_kernel(
-    partial_ptr,
-    dquery_ptr,
-    cu_ptr,
-    rows_k,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """``dquery`` of a sequence and head: the sum of its tiles' parts [tiles, H, D]."""
-    sequence = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
-    first, count = tiles_of(cu_ptr, sequence, rows_k, TILE)
-    for begin in range(0, D, BLOCK_D):
-        d = begin + tl.arange(0, BLOCK_D)
-        sums = tl.full((BLOCK_D,), 0.0, tl.float32)
-        for part in range(count):
-            source = partial_ptr + ((first + part) * H + head) * D + d
-            sums += tl.load(source, mask=d < D, other=0.0)
-        target = dquery_ptr + (sequence * H + head) * D + d
-        tl.store(target, sums.to(dquery_ptr.dtype.element_ty), mask=d < D)
-
-
 def backward_over_keys(
     problem: Problem,
     inputs: Inputs,
@@ -428,30 +391,8 @@ def backward_over_keys(
         num_warps=plan.warps,
     )
     if part_query is not query:
-        sum_tiles_kernel[(problem.batch, shape.H)](
-            part_query,
-            query,
-            problem.cu_k,
-            problem.rows_k,
-            H=shape.H,
-            D=shape.D,
-            BLOCK_D=configurations.MERGE.value_features,
-            TILE=shape.TILE,
-            num_warps=configurations.MERGE.warps,
-        )
+        parts = triton.cdiv(problem.rows_k, shape.TILE)
+        by_tile = problem.cu_k, problem.rows_k, shape.TILE
+        sum_parts(part_query, query, problem.batch, parts, by_tile)
     if score_weight is not None:
-        sum_partial(part_weight, score_weight)
-
-
-def sum_partial(partial: Tensor, total: Tensor) -> None:
-    """``total`` = the sum over the first axis of float32 ``partial``; both contiguous."""
-    block = configurations.SUM_NUMBERS
-    sum_parts_kernel[(triton.cdiv(total.numel(), block),)](
-        partial,
-        total,
-        partial.size(0),
-        SIZE=total.numel(),
-        PARTS=configurations.SUM_PARTS,
-        BLOCK=block,
-        num_warps=1,
-    )
+        sum_parts(part_weight, score_weight, 1, tiles)

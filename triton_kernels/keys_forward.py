@@ -4,8 +4,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configurations
-from .forward import merge_parts_kernel
 from .key_scores import scores_of_tile
 from .key_tiles import (
     SIZES,
@@ -20,6 +18,7 @@ from .key_tiles import (
     rows_of,
 )
 from .problem import Problem
+from .sums import merge_parts
 
 
 @triton.jit
@@ -124,20 +123,7 @@ def forward_over_keys(
         **plan.registers,
     )
     if part_stats is not stats:
-        tiles = triton.cdiv(problem.rows_k, shape.TILE)
-        merge_parts_kernel[(problem.batch, shape.K * shape.H)](
-            part_context,
-            part_stats,
-            context,
-            stats,
-            problem.cu_k,
-            problem.rows_k,
-            tiles,
-            tiles,
-            1,
-            H=shape.K * shape.H,
-            DV=shape.DV,
-            BLOCK_DV=configurations.MERGE.value_features,
-            TILE=shape.TILE,
-            num_warps=configurations.MERGE.warps,
-        )
+        parts = triton.cdiv(problem.rows_k, shape.TILE)
+        tiles = problem.cu_k, problem.rows_k, shape.TILE
+        results = context.flatten(1, 2), stats.flatten(1, 2)
+        merge_parts(part_context, part_stats, *results, (parts, parts, 1), tiles)

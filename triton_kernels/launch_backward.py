@@ -9,7 +9,6 @@ from torch import Tensor
 from . import configurations
 from .backward import additive_attention_bwd_scores_kernel
 from .gradient import TILE_ROWS, additive_attention_grad_kernel
-from .keys_backward import sum_partial
 from .launch_forward import pair_strides, score_pairs
 from .problem import (
     GRAD_KEY,
@@ -27,6 +26,7 @@ from .problem import (
     weight_strides,
 )
 from .step import step_gradients
+from .sums import sum_parts
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ def _gradient_pass(
         num_warps=warps,
     )
     if partial is not None:
-        sum_partial(partial, dscore_weight)
+        sum_parts(partial, dscore_weight, 1, partial.size(0))
 
 
 # ---- All steps of a memory ----

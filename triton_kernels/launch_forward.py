@@ -7,11 +7,7 @@ import triton
 from torch import Tensor
 
 from . import configurations
-from .forward import (
-    additive_attention_fwd_kernel,
-    additive_attention_weights_kernel,
-    merge_parts_kernel,
-)
+from .forward import additive_attention_fwd_kernel
 from .problem import (
     DENSE_WEIGHTS,
     JAGGED_WEIGHTS,
@@ -25,10 +21,11 @@ from .problem import (
     rows_of,
     strides_of,
     uses_ptx,
-    weight_strides,
 )
 from .rows import ORDER_BLOCK, order_kernel
 from .step import step_forward
+from .sums import merge_parts
+from .weights import fill_weights
 
 PROGRAMS_A_PROCESSOR = 4  # enough for every processor to be busy to the end
 MOST_PARTS = 64
@@ -103,36 +100,14 @@ def additive_attention_forward(
                 shape = problem.all_rows_k, problem.heads
                 scores = query.new_empty(shape, dtype=torch.float32)
             step_forward(*wanted, scores)
-            strides = 0, problem.heads, 0, problem.heads, 1
         else:
             scores = kept if keep_scores else None
             if weights_layout and not keep_scores:
                 scores = _room_for_scores(problem, query)
             _forward(*wanted, scores, raw)
-            strides = None if scores is None else pair_strides(problem, scores.size(-1))
         if weights_layout and weights.numel() and scores is not weights:
-            tiles = configurations.WEIGHTS
-            programs = problem.tiles("k", tiles.keys) * triton.cdiv(problem.max_q, tiles.queries)
-            additive_attention_weights_kernel[(programs, problem.heads)](
-                scores,
-                softmax[1],
-                weights,
-                problem.cu_q,
-                *problem.key_side(),
-                problem.seed,
-                problem.batch,
-                problem.rows_q,
-                problem.rows_k,
-                problem.max_q,
-                problem.max_k,
-                *problem.dropout(),
-                *strides,
-                *weight_strides(weights, weights_layout),
-                H=problem.heads,
-                BLOCK_Q=tiles.queries,
-                BLOCK_K=tiles.keys,
-                num_warps=tiles.warps,
-            )
+            columns = None if problem.is_one_step else scores.size(-1)
+            fill_weights(problem, scores, columns, softmax[1], weights)
     return context, weights, stats, kept
 
 
@@ -246,36 +221,4 @@ def _forward(
         **register_limit(tiles),
     )
     if merges:
-        _merge(partial, part_stats, context, stats, None, 0, parts, 1, rows_q, 1)
-
-
-def _merge(
-    partial: Tensor,
-    part_stats: Tensor,
-    context: Tensor,
-    stats: Tensor,
-    cu_k: Tensor | None,
-    rows_k: int,
-    parts: int,
-    rows_apart: int,
-    parts_apart: int,
-    tile: int,
-) -> None:
-    heads, value_dim = context.shape[2:]
-    rows = stats.numel() // (2 * heads)
-    merge_parts_kernel[(rows, heads)](
-        partial,
-        part_stats,
-        context,
-        stats,
-        cu_k,
-        rows_k,
-        parts,
-        rows_apart,
-        parts_apart,
-        H=heads,
-        DV=value_dim,
-        BLOCK_DV=configurations.MERGE.value_features,
-        TILE=tile,
-        num_warps=configurations.MERGE.warps,
-    )
+        merge_parts(partial, part_stats, context, stats, (parts, 1, rows_q))

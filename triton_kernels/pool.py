@@ -6,11 +6,9 @@ Keys, gates and values are read once, but for more than POOL_BRANCHES branches.
 import math
 
 import torch
-import triton
 from torch import Tensor
 
 from . import configurations
-from .forward import additive_attention_weights_kernel
 from .key_tiles import Plan, Shape, key_inputs
 from .keys_backward import Gradients, Incoming, Records, backward_over_keys
 from .keys_forward import forward_over_keys
@@ -30,6 +28,7 @@ from .problem import (
     on_device,
     uses_ptx,
 )
+from .weights import fill_weights
 
 
 def pool_problem(
@@ -67,40 +66,6 @@ def pool_plan(
         uses_ptx(key),
     )
     return Plan(shape, None, tiles.warps, {})
-
-
-def _fill_weights(problem: Problem, scores: Tensor, stats: Tensor, weights: Tensor) -> None:
-    """Fill weights: [B, H, K, Nk], or of jagged keys [Nk, H, K]."""
-    heads, branches = problem.heads, problem.rows_q
-    config = configurations.WEIGHTS
-    programs = problem.tiles("k", config.keys) * triton.cdiv(branches, config.queries)
-    strides = weights.stride()
-    if problem.cu_k is None:
-        by_sequence, by_head, by_branch, by_key = strides
-        strides = (by_sequence, 0, by_branch, by_key, by_head)
-    else:
-        by_key, by_head, by_branch = strides
-        strides = (0, by_key, by_branch, by_key, by_head)
-    additive_attention_weights_kernel[(programs, heads)](
-        scores,
-        stats,
-        weights,
-        None,
-        *problem.key_side(),
-        problem.seed,
-        problem.batch,
-        branches,
-        problem.rows_k,
-        branches,
-        problem.max_k,
-        *problem.dropout(),
-        *(0, heads * branches, 1, heads * branches, branches),  # of scores
-        *strides,
-        H=heads,
-        BLOCK_Q=config.queries,
-        BLOCK_K=config.keys,
-        num_warps=config.warps,
-    )
 
 
 def additive_pool_forward(
@@ -151,7 +116,7 @@ def additive_pool_forward(
             wanted = scores if scores.numel() else None
             forward_over_keys(problem, inputs, *softmax, wanted, pool_plan(problem, key))
             if weights.numel():
-                _fill_weights(problem, scores, stats, weights)
+                fill_weights(problem, scores, None, stats, weights)
     if raw:
         weights = scores.permute(0, 2, 3, 1).contiguous()
         if weights_layout == JAGGED_WEIGHTS:

@@ -197,15 +197,6 @@ def strides_of(tensor: Tensor, cu: Tensor | None) -> tuple[int, int, int]:
     return by_place if cu is None else 0, by_row, by_head
 
 
-def alignment(*tensors: Tensor | None) -> int:
-    """Features that every row of the tensors starts at a multiple of: 8, or 1.
-
-    Triton only sees whether 16 divides a stride.
-    """
-    strides = (stride for t in tensors if t is not None for stride in t.stride()[:-1])
-    return 8 if all(stride % 8 == 0 for stride in strides) else 1
-
-
 def half_of(dim: int) -> int:
     """How many pairs of features there are, d with d + half."""
     return triton.cdiv(dim, 2)
