@@ -107,8 +107,8 @@ class GradientBlock {
     for (int64_t i = 0; i < unit_.query_count; ++i) {
       for (int64_t j = 0; j < count; j += kLanes<T>) {
         const T* row = s + i * unit_.ld + j;
-        const Vec<T> next = magnitude<T>(j + kLanes<T> <= count ? load<T>(row)
-                                                                : load_partial<T>(row, count - j));
+        const Vec<T> next =
+            magnitude<T>(j + kLanes<T> <= count ? load<T>(row) : load_partial<T>(row, count - j));
         sizes = next > sizes ? next : sizes;
       }
     }

@@ -78,9 +78,9 @@ struct GradientOperands {
   int64_t rows;
   int64_t keys;
   int64_t steps;
-  T* dq;  // [rows, steps, kStep]
-  T* dk;  // [keys, steps, kStep]
-  T* dw;  // [steps, kStep]
+  T* dq;        // [rows, steps, kStep]
+  T* dk;        // [keys, steps, kStep]
+  T* dw;        // [steps, kStep]
   int64_t row;  // of dq and dk
 };
 
