@@ -663,7 +663,7 @@ CPU = [
     Defect(
         "cpu-rescale",
         "csrc/cpu/forward.h",
-        "scale_row(sums + i * columns, columns, scale);",
+        "scale_row(sums.data + i * sums.row, columns, scale);",
         "(void)scale;",
         "tests/test_additive_attention.py::test_sizes",
         "The context of more than 512 keys is wrong.",
