@@ -301,10 +301,7 @@ def attend(
     if backend == "reference" or _must_be_plain(queries, keys, weights_layout, backend):
         return reference.attend(queries, keys, dropout_p, seed, need_weights)
     context, weights = _call(queries, keys, dropout_p, seed, weights_layout, deterministic, backend)
-    context = queries.restore_context(context)
-    if not need_weights:
-        return context
-    return context, queries.restore_weights(weights, weights_layout)
+    return queries.restore(context, weights, weights_layout)
 
 
 def _call(

@@ -153,6 +153,15 @@ class QuerySide(NamedTuple):
             "max_seqlen_q": self.max_seqlen,
         }
 
+    def restore(
+        self, context: Tensor, weights: Tensor, weights_layout: int
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The context, and weights if there are any, as the caller's layout has them."""
+        context = self.restore_context(context)
+        if weights_layout == 0:
+            return context
+        return context, self.restore_weights(weights, weights_layout)
+
     def restore_context(self, context: Tensor) -> Tensor:
         """Shape an internal context ``[Bq, Nq, H, Dv]`` as the caller's layout has it."""
         axes = () if self.has_heads else (2,)

@@ -293,10 +293,11 @@ THIN = {
 }
 
 
-def run_cases(backend: str, dtype: str, cases: tuple[str, ...]) -> None:
+def run_cases(backend: str, dtype: str, cases: tuple[str, ...], *options: str) -> None:
     """In a process of its own: backends are not to compute on CPU tensors in others."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.ptx", backend, "--dtype", dtype, "--only", *cases]
+    command = [sys.executable, "-m", "tests.ptx", backend, *options, "--dtype", dtype]
+    command += ["--only", *cases]
     run = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert f"{len(cases)} of {len(cases)} ok" in run.stdout
@@ -306,6 +307,12 @@ def run_cases(backend: str, dtype: str, cases: tuple[str, ...]) -> None:
 def test_triton_kernels(cases: tuple[str, ...]):
     pytest.importorskip("triton")
     run_cases("triton", "bfloat16", cases)
+
+
+def test_triton_kernels_in_the_order_of_their_work():
+    """Jagged sequences: the largest tiles first, several of them to each multiprocessor."""
+    pytest.importorskip("triton")
+    run_cases("triton", "bfloat16", ("jagged", "options-jagged"), "--processors", "2")
 
 
 def test_cuda_kernels():
