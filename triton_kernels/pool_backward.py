@@ -185,6 +185,7 @@ def additive_pool_bwd_kernel(
             delta = delta / tl.where(total == 0.0, 1.0, total)
             weight = tl.load(weights_ptr + row * K + k, mask=tile.attended, other=0.0)
             gradient = tl.load(dscores_ptr + row * K + k, mask=tile.attended, other=0.0)
+            tl.debug_barrier()  # all has been read before it is replaced
             tl.store(dscores_ptr + row * K + k, weight * (gradient - delta), mask=tile.attended)
             if seed_ptr is not None:
                 weight *= kept_weights(seed_ptr, threshold, dropout_scale, tile, k)
