@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kInnerThreads, 4) step_inner_kernel(const Inne
 #pragma unroll
       for (int n = 0; n < kKeys; ++n) {
         if (lane == n && key + n < end) {
-          call.out.data[score_offset(call.out, span, head, 0, key + n)] = sums[n];
+          score_row(call.out, span, head, 0)[key + n] = sums[n];
         }
       }
     }
@@ -134,13 +134,10 @@ __device__ inline void compute_scores(const Part& part, Shared& shared) {
 template <bool kScored>
 __device__ inline SoftmaxPart score_part(const Part& part, Shared& shared) {
   const StepCall& call = part.call;
-  const auto score_at = [&](int j) -> float& {
-    return call.scores
-        .data[score_offset(call.scores, part.span, part.head, part.query, part.first + j)];
-  };
+  const ScoreRow scores = score_row(call.scores, part.span, part.head, part.query);
   if constexpr (kScored) {
     for (int j = threadIdx.x; j < part.keys; j += kThreads) {
-      shared.scores[j] = score_at(j);
+      shared.scores[j] = scores[part.first + j];
     }
   } else {
     compute_scores(part, shared);
@@ -159,7 +156,7 @@ __device__ inline SoftmaxPart score_part(const Part& part, Shared& shared) {
     const float exponential = expf(score - shift);
     total += exponential;
     if (!kScored && call.merges && call.scores.data != nullptr) {
-      score_at(j) = score;
+      scores[part.first + j] = score;
     }
     shared.scores[j] = exponential * dropout_factor(call.problem.dropout, part.span, part.head,
                                                     part.query, part.first + j);
@@ -330,7 +327,7 @@ __global__ void __launch_bounds__(kThreads) step_merge_kernel(const StepCall cal
       continue;
     }
     for (int64_t j = threadIdx.x; j < span.key_count; j += kThreads) {
-      const float score = call.scores.data[score_offset(call.scores, span, head, query, j)];
+      const float score = score_row(call.scores, span, head, query)[j];
       store(call.weights.rows, weight_offset(call.weights, span, head, query, j),
             softmax_scale(score, whole.largest) * scale *
                 dropout_factor(problem.dropout, span, head, query, j));
