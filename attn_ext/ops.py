@@ -54,6 +54,8 @@ _CPU_ONLY = ("additive_attention_prepare",)  # which "triton" and "cuda" do not 
 
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"attn_ext::{_name}", _schema)
+    if _name not in _CPU_ONLY:  # "cuda" hears of no choice
+        torch.library.define(f"attn_ext_cuda::{_name}", _schema.replace(", str backend", ""))
 
 forward: OpOverload = torch.ops.attn_ext.additive_attention_forward.default
 backward: OpOverload = torch.ops.attn_ext.additive_attention_backward.default

@@ -436,45 +436,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_pool_backward(
 }  // namespace cuda
 }  // namespace attn_ext
 
-#define ATTN_EXT_INPUTS "Tensor query, Tensor key, Tensor value, Tensor score_weight, "
-#define ATTN_EXT_PREPARED "Tensor? exp_key, Tensor? key_bound, "
-#define ATTN_EXT_KEY_LAYOUT "Tensor? cu_seqlens_k, Tensor? key_lengths, Tensor? key_padding_mask, "
-#define ATTN_EXT_LAYOUT \
-  "Tensor? cu_seqlens_q, " ATTN_EXT_KEY_LAYOUT "SymInt max_seqlen_q, SymInt max_seqlen_k, "
-#define ATTN_EXT_DROPOUT "float dropout_p, Tensor? dropout_seed, int weights_layout, "
-#define ATTN_EXT_POOLED "Tensor key, Tensor value, Tensor score_weight, Tensor? gate, "
-#define ATTN_EXT_POOL_DROPOUT "float tanh_dropout_p, float gate_dropout_p, " ATTN_EXT_DROPOUT
-#define ATTN_EXT_GRADS "Tensor? dcontext, Tensor? dweights, "
-
-STABLE_TORCH_LIBRARY_FRAGMENT(attn_ext_cuda, m) {
-  m.def("additive_attention_forward(" ATTN_EXT_INPUTS ATTN_EXT_PREPARED
-            ATTN_EXT_LAYOUT ATTN_EXT_DROPOUT
-        "bool keep_scores, bool deterministic) "
-        "-> (Tensor context, Tensor weights, Tensor stats, Tensor scores)");
-  m.def("additive_attention_backward(" ATTN_EXT_GRADS ATTN_EXT_INPUTS
-        "Tensor stats, Tensor scores, " ATTN_EXT_LAYOUT ATTN_EXT_DROPOUT
-        "int grad_mask, bool deterministic) "
-        "-> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dscore_weight)");
-  m.def("additive_attention_step_backward(" ATTN_EXT_GRADS ATTN_EXT_INPUTS ATTN_EXT_PREPARED
-        "Tensor stats, Tensor scores, " ATTN_EXT_KEY_LAYOUT "SymInt max_seqlen_k, " ATTN_EXT_DROPOUT
-        "int grad_mask, bool deterministic) -> (Tensor dquery, Tensor dscores, Tensor weights)");
-  m.def("additive_pool_forward(" ATTN_EXT_POOLED ATTN_EXT_KEY_LAYOUT
-        "SymInt max_seqlen_k, " ATTN_EXT_POOL_DROPOUT
-        "bool keep_scores, bool deterministic) "
-        "-> (Tensor context, Tensor weights, Tensor stats, Tensor scores)");
-  m.def("additive_pool_backward(" ATTN_EXT_GRADS ATTN_EXT_POOLED
-        "Tensor stats, Tensor scores, " ATTN_EXT_KEY_LAYOUT
-        "SymInt max_seqlen_k, " ATTN_EXT_POOL_DROPOUT
-        "int grad_mask, bool deterministic) "
-        "-> (Tensor dkey, Tensor dvalue, Tensor dscore_weight, Tensor dgate)");
-  m.def(
-      "additive_attention_memory_backward(Tensor query, Tensor dscores, Tensor weights, "
-      "Tensor dcontext, Tensor key, Tensor value, Tensor "
-      "score_weight, " ATTN_EXT_PREPARED ATTN_EXT_KEY_LAYOUT
-      "SymInt max_seqlen_k, int grad_mask, bool deterministic) "
-      "-> (Tensor dkey, Tensor dvalue, Tensor dscore_weight)");
-}
-
+// attn_ext/ops.py defines their schemas.
 STABLE_TORCH_LIBRARY_IMPL(attn_ext_cuda, ATTN_EXT_CUDA_KEY, m) {
   using namespace attn_ext::cuda;
   m.impl("additive_attention_forward", TORCH_BOX(&additive_attention_forward));
