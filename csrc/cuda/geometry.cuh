@@ -154,14 +154,34 @@ __device__ inline void find_place(const Sequences& sequences, bool by_key, int s
   __syncthreads();
 }
 
-__device__ inline int64_t query_offset(const Rows& rows, const Span& span, int64_t head,
-                                       int64_t i) {
-  return span.query_batch * rows.batch + (span.query_begin + i) * rows.row + head * rows.head;
+// Offsets of one head's rows of a sequence, by number.
+struct RowOffsets {
+  int64_t first;
+  int64_t step;
+  const int32_t* index;  // positions of the keys that a mask leaves, else null
+
+  __device__ int64_t operator[](int n) const {
+    const auto row = static_cast<uint32_t>(index != nullptr ? index[n] : n);
+    return first + static_cast<int64_t>(row * static_cast<uint64_t>(step));
+  }
+};
+
+__device__ inline RowOffsets query_offsets(const Rows& rows, const Span& span, int64_t head) {
+  return {span.query_batch * rows.batch + span.query_begin * rows.row + head * rows.head, rows.row,
+          nullptr};
 }
 
-__device__ inline int64_t key_offset(const Rows& rows, const Span& span, int64_t head, int64_t j) {
-  return span.key_batch * rows.batch + (span.key_begin + span.position(j)) * rows.row +
-         head * rows.head;
+__device__ inline RowOffsets key_offsets(const Rows& rows, const Span& span, int64_t head) {
+  return {span.key_batch * rows.batch + span.key_begin * rows.row + head * rows.head, rows.row,
+          span.key_index};
+}
+
+__device__ inline int64_t query_offset(const Rows& rows, const Span& span, int64_t head, int i) {
+  return query_offsets(rows, span, head)[i];
+}
+
+__device__ inline int64_t key_offset(const Rows& rows, const Span& span, int64_t head, int j) {
+  return key_offsets(rows, span, head)[j];
 }
 
 // The scores of query i.

@@ -32,8 +32,8 @@ __device__ inline void fill_queries(const Unit& unit, Shared& shared) {
 #pragma unroll 1
   for (int row = threadIdx.x / kRowGranules; row < unit.queries; row += kThreads / kRowGranules) {
     float values[kGranule];
-    load_granule(problem.query, query_offset(problem.query, unit.span, unit.head, unit.query + row),
-                 unit.col + col, problem.dim, values);
+    load_granule(problem.query, shared.queries[unit.query + row], unit.col + col, problem.dim,
+                 values);
     const float zeros[kGranule] = {};
     put_granule(&shared.dquery[row][col], zeros);
     exponentiate(problem.is_short, values, bound);
@@ -59,8 +59,7 @@ __device__ inline float fill_keys(const Unit& unit, int key, int keys, bool expo
   float bound = 0;
   float values[kGranule] = {};
   if (row < keys) {
-    load_granule(problem.key, key_offset(problem.key, unit.span, unit.head, key + row),
-                 unit.col + col, problem.dim, values);
+    load_granule(problem.key, shared.keys[key + row], unit.col + col, problem.dim, values);
   }
   if (exponentials) {
     exponentiate(problem.is_short, values, bound);
@@ -145,8 +144,8 @@ __device__ inline void write_keys(const Unit& unit, int key, int keys, const Lan
     return;
   }
   float sums[kGranule] = {};
-  const int64_t at = key_offset(call.dkey_sums, unit.span, unit.head, key + j);
   if (!unit.first) {
+    const int64_t at = key_offset(call.dkey_sums, unit.span, unit.head, key + j);
     load_granule(call.dkey_sums, at, unit.col + col, dim, sums);
   }
 #pragma unroll
@@ -155,9 +154,9 @@ __device__ inline void write_keys(const Unit& unit, int key, int keys, const Lan
   }
   if (unit.last) {
     weigh(shared, col, sums);
-    store_granule(call.dkey, key_offset(call.dkey, unit.span, unit.head, key + j), unit.col + col,
-                  dim, sums);
+    store_granule(call.dkey, shared.dkeys[key + j], unit.col + col, dim, sums);
   } else {
+    const int64_t at = key_offset(call.dkey_sums, unit.span, unit.head, key + j);
     store_granule(call.dkey_sums, at, unit.col + col, dim, sums);
   }
 }
@@ -200,8 +199,7 @@ __device__ inline void write_queries(const Unit& unit, const Shared& shared) {
       }
     }
     weigh(shared, col, sums);
-    store_granule(call.dquery, query_offset(call.dquery, unit.span, unit.head, unit.query + i),
-                  unit.col + col, dim, sums);
+    store_granule(call.dquery, shared.dqueries[unit.query + i], unit.col + col, dim, sums);
   }
 }
 
@@ -316,6 +314,13 @@ __global__ void __launch_bounds__(kThreads, 3) gradient_kernel(const GradientCal
   find_place(call.problem.sequences, true, call.key_shift, shared.place);
   const Span& span = shared.place.span;
   for (int64_t head = blockIdx.z; head < call.problem.heads; head += gridDim.z) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      shared.queries = query_offsets(call.problem.query, span, head);
+      shared.dqueries = query_offsets(call.dquery, span, head);
+      shared.keys = key_offsets(call.problem.key, span, head);
+      shared.dkeys = key_offsets(call.dkey, span, head);
+    }
     for (int64_t col = int64_t{blockIdx.y} * kGradientFeatures; col < call.problem.dim;
          col += int64_t{gridDim.y} * kGradientFeatures) {
       __syncthreads();

@@ -39,6 +39,10 @@ struct Shared {
   Extremes query_extremes[kWarp];
   // Here because registers are scarce.
   Place place;
+  RowOffsets queries;
+  RowOffsets dqueries;
+  RowOffsets keys;
+  RowOffsets dkeys;
   double2 dweight[kThreads];  // sums of s t, a thread's two features
   float query_room[kWarps];
   float key_room[2][kWarps];  // in turn

@@ -252,19 +252,24 @@ __device__ __forceinline__ void exponentiate(bool is_short, float (&values)[kGra
   }
 }
 
-template <class Reduction>
+// Over kLanes neighbouring lanes. All of the warp take part.
+template <class Reduction, int kLanes = kWarp>
 __device__ __forceinline__ float reduce_warp(float value) {
 #pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
     value = Reduction::of(value, __shfl_xor_sync(kAllLanes, value, distance));
   }
   return value;
 }
 
-// Over kThreads consecutive threads: a warp, or the whole block, which shares `room`.
+// Over kThreads neighbouring threads: some lanes of a warp, or the whole block, which shares
+// `room`.
+template <int kThreads>
+constexpr int kRoom = kThreads > kWarp ? kThreads / kWarp : 1;
+
 template <class Reduction, int kThreads>
-__device__ __forceinline__ float reduce(float value, float (&room)[kThreads / kWarp]) {
-  value = reduce_warp<Reduction>(value);
+__device__ __forceinline__ float reduce(float value, float (&room)[kRoom<kThreads>]) {
+  value = reduce_warp<Reduction, (kThreads < kWarp ? kThreads : kWarp)>(value);
   if constexpr (kThreads > kWarp) {
     __syncthreads();
     if (threadIdx.x % kWarp == 0) {

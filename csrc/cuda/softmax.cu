@@ -1,5 +1,5 @@
-// The gradient of the softmax of rows of scores. A row belongs to a warp, or to a block where there
-// are few of them. With e the scores and g = dcontext . value + dweights:
+// The gradient of the softmax of rows of scores. A row belongs to some lanes of a warp, or to a
+// block where there are few of them. With e the scores and g = dcontext . value + dweights:
 //   alpha_j = exp(e_j - largest) / total
 //   delta = sum alpha g' / sum alpha
 //   s = alpha (g' - delta)
@@ -16,9 +16,12 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kBlocks = 6;  // at a time on a multiprocessor
 
+constexpr int kFewLanes = 8;  // that a row belongs to
+
 // log2 of the rows of a block.
 template <int kGroup>
 constexpr int kRowShift = kGroup == kThreads ? 0 : 4;
+static_assert(kThreads == kFewLanes << kRowShift<kFewLanes>);
 
 // A row of the gradient.
 struct GradientRow {
@@ -26,6 +29,7 @@ struct GradientRow {
   const Span& span;
   int64_t head;
   int i;
+  int keys;
   float shift;
   float scale;
   ScoreRow scores = score_row(call.scores, span, head, i);
@@ -42,12 +46,12 @@ struct GradientRow {
 
 // alpha of every key, g' in place of g, and delta.
 template <int kGroup>
-__device__ inline float row_delta(const GradientRow& row, float (&room)[kGroup / kWarp]) {
+__device__ inline float row_delta(const GradientRow& row, float (&room)[kRoom<kGroup>]) {
   const SoftmaxGradientCall& call = row.call;
   float weighted = 0;
   float total = 0;
 #pragma unroll 2
-  for (int64_t j = threadIdx.x % kGroup; j < row.span.key_count; j += kGroup) {
+  for (int j = threadIdx.x % kGroup; j < row.keys; j += kGroup) {
     const float alpha = expf(row.scores[j] - row.shift) * row.scale;
     float dalpha = call.has_dalpha ? row.dalpha[j] : 0.0f;
     if (call.dweights.rows.data != nullptr) {
@@ -69,11 +73,11 @@ __device__ inline float row_delta(const GradientRow& row, float (&room)[kGroup /
 // Less than double precision could tell from 0 is left as it is.
 template <int kGroup>
 __device__ inline float row_rest(const GradientRow& row, float delta,
-                                 float (&room)[kGroup / kWarp]) {
+                                 float (&room)[kRoom<kGroup>]) {
   float weighted = 0;
   float total = 0;
 #pragma unroll 2
-  for (int64_t j = threadIdx.x % kGroup; j < row.span.key_count; j += kGroup) {
+  for (int j = threadIdx.x % kGroup; j < row.keys; j += kGroup) {
     weighted += row.alpha[j] * (row.dalpha[j] - delta);
     total += row.alpha[j];
   }
@@ -86,22 +90,27 @@ __device__ inline float row_rest(const GradientRow& row, float delta,
 
 template <int kGroup>
 __device__ inline void run_row(const SoftmaxGradientCall& call, const Span& span, int64_t head,
-                               int i, float (&room)[kGroup / kWarp]) {
+                               int i, int keys, float (&room)[kRoom<kGroup>]) {
   const int lane = threadIdx.x % kGroup;
   if (call.problem.raw_scores) {
-    const GradientRow row{call, span, head, i, 0, 0};
-    for (int64_t j = lane; j < span.key_count; j += kGroup) {
+    const GradientRow row{call, span, head, i, keys, 0, 0};
+    for (int j = lane; j < keys; j += kGroup) {
       row.dalpha[j] = row.dweight(j);
     }
     return;
   }
   const int64_t stats = query_offset(call.stats, span, head, i);
-  const GradientRow row{
-      call, span, head, i, softmax_shift(load(call.stats, stats)), 1 / load(call.stats, stats + 1)};
+  const GradientRow row{call,
+                        span,
+                        head,
+                        i,
+                        keys,
+                        softmax_shift(load(call.stats, stats)),
+                        1 / load(call.stats, stats + 1)};
   const float delta = row_delta<kGroup>(row, room);
   const float rest = row_rest<kGroup>(row, delta, room);
 #pragma unroll 2
-  for (int64_t j = lane; j < span.key_count; j += kGroup) {
+  for (int j = lane; j < keys; j += kGroup) {
     const float alpha = row.alpha[j];
     row.dalpha[j] = alpha * ((row.dalpha[j] - delta) - rest);
     row.alpha[j] = alpha * row.factor(j);
@@ -111,16 +120,18 @@ __device__ inline void run_row(const SoftmaxGradientCall& call, const Span& span
 template <int kGroup>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     softmax_gradient_kernel(const SoftmaxGradientCall call) {
-  __shared__ float room[kGroup / kWarp];
+  __shared__ float room[kRoom<kGroup>];
   __shared__ Place place;
   find_place(call.problem.sequences, false, kRowShift<kGroup>, place);
   const Span& span = place.span;
-  const int end = smaller(place.first + (1 << kRowShift<kGroup>), span.query_count);
+  if (place.is_empty(false) || span.key_count == 0) {
+    return;
+  }
+  // Threads without a row go along with those that have one.
+  const int i = place.first + threadIdx.x / kGroup;
+  const int keys = i < span.query_count ? span.key_count : 0;
   for (int64_t head = blockIdx.y; head < call.problem.heads; head += gridDim.y) {
-    for (int i = place.first + threadIdx.x / kGroup; i < end && span.key_count > 0;
-         i += kThreads / kGroup) {
-      run_row<kGroup>(call, span, head, i, room);
-    }
+    run_row<kGroup>(call, span, head, smaller(i, span.query_count - 1), keys, room);
   }
 }
 
@@ -129,9 +140,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 void launch_softmax_gradient(const SoftmaxGradientCall& call, cudaStream_t stream) {
   const Sequences& sequences = call.problem.sequences;
   const int64_t rows = sequences.last_row - sequences.first_row;
-  const int shift = call.few_rows ? kRowShift<kThreads> : kRowShift<kWarp>;
+  const int shift = call.few_rows ? kRowShift<kThreads> : kRowShift<kFewLanes>;
   launch("softmax gradient",
-         call.few_rows ? softmax_gradient_kernel<kThreads> : softmax_gradient_kernel<kWarp>,
+         call.few_rows ? softmax_gradient_kernel<kThreads> : softmax_gradient_kernel<kFewLanes>,
          tile_bound(rows, sequences.count, shift), call.problem.heads, 1, kThreads, call, stream);
 }
 

@@ -21,6 +21,8 @@ static_assert(kRows == 2 * kStep && kInner % kStep == 0);
 
 template <int kAlphaParts>
 struct Shared {
+  RowOffsets rows;  // of what is summed
+  RowOffsets out;
   unsigned alpha[kAlphaParts][kRows][kLd];
   float shift[kRows];  // of the softmax
   float scale[kRows];
@@ -39,30 +41,34 @@ struct Part {
 // Largest score and sum of exponentials of the block's queries.
 template <int kAlphaParts>
 __device__ inline void softmax(const Part& part, Shared<kAlphaParts>& shared) {
+  constexpr int kLanes = 8;  // that a row belongs to
   const WeightedCall& call = part.call;
-  const int lane = threadIdx.x % kWarp;
-  for (int row = threadIdx.x / kWarp; row < part.count; row += kWarps) {
+  const int lane = threadIdx.x % kLanes;
+#pragma unroll 1
+  for (int first = 0; first < part.count; first += kThreads / kLanes) {
+    const int row = first + threadIdx.x / kLanes;
+    const bool exists = row < part.count;
+    const int keys = exists ? part.inner : 0;
     const ScoreRow scores = score_row(call.alpha, part.span, part.head, part.first + row);
     float largest = -INFINITY;
-    for (int j = lane; j < part.inner; j += kWarp) {
+    for (int j = lane; j < keys; j += kLanes) {
       largest = Maximum::of(largest, scores[j]);
     }
-    largest = reduce_warp<Maximum>(largest);
+    largest = reduce_warp<Maximum, kLanes>(largest);
     const float shift = softmax_shift(largest);
     float total = 0;
-    for (int j = lane; j < part.inner; j += kWarp) {
+    for (int j = lane; j < keys; j += kLanes) {
       total += expf(scores[j] - shift);
     }
-    total = reduce_warp<Sum>(total);
-    if (lane == 0) {
+    total = reduce_warp<Sum, kLanes>(total);
+    if (lane == 0 && exists) {
       shared.shift[row] = shift;
       shared.scale[row] = 1 / total;
     }
-    if (lane == 0 && blockIdx.y == 0) {
+    if (lane == 0 && exists && blockIdx.y == 0) {
       const int64_t offset = query_offset(call.stats, part.span, part.head, part.first + row);
-      const bool empty = part.inner == 0;
-      store(call.stats, offset, empty ? 0.0f : largest);
-      store(call.stats, offset + 1, empty ? 0.0f : total);
+      store(call.stats, offset, keys == 0 ? 0.0f : largest);
+      store(call.stats, offset + 1, keys == 0 ? 0.0f : total);
     }
   }
 }
@@ -131,9 +137,7 @@ __device__ __forceinline__ void add_rows(const Part& part, int begin, int step, 
   for (int n = 0; n < 4; ++n) {
     const int inner = begin + step + 2 * c + n / 2 * 8 + n % 2;
     if (inner < part.inner) {
-      const int64_t offset = kByKey ? query_offset(call.rows, part.span, part.head, inner)
-                                    : key_offset(call.rows, part.span, part.head, inner);
-      load_granule(call.rows, offset, col, call.problem.value_dim, rows[n]);
+      load_granule(call.rows, shared.rows[inner], col, call.problem.value_dim, rows[n]);
     } else {
 #pragma unroll
       for (int t = 0; t < kGranule; ++t) {
@@ -170,29 +174,28 @@ __device__ __forceinline__ void add_rows(const Part& part, int begin, int step, 
 }
 
 // Adds to what earlier waves of queries left, and stores the result, or what later ones add to.
-__device__ __forceinline__ void gather(const Part& part, int row, int64_t col,
+__device__ __forceinline__ void gather(const Part& part, int64_t out, int row, int64_t col,
                                        float (&values)[kGranule]) {
   const WeightedCall& call = part.call;
   const int64_t dim = call.problem.value_dim;
-  const int64_t sums = key_offset(call.sums, part.span, part.head, part.first + row);
   if (part.span.first_query > 0) {
     float before[kGranule];
-    load_granule(call.sums, sums, col, dim, before);
+    load_granule(call.sums, key_offset(call.sums, part.span, part.head, row), col, dim, before);
 #pragma unroll
     for (int t = 0; t < kGranule; ++t) {
       values[t] += before[t];
     }
   }
   if (part.span.has_last_query) {
-    store_granule(call.out, key_offset(call.out, part.span, part.head, part.first + row), col, dim,
-                  values);
+    store_granule(call.out, out, col, dim, values);
   } else {
-    store_granule(call.sums, sums, col, dim, values);
+    store_granule(call.sums, key_offset(call.sums, part.span, part.head, row), col, dim, values);
   }
 }
 
 template <bool kByKey>
-__device__ inline void write(const Part& part, int64_t first_col, const Totals& totals) {
+__device__ inline void write(const Part& part, const RowOffsets& out, int64_t first_col,
+                             const Totals& totals) {
   const WeightedCall& call = part.call;
   const int64_t dim = call.problem.value_dim;
 #pragma unroll
@@ -213,10 +216,9 @@ __device__ inline void write(const Part& part, int64_t first_col, const Totals& 
         values[t] = totals[n / 2][t][n % 2 * 2 + side];
       }
       if constexpr (kByKey) {
-        gather(part, row, col, values);
+        gather(part, out[part.first + row], part.first + row, col, values);
       } else {
-        store_granule(call.out, query_offset(call.out, part.span, part.head, part.first + row), col,
-                      dim, values);
+        store_granule(call.out, out[part.first + row], col, dim, values);
       }
     }
   }
@@ -241,9 +243,14 @@ __global__ void __launch_bounds__(kThreads, 3) weighted_kernel(const WeightedCal
                     first,
                     smaller(kRows, rows - first),
                     kByKey ? span.query_count : span.key_count};
-    int filled = -1;
+    int filled = -1;  // the first of the rows whose alpha is in place
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      shared.rows =
+          kByKey ? query_offsets(call.rows, span, head) : key_offsets(call.rows, span, head);
+      shared.out = kByKey ? key_offsets(call.out, span, head) : query_offsets(call.out, span, head);
+    }
     if constexpr (!kByKey) {
-      __syncthreads();
       softmax(part, shared);
     }
     for (int64_t block_col = int64_t{blockIdx.y} * kCols * kWarps;
@@ -264,7 +271,7 @@ __global__ void __launch_bounds__(kThreads, 3) weighted_kernel(const WeightedCal
                                    shared, totals);
         }
       }
-      write<kByKey>(part, col, totals);
+      write<kByKey>(part, shared.out, col, totals);
     }
   }
 }
