@@ -887,7 +887,7 @@ TRITON = [
 CUDA = [
     Defect(
         "cuda-one-sign",
-        "csrc/cuda/inner.cu",
+        "csrc/cuda/scores.cu",
         "facts.fit",
         "true",
         "tests/test_magnitudes.py tests/test_cuda_emulation.py",
@@ -951,10 +951,9 @@ CUDA = [
     ),
     Defect(
         "cuda-bounds-of-tile",
-        "csrc/cuda/gradient.cu",
-        "bound = Maximum::of(fabsf(values[f]), bound);\n"
-        "      values[f] = factored_exponential(values[f]);",
-        "bound = fabsf(values[f]);\n      values[f] = factored_exponential(values[f]);",
+        "csrc/cuda/memory.cuh",
+        "bound = Maximum::of(fabsf(values[f]), bound);",
+        "bound = fabsf(values[f]);",
         "tests/test_magnitudes.py",
         "Gradients of large queries overflow: NaN.",
     ),
