@@ -894,6 +894,22 @@ CUDA = [
         "Scores with weights of one sign have tens of times eager's error.",
     ),
     Defect(
+        "cuda-parts",
+        "csrc/cuda/product.cuh",
+        "int order = kMost - 1;",
+        "int order = 0;",
+        "tests/test_additive_attention.py::test_dtypes",
+        "Products of float32 numbers have the errors of bfloat16.",
+    ),
+    Defect(
+        "cuda-kept-scores",
+        "csrc/cuda/registration.cpp",
+        "kept ? dense_scores(scores) : alpha",
+        "alpha",
+        "tests/test_hard_cases.py",
+        "Backward takes for scores what happened to be in its own buffer.",
+    ),
+    Defect(
         "cuda-dropout-wave",
         "csrc/cuda/geometry.cuh",
         "dropout.keeps(span.position(j), span.first_query + i, head, span.number)",
