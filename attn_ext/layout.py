@@ -414,12 +414,19 @@ def _offsets(
 
 
 def _bound(name: str, rows: Tensor, cu: Tensor, max_seqlen: int | None, need_exact: bool) -> int:
-    """Check the offsets of jagged rows; a bound on the longest sequence."""
+    """Check the offsets of jagged rows; a bound on the longest sequence.
+
+    In a trace it is more than any length, so that the graph serves all: no kernel in it looks at
+    bounds, and its weights are as large as the longest sequences that it is then given.
+    """
     longest = check_offsets(f"cu_seqlens_{name[0]}", cu, name, rows)
     bound = check_bound(f"max_seqlen_{name[0]}", max_seqlen, longest)
-    if records_lengths():
-        return _bound_in_trace(f"max_seqlen_{name[0]}", bound, need_exact)
-    return _bound_of_unread(cu, rows.size(0), need_exact) if bound is None else bound
+    if not records_lengths():
+        return _bound_of_unread(cu, rows.size(0), need_exact) if bound is None else bound
+    if need_exact and bound is not None:
+        expected = "None for weights in a trace, of which a bound would be a constant"
+        raise mismatch(f"max_seqlen_{name[0]}", expected, str(bound))
+    return 2**62
 
 
 def _bound_of_unread(cu: Tensor, rows: int, need_exact: bool) -> int:
@@ -431,17 +438,6 @@ def _bound_of_unread(cu: Tensor, rows: int, need_exact: bool) -> int:
         # The one host synchronisation, for the shape of weights; corrupt offsets do not blow it up.
         return int(cu.diff().max().clamp(0, rows).item())
     return rows + 1
-
-
-def _bound_in_trace(name: str, bound: int | None, need_exact: bool) -> int:
-    """More than any length, so that the graph serves all; no kernel in it looks at bounds.
-
-    The weights of a trace are as large as the longest sequences that it is then given.
-    """
-    if need_exact and bound is not None:
-        expected = "None for weights in a trace, of which a bound would be a constant"
-        raise mismatch(name, expected, str(bound))
-    return 2**62
 
 
 class _Nest(NamedTuple):
