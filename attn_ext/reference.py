@@ -94,17 +94,17 @@ class _Places(NamedTuple):
 
 
 def _query_places(queries: QuerySide, keys: KeySide) -> _Places:
-    return _places(queries.query, queries.cu_seqlens, keys.batch_size, queries.max_seqlen)
+    return _places(queries.query, queries.cu_seqlens_q, keys.batch_size, queries.max_seqlen_q)
 
 
 def _key_places(keys: KeySide) -> _Places:
-    places = _places(keys.key, keys.cu_seqlens, keys.batch_size, keys.max_seqlen)
+    places = _places(keys.key, keys.cu_seqlens_k, keys.batch_size, keys.max_seqlen_k)
     valid = places.valid
-    if keys.lengths is not None:
+    if keys.key_lengths is not None:
         position = torch.arange(valid.size(1), device=valid.device)
-        valid = valid & (position < keys.lengths[:, None])
-    if keys.padding_mask is not None:
-        valid = valid & ~keys.padding_mask
+        valid = valid & (position < keys.key_lengths[:, None])
+    if keys.key_padding_mask is not None:
+        valid = valid & ~keys.key_padding_mask
     return places._replace(valid=valid)
 
 
@@ -210,7 +210,7 @@ def _restore_weights(
     if weights_layout == layout.JAGGED_WEIGHTS:
         weights = _by_key(weights, of_keys, absent).squeeze(2)
     else:
-        weights = _pad_to(weights, keys, absent, queries.max_seqlen)
+        weights = _pad_to(weights, keys, absent, queries.max_seqlen_q)
     return queries.restore_weights(weights, weights_layout)
 
 
@@ -238,7 +238,7 @@ def _pad_to(
     if records_lengths():
         return weights
     queries = weights.size(2) if max_queries is None else max_queries
-    more = (queries - weights.size(2), keys.max_seqlen - weights.size(3))
+    more = (queries - weights.size(2), keys.max_seqlen_k - weights.size(3))
     return torch.nn.functional.pad(weights, (0, more[1], 0, more[0]), value=absent)
 
 

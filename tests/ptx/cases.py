@@ -96,7 +96,7 @@ CASES = {
     "options-jagged": attention(
         "jagged",
         lengths_q=(133, 2),
-        lengths_k=(5, 131),
+        lengths_k=(5, 150),
         features=20,
         value_features=12,
         dropout_p=0.3,
