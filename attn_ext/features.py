@@ -34,7 +34,7 @@ def check_features(
         expected = f"None unless query is (B, {row_text(keys.has_heads)}), one query a sequence"
         raise mismatch("features", expected, f"a {type(features).__name__}")
     features = keys.checked("features", without_nesting("features", features, keys))
-    jagged = keys.cu_seqlens is not None
+    jagged = keys.cu_seqlens_k is not None
     shape = (*keys.key.shape[1 if jagged else 0 : 2], feature_weight.size(0))
     if features.shape != shape:
         expected = f"shape {shape} = ({'total_k' if jagged else 'B, Tk'}, F)"

@@ -301,10 +301,7 @@ def attend(
     if backend == "reference" or _must_be_plain(queries, keys, weights_layout, backend):
         return reference.attend(queries, keys, dropout_p, seed, need_weights)
     context, weights = _call(queries, keys, dropout_p, seed, weights_layout, deterministic, backend)
-    context = queries.restore_context(context)
-    if not need_weights:
-        return context
-    return context, queries.restore_weights(weights, weights_layout)
+    return queries.restore(context, weights, weights_layout)
 
 
 def _call(
@@ -318,8 +315,7 @@ def _call(
 ) -> tuple[Tensor, Tensor]:
     """The op's context and weights, in the internal form."""
     context, weights, *_ = autograd.forward(
-        **queries.arguments(),
-        **keys.arguments(),
+        **(queries._asdict() | keys._asdict()),
         dropout_p=dropout_p,
         dropout_seed=seed,
         weights_layout=weights_layout,
@@ -336,7 +332,7 @@ def _must_be_plain(queries: QuerySide, keys: KeySide, weights_layout: int, backe
     ONNX has no others. In a trace of ``torch.jit`` the op's bounds and the axes of its dense jagged
     weights are constants; of the backends only the CPU's kernels need bounds for nothing else.
     """
-    is_jagged = queries.cu_seqlens is not None or keys.cu_seqlens is not None
+    is_jagged = queries.cu_seqlens_q is not None or keys.cu_seqlens_k is not None
     dense_jagged = weights_layout == layout.DENSE_WEIGHTS and is_jagged
     traced_rightly = backend == "cpu" and not dense_jagged
     return exports_to_onnx() or (torch.jit.is_tracing() and not traced_rightly)

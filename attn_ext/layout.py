@@ -31,34 +31,20 @@ RAW = 4  # added to these: scores instead, as they are before the softmax
 
 
 class KeySide(NamedTuple):
-    """Checked keys and values of a batch, in the internal form."""
+    """Checked keys and values of a batch, in the internal form: arguments of the ops, and more."""
 
     key: Tensor  # [Bk, Nk, H, D]
     value: Tensor  # [Bk, Nk, H, Dv]
     score_weight: Tensor  # [H, D]
-    cu_seqlens: Tensor | None  # [B + 1]
-    lengths: Tensor | None  # [B]
-    padding_mask: Tensor | None  # [B, Nk], True = ignore
-    max_seqlen: int
+    cu_seqlens_k: Tensor | None  # [B + 1]
+    key_lengths: Tensor | None  # [B]
+    key_padding_mask: Tensor | None  # [B, Nk], True = ignore
+    max_seqlen_k: int
     batch_size: int
     has_heads: bool
     autocast: bool  # whether key and value were cast
     exp_key: Tensor | None = None  # what a backend prepared of the keys, for a memory's steps
     key_bound: Tensor | None = None
-
-    def arguments(self) -> dict[str, Any]:
-        """Those of the ops."""
-        return {
-            "key": self.key,
-            "value": self.value,
-            "score_weight": self.score_weight,
-            "exp_key": self.exp_key,
-            "key_bound": self.key_bound,
-            "cu_seqlens_k": self.cu_seqlens,
-            "key_lengths": self.lengths,
-            "key_padding_mask": self.padding_mask,
-            "max_seqlen_k": self.max_seqlen,
-        }
 
     def checked(self, name: str, tensor: Tensor) -> Tensor:
         """Another tensor of the call, in the dtype of key, to which autocast takes it."""
@@ -79,19 +65,19 @@ class KeySide(NamedTuple):
 
     def ignored(self) -> Tensor | None:
         """Which rows ``[Bk, Nk]`` of keys nobody attends to; None where there are none for sure."""
-        layout = self.cu_seqlens, self.lengths, self.padding_mask
+        layout = self.cu_seqlens_k, self.key_lengths, self.key_padding_mask
         ignored = _ignored(self.key.size(1), self.key.device, *layout)
-        if ignored is not None and self.cu_seqlens is not None:
+        if ignored is not None and self.cu_seqlens_k is not None:
             return ignored.unsqueeze(0)
         return ignored
 
     def with_exact_bound(self) -> "KeySide":
         """With the longest sequence where no bound is known, for dense weights of jagged keys."""
-        unknown = self.max_seqlen == self.key.size(1) + 1  # see _bound_of_unread
-        if self.cu_seqlens is None or records_lengths() or not unknown:
+        unknown = self.max_seqlen_k == self.key.size(1) + 1  # see _bound_of_unread
+        if self.cu_seqlens_k is None or records_lengths() or not unknown:
             return self
-        bound = _bound_of_unread(self.cu_seqlens, self.key.size(1), need_exact=True)
-        return self._replace(max_seqlen=bound)
+        bound = _bound_of_unread(self.cu_seqlens_k, self.key.size(1), need_exact=True)
+        return self._replace(max_seqlen_k=bound)
 
     def select(self, index: Tensor) -> "KeySide":
         """The sequences ``index`` ``(B',)``, in that order.
@@ -100,7 +86,7 @@ class KeySide(NamedTuple):
         """
         _check_sequences(index, self)
         run = _run_of(index)
-        cu, longest = self.cu_seqlens, self.max_seqlen
+        cu, longest = self.cu_seqlens_k, self.max_seqlen_k
         if cu is None:
             axis, rows = 0, index if run is None else run
         elif run is None:
@@ -120,10 +106,10 @@ class KeySide(NamedTuple):
         return self._replace(
             key=taken(self.key),
             value=taken(self.value),
-            cu_seqlens=cu,
-            lengths=taken(self.lengths),
-            padding_mask=taken(self.padding_mask),
-            max_seqlen=longest,
+            cu_seqlens_k=cu,
+            key_lengths=taken(self.key_lengths),
+            key_padding_mask=taken(self.key_padding_mask),
+            max_seqlen_k=longest,
             batch_size=index.size(0),
             exp_key=taken(self.exp_key),
             key_bound=taken(self.key_bound),
@@ -139,24 +125,25 @@ class QuerySide(NamedTuple):
     """Checked queries of a batch, in the internal form, and how to shape the results."""
 
     query: Tensor  # [Bq, Nq, H, D]
-    cu_seqlens: Tensor | None  # [B + 1]
-    max_seqlen: int
+    cu_seqlens_q: Tensor | None  # [B + 1]
+    max_seqlen_q: int
     is_one_step: bool
     has_heads: bool
     nested: Tensor | None  # the nested tensor whose offsets the context takes over
 
-    def arguments(self) -> dict[str, Any]:
-        """Those of the ops."""
-        return {
-            "query": self.query,
-            "cu_seqlens_q": self.cu_seqlens,
-            "max_seqlen_q": self.max_seqlen,
-        }
+    def restore(
+        self, context: Tensor, weights: Tensor, weights_layout: int
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The context, and weights if there are any, as the caller's layout has them."""
+        context = self.restore_context(context)
+        if weights_layout == 0:
+            return context
+        return context, self.restore_weights(weights, weights_layout)
 
     def restore_context(self, context: Tensor) -> Tensor:
         """Shape an internal context ``[Bq, Nq, H, Dv]`` as the caller's layout has it."""
         axes = () if self.has_heads else (2,)
-        if self.cu_seqlens is not None:
+        if self.cu_seqlens_q is not None:
             axes = (0, *axes)
         elif self.is_one_step:
             axes = (1, *axes)
@@ -178,7 +165,7 @@ class QuerySide(NamedTuple):
 
 def weights_layout(queries: QuerySide, keys: KeySide) -> int:
     """The internal layout of returned weights: jagged only for one step over jagged keys."""
-    jagged = queries.is_one_step and keys.cu_seqlens is not None
+    jagged = queries.is_one_step and keys.cu_seqlens_k is not None
     return JAGGED_WEIGHTS if jagged else DENSE_WEIGHTS
 
 
@@ -427,12 +414,19 @@ def _offsets(
 
 
 def _bound(name: str, rows: Tensor, cu: Tensor, max_seqlen: int | None, need_exact: bool) -> int:
-    """Check the offsets of jagged rows; a bound on the longest sequence."""
+    """Check the offsets of jagged rows; a bound on the longest sequence.
+
+    In a trace it is more than any length, so that the graph serves all: no kernel in it looks at
+    bounds, and its weights are as large as the longest sequences that it is then given.
+    """
     longest = check_offsets(f"cu_seqlens_{name[0]}", cu, name, rows)
     bound = check_bound(f"max_seqlen_{name[0]}", max_seqlen, longest)
-    if records_lengths():
-        return _bound_in_trace(f"max_seqlen_{name[0]}", bound, need_exact)
-    return _bound_of_unread(cu, rows.size(0), need_exact) if bound is None else bound
+    if not records_lengths():
+        return _bound_of_unread(cu, rows.size(0), need_exact) if bound is None else bound
+    if need_exact and bound is not None:
+        expected = "None for weights in a trace, of which a bound would be a constant"
+        raise mismatch(f"max_seqlen_{name[0]}", expected, str(bound))
+    return 2**62
 
 
 def _bound_of_unread(cu: Tensor, rows: int, need_exact: bool) -> int:
@@ -444,17 +438,6 @@ def _bound_of_unread(cu: Tensor, rows: int, need_exact: bool) -> int:
         # The one host synchronisation, for the shape of weights; corrupt offsets do not blow it up.
         return int(cu.diff().max().clamp(0, rows).item())
     return rows + 1
-
-
-def _bound_in_trace(name: str, bound: int | None, need_exact: bool) -> int:
-    """More than any length, so that the graph serves all; no kernel in it looks at bounds.
-
-    The weights of a trace are as large as the longest sequences that it is then given.
-    """
-    if need_exact and bound is not None:
-        expected = "None for weights in a trace, of which a bound would be a constant"
-        raise mismatch(name, expected, str(bound))
-    return 2**62
 
 
 class _Nest(NamedTuple):
@@ -484,9 +467,9 @@ def without_nesting(name: str, tensor: Tensor, keys: KeySide) -> Tensor:
     """A tensor with a row a key; of a nested one the values."""
     values, nest = _unwrap(name, tensor)
     if nest is not None:
-        if keys.cu_seqlens is None:
+        if keys.cu_seqlens_k is None:
             raise mismatch(name, "a dense tensor, as key is", "a nested one")
-        _check_same_offsets(name, keys.cu_seqlens, nest.offsets)
+        _check_same_offsets(name, keys.cu_seqlens_k, nest.offsets)
     return values
 
 

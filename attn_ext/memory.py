@@ -141,10 +141,7 @@ class AttentionMemory:
         if self._collects(queries):
             weights_layout = layout.weights_layout(queries, self._keys) if need_weights else 0
             context, weights = self._step(queries, features, self._dropout_p, weights_layout)
-            context = queries.restore_context(context)
-            if not need_weights:
-                return context
-            return context, queries.restore_weights(weights, weights_layout)
+            return queries.restore(context, weights, weights_layout)
         with self._keys_of_call(features, need_weights) as keys:
             return attend(queries, keys, self._dropout_p, need_weights, **self._choice)
 

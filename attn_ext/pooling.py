@@ -48,7 +48,7 @@ class PoolSide(NamedTuple):
 
     def weights_layout(self) -> int:  # a property of it PyTorch 2.10 cannot compile
         """``[B, H, K, Tk]``, or of jagged keys ``[total_k, H, K]``."""
-        jagged = self.keys.cu_seqlens is not None
+        jagged = self.keys.cu_seqlens_k is not None
         return layout.JAGGED_WEIGHTS if jagged else layout.DENSE_WEIGHTS
 
     def restore_context(self, context: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def _check_gate(gate: Tensor, key: Tensor, keys: KeySide) -> Tensor:
     of_key = key.values() if key.is_nested else key
     if rows.shape != of_key.shape:
         raise mismatch("gate", f"shape {shape_of(of_key)}, as key", shape_of(rows))
-    if keys.cu_seqlens is not None:
+    if keys.cu_seqlens_k is not None:
         rows = rows.unsqueeze(0)
     return rows if keys.has_heads else rows.unsqueeze(2)
 
@@ -298,7 +298,7 @@ def _call(
 ) -> tuple[Tensor, Tensor]:
     """The op's context and weights, in the internal form."""
     of_tanh, of_gate = feature_dropout
-    arguments = side.keys.arguments() | {"score_weight": side.score_weight}
+    arguments = side.keys._asdict() | {"score_weight": side.score_weight}
     context, weights, *_ = autograd.pool_forward(
         **arguments,
         gate=side.gate,

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,53 +67,101 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
+class _Places(NamedTuple):
+    """The padded form ``[B, T]`` in which the rows of a side are computed with."""
+
+    valid: Tensor  # which places hold rows that are there and not ignored
+    numbers: Tensor | None  # the jagged row that a place takes; None: rows are padded themselves
+    total: int  # rows of the side
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Rows in the compute dtype, zero where not valid (whatever NaN the memory holds)."""
+        if self.numbers is not None:
+            if records_lengths() or self.total == 0:  # nothing to index; all is padding
+                rows = torch.cat([rows, rows.new_zeros((1, 1, *rows.shape[2:]))], 1)
+            rows = rows[0][self.numbers.where(self.valid, 0)]
+        rows = rows.masked_fill(~self.valid[:, :, None, None], 0)
+        return rows if rows.dtype == torch.float64 else rows.float()
+
+    def give_back(self, padded: Tensor, absent: float = 0) -> Tensor:
+        """Jagged rows ``[1, total, ...]`` of ``[B, T, ...]``, ``absent`` where nobody's."""
+        if self.numbers is None:
+            return padded
+        # Padding goes to one row too many.
+        rows = padded.new_full((self.total + 1, *padded.shape[2:]), absent)
+        rows = rows.index_put((self.numbers.where(self.valid, self.total),), padded)
+        return rows[: self.total].unsqueeze(0)
+
+
+def _query_places(queries: QuerySide, keys: KeySide) -> _Places:
+    return _places(queries.query, queries.cu_seqlens_q, keys.batch_size, queries.max_seqlen_q)
+
+
+def _key_places(keys: KeySide) -> _Places:
+    places = _places(keys.key, keys.cu_seqlens_k, keys.batch_size, keys.max_seqlen_k)
+    valid = places.valid
+    if keys.key_lengths is not None:
+        position = torch.arange(valid.size(1), device=valid.device)
+        valid = valid & (position < keys.key_lengths[:, None])
+    if keys.key_padding_mask is not None:
+        valid = valid & ~keys.key_padding_mask
+    return places._replace(valid=valid)
+
+
+def _places(rows: Tensor, cu: Tensor | None, batch: int, max_seqlen: int) -> _Places:
+    total = rows.size(1)
+    if cu is None:
+        valid = torch.ones((batch, max_seqlen), dtype=torch.bool, device=rows.device)
+        return _Places(valid, None, total)
+    cu = cu.to(torch.int64).clamp(0, total)  # corrupt offsets stay inside the rows
+    if records_lengths():
+        longest = torch.cat([cu[1:] - cu[:-1], cu.new_zeros(1)]).max()
+        # In a trace a tensor, so that the trace computes it anew from the offsets.
+        max_seqlen = longest if torch.jit.is_tracing() else longest.item()  # type: ignore[assignment]
+    elif max_seqlen >= total and batch > 1:  # padding to no useful bound could take any memory
+        max_seqlen = int(cu.diff().max().item())
+    numbers = cu[:-1, None] + torch.arange(max_seqlen, device=rows.device)
+    return _Places(numbers < cu[1:, None], numbers, total)
+
+
 def attend(
     queries: QuerySide, keys: KeySide, dropout_p: float, seed: Tensor | None, need_weights: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Pad whatever the layout is, compute by the formulas of the paper, and undo the padding."""
-    query_rows, query_valid = _query_rows(queries, keys)
-    key_rows, key_valid = _key_rows(keys)
-    query = _take(queries.query, query_rows, query_valid)  # [B, Tq, H, D]
-    key = _take(keys.key, key_rows, key_valid)  # [B, Tk, H, D]
-    value = _take(keys.value, key_rows, key_valid)  # [B, Tk, H, Dv]
+    of_queries, of_keys = _query_places(queries, keys), _key_places(keys)
+    query = of_queries.take(queries.query)  # [B, Tq, H, D]
+    key = of_keys.take(keys.key)  # [B, Tk, H, D]
+    value = of_keys.take(keys.value)  # [B, Tk, H, Dv]
     with _without_autocast(query.device.type):
         padded_scores = _scores_padded(query, key, keys.score_weight)
-        context, weights = _weigh(padded_scores, value, key_valid, dropout_p, seed)
-    context = context.to(keys.value.dtype)
-    if query_rows is not None:
-        context = _scatter(context, query_rows, query_valid, queries.query.size(1))
-    context = queries.restore_context(context)
+        context, weights = _weigh(padded_scores, value, of_keys.valid, dropout_p, seed)
+    context = queries.restore_context(of_queries.give_back(context.to(keys.value.dtype)))
     if not need_weights:
         return context
     weights = weights.to(keys.value.dtype)
-    places = query_valid, key_rows, key_valid
-    return context, _restore_weights(weights, queries, keys, places, 0)
+    return context, _restore_weights(weights, queries, keys, of_queries, of_keys, 0)
 
 
 def scores(queries: QuerySide, keys: KeySide) -> Tensor:
     """The scores of :func:`attn_ext.additive_scores`, padded for the while as in attention."""
-    query_rows, query_valid = _query_rows(queries, keys)
-    query = _take(queries.query, query_rows, query_valid)
-    key_rows, key_valid = _key_rows(keys)
+    of_queries, of_keys = _query_places(queries, keys), _key_places(keys)
+    query, key = of_queries.take(queries.query), of_keys.take(keys.key)
     with _without_autocast(query.device.type):
-        padded = _scores_padded(query, _take(keys.key, key_rows, key_valid), keys.score_weight)
-    padded = padded.masked_fill(~key_valid[:, None, None, :], -torch.inf)
-    places = query_valid, key_rows, key_valid
-    return _restore_weights(padded, queries, keys, places, -torch.inf)
+        padded = _scores_padded(query, key, keys.score_weight)
+    padded = padded.masked_fill(_ignored(of_keys.valid), -torch.inf)
+    return _restore_weights(padded, queries, keys, of_queries, of_keys, -torch.inf)
 
 
 def pool(
     side: "PoolSide", feature_dropout: tuple[float, float], dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Context and weights of :func:`attn_ext.additive_pool`, in the internal form."""
-    keys = side.keys
-    key_rows, key_valid = _key_rows(keys)
-    value = _take(keys.value, key_rows, key_valid)
+    keys, of_keys = side.keys, _key_places(side.keys)
+    value = of_keys.take(keys.value)
     with _without_autocast(value.device.type):
-        hidden = _hidden(side, key_rows, key_valid, feature_dropout, seed)
-        padded_scores = _branch_scores(hidden, side.score_weight)
-        context, weights = _weigh(padded_scores, value, key_valid, dropout_p, seed)
-    weights = _restore_branches(weights, keys, key_rows, key_valid, 0)
+        padded_scores = _branch_scores(side, of_keys, feature_dropout, seed)
+        context, weights = _weigh(padded_scores, value, of_keys.valid, dropout_p, seed)
+    weights = _restore_branches(weights, keys, of_keys, 0)
     return context.to(keys.value.dtype), weights.to(keys.value.dtype)
 
 
@@ -121,92 +169,66 @@ def pool_scores(
     side: "PoolSide", feature_dropout: tuple[float, float], seed: Tensor | None
 ) -> Tensor:
     """The scores of keys alone of :func:`attn_ext.additive_scores`, in the internal form."""
-    key_rows, key_valid = _key_rows(side.keys)
+    of_keys = _key_places(side.keys)
     with _without_autocast(side.keys.key.device.type):
-        hidden = _hidden(side, key_rows, key_valid, feature_dropout, seed)
-        padded = _branch_scores(hidden, side.score_weight)
-    padded = padded.masked_fill(~key_valid[:, None, None, :], -torch.inf)
-    return _restore_branches(padded, side.keys, key_rows, key_valid, -torch.inf)
+        padded = _branch_scores(side, of_keys, feature_dropout, seed)
+    padded = padded.masked_fill(_ignored(of_keys.valid), -torch.inf)
+    return _restore_branches(padded, side.keys, of_keys, -torch.inf)
 
 
-def _hidden(
+def _branch_scores(
     side: "PoolSide",
-    key_rows: Tensor | None,
-    key_valid: Tensor,
+    of_keys: _Places,
     feature_dropout: tuple[float, float],
     seed: Tensor | None,
 ) -> Tensor:
-    """``h_j = tanh(k_j) * sigmoid(g_j)``, padded, [B, Tk, H, D]."""
-    hidden = torch.tanh(_take(side.keys.key, key_rows, key_valid))
+    """``e_kj = w_k . h_j``, [B, H, K, Tk], of hidden rows ``h_j = tanh(k_j) * sigmoid(g_j)``."""
+    hidden = torch.tanh(of_keys.take(side.keys.key))  # [B, Tk, H, D]
     if side.gate is not None:
-        hidden = hidden * torch.sigmoid(_take(side.gate, key_rows, key_valid))
+        hidden = hidden * torch.sigmoid(of_keys.take(side.gate))
     for factor, dropped in enumerate(feature_dropout):
         if seed is not None and dropped > 0:
             keep = feature_keep_mask(seed, dropped, hidden.shape, factor)
             hidden = hidden * keep / (1 - dropped) if dropped < 1 else hidden * 0
-    return hidden
-
-
-def _branch_scores(hidden: Tensor, score_weight: Tensor) -> Tensor:
-    """``e_kj = w_k . h_j``, [B, H, K, Tk]."""
-    by_branch = [(hidden * row.to(hidden.dtype)).sum(-1) for row in score_weight.unbind(1)]
+    by_branch = [(hidden * row.to(hidden.dtype)).sum(-1) for row in side.score_weight.unbind(1)]
     if not by_branch:
         return hidden.new_zeros((hidden.size(0), hidden.size(2), 0, hidden.size(1)))
     return torch.stack(by_branch, -1).permute(0, 2, 3, 1)
-
-
-def _query_rows(queries: QuerySide, keys: KeySide) -> tuple[Tensor | None, Tensor]:
-    """As :func:`_rows` gives them."""
-    return _rows(queries.query, queries.cu_seqlens, keys.batch_size, queries.max_seqlen)
-
-
-def _key_rows(keys: KeySide) -> tuple[Tensor | None, Tensor]:
-    """The same; ignored keys are not real."""
-    key_rows, key_valid = _rows(keys.key, keys.cu_seqlens, keys.batch_size, keys.max_seqlen)
-    if keys.lengths is not None:
-        position = torch.arange(key_valid.size(1), device=key_valid.device)
-        key_valid = key_valid & (position < keys.lengths[:, None])
-    if keys.padding_mask is not None:
-        key_valid = key_valid & ~keys.padding_mask
-    return key_rows, key_valid
 
 
 def _restore_weights(
     weights: Tensor,
     queries: QuerySide,
     keys: KeySide,
-    places: tuple[Tensor, Tensor | None, Tensor],
+    of_queries: _Places,
+    of_keys: _Places,
     absent: float,
 ) -> Tensor:
-    """Padded ``[B, H, Tq, Tk]`` in the caller's layout, with ``absent`` where nobody attends.
-
-    ``places``: which queries are real, and what :func:`_key_rows` gives.
-    """
-    query_valid, key_rows, key_valid = places
-    weights = weights.masked_fill(~query_valid[:, None, :, None], absent)
+    """Padded ``[B, H, Tq, Tk]`` in the caller's layout, with ``absent`` where nobody attends."""
+    weights = weights.masked_fill(~of_queries.valid[:, None, :, None], absent)
     weights_layout = layout.weights_layout(queries, keys)
-    if key_rows is not None and weights_layout == layout.JAGGED_WEIGHTS:
-        weights = _by_key(weights, keys, key_rows, key_valid, absent).squeeze(2)
+    if weights_layout == layout.JAGGED_WEIGHTS:
+        weights = _by_key(weights, of_keys, absent).squeeze(2)
     else:
-        weights = _pad_to(weights, keys, absent, queries.max_seqlen)
+        weights = _pad_to(weights, keys, absent, queries.max_seqlen_q)
     return queries.restore_weights(weights, weights_layout)
 
 
-def _restore_branches(
-    weights: Tensor, keys: KeySide, key_rows: Tensor | None, key_valid: Tensor, absent: float
-) -> Tensor:
+def _restore_branches(weights: Tensor, keys: KeySide, of_keys: _Places, absent: float) -> Tensor:
     """Padded ``[B, H, K, Tk]`` as the pool ops have it."""
-    if key_rows is None:
+    if of_keys.numbers is None:
         return _pad_to(weights, keys, absent)
-    return _by_key(weights, keys, key_rows, key_valid, absent)
+    return _by_key(weights, of_keys, absent)
 
 
-def _by_key(
-    weights: Tensor, keys: KeySide, key_rows: Tensor, key_valid: Tensor, absent: float
-) -> Tensor:
+def _by_key(weights: Tensor, of_keys: _Places, absent: float) -> Tensor:
     """Padded ``[B, H, Tq, Tk]`` of jagged keys as ``[total_k, H, Tq]``."""
-    by_key = weights.permute(0, 3, 1, 2)
-    return _scatter(by_key, key_rows, key_valid, keys.key.size(1), absent).squeeze(0)
+    return of_keys.give_back(weights.permute(0, 3, 1, 2), absent).squeeze(0)
+
+
+def _ignored(valid: Tensor) -> Tensor:
+    """Of scores ``[B, H, Tq, Tk]``."""
+    return ~valid[:, None, None, :]
 
 
 def _pad_to(
@@ -216,7 +238,7 @@ def _pad_to(
     if records_lengths():
         return weights
     queries = weights.size(2) if max_queries is None else max_queries
-    more = (queries - weights.size(2), keys.max_seqlen - weights.size(3))
+    more = (queries - weights.size(2), keys.max_seqlen_k - weights.size(3))
     return torch.nn.functional.pad(weights, (0, more[1], 0, more[0]), value=absent)
 
 
@@ -230,7 +252,7 @@ def _weigh(
     scores: Tensor, value: Tensor, key_valid: Tensor, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """``alpha = softmax_j(e)`` of scores ``[B, H, Tq, Tk]``, ``c_i = sum_j alpha_ij h_j``."""
-    ignored = ~key_valid[:, None, None, :]  # [B, 1, 1, Tk]
+    ignored = _ignored(key_valid)
     nothing_left = ignored.all(-1, keepdim=True)  # such a softmax would be NaN
     weights = scores.masked_fill(ignored & ~nothing_left, -torch.inf).softmax(-1)
     weights = weights.masked_fill(ignored, 0)
@@ -245,43 +267,6 @@ def _scores_padded(query: Tensor, key: Tensor, score_weight: Tensor) -> Tensor:
     hidden = torch.tanh(query.unsqueeze(2) + key.unsqueeze(1))  # [B, Tq, Tk, H, D]
     # A sum of products: one long dot product, as einsum would make of it, rounds worse.
     return (hidden * score_weight.to(hidden.dtype)).sum(-1).permute(0, 3, 1, 2)
-
-
-def _rows(
-    rows: Tensor, cu: Tensor | None, batch: int, max_seqlen: int
-) -> tuple[Tensor | None, Tensor]:
-    """Row numbers ``[B, T]`` of a padded view of jagged rows, and which of its places are real."""
-    if cu is None:
-        return None, torch.ones((batch, max_seqlen), dtype=torch.bool, device=rows.device)
-    total = rows.size(1)
-    cu = cu.to(torch.int64).clamp(0, total)  # corrupt offsets stay inside the rows
-    if records_lengths():
-        longest = torch.cat([cu[1:] - cu[:-1], cu.new_zeros(1)]).max()
-        # In a trace a tensor, so that the trace computes it anew from the offsets.
-        max_seqlen = longest if torch.jit.is_tracing() else longest.item()  # type: ignore[assignment]
-    elif max_seqlen >= total and batch > 1:  # padding to no useful bound could take any memory
-        max_seqlen = int(cu.diff().max().item())
-    numbers = cu[:-1, None] + torch.arange(max_seqlen, device=rows.device)
-    return numbers, numbers < cu[1:, None]
-
-
-def _take(rows: Tensor, numbers: Tensor | None, valid: Tensor) -> Tensor:
-    """Padded rows in the compute dtype, zero where not real (whatever NaN the memory holds)."""
-    if numbers is not None:
-        if records_lengths() or rows.size(1) == 0:  # nothing to index; all is padding
-            rows = torch.cat([rows, rows.new_zeros((1, 1, *rows.shape[2:]))], 1)
-        rows = rows[0][numbers.where(valid, 0)]
-    rows = rows.masked_fill(~valid[:, :, None, None], 0)
-    return rows if rows.dtype == torch.float64 else rows.float()
-
-
-def _scatter(
-    padded: Tensor, numbers: Tensor, valid: Tensor, total: int, absent: float = 0
-) -> Tensor:
-    """Jagged rows ``[1, total, ...]`` from padded ones ``[B, T, ...]``, ``absent`` if nobody's."""
-    # Padding goes to one row too many.
-    rows = padded.new_full((total + 1, *padded.shape[2:]), absent)
-    return rows.index_put((numbers.where(valid, total),), padded)[:total].unsqueeze(0)
 
 
 def dropout_keep_mask(seed: Tensor, dropout_p: float, shape: torch.Size) -> Tensor:

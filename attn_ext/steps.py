@@ -79,14 +79,14 @@ class Steps:
             torch.is_grad_enabled()
             and any(tensor.requires_grad for tensor in tensors)
             and not weights_layout & RAW
-            and ops.keeps_scores(query, keys.key, keys.value, None, keys.max_seqlen, backend)
+            and ops.keeps_scores(query, keys.key, keys.value, None, keys.max_seqlen_k, backend)
         )
         options = dropout_p, seed, weights_layout, keeps_scores
         return _Attend.apply(query, token, features, self, *options)
 
     def _current_versions(self) -> list[int]:
         keys = self.keys
-        layout = keys.cu_seqlens, keys.lengths, keys.padding_mask
+        layout = keys.cu_seqlens_k, keys.key_lengths, keys.key_padding_mask
         tensors = (*self.inputs.values(), self.feature_weight, *layout)
         tracked = (t for t in tensors if t is not None and not t.is_inference())
         return [tensor._version for tensor in tracked]
@@ -179,7 +179,7 @@ def _batched(steps: Steps, records: list[tuple[Tensor, ...]], mask: int):
         return None, None, None
     query, dscores, weights, dcontext = (torch.stack(column) for column in zip(*records))
     gradients = autograd.memory_backward(
-        **steps.keys.arguments(),
+        **steps.keys._asdict(),
         query=query.squeeze(2),
         dscores=dscores,
         weights=weights,
@@ -209,7 +209,7 @@ class _Attend(torch.autograd.Function):
                 query=query,
                 cu_seqlens_q=None,
                 max_seqlen_q=1,
-                **keys.arguments(),
+                **keys._asdict(),
                 dropout_p=dropout_p,
                 dropout_seed=seed,
                 weights_layout=weights_layout,
@@ -267,7 +267,7 @@ def _step_gradients(steps: Steps, given: dict[str, Any], needs_query: bool, coll
     if not mask:
         return None
     dquery, dscores, weights = autograd.step_backward(
-        **given, **steps.keys.arguments(), grad_mask=mask
+        **given, **steps.keys._asdict(), grad_mask=mask
     )
     if collects:
         steps.records().plain.append(_record(steps, given, dscores, weights))
@@ -292,9 +292,9 @@ def _featured_step_gradients(
         return None, None
     with steps.keys_of_step(features) as keys:
         _, dscores, weights = autograd.step_backward(
-            **given, **keys.arguments(), grad_mask=GRADS["key"]
+            **given, **keys._asdict(), grad_mask=GRADS["key"]
         )
-        jagged = keys.cu_seqlens is not None
+        jagged = keys.cu_seqlens_k is not None
         of_scores = {
             "cu_seqlens_q": None,
             "max_seqlen_q": 1,
@@ -306,7 +306,7 @@ def _featured_step_gradients(
             "weights_layout": (JAGGED_WEIGHTS if jagged else DENSE_WEIGHTS) | RAW,
         }
         dquery, dkey, _, dscore_weight = autograd.backward(
-            **given | of_scores, **keys.arguments(), grad_mask=mask
+            **given | of_scores, **keys._asdict(), grad_mask=mask
         )
     weight = feature_weight.flatten(1)  # [F, H * D]
     if needs_key:

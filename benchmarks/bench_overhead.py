@@ -85,8 +85,8 @@ def parts() -> dict[str, Call]:
     keys = layout.check_key_side(key, value, score_weight, None, None, None, None)
     queries = layout.check_query_side(query, keys)
     arguments = {
-        **queries.arguments(),
-        **keys.arguments(),
+        **queries._asdict(),
+        **keys._asdict(),
         "dropout_p": 0.0,
         "dropout_seed": None,
         "weights_layout": 0,

@@ -1,6 +1,6 @@
 """What calls issue on a GPU, counted by executing their machine code: every kernel of every launch.
 
-    python -m benchmarks.dynamic [--dim 1024] [--case 28x28 gnmt-128] [--sample 16]
+    python -m benchmarks.dynamic [--backend cuda] [--dim 1024] [--case 28x28 gnmt-128] [--sample 16]
 
 Runs bfloat16 calls of jagged sequences through the launchers on ``tests.ptx``, block by block. For
 each launch: issue slots for one (i, j, d) element of a real pair, MUFU operations, sectors of
@@ -13,10 +13,14 @@ in it. What slots leave out: see :mod:`benchmarks.sass`.
 """
 
 import argparse
+import contextlib
 import heapq
 import os
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "0"  # compiled, not interpreted
@@ -27,12 +31,11 @@ import torch
 import attn_ext
 from attn_ext.triton_kernels import configurations
 from benchmarks.executed import MachineCode
-from benchmarks.sass import disassemble
 from benchmarks.workloads import WORKLOADS
 from tests.ptx import run_triton
 from tests.ptx.machine import Machine
 
-ARCH = {"sm_80": "sm_80", "sm_90": "sm_90a"}
+TARGETS = ("sm_80", "sm_90")
 PROCESSORS = 132
 SCHEDULERS = 4  # of a multiprocessor: slots a clock
 CLOCK_GHZ = 1.755
@@ -71,30 +74,69 @@ class Launch:
         return self.memory["global loads: sectors"] + self.memory["global stores: sectors"]
 
 
-def launches_of(session) -> list[Launch]:
+def described(launch: tuple) -> tuple[str, str, int, int, bool]:
+    """Of a session's launch: name, PTX, threads, dynamic shared memory, whether it is sorted."""
+    if isinstance(launch[0], str):  # CUDA C++
+        name, *_, threads, ptx = launch
+        return name, ptx, threads, 0, False
+    case, *_, compiled = launch
+    is_sorted = case.signature.get("order_ptr", "constexpr") != "constexpr"
+    is_sorted &= case.name in ("fwd", "grad")  # others write it
+    shared = compiled.metadata.shared
+    return case.name, compiled.asm["ptx"], 32 * case.num_warps, shared, is_sorted
+
+
+def launches_of(session, target: str) -> list[Launch]:
     codes: dict[int, MachineCode] = {}
     found = []
-    for case, _, program, counts, compiled in session.launches:
+    for launch in session.launches:
+        _, _, program, counts, *_ = launch
+        name, ptx, threads, shared, is_sorted = described(launch)
         if id(program) not in codes:
-            codes[id(program)] = MachineCode(compiled.asm["ptx"], program, ARCH[session.target])
+            codes[id(program)] = MachineCode(ptx, program, target)
         code = codes[id(program)]
         before = [*counts.blocks, counts.warps]
         slots = [code.slots(after - b).total() for b, after in zip(before, before[1:])]
-        kernel = disassemble(compiled.asm["cubin"])[compiled.metadata.name]
-        resident = kernel.occupancy(32 * case.num_warps, compiled.metadata.shared).ctas
-        is_sorted = case.signature.get("order_ptr", "constexpr") != "constexpr"
-        is_sorted &= case.name in ("fwd", "grad")  # others write it
+        resident = code.kernel.occupancy(threads, shared).ctas
         opcodes = code.slots(counts.warps)
-        found.append(
-            Launch(case.name, np.array(slots), opcodes, counts.memory, resident, is_sorted)
-        )
+        found.append(Launch(name, np.array(slots), opcodes, counts.memory, resident, is_sorted))
     return found
 
 
-def run(lengths_q, lengths_k, most: int, dim: int, target: str, repeats: int = 1):
+@contextlib.contextmanager
+def triton_execution(target: str, repeats: int) -> Iterator:
+    score_tiles = configurations.score_tiles
+    session = run_triton.TritonSession(target, PROCESSORS, watch_races=False, count=True)
+    with (
+        mock.patch.object(
+            configurations, "score_tiles", lambda rows, count: score_tiles(rows * repeats, count)
+        ),
+        mock.patch.object(run_triton, "Machine", MachineByBlock),
+        run_triton.triton_execution(session),
+    ):
+        yield session
+
+
+@contextlib.contextmanager
+def cuda_execution(target: str, repeats: int) -> Iterator:
+    from tests.ptx import run_cuda
+
+    # Launchers split work as far as it is little beside the multiprocessors: a batch's share.
+    os.environ["ATTN_EXT_EMULATED_PROCESSORS"] = str(-(-PROCESSORS // repeats))
+    session = run_cuda.CudaSession(int(target[3:]), watch_races=False, count=True)
+    with (
+        mock.patch.object(run_cuda, "Machine", MachineByBlock),
+        run_cuda.cuda_execution(session),
+    ):
+        yield session
+
+
+EXECUTIONS = {"triton": triton_execution, "cuda": cuda_execution}
+
+
+def run(backend: str, lengths_q, lengths_k, most: int, dim: int, target: str, repeats: int = 1):
     """Launches of forward and of backward of a batch, as they are where it is part of a larger
     batch that repeats it."""
-    score_tiles = configurations.score_tiles
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -106,25 +148,18 @@ def run(lengths_q, lengths_k, most: int, dim: int, target: str, repeats: int = 1
     rows_q, rows_k = sum(lengths_q), sum(lengths_k)
     inputs = draw(rows_q, dim), draw(rows_k, dim), draw(rows_k, dim), draw(dim, scale=dim**-0.5)
     leaves = [tensor.requires_grad_() for tensor in inputs]
-    session = run_triton.TritonSession(target, PROCESSORS, watch_races=False, count=True)
-    with (
-        mock.patch.object(
-            configurations, "score_tiles", lambda rows, count: score_tiles(rows * repeats, count)
-        ),
-        mock.patch.object(run_triton, "Machine", MachineByBlock),
-        run_triton.triton_execution(session),
-    ):
+    with EXECUTIONS[backend](target, repeats) as session:
         context = attn_ext.additive_attention(
             *leaves,
             cu_seqlens_q=offsets(lengths_q),
             cu_seqlens_k=offsets(lengths_k),
             max_seqlen_q=most,
             max_seqlen_k=most,
-            backend="triton",
+            backend=backend,
         )
         forward = len(session.launches)
         torch.autograd.grad(context, leaves, draw(*context.shape))
-    launches = launches_of(session)
+    launches = launches_of(session, target)
     return launches[:forward], launches[forward:]
 
 
@@ -234,8 +269,14 @@ def main() -> None:
     parser.add_argument("--case", nargs="*", default=cases, help="QxK, or gnmt-B: a mixture")
     parser.add_argument("--dim", nargs="*", type=int, default=[512, 1024])
     parser.add_argument("--sample", type=int, default=16, help="sequences that stand for a mixture")
-    parser.add_argument("--target", choices=ARCH, default="sm_90")
+    parser.add_argument("--target", choices=TARGETS, default="sm_90")
+    parser.add_argument("--backend", choices=EXECUTIONS, default="triton")
     options = parser.parse_args()
+    if options.backend == "cuda":
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+        from tests.ptx import run_cuda
+
+        run_cuda.preload(["-m", "benchmarks.dynamic", *sys.argv[1:]])
     for dim in options.dim:
         for case in options.case:
             repeats = 0
@@ -248,9 +289,10 @@ def main() -> None:
                 pairs = [tuple(map(int, case.split("x")))]
                 most = max(pairs[0])
             elements = sum(q * k for q, k in pairs) * dim
-            modes = run(*zip(*pairs), most, dim, options.target, repeats or ONE_OF)
+            modes = run(options.backend, *zip(*pairs), most, dim, options.target, repeats or ONE_OF)
             for mode, launches in zip(("forward", "backward"), modes, strict=True):
-                report(f"{case} D={dim} {options.target} {mode}", launches, elements, repeats)
+                name = f"{case} D={dim} {options.backend} {options.target} {mode}"
+                report(name, launches, elements, repeats)
             print(flush=True)
 
 

@@ -663,7 +663,7 @@ CPU = [
     Defect(
         "cpu-rescale",
         "csrc/cpu/forward.h",
-        "scale_row(sums + i * columns, columns, scale);",
+        "scale_row(sums.data + i * sums.row, columns, scale);",
         "(void)scale;",
         "tests/test_additive_attention.py::test_sizes",
         "The context of more than 512 keys is wrong.",
@@ -869,16 +869,16 @@ TRITON = [
     Defect(
         "triton-columns-without-rows",
         "triton_kernels/gradient.py",
-        "columns = tl.where(length > 0, tl.minimum(all_columns, max_columns), 0)",
-        "columns = tl.minimum(all_columns, max_columns)",
+        "done_columns = tl.where(rows.attended > 0, cols.attended, 0)",
+        "done_columns = cols.attended",
         "tests/test_masks.py tests/test_hard_cases.py::test_zero_length_keys_with_queries",
         "Queries of sequences without keys get what the memory held as their gradient.",
     ),
     Defect(
         "triton-column-sums",
         "triton_kernels/gradient_tile.py",
-        "                if not gradients.is_first:\n",
-        "                if gradients.is_last:\n",
+        "    if not is_first:\n",
+        "    if is_last:\n",
         "tests/test_triton.py::test_tiles_of_one_sequence_take_different_routes",
         "Gradients of queries lack what all but two of many tiles of keys add.",
     ),
@@ -887,11 +887,27 @@ TRITON = [
 CUDA = [
     Defect(
         "cuda-one-sign",
-        "csrc/cuda/inner.cu",
+        "csrc/cuda/scores.cu",
         "facts.fit",
         "true",
         "tests/test_magnitudes.py tests/test_cuda_emulation.py",
         "Scores with weights of one sign have tens of times eager's error.",
+    ),
+    Defect(
+        "cuda-parts",
+        "csrc/cuda/product.cuh",
+        "int order = kMost - 1;",
+        "int order = 0;",
+        "tests/test_additive_attention.py::test_dtypes",
+        "Products of float32 numbers have the errors of bfloat16.",
+    ),
+    Defect(
+        "cuda-kept-scores",
+        "csrc/cuda/registration.cpp",
+        "kept ? dense_scores(scores) : alpha",
+        "alpha",
+        "tests/test_hard_cases.py",
+        "Backward takes for scores what happened to be in its own buffer.",
     ),
     Defect(
         "cuda-dropout-wave",
@@ -951,10 +967,9 @@ CUDA = [
     ),
     Defect(
         "cuda-bounds-of-tile",
-        "csrc/cuda/gradient.cu",
-        "bound = Maximum::of(fabsf(values[f]), bound);\n"
-        "      values[f] = factored_exponential(values[f]);",
-        "bound = fabsf(values[f]);\n      values[f] = factored_exponential(values[f]);",
+        "csrc/cuda/memory.cuh",
+        "bound = Maximum::of(fabsf(values[f]), bound);",
+        "bound = fabsf(values[f]);",
         "tests/test_magnitudes.py",
         "Gradients of large queries overflow: NaN.",
     ),

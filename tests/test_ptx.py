@@ -172,9 +172,11 @@ DONE:
 """
 
 
-def executed(ptx: str, order: int | None = None, blocks: int = 1) -> tuple[np.ndarray, list[str]]:
+def executed(
+    ptx: str, order: int | None = None, blocks: int = 1, any_thread: bool = False
+) -> tuple[np.ndarray, list[str]]:
     """What the kernel stores, and the kinds of what is found or ends it."""
-    memory = GlobalMemory(report := Report())
+    memory = GlobalMemory(report := Report(), any_thread)
     given, stored = np.arange(100, 164, dtype="u4"), np.zeros(64, "u4")
     bases = memory.add(given.view("u1"), "from"), memory.add(stored.view("u1"), "to", fresh=True)
     parameters = np.array(bases, "u8").tobytes()
@@ -271,6 +273,23 @@ def test_what_a_barrier_orders_is_no_race():
     assert executed(KERNEL.replace("st.global.u32 [%rd5], %r8;", read_back))[1] == []
 
 
+def test_threads_of_triton_may_not_rely_on_what_they_do_themselves():
+    """Its compiler may let another thread load what this one stored or is to overwrite."""
+    store = "st.global.u32 [%rd5], %r8;"
+    race = "RACE: read back without a barrier"
+    for barrier, expected in ("", [race]), ("bar.sync 0;", []):
+        damaged = KERNEL.replace(store, f"{store} {barrier} ld.global.u32 %r8, [%rd5];")
+        assert executed(damaged)[1] == []
+        assert executed(damaged, any_thread=True)[1] == expected
+    own_warp = "and.b32 %r2, %r2, 128; cvt.u64.u32 %rd3, %r2; add.s64 %rd4, %rd2, %rd3;"
+    race = "RACE: write to what another thread reads"
+    for barrier, expected in ("", [race]), ("bar.sync 0;", []):
+        look = f"{store} bar.sync 0; {own_warp} ld.global.u32 %r9, [%rd4]; {barrier} {store}"
+        damaged = KERNEL.replace(store, look)
+        assert executed(damaged)[1] == []
+        assert executed(damaged, any_thread=True)[1] == expected
+
+
 def test_blocks_have_no_barrier_between_them():
     """Two of them store the same, but neither may rely on it."""
     read_back = "st.global.u32 [%rd5], %r8; bar.sync 0; ld.global.u32 %r8, [%rd5];"
@@ -293,10 +312,11 @@ THIN = {
 }
 
 
-def run_cases(backend: str, dtype: str, cases: tuple[str, ...]) -> None:
+def run_cases(backend: str, dtype: str, cases: tuple[str, ...], *options: str) -> None:
     """In a process of its own: backends are not to compute on CPU tensors in others."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.ptx", backend, "--dtype", dtype, "--only", *cases]
+    command = [sys.executable, "-m", "tests.ptx", backend, *options, "--dtype", dtype]
+    command += ["--only", *cases]
     run = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert f"{len(cases)} of {len(cases)} ok" in run.stdout
@@ -306,6 +326,12 @@ def run_cases(backend: str, dtype: str, cases: tuple[str, ...]) -> None:
 def test_triton_kernels(cases: tuple[str, ...]):
     pytest.importorskip("triton")
     run_cases("triton", "bfloat16", cases)
+
+
+def test_triton_kernels_in_the_order_of_their_work():
+    """Jagged sequences: the largest tiles first, several of them to each multiprocessor."""
+    pytest.importorskip("triton")
+    run_cases("triton", "bfloat16", ("jagged", "options-jagged"), "--processors", "2")
 
 
 def test_cuda_kernels():

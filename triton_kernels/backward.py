@@ -36,30 +36,86 @@ PAIR_STRIDES = [
 ]
 
 
-class Softmax(NamedTuple):
-    """Scores of a sequence and head from its first query and key on, and its queries' stats."""
+class Pairs(NamedTuple):
+    """The queries and keys of a sequence and head; pointers are of the first of them."""
 
+    queries: tl.tensor  # how many
+    keys: tl.tensor  # how many are attended, those of the mask aside
+    padding_mask_ptr: tl.tensor | None  # of row 0 of ``rows_k`` in ``key_place``
+    key_place: tl.tensor
+    rows_k: tl.tensor
     scores_ptr: tl.tensor
     stride_query: tl.tensor
     stride_key: tl.tensor
     stats_ptr: tl.tensor | None  # (max, sum) of each query; without them the scores are weights
     stride_stats: tl.tensor
+    dcontext_ptr: tl.tensor | None
+    stride_ct: tl.tensor
+    dropout: WeightDropout
 
 
 @triton.jit
-def load_softmax(softmax, query, key, are_queries, mask):
-    """``exp(score - max) / sum`` [queries, keys], 0 where not in ``mask``."""
-    places = query[:, None] * softmax.stride_query + key[None, :] * softmax.stride_key
-    scores = tl.load(softmax.scores_ptr + places, mask=mask, other=0.0)
-    if softmax.stats_ptr is None:
+def attended_of(pairs, key):
+    return are_attended(pairs.padding_mask_ptr, pairs.key_place, pairs.rows_k, key, pairs.keys)
+
+
+@triton.jit
+def load_softmax(pairs, query, key, attended):
+    """``exp(score - max) / sum`` [queries, keys], 0 where there is no query or attended key."""
+    are_queries = query < pairs.queries
+    mask = are_queries[:, None] & attended[None, :]
+    places = query[:, None] * pairs.stride_query + key[None, :] * pairs.stride_key
+    scores = tl.load(pairs.scores_ptr + places, mask=mask, other=0.0)
+    if pairs.stats_ptr is None:
         return scores
     else:
-        stats = softmax.stats_ptr + query * softmax.stride_stats
+        stats = pairs.stats_ptr + query * pairs.stride_stats
         largest = tl.load(stats, mask=are_queries, other=0.0)
         total = tl.load(stats + 1, mask=are_queries, other=1.0)
         total = tl.where(total == 0.0, 1.0, total)
         weights = tl.exp(tl.where(mask, scores - largest[:, None], -float("inf")))
         return weights / total[:, None]
+
+
+@triton.jit
+def context_products(
+    pairs,
+    value_ptr,
+    stride_vt,
+    query,
+    key,
+    attended,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """``dcontext_i . value_j``, [queries, keys]."""
+    dcontext_rows = pairs.dcontext_ptr + tl.minimum(query, pairs.queries - 1) * pairs.stride_ct
+    products = tl.zeros((query.shape[0], key.shape[0]), tl.float32)
+    for begin in range(0, DV, BLOCK_DV):
+        d = begin + tl.arange(0, BLOCK_DV)
+        dcontext = tl.load(dcontext_rows[:, None] + d[None, :], mask=d[None, :] < DV, other=0.0)
+        value = tl.load(
+            value_ptr + key[None, :] * stride_vt + d[:, None],
+            mask=attended[None, :] & (d[:, None] < DV),
+            other=0.0,
+        )
+        products += product(dcontext, value)
+    return products
+
+
+@triton.jit
+def value_weights(pairs, query, key, attended):
+    """The weights after dropout [keys, queries], 0 for queries past the last."""
+    weights = load_softmax(pairs, query, key, attended)
+    return tl.trans(weights * kept_weights(pairs.dropout, query, key))
+
+
+@triton.jit
+def value_sums(pairs, weights, query, d, DV: tl.constexpr):
+    """``sum_i w_ij dcontext_i`` [keys, features] of the queries and features of these numbers."""
+    mask = (query < pairs.queries)[:, None] & (d < DV)[None, :]
+    places = d[None, :] + query[:, None] * pairs.stride_ct
+    return weighted_sum(weights, tl.load(pairs.dcontext_ptr + places, mask=mask, other=0.0))
 
 
 @triton.jit(do_not_specialize=SIZES + PAIR_STRIDES)
@@ -69,6 +125,7 @@ def additive_attention_bwd_scores_kernel(
     dweights_ptr,
     stats_ptr,
     scores_ptr,
+    dproducts_ptr,
     dscores_ptr,
     dvalue_ptr,
     order_ptr,
@@ -114,11 +171,12 @@ def additive_attention_bwd_scores_kernel(
     """Score gradients of BLOCK_Q queries and a head, or value gradients of BLOCK_K keys and a head.
 
     The first ``query_tiles`` programs do the former, the others the latter, over SEGMENT_Q queries
-    at a time, with SINGLE_Q all of a sequence. Score gradients go to float32 [rows, H,
-    stride_dscores], for all keys of whole tiles of BLOCK_K, 0 where not attended. Scores and
-    ``dweights`` are addressed as in ``additive_attention_weights_kernel``. Without ``stats`` the
-    gradients of scores are ``dweights``, or ``scores`` are the weights after dropout. ``order`` is
-    for the gradient pass: the sequences, those with most pairs first.
+    at a time, with SINGLE_Q all of a sequence. Score gradients go to [rows, H, stride_dscores], for
+    all keys of whole tiles of BLOCK_K, 0 where not attended. ``dproducts`` is the same memory as
+    float32, where ``g`` is until a query's sum is known. Scores and ``dweights`` are addressed as
+    in ``additive_attention_weights_kernel``. Without ``stats`` the gradients of scores are
+    ``dweights``, or ``scores`` are the weights after dropout. ``order`` is for the gradient pass:
+    the sequences, those with most pairs first.
     """
     rows_q = rows_q.to(tl.int64)
     rows_k = rows_k.to(tl.int64)
@@ -154,48 +212,45 @@ def additive_attention_bwd_scores_kernel(
     if scores_ptr is not None:
         scores_item += row * stride_score_query_row + key_row * stride_score_key_row
         scores_item += head * stride_score_head
-    softmax = Softmax(
+    dcontext_item = dcontext_ptr
+    if dcontext_ptr is not None:
+        dcontext_item += place * stride_cb + start * stride_ct + head * stride_ch
+    pairs = Pairs(
+        length_q,
+        length,
+        padding_mask_ptr,
+        key_place,
+        rows_k,
         scores_item,
         stride_score_query,
         stride_score_key,
         None if stats_ptr is None else stats_ptr + (row * H + head) * 2,
         H * 2,
+        dcontext_item,
+        stride_ct,
+        WeightDropout(seed_ptr, threshold, dropout_scale, sequence, head),
     )
-    dropout = WeightDropout(seed_ptr, threshold, dropout_scale, sequence, head)
-    dcontext_item = dcontext_ptr
-    if dcontext_ptr is not None:
-        dcontext_item += place * stride_cb + start * stride_ct + head * stride_ch
     if dscores_ptr is not None:
         if tile < query_tiles:
             query = first + tl.arange(0, BLOCK_Q)
-            are_queries = query < length_q
+            are_queries = (query < length_q)[:, None]
             column = tl.arange(0, BLOCK_K).to(tl.int64)
-            dscores_rows = dscores_ptr + ((row + query) * H + head) * stride_dscores
-            value_item = (
-                value_ptr + key_place * stride_vb + key_start * stride_vt + head * stride_vh
-            )
+            query_row = (((row + query) * H + head) * stride_dscores)[:, None]
+            value_item = value_ptr + key_place * stride_vb + key_start * stride_vt
+            value_item += head * stride_vh
             keys = tl.where(first < length_q, length, 0)
             delta = tl.zeros((BLOCK_Q,), tl.float32)
             sum_of_weights = tl.zeros((BLOCK_Q,), tl.float32)
             for begin in range(0, keys, BLOCK_K):
                 key = begin + column
-                attended = are_attended(padding_mask_ptr, key_place, rows_k, key, length)
-                mask = are_queries[:, None] & attended[None, :]
+                attended = attended_of(pairs, key)
                 gradient = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
                 if dcontext_ptr is not None:
-                    dcontext_rows = dcontext_item + tl.minimum(query, length_q - 1) * stride_ct
-                    for begin_d in range(0, DV, BLOCK_DV):
-                        d = begin_d + tl.arange(0, BLOCK_DV)
-                        dcontext = tl.load(
-                            dcontext_rows[:, None] + d[None, :], mask=d[None, :] < DV, other=0.0
-                        )
-                        value = tl.load(
-                            value_item + key[None, :] * stride_vt + d[:, None],
-                            mask=attended[None, :] & (d[:, None] < DV),
-                            other=0.0,
-                        )
-                        gradient += product(dcontext, value)
+                    gradient += context_products(
+                        pairs, value_item, stride_vt, query, key, attended, DV, BLOCK_DV
+                    )
                 if dweights_ptr is not None:
+                    mask = (query < tl.minimum(length_q, max_seqlen_q))[:, None]
                     gradient += tl.load(
                         dweights_ptr
                         + sequence.to(tl.int64) * stride_dweight_b
@@ -203,69 +258,53 @@ def additive_attention_bwd_scores_kernel(
                         + head * stride_dweight_head
                         + query[:, None] * stride_dweight_query
                         + key[None, :] * stride_dweight_key,
-                        mask=mask & (query < max_seqlen_q)[:, None],
+                        mask=mask & attended[None, :],
                         other=0.0,
                     ).to(tl.float32)
-                gradient *= kept_weights(dropout, query, key)
+                gradient *= kept_weights(pairs.dropout, query, key)
                 if stats_ptr is not None:
-                    weights = load_softmax(softmax, query, key, are_queries, mask)
+                    weights = load_softmax(pairs, query, key, attended)
                     delta += tl.sum(weights * gradient, 1)
                     sum_of_weights += tl.sum(weights, 1)
-                tl.store(dscores_rows[:, None] + key[None, :], gradient, mask=are_queries[:, None])
+                tl.store(dproducts_ptr + query_row + key[None, :], gradient, mask=are_queries)
             if stats_ptr is not None:
                 # Rounded weights need not sum to 1, but score gradients to 0.
                 delta = delta / tl.where(sum_of_weights == 0.0, 1.0, sum_of_weights)
+                WIDTH: tl.constexpr = 32 // dscores_ptr.dtype.element_ty.primitive_bitwidth
                 tl.debug_barrier()  # other threads may have written what comes back here
                 for begin in range(0, keys, BLOCK_K):
                     key = begin + column
-                    attended = are_attended(padding_mask_ptr, key_place, rows_k, key, length)
-                    mask = are_queries[:, None] & attended[None, :]
-                    places = dscores_rows[:, None] + key[None, :]
-                    gradient = tl.load(places, mask=are_queries[:, None], other=0.0)
-                    weights = load_softmax(softmax, query, key, are_queries, mask)
-                    tl.debug_barrier()  # all has been read before it is replaced
+                    weights = load_softmax(pairs, query, key, attended_of(pairs, key))
+                    products = dproducts_ptr + query_row + key[None, :]
+                    gradient = tl.load(products, mask=are_queries, other=0.0)
+                    dscores = weights * (gradient - delta[:, None])
+                    # Those of 16 bits lie where others read: of this tile, or one before it.
+                    tl.debug_barrier()
                     tl.store(
-                        places, weights * (gradient - delta[:, None]), mask=are_queries[:, None]
+                        dscores_ptr + query_row * WIDTH + key[None, :],
+                        dscores.to(dscores_ptr.dtype.element_ty),
+                        mask=are_queries,
                     )
     if dvalue_ptr is not None:
         if tile >= query_tiles:
             key = first + tl.arange(0, BLOCK_K)
-            attended = are_attended(padding_mask_ptr, key_place, rows_k, key, length)
+            attended = attended_of(pairs, key)
             line = tl.arange(0, SEGMENT_Q).to(tl.int64)
             queries = tl.where(first < length, length_q, 0)
             if SINGLE_Q:
-                weights = value_weights(softmax, dropout, line, key, queries, attended)
+                weights = value_weights(pairs, line, key, attended)
             dvalue_rows = dvalue_ptr + ((key_row + key) * H + head) * DV
             for begin_d in range(0, tl.where(first < extent, DV, 0), BLOCK_DV):
                 d = begin_d + tl.arange(0, BLOCK_DV)
-                dcontext = dcontext_item + d
                 if SINGLE_Q:
-                    sums = value_sums(weights, dcontext, stride_ct, line, queries, d, DV)
+                    sums = value_sums(pairs, weights, line, d, DV)
                 else:
                     sums = tl.zeros((BLOCK_K, BLOCK_DV), tl.float32)
                     for begin in range(0, queries, SEGMENT_Q):
-                        query = begin + line
-                        weights = value_weights(softmax, dropout, query, key, queries, attended)
-                        sums += value_sums(weights, dcontext, stride_ct, query, queries, d, DV)
+                        weights = value_weights(pairs, begin + line, key, attended)
+                        sums += value_sums(pairs, weights, begin + line, d, DV)
                 tl.store(
                     dvalue_rows[:, None] + d[None, :],
                     sums.to(dvalue_ptr.dtype.element_ty),
                     mask=(key < extent)[:, None] & (d < DV)[None, :],
                 )
-
-
-@triton.jit
-def value_weights(softmax, dropout, query, key, queries, attended):
-    """The weights after dropout [keys, queries], 0 for queries past the last."""
-    are_queries = query < queries
-    mask = are_queries[:, None] & attended[None, :]
-    weights = load_softmax(softmax, query, key, are_queries, mask)
-    return tl.trans(weights * kept_weights(dropout, query, key))
-
-
-@triton.jit
-def value_sums(weights, dcontext, stride, query, queries, d, DV: tl.constexpr):
-    """``sum_i w_ij dcontext_i`` [keys, features] of the queries and features of these numbers."""
-    mask = (query < queries)[:, None] & (d < DV)[None, :]
-    rows = tl.load(dcontext[None, :] + query[:, None] * stride, mask=mask, other=0.0)
-    return weighted_sum(weights, rows)

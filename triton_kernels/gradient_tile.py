@@ -1,9 +1,12 @@
-"""The inner loops of the gradient kernel: a tile of rows against all columns of their sequence.
+"""The inner loop of the gradient kernel: a tile of rows against all columns of their sequence.
 
-Each thread holds one pair of features (d, d + HALF) of all rows, so that no sum crosses threads;
-the rows are TILES tensors of TILE_ROWS rows, so that a sum over rows is a chain of multiply-adds.
-TILES is a power of two, and the tensors are in groups of 1, TILES / 2, TILES / 4 .. 1: any number
-of tensors is used by passing by some of the groups after the first.
+Each thread holds one pair of features (d, d + HALF) of all rows, so that no sum crosses threads.
+The rows are TILES tiles of TILE_ROWS, a power of two, in groups of 1, TILES / 2, TILES / 4 .. 1:
+any number of tiles is used by passing by some of the groups after the first.
+
+Sums of products with score gradients are of float32, two tensors [TILE_ROWS, BLOCK_D], one for each
+feature of a pair; or PACKED ones by :mod:`bf16_sums`, in four tensors [TILE_ROWS / 2, BLOCK_D].
+Slopes are ``h^2 - 1/4``, a fourth of tanh's with the other sign.
 """
 
 from typing import NamedTuple
@@ -12,15 +15,14 @@ import triton
 import triton.language as tl
 
 from .arithmetic import as_float32, exp_twice, factored_pair, tanh_and_derivative
+from .bf16_sums import add_packed, diagonal_share, packed, packed_slopes
+from .route import SMALLEST_GRADIENT_SUM, in_factored_range
 
-TILE_ROWS = tl.constexpr(4)  # what one 16-byte load of score gradients serves
+TILE_ROWS = tl.constexpr(4)  # what one load of score gradients serves
 
 
 class Side(NamedTuple):
-    """The rows, or the columns, of a sequence and head, from its first on; keys may have a mask.
-
-    There is at least one that is attended wherever they are looked at.
-    """
+    """The rows, or the columns, of a sequence and head, from its first on; keys may have a mask."""
 
     ptr: tl.tensor
     stride: tl.tensor
@@ -28,26 +30,27 @@ class Side(NamedTuple):
     attended: tl.tensor  # how many count, those of the mask aside
 
 
-class Scores(NamedTuple):
-    """Gradients of scores, from that of the first row and column on."""
+class Item(NamedTuple):
+    """Rows of a sequence and head, all its columns, and BLOCK_D pairs of features of both.
 
-    ptr: tl.tensor
-    stride_row: tl.tensor
-    stride_col: tl.tensor
-
-
-class Gradients(NamedTuple):
-    """Where gradients of rows and columns go, from the first on; None: not wanted.
-
-    Sums of columns [columns, 2 BLOCK_D] float32 stay with the program until the last rows are in.
+    Pointers are to the first of the sequence, None to what is not wanted. Sums of columns
+    [columns, 2 BLOCK_D] float32 stay with the program until the last rows are in.
     """
 
+    rows: Side
+    cols: Side
+    pair: tl.tensor  # [BLOCK_D], the first features
+    score_weight_ptr: tl.tensor
+    dscores_ptr: tl.tensor
+    stride_dscores_row: tl.tensor
+    stride_dscores_col: tl.tensor
     drow_ptr: tl.tensor | None
     dcol_ptr: tl.tensor | None
     column_sums_ptr: tl.tensor | None
-    is_first: tl.tensor  # of the tiles of rows
-    is_last: tl.tensor
-    is_only: tl.tensor
+    dweight_ptr: tl.tensor | None
+    begin_row: tl.tensor
+    end_row: tl.tensor  # of those that count
+    extent: tl.tensor  # the end of those whose gradients are written
 
 
 class Options(NamedTuple):
@@ -59,9 +62,8 @@ class Options(NamedTuple):
     BLOCK_D: tl.constexpr
     CONTIGUOUS_SCORES: tl.constexpr
     MASK_SCORES: tl.constexpr
-    WANT_WEIGHT: tl.constexpr
     DIRECT: tl.constexpr
-    REFINE: tl.constexpr
+    PACKED: tl.constexpr
     USE_PTX: tl.constexpr
 
 
@@ -71,13 +73,8 @@ def group_count(tiles):
 
 
 @triton.constexpr_function
-def group_size(group, tiles):
-    return max(1, tiles >> group) if group else 1
-
-
-@triton.constexpr_function
 def group_begin(group, tiles):
-    """The first tensor of a group of so many tensors."""
+    """The first tile of a group of so many tiles."""
     return 1 + tiles - (tiles >> (group - 1)) if group else 0
 
 
@@ -87,18 +84,41 @@ def group_of(tile, tiles):
 
 
 @triton.jit
-def existing(pair, D: tl.constexpr, HALF: tl.constexpr):
-    """Which first and second features of pairs there are."""
-    exists0 = pair < HALF
-    return exists0, exists0 & (pair + HALF < D)
+def use_groups(first_row, row_tiles, TILES: tl.constexpr):
+    """Of each group of tiles its first row, and whether ``row_tiles`` of them use it."""
+    group_rows = ()
+    used = ()
+    for group in tl.static_range(group_count(TILES)):
+        if group == 0:
+            group_rows += (first_row,)
+            used += (True,)
+        else:
+            before = 1 + ((row_tiles - 1) & (-2 * (TILES >> group)))
+            group_rows += (first_row + before * TILE_ROWS,)
+            used += (((row_tiles - 1) & (TILES >> group)) != 0,)
+    return group_rows, used
 
 
 @triton.jit
-def load_weights_times_4(score_weight_ptr, pair, D: tl.constexpr, HALF: tl.constexpr):
-    exists0, exists1 = existing(pair, D, HALF)
-    weight0 = 4.0 * tl.load(score_weight_ptr + pair, mask=exists0, other=0.0).to(tl.float32)
-    weight1 = 4.0 * tl.load(score_weight_ptr + pair + HALF, mask=exists1, other=0.0).to(tl.float32)
-    return weight0, weight1
+def row_in_group(tile: tl.constexpr, part: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr):
+    """Rows of a tile, from the first of its group on: all, or the even or odd PART of them."""
+    first = (tile - group_begin(group_of(tile, TILES), TILES)) * TILE_ROWS
+    return first + part + PARTS * tl.arange(0, TILE_ROWS // PARTS)
+
+
+@triton.jit
+def existing(pair, options):
+    """Which first and second features of pairs there are."""
+    exists0 = pair < options.HALF
+    return exists0, exists0 & (pair + options.HALF < options.D)
+
+
+@triton.jit
+def load_weights_times_4(score_weight_ptr, pair, options):
+    exists0, exists1 = existing(pair, options)
+    weight0 = tl.load(score_weight_ptr + pair, mask=exists0, other=0.0)
+    weight1 = tl.load(score_weight_ptr + pair + options.HALF, mask=exists1, other=0.0)
+    return 4.0 * weight0.to(tl.float32), 4.0 * weight1.to(tl.float32)
 
 
 @triton.jit
@@ -110,313 +130,264 @@ def are_attended(side, row):
 
 
 @triton.jit
-def load_lines(
-    side,
-    row,
-    pair,
-    D: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    USE_PTX: tl.constexpr,
-):
-    """Both features of pairs, [rows, pairs] float32. Past the last row that is attended it is
-    repeated; of what a mask leaves out, which may hold anything, NaN included, they are 0."""
-    PADDED: tl.constexpr = (HALF % BLOCK_D != 0) | (2 * HALF != D)
-    safe_row = tl.minimum(row, side.attended - 1).to(tl.int64)
-    features = side.ptr + safe_row[:, None] * side.stride + pair[None, :]
-    if side.mask_ptr is not None or PADDED:
-        exists0, exists1 = existing(pair, D, HALF)
-        attended = are_attended(side, row)[:, None]
-        x0 = tl.load(features, mask=attended & exists0[None, :], other=0.0)
-        x1 = tl.load(features + HALF, mask=attended & exists1[None, :], other=0.0)
+def load_pairs(features, kept, pair, options):
+    """Both features of pairs, [rows, pairs] float32, from pointers to the first ones; 0 of rows
+    that are not ``kept``, [rows, 1], which may hold anything, NaN included. None: all are."""
+    HALF: tl.constexpr = options.HALF
+    exists0, exists1 = existing(pair, options)
+    if kept is not None:
+        x0 = tl.load(features, mask=kept & exists0[None, :], other=0.0)
+        x1 = tl.load(features + HALF, mask=kept & exists1[None, :], other=0.0)
+    elif HALF % options.BLOCK_D != 0 or 2 * HALF != options.D:
+        x0 = tl.load(features, mask=exists0[None, :], other=0.0)
+        x1 = tl.load(features + HALF, mask=exists1[None, :], other=0.0)
     else:
         x0 = tl.load(features)
         x1 = tl.load(features + HALF)
-    return as_float32(x0, USE_PTX), as_float32(x1, USE_PTX)
+    return as_float32(x0, options.USE_PTX), as_float32(x1, options.USE_PTX)
 
 
 @triton.jit
-def use_groups(first_row, row_tiles, TILES: tl.constexpr):
-    """Of each group of tensors its first row, and whether ``row_tiles`` of them use it."""
-    group_rows = ()
-    used = ()
-    for group in tl.static_range(group_count(TILES)):
-        if group == 0:
-            group_rows += (first_row,)
-            used += (True,)
-        else:
-            before = 1 + ((row_tiles - 1) & (-2 * group_size(group, TILES)))
-            group_rows += (first_row + before * TILE_ROWS,)
-            used += (((row_tiles - 1) & group_size(group, TILES)) != 0,)
-    return group_rows, used
+def load_lines(side, row, pair, options):
+    """Both features of pairs of rows. Past the last row that is attended, which there has to be,
+    it is repeated; of what a mask leaves out they are 0."""
+    safe_row = tl.minimum(row, side.attended - 1).to(tl.int64)
+    features = side.ptr + safe_row[:, None] * side.stride + pair[None, :]
+    kept = None if side.mask_ptr is None else are_attended(side, row)[:, None]
+    return load_pairs(features, kept, pair, options)
 
 
 @triton.jit
-def row_in_group(tile: tl.constexpr, TILES: tl.constexpr):
-    """Of a tensor, from the first of its group on, [TILE_ROWS]."""
-    first = (tile - group_begin(group_of(tile, TILES), TILES)) * TILE_ROWS
-    return first + tl.arange(0, TILE_ROWS)
-
-
-@triton.jit
-def load_rows(
-    side,
-    group_rows,
-    used,
-    pair,
-    TILES: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    D: tl.constexpr,
-    HALF: tl.constexpr,
-    USE_PTX: tl.constexpr,
-):
-    """The first and second features of tiles of rows, two tuples of tensors [TILE_ROWS, pairs], and
-    their largest magnitude; 0 of what is not used."""
-    largest = tl.zeros((TILE_ROWS, BLOCK_D), tl.float32)
-    rows0 = ()
-    rows1 = ()
-    for tile in tl.static_range(TILES):
-        x0 = tl.zeros((TILE_ROWS, BLOCK_D), tl.float32)
-        x1 = tl.zeros((TILE_ROWS, BLOCK_D), tl.float32)
-        if used[group_of(tile, TILES)]:
-            row = group_rows[group_of(tile, TILES)] + row_in_group(tile, TILES)
-            x0, x1 = load_lines(side, row, pair, D, HALF, BLOCK_D, USE_PTX)
-            largest = tl.maximum(largest, tl.maximum(tl.abs(x0), tl.abs(x1)))
-        rows0 += (x0,)
-        rows1 += (x1,)
-    return rows0, rows1, tl.max(tl.max(largest, 1), 0)
-
-
-@triton.jit
-def exponentials(rows, used, REFINE: tl.constexpr):
-    """``exp(2x)`` of a tuple of tiles, where they are used."""
-    found = ()
-    for tile in tl.static_range(len(rows)):
-        x = rows[tile]
-        if used[group_of(tile, len(rows))]:
-            x = exp_twice(x, REFINE)
-        found += (x,)
-    return found
-
-
-@triton.jit
-def load_column(features, mask_ptr, pair, options):
-    """Both features of a column, [1, BLOCK_D], exponentiated unless DIRECT."""
-    HALF: tl.constexpr = options.HALF
-    PADDED: tl.constexpr = (HALF % options.BLOCK_D != 0) | (2 * HALF != options.D)
-    exists0, exists1 = existing(pair, options.D, HALF)
-    if mask_ptr is not None:
-        here = pair < tl.where(tl.load(mask_ptr) == 0, HALF, 0)
-        y0 = as_float32(tl.load(features, mask=here, other=0.0), options.USE_PTX)
-        y1 = as_float32(tl.load(features + HALF, mask=here & exists1, other=0.0), options.USE_PTX)
-    elif PADDED:
-        y0 = as_float32(tl.load(features, mask=exists0, other=0.0), options.USE_PTX)
-        y1 = as_float32(tl.load(features + HALF, mask=exists1, other=0.0), options.USE_PTX)
+def exponentials(x, item, options):
+    """``exp(2x)`` of both features, unless DIRECT."""
+    REFINE: tl.constexpr = item.rows.ptr.dtype.element_ty == tl.float32
+    if options.DIRECT:
+        return x
     else:
-        y0 = as_float32(tl.load(features), options.USE_PTX)
-        y1 = as_float32(tl.load(features + HALF), options.USE_PTX)
-    if not options.DIRECT:
-        y0 = exp_twice(y0, options.REFINE)
-        y1 = exp_twice(y1, options.REFINE)
-    return y0[None, :], y1[None, :]
+        return exp_twice(x[0], REFINE), exp_twice(x[1], REFINE)
 
 
 @triton.jit
-def load_scores(dscores_ptr, stride_row, row, attended, options):
-    """Score gradients of TILE_ROWS rows and a column, for every feature."""
-    if options.CONTIGUOUS_SCORES:
-        s = tl.load(dscores_ptr + row)
+def load_rows(item, groups, TILES: tl.constexpr, options):
+    """Both features of tiles of rows, of PACKED sums of their even and odd rows, exponentiated
+    unless DIRECT; and their largest magnitude. 0 where not used."""
+    group_rows, used = groups
+    PARTS: tl.constexpr = 2 if options.PACKED else 1
+    zeros = tl.zeros((TILE_ROWS // PARTS, options.BLOCK_D), tl.float32)
+    largest = zeros
+    rows = ()
+    for tile in tl.static_range(TILES):
+        for part in tl.static_range(PARTS):
+            x = zeros, zeros
+            if used[group_of(tile, TILES)]:
+                row = group_rows[group_of(tile, TILES)] + row_in_group(tile, part, PARTS, TILES)
+                x = load_lines(item.rows, row, item.pair, options)
+                largest = tl.maximum(largest, tl.maximum(tl.abs(x[0]), tl.abs(x[1])))
+                x = exponentials(x, item, options)
+            rows += (x,)
+    return rows, tl.max(tl.max(largest, 1), 0)
+
+
+@triton.jit
+def load_scores(dscores_ptr, stride_row, first: tl.constexpr, attended, share, options):
+    """Score gradients of TILE_ROWS rows and a column, for every feature; PACKED: the lane's share
+    of words of two."""
+    row = first + tl.arange(0, TILE_ROWS)
+    if options.PACKED:
+        words = (dscores_ptr + first).to(tl.pointer_type(tl.int32), bitcast=True)
+        s = tl.load(words + tl.arange(0, TILE_ROWS // 2)) & share
+    elif options.CONTIGUOUS_SCORES:
+        s = tl.load(dscores_ptr + row).to(tl.float32)
     elif options.MASK_SCORES:
         s = tl.load(dscores_ptr + row * stride_row, mask=row < attended, other=0.0)
     else:
-        s = tl.load(dscores_ptr + row * stride_row)
-    return tl.broadcast_to(s[:, None], (TILE_ROWS, options.BLOCK_D))
+        s = tl.load(dscores_ptr + row * stride_row).to(tl.float32)
+    return tl.broadcast_to(s[:, None], (s.shape[0], options.BLOCK_D))
 
 
 @triton.jit
-def halves_and_slopes(x0, x1, y0, y1, options):
-    """``h`` and ``1/4 - h^2`` of both features."""
-    if options.DIRECT:
-        tanh0, slope0 = tanh_and_derivative(x0 + y0, True, options.USE_PTX)
-        tanh1, slope1 = tanh_and_derivative(x1 + y1, True, options.USE_PTX)
-        return -0.5 * tanh0, -0.5 * tanh1, 0.25 * slope0, 0.25 * slope1
+def zero_sums(options):
+    if options.PACKED:
+        zeros = tl.zeros((TILE_ROWS // 2, options.BLOCK_D), tl.float32)
+        return zeros, zeros, zeros, zeros
     else:
-        h0, h1 = factored_pair(x0, x1, y0, y1, options.USE_PTX)
-        return h0, h1, tl.fma(-h0, h0, 0.25), tl.fma(-h1, h1, 0.25)
+        zeros = tl.zeros((TILE_ROWS, options.BLOCK_D), tl.float32)
+        return zeros, zeros
 
 
 @triton.jit
-def store_pairs(target, values0, values1, inside, pair, D: tl.constexpr, HALF: tl.constexpr):
-    """Store both features of rows, [rows, BLOCK_D], where they and the rows are."""
-    exists0, exists1 = existing(pair, D, HALF)
-    element = target.dtype.element_ty
-    tl.store(target, values0.to(element), mask=inside[:, None] & exists0[None, :])
-    tl.store(target + HALF, values1.to(element), mask=inside[:, None] & exists1[None, :])
+def totals(sums, options):
+    """Of the first and of the second features, [BLOCK_D]."""
+    if options.PACKED:
+        return tl.sum(sums[0] + sums[1], 0), tl.sum(sums[2] + sums[3], 0)
+    else:
+        return tl.sum(sums[0], 0), tl.sum(sums[1], 0)
 
 
 @triton.jit
-def group_and_column(
-    rows0,
-    rows1,
-    drow0,
-    drow1,
-    dcol0,
-    dcol1,
-    dweight0,
-    dweight1,
-    y0,
-    y1,
-    dscores_ptr,
-    stride_row,
-    group_row,
-    attended,
-    group: tl.constexpr,
-    WANT_COL: tl.constexpr,
-    options,
+def add_products(sums, s, x, options):
+    # fma() keeps a product from being computed once and added twice, in three steps.
+    if options.PACKED:
+        return add_packed(sums, x, s)
+    else:
+        return tl.fma(s, x[0], sums[0]), tl.fma(s, x[1], sums[1])
+
+
+@triton.jit
+def packed_halves(even, odd, y):
+    """``h`` of an even and an odd row."""
+    return packed(
+        factored_pair(even[0], even[1], y[0], y[1], True),
+        factored_pair(odd[0], odd[1], y[0], y[1], True),
+    )
+
+
+@triton.jit
+def halves_and_slopes(x, y, EXACT: tl.constexpr, options):
+    """``h`` and ``h^2 - 1/4`` of both features."""
+    if options.DIRECT:
+        tanh0, slope0 = tanh_and_derivative(x[0] + y[0], EXACT, options.USE_PTX)
+        tanh1, slope1 = tanh_and_derivative(x[1] + y[1], EXACT, options.USE_PTX)
+        return (-0.5 * tanh0, -0.5 * tanh1), (-0.25 * slope0, -0.25 * slope1)
+    else:
+        h0, h1 = factored_pair(x[0], x[1], y[0], y[1], options.USE_PTX)
+        return (h0, h1), (tl.fma(h0, h0, -0.25), tl.fma(h1, h1, -0.25))
+
+
+@triton.jit
+def add_column(
+    item, rows, groups, y, dscores_ptr, drow, dweight, share, TILES: tl.constexpr, options
 ):
-    """The sums with what a group of tensors and a column add to them."""
-    TILES: tl.constexpr = len(rows0)
-    next0 = ()
-    next1 = ()
-    for tile in tl.static_range(group_begin(group, TILES), group_begin(group + 1, TILES)):
-        row = row_in_group(tile, TILES)
-        s = load_scores(dscores_ptr, stride_row, row, attended - group_row, options)
-        h0, h1, slope0, slope1 = halves_and_slopes(rows0[tile], rows1[tile], y0, y1, options)
-        # fma() keeps s * slope from being computed once and added twice, in three steps.
-        next0 += (tl.fma(s, slope0, drow0[tile]),)
-        next1 += (tl.fma(s, slope1, drow1[tile]),)
-        if WANT_COL and tile == 0:
-            dcol0 = s * slope0
-            dcol1 = s * slope1
-        elif WANT_COL:
-            dcol0 = tl.fma(s, slope0, dcol0)
-            dcol1 = tl.fma(s, slope1, dcol1)
-        if options.WANT_WEIGHT:
-            dweight0 = tl.fma(s, h0, dweight0)
-            dweight1 = tl.fma(s, h1, dweight1)
-    return next0, next1, dcol0, dcol1, dweight0, dweight1
-
-
-@triton.jit
-def tile_gradients(
-    rows0,
-    rows1,
-    group_rows,
-    used,
-    attended,
-    extent,
-    cols,
-    dscores,
-    score_weight_ptr,
-    gradients,
-    pair,
-    options,
-):
-    """Write the gradients of tiles of rows; add to those of the columns.
-
-    Args:
-        rows0, rows1: tuples of tiles of their first and second features, exponentiated unless
-            DIRECT.
-        group_rows, used: as of :func:`use_groups`.
-        attended, extent: how many rows count, and how many are to be written.
-        cols, dscores, gradients, options: as their types say.
-        pair: the first features of this program's pairs, [BLOCK_D].
-
-    Returns:
-        sums of s h for the two features of each pair, [TILE_ROWS, BLOCK_D].
-    """
-    TILES: tl.constexpr = len(rows0)
-    HALF: tl.constexpr = options.HALF
-    BLOCK_D: tl.constexpr = options.BLOCK_D
-    WANT_COL: tl.constexpr = gradients.dcol_ptr is not None
-    shape: tl.constexpr = (TILE_ROWS, BLOCK_D)
-    exists0, exists1 = existing(pair, options.D, HALF)
-    weight0, weight1 = load_weights_times_4(score_weight_ptr, pair, options.D, HALF)
-    dweight0 = tl.zeros(shape, tl.float32)
-    dweight1 = tl.zeros(shape, tl.float32)
-    drow0 = ()
-    drow1 = ()
-    for _ in tl.static_range(len(rows0)):
-        drow0 += (tl.zeros(shape, tl.float32),)
-        drow1 += (tl.zeros(shape, tl.float32),)
-
-    features = cols.ptr + pair
-    col_mask_ptr = cols.mask_ptr
-    dscores_ptr = dscores.ptr
-    if WANT_COL:
-        dcol = gradients.dcol_ptr + pair
-        kept = gradients.column_sums_ptr + tl.arange(0, BLOCK_D)
-        element = gradients.dcol_ptr.dtype.element_ty
-    for _ in range(cols.attended):
-        y0, y1 = load_column(features, col_mask_ptr, pair, options)
-        dcol0 = tl.zeros(shape, tl.float32)
-        dcol1 = tl.zeros(shape, tl.float32)
-        next0 = ()
-        next1 = ()
-        for group in tl.static_range(group_count(TILES)):
-            group0 = ()
-            group1 = ()
+    """The sums with what a column adds to them, and those of the column alone."""
+    BF16: tl.constexpr = item.dscores_ptr.dtype.element_ty == tl.bfloat16
+    group_rows, used = groups
+    dcol = zero_sums(options)
+    next_drow = ()
+    for group in tl.static_range(group_count(TILES)):
+        added = ()
+        for tile in tl.static_range(group_begin(group, TILES), group_begin(group + 1, TILES)):
+            added += (drow[tile],)
+        if used[group]:
+            added = ()
             for tile in tl.static_range(group_begin(group, TILES), group_begin(group + 1, TILES)):
-                group0 += (drow0[tile],)
-                group1 += (drow1[tile],)
-            if used[group]:
-                group0, group1, dcol0, dcol1, dweight0, dweight1 = group_and_column(
-                    rows0,
-                    rows1,
-                    drow0,
-                    drow1,
-                    dcol0,
-                    dcol1,
-                    dweight0,
-                    dweight1,
-                    y0,
-                    y1,
-                    dscores_ptr + group_rows[group].to(tl.int64) * dscores.stride_row,
-                    dscores.stride_row,
-                    group_rows[group],
-                    attended,
-                    group,
-                    WANT_COL,
+                s = load_scores(
+                    dscores_ptr + group_rows[group].to(tl.int64) * item.stride_dscores_row,
+                    item.stride_dscores_row,
+                    (tile - group_begin(group, TILES)) * TILE_ROWS,
+                    item.end_row - group_rows[group],
+                    share,
                     options,
                 )
-            next0 += group0
-            next1 += group1
-        drow0 = next0
-        drow1 = next1
-        if WANT_COL:
-            sum0 = tl.sum(dcol0, 0)
-            sum1 = tl.sum(dcol1, 0)
-            is_last = gradients.is_only
-            if not gradients.is_only:
-                if not gradients.is_first:
-                    sum0 += tl.load(kept)
-                    sum1 += tl.load(kept + BLOCK_D)
-                is_last = gradients.is_last
-                if not is_last:
-                    tl.store(kept, sum0)
-                    tl.store(kept + BLOCK_D, sum1)
-            if is_last:
-                tl.store(dcol, (sum0 * weight0).to(element), mask=exists0)
-                tl.store(dcol + HALF, (sum1 * weight1).to(element), mask=exists1)
-            kept += 2 * BLOCK_D
-            dcol += options.H * options.D
-        features += cols.stride
-        dscores_ptr += dscores.stride_col
-        if col_mask_ptr is not None:
-            col_mask_ptr += 1
+                if options.PACKED:
+                    h = packed_halves(rows[2 * tile], rows[2 * tile + 1], y)
+                else:
+                    h, slope = halves_and_slopes(rows[tile], y, not BF16, options)
+                if item.dweight_ptr is not None:
+                    dweight = add_products(dweight, s, h, options)
+                if options.PACKED:  # only now: that saves some moves of registers
+                    slope = packed_slopes(h)
+                added += (add_products(drow[tile], s, slope, options),)
+                if item.dcol_ptr is not None:
+                    dcol = add_products(dcol, s, slope, options)
+        next_drow += added
+    return next_drow, dcol, dweight
 
-    if gradients.drow_ptr is not None:
-        for group in tl.static_range(group_count(TILES)):
-            if used[group]:
-                for tile in tl.static_range(
-                    group_begin(group, TILES), group_begin(group + 1, TILES)
-                ):
-                    row = group_rows[group] + row_in_group(tile, TILES)
-                    target = gradients.drow_ptr + row[:, None].to(tl.int64) * (
-                        options.H * options.D
-                    )
-                    target += pair[None, :]
-                    values0 = drow0[tile] * weight0[None, :]
-                    values1 = drow1[tile] * weight1[None, :]
-                    store_pairs(target, values0, values1, row < extent, pair, options.D, HALF)
-    return dweight0, dweight1
+
+@triton.jit
+def store_pairs(target, values0, values1, inside, pair, options):
+    """Store both features of rows, [rows, BLOCK_D], where they and the rows are."""
+    exists0, exists1 = existing(pair, options)
+    element = target.dtype.element_ty
+    tl.store(target, values0.to(element), mask=inside[:, None] & exists0[None, :])
+    tl.store(target + options.HALF, values1.to(element), mask=inside[:, None] & exists1[None, :])
+
+
+@triton.jit
+def store_column(kept, dcol, sums, weights, is_first, is_last, pair, options):
+    """Add to the sums that are kept of a column; with the last rows its gradient is there."""
+    sum0, sum1 = totals(sums, options)
+    if not is_first:
+        sum0 += tl.load(kept)
+        sum1 += tl.load(kept + options.BLOCK_D)
+    if is_last:
+        exists0, exists1 = existing(pair, options)
+        element = dcol.dtype.element_ty
+        tl.store(dcol, (sum0 * -weights[0]).to(element), mask=exists0)
+        tl.store(dcol + options.HALF, (sum1 * -weights[1]).to(element), mask=exists1)
+    else:
+        tl.store(kept, sum0)
+        tl.store(kept + options.BLOCK_D, sum1)
+
+
+@triton.jit
+def store_rows(item, groups, drow, weights, end, TILES: tl.constexpr, options):
+    """The gradients of rows before ``end``."""
+    group_rows, used = groups
+    PARTS: tl.constexpr = len(drow[0]) // 2
+    for tile in tl.static_range(TILES):
+        if used[group_of(tile, TILES)]:
+            for part in tl.static_range(PARTS):
+                row = group_rows[group_of(tile, TILES)] + row_in_group(tile, part, PARTS, TILES)
+                target = row[:, None].to(tl.int64) * (options.H * options.D)
+                target += item.drow_ptr + item.pair[None, :]
+                values0 = drow[tile][part] * -weights[0][None, :]
+                values1 = drow[tile][part + PARTS] * -weights[1][None, :]
+                store_pairs(target, values0, values1, row < end, item.pair, options)
+
+
+@triton.jit
+def tile_gradients(item, first_row, row_tiles, is_right, col_bound, TILES: tl.constexpr, options):
+    """Write the gradients of up to TILES tiles of rows and add to those of the columns; unless
+    DIRECT only if these rows and columns factor.
+
+    Args:
+        first_row, row_tiles: which tiles.
+        is_right: whether the factored form will do for all that was looked at before.
+        col_bound: the largest magnitude of the columns.
+
+    Returns:
+        sums of s h for the two features of each pair, [BLOCK_D], and whether all is done.
+    """
+    BF16: tl.constexpr = item.dscores_ptr.dtype.element_ty == tl.bfloat16
+    groups = use_groups(first_row, row_tiles, TILES)
+    rows, row_bound = load_rows(item, groups, TILES, options)
+    columns = item.cols.attended
+    end = item.extent
+    if not options.DIRECT:
+        # To what rounds score gradients to bfloat16 the fractions' absolute error does not matter.
+        is_right &= in_factored_range(row_bound, col_bound, 0.0 if BF16 else SMALLEST_GRADIENT_SUM)
+        columns = tl.where(is_right, columns, 0)
+        end = tl.where(is_right, end, 0)
+    is_first = first_row == item.begin_row
+    is_last = first_row + row_tiles * TILE_ROWS >= item.end_row
+    weights = load_weights_times_4(item.score_weight_ptr, item.pair, options)
+    share = diagonal_share() if options.PACKED else 0
+    dweight = zero_sums(options)
+    drow = ()
+    for _ in tl.static_range(TILES):
+        drow += (zero_sums(options),)
+    features = item.cols.ptr + item.pair[None, :]
+    dscores_ptr = item.dscores_ptr
+    if item.dcol_ptr is not None:
+        dcol_row = item.dcol_ptr + item.pair
+        kept_sums = item.column_sums_ptr + tl.arange(0, options.BLOCK_D)
+    for col in range(columns):
+        kept = None
+        if item.cols.mask_ptr is not None:
+            kept = are_attended(item.cols, col + tl.arange(0, 1))[:, None]
+        y = exponentials(load_pairs(features, kept, item.pair, options), item, options)
+        drow, dcol, dweight = add_column(
+            item, rows, groups, y, dscores_ptr, drow, dweight, share, TILES, options
+        )
+        if item.dcol_ptr is not None:
+            store_column(kept_sums, dcol_row, dcol, weights, is_first, is_last, item.pair, options)
+            dcol_row += options.H * options.D
+            kept_sums += 2 * options.BLOCK_D
+        features += item.cols.stride
+        dscores_ptr += item.stride_dscores_col
+    if item.dcol_ptr is not None:
+        tl.debug_barrier()  # sums of columns may be another thread's where the next tiles add
+    if item.drow_ptr is not None:
+        store_rows(item, groups, drow, weights, end, TILES, options)
+    dweight0, dweight1 = totals(dweight, options)
+    return dweight0, dweight1, is_right

@@ -31,7 +31,7 @@ from .sums import sum_parts
 
 @dataclass(frozen=True)
 class PairTensor:
-    """Float32 numbers of (query, key) pairs: scores, weights or score gradients.
+    """Numbers of (query, key) pairs: scores and weights of float32, or score gradients.
 
     ``strides`` are of (sequence's first query row, first key row, query, key, head). ``is_padded``:
     what is past a sequence's last key is there, and 0. ``order`` is of :func:`rows.write_order`.
@@ -105,9 +105,14 @@ def additive_attention_backward(
                 scores = score_pairs(problem, rows)
             # vmap hands over one call's scores for all, by a stride of 0.
             pairs = PairTensor(scores.contiguous(), pair_strides(problem, scores.size(-1)))
-        dscores = _score_gradients(problem, rows[2], incoming, softmax, pairs, dvalue, wants_scores)
-        if wants_scores:
-            _feature_gradients(problem, dscores, rows, dquery, dkey, dscore_weight)
+        dscores = _score_gradients(problem, rows, incoming, softmax, pairs, dvalue, wants_scores)
+        if wants_scores and is_whole(problem):
+            _gradient_pass(problem, dscores, rows, True, True, dkey, dquery, dscore_weight)
+        elif wants_scores:
+            if dkey is not None or dscore_weight is not None:
+                _gradient_pass(problem, dscores, rows, True, False, dkey, None, dscore_weight)
+            if dquery is not None:
+                _gradient_pass(problem, dscores, rows, False, False, dquery, None, None)
     return _or_empty(gradients, inputs)
 
 
@@ -122,7 +127,7 @@ def _or_empty(gradients: list[Tensor | None], inputs: tuple[Tensor, ...]) -> tup
 
 def _score_gradients(
     problem: Problem,
-    value: Tensor,
+    inputs: tuple[Tensor, ...],
     incoming: tuple,
     stats: Tensor | None,
     scores: PairTensor | None,
@@ -133,20 +138,24 @@ def _score_gradients(
 
     Without ``stats`` those come in as gradients of weights, and ``scores`` are the weights.
     """
+    query, _, value, _ = inputs
     dcontext, dweights, weights_layout = incoming
     heads = problem.heads
     tiles = configurations.pair_tiles(value.dtype)
     columns = triton.cdiv(problem.max_k, tiles.keys) * tiles.keys  # whole tiles of keys
-    dscores, order = None, None
-    if wants_scores and problem.is_ordered() and is_whole(problem):
-        order = value.new_empty((2 * problem.sequences() + 1,), dtype=torch.int32)
+    dproducts, dscores, order = None, None, None
     if wants_scores:
         check_workspace(problem, problem.all_rows_q * heads * columns)
         # The gradient pass over queries alone reads some rows past a sequence's last and drops
         # their results: to mask them would spill. What nobody writes there is 0.
         more_rows = 0 if is_whole(problem) else TILE_ROWS.value
         new = value.new_zeros if more_rows else value.new_empty
-        dscores = new((problem.all_rows_q + more_rows, heads, columns), dtype=torch.float32)
+        dproducts = new((problem.all_rows_q + more_rows, heads, columns), dtype=torch.float32)
+        # Behind a softmax eager code rounds them too; those of returned scores are of float32.
+        is_narrow = stats is not None and query.dtype == torch.bfloat16
+        dscores = dproducts.view(torch.bfloat16) if is_narrow else dproducts
+        if problem.is_ordered() and is_whole(problem):
+            order = value.new_empty((2 * problem.sequences() + 1,), dtype=torch.int32)
     query_tiles = problem.tiles("q", tiles.queries) if wants_scores else 0
     key_tiles = problem.tiles("k", tiles.keys) if dvalue is not None else 0
     segment, single = configurations.query_segment(problem.max_q)
@@ -156,6 +165,7 @@ def _score_gradients(
         dweights,
         stats,
         None if scores is None else scores.data,
+        dproducts,
         dscores,
         dvalue,
         order,
@@ -186,29 +196,12 @@ def _score_gradients(
     )
     if dscores is None:
         return None
-    return PairTensor(dscores, pair_strides(problem, columns), True, order)
+    return PairTensor(dscores, pair_strides(problem, dscores.size(-1)), True, order)
 
 
 def is_whole(problem: Problem) -> bool:
     """Whether one pass gives the gradients of all of a sequence."""
     return problem.max_q * problem.max_k <= configurations.WHOLE_SEQUENCE_PAIRS
-
-
-def _feature_gradients(
-    problem: Problem,
-    dscores: PairTensor,
-    inputs: tuple[Tensor, ...],
-    dquery: Tensor | None,
-    dkey: Tensor | None,
-    dscore_weight: Tensor | None,
-) -> None:
-    if is_whole(problem):
-        _gradient_pass(problem, dscores, inputs, True, True, dkey, dquery, dscore_weight)
-        return
-    if dkey is not None or dscore_weight is not None:
-        _gradient_pass(problem, dscores, inputs, True, False, dkey, None, dscore_weight)
-    if dquery is not None:
-        _gradient_pass(problem, dscores, inputs, False, False, dquery, None, None)
 
 
 def _gradient_pass(
@@ -226,60 +219,48 @@ def _gradient_pass(
     heads = problem.heads
     half = half_of(problem.dim)
     pairs = configurations.gradient_pairs(half)
-    chunks = triton.cdiv(half, pairs)
     warps = pairs // 32
     row_tiles = configurations.GRADIENT_ROW_TILES
     query_start, key_start, by_query, by_key, by_head = dscores.strides
-    query_side = query, problem.cu_q, problem.rows_q, query_start, by_query
-    key_side = key, problem.cu_k, problem.rows_k, key_start, by_key
-    row_side, col_side = (key_side, query_side) if rows_are_keys else (query_side, key_side)
-    row, cu_row, rows_r, row_start, by_row = row_side
-    col, cu_col, rows_c, col_start, by_col = col_side
+    sides = (
+        (query, problem.cu_q, problem.rows_q, problem.max_q, query_start, by_query),
+        (key, problem.cu_k, problem.rows_k, problem.max_k, key_start, by_key),
+    )
+    row_side, col_side = reversed(sides) if rows_are_keys else sides
     if whole_sequences:
         units = problem.sequences()
     else:
         units = problem.tiles("k" if rows_are_keys else "q", row_tiles * TILE_ROWS.value)
-    items = units * heads * chunks
+    items = units * heads * triton.cdiv(half, pairs)
     programs = items
-    max_columns = problem.max_q if rows_are_keys else problem.max_k
     sums = None
     if dcol is not None:
         # Each program reuses its sums, which stay in the cache: as many as run at a time.
         programs = min(items, 8 // warps * processors(query))
-        sums = query.new_empty((programs, max_columns, 2 * pairs), dtype=torch.float32)
+        sums = query.new_empty((programs, col_side[3], 2 * pairs), dtype=torch.float32)
     partial = None
     if dscore_weight is not None:
         partial = query.new_empty((units, heads, problem.dim), dtype=torch.float32)
     additive_attention_grad_kernel[(programs,)](
-        row,
-        col,
+        *row_side,
+        *strides_of(*row_side[:2]),
+        *col_side,
+        *strides_of(*col_side[:2]),
         score_weight,
+        score_weight.stride(0),
         dscores.data,
+        by_head,
         drow,
         dcol,
         sums,
         partial,
         dscores.order if whole_sequences else None,
-        cu_row,
-        cu_col,
         problem.lengths,
         problem.mask,
         problem.batch,
-        rows_r,
-        rows_c,
-        problem.max_k,
-        max_columns,
         items,
         processors(query),
         0,
-        *strides_of(row, cu_row),
-        *strides_of(col, cu_col),
-        score_weight.stride(0),
-        row_start,
-        col_start,
-        by_row,
-        by_col,
-        by_head,
         H=heads,
         D=problem.dim,
         HALF=half,
@@ -289,7 +270,6 @@ def _gradient_pass(
         WHOLE_SEQUENCES=whole_sequences,
         CONTIGUOUS_SCORES=rows_are_keys and dscores.is_padded,
         MASK_SCORES=rows_are_keys and not dscores.is_padded,
-        REFINE=query.dtype == torch.float32,
         USE_PTX=uses_ptx(query),
         num_warps=warps,
     )
@@ -345,7 +325,7 @@ def additive_attention_memory_backward(
     incoming = rows_of(dcontext.transpose(0, 1)), None, 0
     with on_device(query):
         if dvalue is not None:
-            _score_gradients(problem, rows[2], incoming, None, weights, dvalue, False)
+            _score_gradients(problem, rows, incoming, None, weights, dvalue, False)
         if dkey is not None or dscore_weight is not None:
             _gradient_pass(problem, dscores, rows, True, False, dkey, None, dscore_weight)
     return _or_empty(gradients, inputs)

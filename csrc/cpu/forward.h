@@ -145,8 +145,7 @@ struct ForwardBlock {
     if (item.partial >= 0) {
       return {call.partial_sums + item.partial * partial_row, partial_row, false};
     }
-    const RowSource context =
-        query_rows(call.context, problem.sequences[item.sequence], item.head);
+    const RowSource context = query_rows(call.context, problem.sequences[item.sequence], item.head);
     if (T* rows = rows_in_place<T>(context, item.query, problem.value_dim)) {
       return {rows, context.row, false};
     }
@@ -216,8 +215,7 @@ struct ForwardBlock {
         stat[1] = total;
       } else {
         write_context<T>(call, sequence, item.head, item.query + i, largest, total,
-                         one_chunk() ? T(1) : 1 / total,
-                         softmax.sums.data + i * softmax.sums.row);
+                         one_chunk() ? T(1) : 1 / total, softmax.sums.data + i * softmax.sums.row);
       }
     }
   }

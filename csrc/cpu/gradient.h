@@ -33,6 +33,7 @@ class GradientBlock {
         unit_(unit),
         sequence_(call.problem->sequences[unit.sequence]),
         steps_(steps_of<T>(item.cols)),
+        sums_row_(step_stride<T>(steps_)),
         tile_keys_(unit.query_count < 4 ? kGradientKeys : kGradientTile),
         queries_(pack_queries<T>(query_rows(call.problem->query, sequence_, unit.head), unit.query,
                                  unit.query_count, item.col, item.cols, nullptr, scratch)),
@@ -45,7 +46,7 @@ class GradientBlock {
         informative_(queries_, steps_, nullptr, T(0), scratch) {
     const int64_t padded = steps_ * kStep<T>;
     dquery_ = scratch.take<T>(dquery_size());
-    dkey_ = scratch.take<T>(steps_ * step_stride<T>(tile_keys_));
+    dkey_ = scratch.take<T>(tile_keys_ * sums_row_);
     row_ = scratch.take<T>(padded);
     dweight_ = scratch.take<T>(padded);
     shifts_ = scratch.take<Shift>(unit.query_count);
@@ -106,8 +107,8 @@ class GradientBlock {
     for (int64_t i = 0; i < unit_.query_count; ++i) {
       for (int64_t j = 0; j < count; j += kLanes<T>) {
         const T* row = s + i * unit_.ld + j;
-        const Vec<T> next = magnitude<T>(j + kLanes<T> <= count ? load<T>(row)
-                                                                : load_partial<T>(row, count - j));
+        const Vec<T> next =
+            magnitude<T>(j + kLanes<T> <= count ? load<T>(row) : load_partial<T>(row, count - j));
         sizes = next > sizes ? next : sizes;
       }
     }
@@ -132,7 +133,7 @@ class GradientBlock {
     const T key_bound = largest_bound(block.bounds, keys);
     const bool informative = call_.problem->is_short || informative_(block.exponentials, keys);
     if (wants_keys()) {
-      pad_row<T>(dkey_, 0, steps_ * step_stride<T>(keys), 0);
+      pad_row<T>(dkey_, 0, keys * sums_row_, 0);
     }
     for (int64_t i = 0; i < unit_.query_count;) {
       const Route route = route_of(i, key_bound, informative);
@@ -171,7 +172,6 @@ class GradientBlock {
   void run_queries(Route route, int64_t i, int64_t rows, const Panel<T>& key_exponentials,
                    int64_t first, int64_t keys) {
     const bool factored = route == Route::kFactored;
-    const int64_t query_step = step_stride<T>(unit_.query_count);
     const GradientOperands<T> operands{
         (factored ? queries_.exponentials : exact_queries()).from_row(i),
         factored ? key_exponentials : exact_keys(first, keys),
@@ -180,11 +180,10 @@ class GradientBlock {
         rows,
         keys,
         steps_,
-        dquery_ + i * kStep<T>,
-        query_step,
+        dquery_ + i * sums_row_,
         dkey_,
-        step_stride<T>(keys),
-        dweight_};
+        dweight_,
+        sums_row_};
     const bool query = call_.dquery.data != nullptr;
     if (factored) {
       gradient_products<T, FactoredSlope>(query, wants_keys(), operands);
@@ -221,7 +220,7 @@ class GradientBlock {
     return is_rounding ? T(0) : static_cast<T>(shift.left_out);
   }
 
-  int64_t dquery_size() const { return steps_ * step_stride<T>(unit_.query_count); }
+  int64_t dquery_size() const { return unit_.query_count * sums_row_; }
 
   // Moves what dquery_ holds into the sum of all keys.
   void flush_dquery() {
@@ -266,21 +265,12 @@ class GradientBlock {
     }
   }
 
-  // out = w (4 sums + shift) / lift for row r of `rows` rows of sums, which are of quarters.
-  void final_row(const T* data, int64_t r, int64_t rows, T shift, T* out) const {
+  // out = w (4 sums + shift) / lift for a row of sums, which are of quarters.
+  void final_row(const T* sums, T shift, T* out) const {
     const T* weight = call_.score_weights[unit_.head].data + item_.col;
     const T unlift = 1 / scores_.lift;
-    for (int64_t c = 0; c < item_.cols; c += kStep<T>) {
-      const T* sums = data + c / kStep<T> * step_stride<T>(rows) + r * kStep<T>;
-      if (c + kStep<T> <= item_.cols) {
-        for (int64_t n = 0; n < kStep<T>; n += kLanes<T>) {
-          store<T>(out + c + n, load<T>(weight + c + n) * (4 * load<T>(sums + n) + shift) * unlift);
-        }
-      } else {
-        for (int64_t n = 0; n < item_.cols - c; ++n) {
-          out[c + n] = weight[c + n] * (4 * sums[n] + shift) * unlift;
-        }
-      }
+    for (int64_t c = 0; c < item_.cols; ++c) {
+      out[c] = weight[c] * (4 * sums[c] + shift) * unlift;
     }
   }
 
@@ -305,7 +295,7 @@ class GradientBlock {
       T* row = partial ? call_.partial_dquery + item_.col +
                              (item_.dquery_partial + i) * padded_columns(call_.problem->dim)
                        : result_row(target, unit_.query + i);
-      final_row(dquery_, i, unit_.query_count, shift_of_query(i), row);
+      final_row(dquery_ + i * sums_row_, shift_of_query(i), row);
       write_result(target, unit_.query + i, row);
     }
   }
@@ -315,7 +305,7 @@ class GradientBlock {
     const RowSource target = unit_.last ? key_rows(call_.dkey, sequence_, unit_.head) : sum;
     for (int64_t j = 0; j < keys; ++j) {
       T* row = unit_.first ? result_row(target, first + j) : row_;
-      final_row(dkey_, j, keys, 0, row);
+      final_row(dkey_ + j * sums_row_, 0, row);
       if (!unit_.first) {
         const T* before = static_cast<const T*>(sum.data) + sum.offset(first + j) + item_.col;
         for (int64_t c = 0; c < item_.cols; ++c) {
@@ -331,6 +321,7 @@ class GradientBlock {
   const Unit& unit_;
   const Sequence& sequence_;
   const int64_t steps_;
+  const int64_t sums_row_;  // of dquery_ and dkey_, [.., steps, kStep]
   const int64_t tile_keys_;
   const QueryBlock<T> queries_;
   const KeySide side_;

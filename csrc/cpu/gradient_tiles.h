@@ -78,11 +78,10 @@ struct GradientOperands {
   int64_t rows;
   int64_t keys;
   int64_t steps;
-  T* dq;  // [steps, rows, kStep]
-  int64_t dq_step;
-  T* dk;  // [steps, keys, kStep]
-  int64_t dk_step;
-  T* dw;  // [steps, kStep]
+  T* dq;        // [rows, steps, kStep]
+  T* dk;        // [keys, steps, kStep]
+  T* dw;        // [steps, kStep]
+  int64_t row;  // of dq and dk
 };
 
 // One vector of features, at `half` of step p, of all queries and keys [j, j + K). A query's terms
@@ -92,12 +91,13 @@ ATTN_EXT_INLINE void gradient_tile(const GradientOperands<T>& o, int64_t p, int 
   using Terms = Rule<T>[K];
   const int64_t a_row = o.a.at(p).row;
   const int64_t s_row = o.s_row;
+  const int64_t dq_row = o.row;
   const int64_t rows = o.rows;
   const StepRows<T> keys = o.b.at(p);
   const T* a = o.a.at(p).data + half;
   const T* s = o.s + j;
-  T* dq = o.dq + p * o.dq_step + half;
-  T* dk = o.dk + p * o.dk_step + j * kStep<T> + half;
+  T* dq = o.dq + p * kStep<T> + half;
+  T* dk = o.dk + j * o.row + p * kStep<T> + half;
   T* dw = o.dw + p * kStep<T> + half;
   Vec<T> b[K];
   Vec<T> key_sums[K] = {};
@@ -132,11 +132,11 @@ ATTN_EXT_INLINE void gradient_tile(const GradientOperands<T>& o, int64_t p, int 
   Terms odd;
   int64_t i = 0;
   start(even, a);
-  for (; i + 2 < rows; i += 2, a += 2 * a_row, s += 2 * s_row, dq += 2 * kStep<T>) {
+  for (; i + 2 < rows; i += 2, a += 2 * a_row, s += 2 * s_row, dq += 2 * dq_row) {
     start(odd, a + a_row);
     finish(even, s, dq);
     start(even, a + 2 * a_row);
-    finish(odd, s + s_row, dq + kStep<T>);
+    finish(odd, s + s_row, dq + dq_row);
   }
   const bool one_more = i + 1 < rows;
   if (one_more) {
@@ -144,12 +144,12 @@ ATTN_EXT_INLINE void gradient_tile(const GradientOperands<T>& o, int64_t p, int 
   }
   finish(even, s, dq);
   if (one_more) {
-    finish(odd, s + s_row, dq + kStep<T>);
+    finish(odd, s + s_row, dq + dq_row);
   }
   if constexpr (kKey) {
 #pragma GCC unroll 4
     for (int n = 0; n < K; ++n) {
-      store<T>(dk + n * kStep<T>, load<T>(dk + n * kStep<T>) + key_sums[n]);
+      store<T>(dk + n * o.row, load<T>(dk + n * o.row) + key_sums[n]);
     }
     store<T>(dw, load<T>(dw) + weight_sum);
   }

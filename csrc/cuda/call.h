@@ -82,16 +82,6 @@ class Call {
     return std::max<int64_t>(std::min(query_rows_, kWaveBytes / row), 1);
   }
 
-  // Room for the scores of that many queries.
-  Scores dense_scores(const Tensor& room) const {
-    Scores scores;
-    scores.data = static_cast<float*>(room.data_ptr());
-    scores.query = problem.heads * longest_key();
-    scores.head = longest_key();
-    scores.key = 1;
-    return scores;
-  }
-
   void begin_wave(int64_t first, int64_t rows) {
     problem.sequences.first_row = first;
     problem.sequences.last_row = std::min(first + rows, query_rows_);
@@ -112,6 +102,9 @@ class Call {
     problem.value = rows_of(value);
     problem.dropout = dropout;
     problem.raw_scores = weights_layout & kRaw;
+    problem.is_short = !problem.raw_scores && attn_ext::is_short(query_) &&
+                       attn_ext::is_short(key) && attn_ext::is_short(value) &&
+                       attn_ext::is_short(score_weight);
   }
 
   void describe_sequences(int64_t query_batch, int64_t query_rows, const Tensor& key,

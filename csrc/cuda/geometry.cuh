@@ -131,25 +131,77 @@ __device__ inline Tile find_key_tile(const Sequences& sequences, int shift, int6
   return find_tile(sequences.key, sequences.count, 0, key_rows(sequences), shift, number);
 }
 
-__device__ inline int64_t query_offset(const Rows& rows, const Span& span, int64_t head,
-                                       int64_t i) {
-  return span.query_batch * rows.batch + (span.query_begin + i) * rows.row + head * rows.head;
-}
+// Where a block works: its sequence, and the first row of its tile. One thread finds it for all,
+// and as it is in shared memory it takes no registers.
+struct Place {
+  Span span;
+  int first;
 
-__device__ inline int64_t key_offset(const Rows& rows, const Span& span, int64_t head, int64_t j) {
-  return span.key_batch * rows.batch + (span.key_begin + span.position(j)) * rows.row +
-         head * rows.head;
-}
-
-// Where the score of query i and key j is.
-__device__ inline int64_t score_offset(const Scores& scores, const Span& span, int64_t head,
-                                       int64_t i, int64_t j) {
-  if (scores.by_key) {
-    return span.number * scores.batch + span.key_begin * scores.begin +
-           span.position(j) * scores.key + head * scores.head +
-           (span.first_query + i) * scores.query;
+  __device__ bool is_empty(bool by_key) const {
+    return first >= (by_key ? span.key_count : span.query_count);
   }
-  return (span.flat_row + i) * scores.query + head * scores.head + j * scores.key;
+};
+
+__device__ inline void find_place(const Sequences& sequences, bool by_key, int shift,
+                                  Place& place) {
+  if (threadIdx.x == 0) {
+    const Tile tile = by_key ? find_key_tile(sequences, shift, blockIdx.x)
+                             : find_query_tile(sequences, shift, blockIdx.x);
+    place.span = span_of(sequences, tile.sequence);
+    place.first = static_cast<int>(
+        smaller<int64_t>(tile.first, by_key ? place.span.key_count : place.span.query_count));
+  }
+  __syncthreads();
+}
+
+// Offsets of one head's rows of a sequence, by number.
+struct RowOffsets {
+  int64_t first;
+  int64_t step;
+  const int32_t* index;  // positions of the keys that a mask leaves, else null
+
+  __device__ int64_t operator[](int n) const {
+    const auto row = static_cast<uint32_t>(index != nullptr ? index[n] : n);
+    return first + static_cast<int64_t>(row * static_cast<uint64_t>(step));
+  }
+};
+
+__device__ inline RowOffsets query_offsets(const Rows& rows, const Span& span, int64_t head) {
+  return {span.query_batch * rows.batch + span.query_begin * rows.row + head * rows.head, rows.row,
+          nullptr};
+}
+
+__device__ inline RowOffsets key_offsets(const Rows& rows, const Span& span, int64_t head) {
+  return {span.key_batch * rows.batch + span.key_begin * rows.row + head * rows.head, rows.row,
+          span.key_index};
+}
+
+__device__ inline int64_t query_offset(const Rows& rows, const Span& span, int64_t head, int i) {
+  return query_offsets(rows, span, head)[i];
+}
+
+__device__ inline int64_t key_offset(const Rows& rows, const Span& span, int64_t head, int j) {
+  return key_offsets(rows, span, head)[j];
+}
+
+// The scores of query i.
+struct ScoreRow {
+  float* data;
+  int64_t stride;
+  const int32_t* index;
+
+  __device__ float& operator[](int64_t j) const {
+    return data[(index != nullptr ? index[j] : j) * stride];
+  }
+};
+
+__device__ inline ScoreRow score_row(const Scores& scores, const Span& span, int64_t head,
+                                     int64_t i) {
+  const int64_t first = scores.by_key ? span.number * scores.batch + span.key_begin * scores.begin +
+                                            (span.first_query + i) * scores.query
+                                      : (span.flat_row + i) * scores.query;
+  return {scores.data + first + head * scores.head, scores.key,
+          scores.by_key ? span.key_index : nullptr};
 }
 
 __device__ inline int64_t weight_offset(const Weights& weights, const Span& span, int64_t head,

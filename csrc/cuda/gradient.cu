@@ -23,69 +23,69 @@ __device__ __forceinline__ void put_granule(float* target, const float (&values)
   }
 }
 
-// Puts exponentials of the unit's queries in place and clears their gradients; returns the largest
-// |query|.
-__device__ inline float fill_queries(const Unit& unit, Shared& shared) {
+// Puts exponentials of the unit's queries in place and clears their gradients; leaves the largest
+// |query| of each warp.
+__device__ inline void fill_queries(const Unit& unit, Shared& shared) {
+  const Problem& problem = unit.call.problem;
+  const int col = threadIdx.x % kRowGranules * kGranule;
   float bound = 0;
 #pragma unroll 1
-  for (int n = threadIdx.x; n < kGradientQueries * kRowGranules; n += kThreads) {
-    const int row = n / kRowGranules;
-    const int col = n % kRowGranules * kGranule;
-    float values[kGranule] = {};
-    if (row < unit.queries) {
-      const int64_t offset =
-          query_offset(unit.call.problem.query, unit.span, unit.head, unit.query + row);
-      load_granule(unit.call.problem.query, offset, unit.col + col, unit.call.problem.dim, values);
-    }
+  for (int row = threadIdx.x / kRowGranules; row < unit.queries; row += kThreads / kRowGranules) {
+    float values[kGranule];
+    load_granule(problem.query, shared.queries[unit.query + row], unit.col + col, problem.dim,
+                 values);
     const float zeros[kGranule] = {};
     put_granule(&shared.dquery[row][col], zeros);
-#pragma unroll
-    for (int f = 0; f < kGranule; ++f) {
-      bound = Maximum::of(fabsf(values[f]), bound);
-      values[f] = factored_exponential(values[f]);
-    }
+    exponentiate(problem.is_short, values, bound);
     put_granule(&shared.query[row][col], values);
   }
   if (threadIdx.x < kGradientQueries) {
     shared.left_out[threadIdx.x] = 0;
     shared.shifted_keys[threadIdx.x] = 0;
   }
-  return reduce<Maximum, kThreads>(bound, shared.room);
+  bound = reduce_warp<Maximum>(bound);
+  if (threadIdx.x % kWarp == 0) {
+    shared.query_room[threadIdx.x / kWarp] = bound;
+  }
 }
 
-// Puts a tile of keys in place, their exponentials or as they are; returns this thread's largest.
+// Puts a tile of keys in place, their exponentials or as they are, 0 for those past the last;
+// returns this thread's largest.
 __device__ inline float fill_keys(const Unit& unit, int key, int keys, bool exponentials,
                                   Shared& shared) {
+  const Problem& problem = unit.call.problem;
   const int row = threadIdx.x / kRowGranules;
   const int col = threadIdx.x % kRowGranules * kGranule;
   float bound = 0;
   float values[kGranule] = {};
   if (row < keys) {
-    const int64_t offset = key_offset(unit.call.problem.key, unit.span, unit.head, key + row);
-    load_granule(unit.call.problem.key, offset, unit.col + col, unit.call.problem.dim, values);
+    load_granule(problem.key, shared.keys[key + row], unit.col + col, problem.dim, values);
   }
-#pragma unroll
-  for (int f = 0; f < kGranule; ++f) {
-    bound = Maximum::of(fabsf(values[f]), bound);
-    values[f] = exponentials ? factored_exponential(values[f]) : values[f];
+  if (exponentials) {
+    exponentiate(problem.is_short, values, bound);
   }
   put_granule(&shared.key[row][col], values);
   return bound;
 }
 
-// Puts s of the unit's queries and a tile's keys in place, 0 elsewhere.
+// Puts s of the unit's queries and a tile's keys in place, 0 for keys past the last.
 __device__ inline void fill_dscores(const Unit& unit, int key, int keys, Shared& shared) {
-#pragma unroll 2
-  for (int n = threadIdx.x; n < kGradientQueries * kKeys; n += kThreads) {
-    const int i = n / kKeys;
-    const int j = n % kKeys;
-    float s = 0;
-    if (i < unit.queries && j < keys) {
-      s = unit.call.dscores
-              .data[score_offset(unit.call.dscores, unit.span, unit.head, unit.query + i, key + j)];
-    }
-    shared.dscores[i][j] = s;
+  const Scores& dscores = unit.call.dscores;
+  const int j = threadIdx.x % kKeys;
+  const int first = threadIdx.x / kKeys;
+  const float* source = dscores.data;
+  if (j < keys) {
+    source = &score_row(dscores, unit.span, unit.head, unit.query + first)[key + j];
   }
+#pragma unroll 2
+  for (int i = first; i < unit.queries; i += kThreads / kKeys) {
+    shared.dscores[i][j] = j < keys ? *source : 0.0f;
+    source += kThreads / kKeys * dscores.query;
+  }
+}
+
+__device__ inline float largest_of(const float (&room)[kWarps]) {
+  return Maximum::of(Maximum::of(room[0], room[1]), Maximum::of(room[2], room[3]));
 }
 
 __device__ inline Extremes extremes(const float (*rows)[kGradientFeatures], int count) {
@@ -107,15 +107,30 @@ __device__ inline bool informative(const Extremes& query, const Extremes& key) {
                                    can_inform(query.low.y * key.low.y, query.high.y * key.high.y));
 }
 
-__device__ inline float score_weight(const Unit& unit, int64_t col) {
-  const Rows& rows = unit.call.problem.score_weight;
-  return col < unit.call.problem.dim ? load(rows, unit.head * rows.head + col * rows.col) : 0.0f;
+// Multiplies a granule of sums by 4 w.
+__device__ __forceinline__ void weigh(const Shared& shared, int col, float (&values)[kGranule]) {
+#pragma unroll
+  for (int f = 0; f < kGranule; ++f) {
+    values[f] *= shared.weight[col + f];
+  }
+}
+
+__device__ __forceinline__ void add_granule(const float* source, float (&values)[kGranule]) {
+#pragma unroll
+  for (int f = 0; f < kGranule; f += 4) {
+    const float4 four = *reinterpret_cast<const float4*>(source + f);
+    values[f] += four.x;
+    values[f + 1] += four.y;
+    values[f + 2] += four.z;
+    values[f + 3] += four.w;
+  }
 }
 
 // Adds the warps' shares of dkey, in their order, to what earlier tiles of queries left.
 __device__ inline void write_keys(const Unit& unit, int key, int keys, const LaneTile& tile,
                                   Shared& shared) {
   const GradientCall& call = unit.call;
+  const int64_t dim = call.problem.dim;
   const int lane = threadIdx.x % kWarp;
   __syncthreads();  // everyone has the panel of keys in registers
 #pragma unroll
@@ -123,28 +138,26 @@ __device__ inline void write_keys(const Unit& unit, int key, int keys, const Lan
     *reinterpret_cast<float2*>(&shared.dkey[threadIdx.x / kWarp][j][2 * lane]) = tile.dkey[j];
   }
   __syncthreads();
-#pragma unroll 2
-  for (int n = threadIdx.x; n < keys * kGradientFeatures; n += kThreads) {
-    const int j = n / kGradientFeatures;
-    const int f = n % kGradientFeatures;
-    if (unit.col + f >= call.problem.dim) {
-      continue;
-    }
-    float sum = 0;
+  const int j = threadIdx.x / kRowGranules;
+  const int col = threadIdx.x % kRowGranules * kGranule;
+  if (j >= keys || unit.col + col >= dim) {
+    return;
+  }
+  float sums[kGranule] = {};
+  if (!unit.first) {
+    const int64_t at = key_offset(call.dkey_sums, unit.span, unit.head, key + j);
+    load_granule(call.dkey_sums, at, unit.col + col, dim, sums);
+  }
 #pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) {
-      sum += shared.dkey[warp][j][f];
-    }
-    const int64_t at = key_offset(call.dkey_sums, unit.span, unit.head, key + j) + unit.col + f;
-    if (!unit.first) {
-      sum += load(call.dkey_sums, at);
-    }
-    if (unit.last) {
-      store(call.dkey, key_offset(call.dkey, unit.span, unit.head, key + j) + unit.col + f,
-            4 * sum * score_weight(unit, unit.col + f));
-    } else {
-      store(call.dkey_sums, at, sum);
-    }
+  for (int warp = 0; warp < kWarps; ++warp) {
+    add_granule(&shared.dkey[warp][j][col], sums);
+  }
+  if (unit.last) {
+    weigh(shared, col, sums);
+    store_granule(call.dkey, shared.dkeys[key + j], unit.col + col, dim, sums);
+  } else {
+    const int64_t at = key_offset(call.dkey_sums, unit.span, unit.head, key + j);
+    store_granule(call.dkey_sums, at, unit.col + col, dim, sums);
   }
 }
 
@@ -153,30 +166,55 @@ __device__ inline void write_keys(const Unit& unit, int key, int keys, const Lan
 __device__ inline void write_queries(const Unit& unit, const Shared& shared) {
   const GradientCall& call = unit.call;
   const int64_t dim = call.problem.dim;
-  const int64_t rows = call.problem.sequences.last_row - call.problem.sequences.first_row;
-#pragma unroll 2
-  for (int n = threadIdx.x; n < unit.queries * kGradientFeatures; n += kThreads) {
-    const int i = n / kGradientFeatures;
-    const int64_t col = unit.col + n % kGradientFeatures;
-    if (col >= dim) {
+  const int col = threadIdx.x % kRowGranules * kGranule;
+  if (unit.col + col >= dim) {
+    return;
+  }
+#pragma unroll 1
+  for (int i = threadIdx.x / kRowGranules; i < unit.queries; i += kThreads / kRowGranules) {
+    float sums[kGranule] = {};
+    add_granule(&shared.dquery[i][col], sums);
+    if (call.partial_dquery.data != nullptr) {
+      const Rows& rows = call.partial_dquery;
+      const int64_t row = unit.span.flat_row + unit.query + i;
+      store_granule(rows,
+                    (shared.place.first >> call.key_shift) * rows.batch + row * rows.row +
+                        unit.head * rows.head,
+                    unit.col + col, dim, sums);
+      if (col == 0) {
+        const int64_t chunks = (dim + kGradientFeatures - 1) / kGradientFeatures;
+        const int64_t all_rows = rows.batch / rows.row;
+        const int64_t at =
+            ((shared.place.first >> call.key_shift) * all_rows + row) * call.problem.heads +
+            unit.head;
+        call.left_out[at * chunks + unit.col / kGradientFeatures] =
+            float2{shared.left_out[i], static_cast<float>(shared.shifted_keys[i])};
+      }
       continue;
     }
-    const float sum = 4 * shared.dquery[i][n % kGradientFeatures];
-    if (call.partial_dquery == nullptr) {
-      const float shift = shared.shifted_keys[i] == unit.span.key_count ? 0.0f : shared.left_out[i];
-      store(call.dquery, query_offset(call.dquery, unit.span, unit.head, unit.query + i) + col,
-            score_weight(unit, col) * (sum + shift));
-      continue;
+    if (shared.shifted_keys[i] != unit.span.key_count) {
+#pragma unroll
+      for (int f = 0; f < kGranule; ++f) {
+        sums[f] += 0.25f * shared.left_out[i];
+      }
     }
-    const int64_t row =
-        ((shared.split * rows + unit.span.flat_row + unit.query + i) * call.problem.heads +
-         unit.head);
-    call.partial_dquery[row * dim + col] = sum;
-    if (col == unit.col) {
-      const int64_t chunks = (dim + kGradientFeatures - 1) / kGradientFeatures;
-      call.left_out[row * chunks + unit.col / kGradientFeatures] =
-          float2{shared.left_out[i], static_cast<float>(shared.shifted_keys[i])};
-    }
+    weigh(shared, col, sums);
+    store_granule(call.dquery, shared.dqueries[unit.query + i], unit.col + col, dim, sums);
+  }
+}
+
+// The factored form with as few groups of four keys as hold the tile.
+template <bool kQuery, bool kKey>
+__device__ __forceinline__ void add_factored(int queries, int keys, Shared& shared,
+                                             LaneTile& tile) {
+  if (keys > 12) {
+    add_factored<kQuery, kKey, 16>(queries, shared, tile);
+  } else if (keys > 8) {
+    add_factored<kQuery, kKey, 12>(queries, shared, tile);
+  } else if (keys > 4) {
+    add_factored<kQuery, kKey, 8>(queries, shared, tile);
+  } else {
+    add_factored<kQuery, kKey, 4>(queries, shared, tile);
   }
 }
 
@@ -184,22 +222,32 @@ __device__ inline void write_queries(const Unit& unit, const Shared& shared) {
 template <bool kQuery, bool kKey>
 __device__ inline void run_unit(const Unit& unit, Shared& shared) {
   __syncthreads();
-  const float query_bound = fill_queries(unit, shared);
+  fill_queries(unit, shared);
+  __syncthreads();
+  const float query_bound = largest_of(shared.query_room);
+  const bool is_short = unit.call.problem.is_short;
   const int lane = threadIdx.x % kWarp;
-  if (threadIdx.x < kWarp) {
-    // A lone query waits for memory, not for arithmetic: nothing informs, which is the exact route.
-    shared.query_extremes[lane] =
-        unit.call.one_step ? Extremes{} : extremes(shared.query, unit.queries);
+  if (threadIdx.x < kWarp && !is_short) {
+    shared.query_extremes[lane] = extremes(shared.query, unit.queries);
   }
-  for (int key = shared.first_key; key < shared.end_key; key += kKeys) {
-    const int keys = smaller(kKeys, shared.end_key - key);
+  const int first_key = shared.place.first;
+  const int end_key = static_cast<int>(
+      smaller<int64_t>(unit.span.key_count, first_key + (int64_t{1} << unit.call.key_shift)));
+  for (int key = first_key; key < end_key; key += kKeys) {
+    const int keys = smaller(kKeys, end_key - key);
+    float (&room)[kWarps] = shared.key_room[(key - first_key) / kKeys % 2];
     __syncthreads();
-    float key_bound = fill_keys(unit, key, keys, true, shared);
+    float key_bound = reduce_warp<Maximum>(fill_keys(unit, key, keys, true, shared));
     fill_dscores(unit, key, keys, shared);
-    key_bound = reduce<Maximum, kThreads>(key_bound, shared.room);
+    if (lane == 0) {
+      room[threadIdx.x / kWarp] = key_bound;
+    }
+    __syncthreads();
+    key_bound = largest_of(room);
     Route route = Route::kExact;
-    if (informative(shared.query_extremes[lane], extremes(shared.key, keys)) &&
-        in_factored_range(query_bound, key_bound, kSmallestGradientSum)) {
+    // A lone query waits for memory, not for arithmetic.
+    if (!unit.call.one_step && in_factored_range(query_bound, key_bound, kSmallestGradientSum) &&
+        (is_short || informative(shared.query_extremes[lane], extremes(shared.key, keys)))) {
       route = Route::kFactored;
     } else {
       if (query_bound + key_bound < static_cast<float>(kSmallestMagnitudeSum) &&
@@ -224,7 +272,7 @@ __device__ inline void run_unit(const Unit& unit, Shared& shared) {
       tile.key[j] = *reinterpret_cast<const float2*>(&shared.key[j][2 * lane]);
     }
     if (route == Route::kFactored) {
-      add_factored<kQuery, kKey>(unit.queries, shared, tile);
+      add_factored<kQuery, kKey>(unit.queries, keys, shared, tile);
       tile.dweight.x *= -2.0f;  // tanh = -2h
       tile.dweight.y *= -2.0f;
     } else {
@@ -263,24 +311,27 @@ __device__ inline void write_dweight(const GradientCall& call, int64_t head, int
 template <bool kQuery, bool kKey>
 __global__ void __launch_bounds__(kThreads, 3) gradient_kernel(const GradientCall call) {
   __shared__ __align__(16) Shared shared;
-  const Sequences& sequences = call.problem.sequences;
-  const Tile found = find_key_tile(sequences, call.key_shift, blockIdx.x);
-  if (threadIdx.x == 0) {
-    const Span span = span_of(sequences, found.sequence);
-    const int64_t end = found.first + (int64_t{1} << call.key_shift);
-    shared.span = span;
-    shared.split = static_cast<int>(found.first >> call.key_shift);
-    shared.first_key = static_cast<int>(smaller<int64_t>(found.first, span.key_count));
-    shared.end_key = static_cast<int>(smaller<int64_t>(end, span.key_count));
-  }
-  __syncthreads();
-  const Span& span = shared.span;
+  find_place(call.problem.sequences, true, call.key_shift, shared.place);
+  const Span& span = shared.place.span;
   for (int64_t head = blockIdx.z; head < call.problem.heads; head += gridDim.z) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      shared.queries = query_offsets(call.problem.query, span, head);
+      shared.dqueries = query_offsets(call.dquery, span, head);
+      shared.keys = key_offsets(call.problem.key, span, head);
+      shared.dkeys = key_offsets(call.dkey, span, head);
+    }
     for (int64_t col = int64_t{blockIdx.y} * kGradientFeatures; col < call.problem.dim;
          col += int64_t{gridDim.y} * kGradientFeatures) {
       __syncthreads();
       shared.dweight[threadIdx.x] = double2{0, 0};
-      for (int query = 0; query < span.query_count && shared.first_key < shared.end_key;
+      if (threadIdx.x < kGradientFeatures) {
+        const Rows& rows = call.problem.score_weight;
+        const int64_t feature = col + threadIdx.x;
+        shared.weight[threadIdx.x] =
+            feature < call.problem.dim ? 4 * load(rows, head * rows.head + feature * rows.col) : 0;
+      }
+      for (int query = 0; query < span.query_count && !shared.place.is_empty(true);
            query += kGradientQueries) {
         const int queries = smaller(kGradientQueries, span.query_count - query);
         const Unit unit{call,

@@ -23,6 +23,7 @@ struct __align__(16) Extremes {
 };
 
 struct Shared {
+  float weight[kGradientFeatures];                    // 4 w
   float query[kGradientQueries][kGradientFeatures];   // exp(2 query)
   float dquery[kGradientQueries][kGradientFeatures];  // sums of s (1 - t^2) / 4
   float dscores[kGradientQueries][kKeys];
@@ -37,12 +38,14 @@ struct Shared {
   int shifted_keys[kGradientQueries];
   Extremes query_extremes[kWarp];
   // Here because registers are scarce.
-  Span span;
-  int first_key;  // of the block
-  int end_key;
-  int split;                  // number of the block among those of its sequence
+  Place place;
+  RowOffsets queries;
+  RowOffsets dqueries;
+  RowOffsets keys;
+  RowOffsets dkeys;
   double2 dweight[kThreads];  // sums of s t, a thread's two features
-  float room[kWarps];
+  float query_room[kWarps];
+  float key_room[2][kWarps];  // in turn
 };
 
 // Some queries of a sequence and head, and a chunk of features, to meet the keys of the block.
@@ -64,9 +67,9 @@ struct LaneTile {
   float2 dweight;
 };
 
-// Adds what the queries i = warp, warp + kWarps, ... of the unit give, by the factored form:
-// dweight gathers s h, the others s (1/4 - h^2).
-template <bool kQuery, bool kKey>
+// Adds what the queries i = warp, warp + kWarps, ... of the unit give with the first keys of the
+// tile, by the factored form: dweight gathers s h, the others s (1/4 - h^2).
+template <bool kQuery, bool kKey, int kTileKeys>
 __device__ __forceinline__ void add_factored(int queries, Shared& shared, LaneTile& tile) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll 4
@@ -75,7 +78,7 @@ __device__ __forceinline__ void add_factored(int queries, Shared& shared, LaneTi
     float2* const target = reinterpret_cast<float2*>(&shared.dquery[i][2 * lane]);
     float2 dquery = kQuery ? *target : float2{};
 #pragma unroll
-    for (int first = 0; first < kKeys; first += 4) {
+    for (int first = 0; first < kTileKeys; first += 4) {
       const float4 four = *reinterpret_cast<const float4*>(&shared.dscores[i][first]);
       const float s[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll

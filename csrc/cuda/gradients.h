@@ -108,7 +108,7 @@ class GradientPhase {
       const int64_t chunks = (problem.dim + kGradientFeatures - 1) / kGradientFeatures;
       partial_dquery_ = call.floats({splits, rows, problem.heads, problem.dim});
       left_out_ = call.floats({splits, rows, problem.heads, chunks, 2});
-      base_.partial_dquery = static_cast<float*>(partial_dquery_->data_ptr());
+      base_.partial_dquery = rows_of(*partial_dquery_);
       base_.left_out = static_cast<float2*>(left_out_->data_ptr());
     }
     if (gradients.wants_weight) {
@@ -127,7 +127,7 @@ class GradientPhase {
     gradient.problem = call_.problem;
     gradient.dscores = dscores;
     launch_gradient(gradient, call_.stream());
-    if (gradient.partial_dquery != nullptr) {
+    if (gradient.partial_dquery.data != nullptr) {
       launch_merge_dquery(gradient, call_.stream());
     }
   }

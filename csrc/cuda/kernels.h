@@ -19,24 +19,17 @@ struct InnerCall {
   int64_t dim = 0;
   Scores out;
 };
-void launch_inner(const InnerCall& call, cudaStream_t stream);
-// The same for one query a sequence.
+void launch_scores(const InnerCall& call, cudaStream_t stream);
+void launch_product(const InnerCall& call, cudaStream_t stream);
+// Either, for one query a sequence.
 void launch_step_inner(const InnerCall& call, cudaStream_t stream);
 
-// scores -> alpha, in place, with the statistics of the softmax.
-struct SoftmaxCall {
-  Problem problem;
-  Scores scores;
-  Rows stats;
-  Weights weights;  // data is null unless asked for
-};
-void launch_softmax(const SoftmaxCall& call, cudaStream_t stream);
-
-// scores -> alpha after dropout, and dalpha -> s = alpha (dalpha - sum alpha dalpha), in place. Of
-// raw scores dalpha becomes dweights, which is s, and the scores are left alone.
+// alpha after dropout of scores, which may have the same place, and dalpha -> s = alpha (dalpha -
+// sum alpha dalpha), in place. Of raw scores dalpha becomes dweights, which is s.
 struct SoftmaxGradientCall {
   Problem problem;
   Scores scores;
+  Scores alpha;
   Scores dalpha;
   bool has_dalpha = false;  // else it counts as 0
   Rows stats;
@@ -45,14 +38,17 @@ struct SoftmaxGradientCall {
 };
 void launch_softmax_gradient(const SoftmaxGradientCall& call, cudaStream_t stream);
 
-// out_i = sum_j alpha_ij rows_j over the keys, or by_key: out_j = sum_i alpha_ij rows_i.
+// out_i = sum_j alpha_ij rows_j over the keys, where alpha is the softmax of scores, or by_key:
+// out_j = sum_i alpha_ij rows_i.
 struct WeightedCall {
   Problem problem;
   bool by_key = false;
-  Scores alpha;
+  Scores alpha;  // else the scores
   Rows rows;
   Rows out;
-  Rows sums;  // by_key: float32, where out gathers over waves
+  Rows sums;        // by_key: float32, where out gathers over waves
+  Rows stats;       // else the statistics of the softmax
+  Weights weights;  // and alpha after dropout; data is null unless asked for
 };
 void launch_weighted(const WeightedCall& call, cudaStream_t stream);
 
@@ -69,9 +65,9 @@ struct GradientCall {
   Rows dkey_sums;         // float32, where dkey gathers over tiles of queries
   bool one_step = false;  // one query a sequence: bound by memory, so exact throughout
   int key_shift = 0;      // a block has 2^key_shift keys
-  // With more than one block of keys a sequence: [splits, rows of the wave, heads, dim], and
-  // [splits, rows of the wave, heads, chunks] of what the sums leave out (see gradient.cu).
-  float* partial_dquery = nullptr;
+  // With more than one block of keys a sequence: [splits, rows of the wave, heads, dim], float32,
+  // and [splits, rows of the wave, heads, chunks] of what the sums leave out (see gradient.cu).
+  Rows partial_dquery;
   float2* left_out = nullptr;
   float* partial_dweight = nullptr;  // [tiles of keys, heads, dim], gathers over waves
 };

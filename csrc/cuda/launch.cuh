@@ -3,8 +3,12 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
+
+#include "geometry.cuh"
+#include "kernels.h"
 
 namespace attn_ext {
 namespace cuda {
@@ -32,6 +36,25 @@ void launch(const char* name, void (*kernel)(Call), int64_t x, int64_t y, int64_
   void* parameters[] = {&call};
   check(cudaLaunchKernel(kernel, grid, dim3(static_cast<unsigned>(threads)), parameters, 0, stream),
         name);
+}
+
+// Into how many blocks the work of one tile is divided, of at most so many pieces: as far as that
+// fills the device. Short sequences leave most of their tiles empty, so what counts is how many the
+// rows fill.
+inline int64_t share(int64_t full_tiles, int64_t heads, int64_t pieces) {
+  const int64_t blocks = std::max<int64_t>(full_tiles, 1) * std::max<int64_t>(heads, 1);
+  return std::clamp<int64_t>(2 * processors() / blocks, 1, std::max<int64_t>(pieces, 1));
+}
+
+// Launches a kernel whose blocks have 2^shift queries and go through tiles of as many keys.
+template <class Call>
+void launch_pairs(const char* name, void (*kernel)(Call), int shift, int threads, const Call& call,
+                  cudaStream_t stream) {
+  const Sequences& sequences = call.problem.sequences;
+  const int64_t rows = sequences.last_row - sequences.first_row;
+  launch(name, kernel, tile_bound(rows, sequences.count, shift),
+         share(rows >> shift, call.problem.heads, ((sequences.key.longest - 1) >> shift) + 1),
+         call.problem.heads, threads, call, stream);
 }
 
 }  // namespace cuda

@@ -39,14 +39,6 @@ __device__ inline void store(const Rows& rows, int64_t offset, float value) {
   }
 }
 
-__device__ inline float2 halves(DType dtype, unsigned bits) {
-  if (dtype == DType::kBFloat16) {
-    return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
-  }
-  return make_float2(__half2float(__ushort_as_half(static_cast<unsigned short>(bits))),
-                     __half2float(__ushort_as_half(static_cast<unsigned short>(bits >> 16))));
-}
-
 // The raw bytes of a granule.
 struct Granule {
   uint4 low;
@@ -63,11 +55,18 @@ __device__ __forceinline__ void unpack(DType dtype, const Granule& raw, float (&
     }
     return;
   }
+  if (dtype == DType::kBFloat16) {
 #pragma unroll
-  for (int n = 0; n < kGranule / 2; ++n) {
-    const float2 pair = halves(dtype, words[n]);
-    values[2 * n] = pair.x;
-    values[2 * n + 1] = pair.y;
+    for (int n = 0; n < kGranule; n += 2) {
+      values[n] = __uint_as_float(words[n / 2] << 16);
+      values[n + 1] = __uint_as_float(words[n / 2] & 0xffff0000u);
+    }
+    return;
+  }
+#pragma unroll
+  for (int n = 0; n < kGranule; ++n) {
+    const unsigned bits = words[n / 2] >> (n % 2 * 16);
+    values[n] = __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
   }
 }
 
@@ -128,10 +127,27 @@ __device__ __forceinline__ void load_granules(const Rows& rows, const int64_t (&
   }
 }
 
-// A number as one of 16 bits.
-__device__ inline unsigned short_bits(DType dtype, float value) {
-  return dtype == DType::kBFloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(value))
-                                   : __half_as_ushort(__float2half_rn(value));
+// Two numbers as bfloat16, or as float16.
+__device__ __forceinline__ unsigned bfloat16_pair(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  unsigned bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+#else
+  return __bfloat16_as_ushort(__float2bfloat16_rn(low)) |
+         unsigned{__bfloat16_as_ushort(__float2bfloat16_rn(high))} << 16;
+#endif
+}
+
+__device__ __forceinline__ unsigned float16_pair(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  unsigned bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+#else
+  return __half_as_ushort(__float2half_rn(low)) | unsigned{__half_as_ushort(__float2half_rn(high))}
+                                                      << 16;
+#endif
 }
 
 // Stores columns [col, col + kGranule) of the row at `offset`, as far as they are below `dim`.
@@ -154,10 +170,16 @@ __device__ __forceinline__ void store_granule(const Rows& rows, int64_t offset, 
     return;
   }
   unsigned words[kGranule / 2];
+  if (rows.dtype == DType::kBFloat16) {
 #pragma unroll
-  for (int n = 0; n < kGranule / 2; ++n) {
-    words[n] = short_bits(rows.dtype, values[2 * n]) | short_bits(rows.dtype, values[2 * n + 1])
-                                                           << 16;
+    for (int n = 0; n < kGranule / 2; ++n) {
+      words[n] = bfloat16_pair(values[2 * n], values[2 * n + 1]);
+    }
+  } else {
+#pragma unroll
+    for (int n = 0; n < kGranule / 2; ++n) {
+      words[n] = float16_pair(values[2 * n], values[2 * n + 1]);
+    }
   }
   __stwb(reinterpret_cast<uint4*>(static_cast<unsigned short*>(rows.data) + offset + col),
          uint4{words[0], words[1], words[2], words[3]});
@@ -197,23 +219,57 @@ struct Sum {
   static __device__ float of(float a, float b) { return a + b; }
 };
 
-struct Maximum {
-  static __device__ float of(float a, float b) { return a > b || a != a ? a : b; }  // keeps NaN
+struct Maximum {  // NaN if one is
+  static __device__ float of(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    float result;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+    return result;
+#else
+    return a > b || a != a ? a : b;
+#endif
+  }
 };
 
-template <class Reduction>
+// Exponentials exp(2x) in place of a granule; `bound` becomes its largest |x| if that is larger.
+// Inputs of 16 bits do without what the roundings of the exponents amount to.
+__device__ __forceinline__ void exponentiate(bool is_short, float (&values)[kGranule],
+                                             float& bound) {
+#pragma unroll
+  for (int f = 0; f < kGranule; ++f) {
+    bound = Maximum::of(fabsf(values[f]), bound);
+  }
+  if (is_short) {
+#pragma unroll
+    for (int f = 0; f < kGranule; ++f) {
+      values[f] = fast_exp2(values[f] * kTwoLog2E);
+    }
+    return;
+  }
+#pragma unroll
+  for (int f = 0; f < kGranule; ++f) {
+    values[f] = factored_exponential(values[f]);
+  }
+}
+
+// Over kLanes neighbouring lanes. All of the warp take part.
+template <class Reduction, int kLanes = kWarp>
 __device__ __forceinline__ float reduce_warp(float value) {
 #pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
     value = Reduction::of(value, __shfl_xor_sync(kAllLanes, value, distance));
   }
   return value;
 }
 
-// Over kThreads consecutive threads: a warp, or the whole block, which shares `room`.
+// Over kThreads neighbouring threads: some lanes of a warp, or the whole block, which shares
+// `room`.
+template <int kThreads>
+constexpr int kRoom = kThreads > kWarp ? kThreads / kWarp : 1;
+
 template <class Reduction, int kThreads>
-__device__ __forceinline__ float reduce(float value, float (&room)[kThreads / kWarp]) {
-  value = reduce_warp<Reduction>(value);
+__device__ __forceinline__ float reduce(float value, float (&room)[kRoom<kThreads>]) {
+  value = reduce_warp<Reduction, (kThreads < kWarp ? kThreads : kWarp)>(value);
   if constexpr (kThreads > kWarp) {
     __syncthreads();
     if (threadIdx.x % kWarp == 0) {

@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads) merge_dquery_kernel(const GradientCa
       for (int64_t split = 0; (split << call.key_shift) < span.key_count; ++split) {
         const int64_t row = (split * rows + span.flat_row + found.first) * problem.heads + head;
         const float2 left = call.left_out[row * chunks + col / kGradientFeatures];
-        sum += call.partial_dquery[row * problem.dim + col];
+        sum += static_cast<const float*>(call.partial_dquery.data)[row * problem.dim + col];
         left_out += left.x;
         shifted_keys += left.y;
       }
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads) merge_dquery_kernel(const GradientCa
       const float weight = load(problem.score_weight,
                                 head * problem.score_weight.head + col * problem.score_weight.col);
       store(call.dquery, query_offset(call.dquery, span, head, found.first) + col,
-            weight * (sum + shift));
+            weight * (4 * sum + shift));
     }
   }
 }
@@ -43,6 +43,7 @@ __global__ void __launch_bounds__(kThreads) merge_dquery_kernel(const GradientCa
 struct MergeWeightCall {
   const float* partial;
   int64_t tiles;
+  int shares;
   int64_t heads;
   int64_t dim;
   Rows dscore_weight;
@@ -51,22 +52,21 @@ struct MergeWeightCall {
 // A block sums 32 features' partial sums in double: a feature a lane, and each warp an interleaved
 // share of the tiles. The shares are then added in the warps' order.
 __global__ void __launch_bounds__(kThreads) merge_dweight_kernel(const MergeWeightCall call) {
-  constexpr int kShares = kThreads / kWarp;
-  __shared__ double shares[kShares][kWarp];
+  __shared__ double shares[kThreads / kWarp][kWarp];
   const int lane = threadIdx.x % kWarp;
   const int share = threadIdx.x / kWarp;
   const int64_t column = int64_t{blockIdx.x} * kWarp + lane;
   const int64_t columns = call.heads * call.dim;
   double sum = 0;
   if (column < columns) {
-    for (int64_t tile = share; tile < call.tiles; tile += kShares) {
+    for (int64_t tile = share; tile < call.tiles; tile += call.shares) {
       sum += static_cast<double>(call.partial[tile * columns + column]);
     }
   }
   shares[share][lane] = sum;
   __syncthreads();
   if (share == 0 && column < columns) {
-    for (int n = 1; n < kShares; ++n) {
+    for (int n = 1; n < call.shares; ++n) {
       sum += shares[n][lane];
     }
     const int64_t head = column / call.dim;
@@ -87,8 +87,10 @@ void launch_merge_dquery(const GradientCall& call, cudaStream_t stream) {
 
 void launch_merge_dweight(const float* partial, int64_t tiles, int64_t heads, int64_t dim,
                           const Rows& dscore_weight, cudaStream_t stream) {
+  const int shares = static_cast<int>(std::clamp<int64_t>(tiles, 1, kThreads / kWarp));
   launch("gradient of score weights", merge_dweight_kernel, (heads * dim + kWarp - 1) / kWarp, 1, 1,
-         kThreads, MergeWeightCall{partial, tiles, heads, dim, dscore_weight}, stream);
+         shares * kWarp, MergeWeightCall{partial, tiles, shares, heads, dim, dscore_weight},
+         stream);
 }
 
 }  // namespace cuda

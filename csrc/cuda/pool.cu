@@ -20,7 +20,7 @@ constexpr int kKeys = 2;                     // a warp's at a time, where scores
 constexpr int kBranches = 4;                 // whose dscore_weight is summed at a time
 
 // Where a block works: its keys [first, end) of one head of a sequence.
-struct Place {
+struct Part {
   const PoolCall& call;
   const Span& span;
   int64_t head;
@@ -39,16 +39,16 @@ __device__ inline int end_key(const Tile& found, const Span& span) {
 
 // Multiplies by 0, or by the scale of what is kept: feature d takes word d % 4 of Philox with the
 // counter (key position, d / 4, ~(2 head + factor), sequence), as on every backend.
-__device__ inline void drop_features(const Dropout& dropout, int factor, const Place& place,
-                                     int key, int64_t col, float (&factors)[kGranule]) {
+__device__ inline void drop_features(const Dropout& dropout, int factor, const Part& part, int key,
+                                     int64_t col, float (&factors)[kGranule]) {
   const auto threshold = static_cast<uint32_t>(ceil(dropout.threshold));
   const float scale = static_cast<float>(dropout.keep_scale);
   static_assert(kGranule % 4 == 0);
 #pragma unroll
   for (int group = 0; group < kGranule / 4; ++group) {
     uint32_t c[4] = {
-        static_cast<uint32_t>(place.span.position(key)), static_cast<uint32_t>(col / 4 + group),
-        ~static_cast<uint32_t>(2 * place.head + factor), static_cast<uint32_t>(place.span.number)};
+        static_cast<uint32_t>(part.span.position(key)), static_cast<uint32_t>(col / 4 + group),
+        ~static_cast<uint32_t>(2 * part.head + factor), static_cast<uint32_t>(part.span.number)};
     PhiloxKey round_key = dropout.philox_key();
 #pragma unroll 1
     for (int round = 0; round < 10; ++round, round_key = next_key(round_key)) {
@@ -62,7 +62,7 @@ __device__ inline void drop_features(const Dropout& dropout, int factor, const P
 }
 
 // What dropout multiplies a granule of the hidden row by.
-__device__ __forceinline__ void feature_factors(const Place& place, int key, int64_t col,
+__device__ __forceinline__ void feature_factors(const Part& part, int key, int64_t col,
                                                 float (&factors)[kGranule]) {
 #pragma unroll
   for (int f = 0; f < kGranule; ++f) {
@@ -70,33 +70,33 @@ __device__ __forceinline__ void feature_factors(const Place& place, int key, int
   }
 #pragma unroll
   for (int factor = 0; factor < 2; ++factor) {
-    const Dropout& dropout = place.call.feature_dropout[factor];
+    const Dropout& dropout = part.call.feature_dropout[factor];
     if (dropout.active) {
-      drop_features(dropout, factor, place, key, col, factors);
+      drop_features(dropout, factor, part, key, col, factors);
     }
   }
 }
 
-__device__ __forceinline__ void load_branch(const Place& place, int64_t branch, int64_t col,
+__device__ __forceinline__ void load_branch(const Part& part, int64_t branch, int64_t col,
                                             float (&weights)[kGranule]) {
-  const Problem& problem = place.call.problem;
-  load_granule(problem.query, query_offset(problem.query, place.span, place.head, branch), col,
+  const Problem& problem = part.call.problem;
+  load_granule(problem.query, query_offset(problem.query, part.span, part.head, branch), col,
                problem.dim, weights);
 }
 
 // Adds the products of the features from `col` on to the scores of the keys from `key` on.
-__device__ inline void add_products(const Place& place, int key, int64_t col, bool first,
+__device__ inline void add_products(const Part& part, int key, int64_t col, bool first,
                                     const float (&hidden)[kKeys][kGranule]) {
-  const Scores& out = place.call.scores;
+  const Scores& out = part.call.scores;
   const int lane = threadIdx.x % kWarp;
-  const bool writes = lane < kKeys && key + lane < place.end;
+  const bool writes = lane < kKeys && key + lane < part.end;
   float* target = nullptr;
   if (writes) {
-    target = out.data + score_offset(out, place.span, place.head, 0, key + lane);
+    target = &score_row(out, part.span, part.head, 0)[key + lane];
   }
-  for (int branch = 0; branch < place.span.query_count; ++branch) {
+  for (int branch = 0; branch < part.span.query_count; ++branch) {
     float weights[kGranule];
-    load_branch(place, branch, col, weights);
+    load_branch(part, branch, col, weights);
     float own = 0;  // lane n gets the sum of key n
 #pragma unroll
     for (int n = 0; n < kKeys; ++n) {
@@ -122,15 +122,15 @@ __global__ void __launch_bounds__(kThreads, 4) pool_scores_kernel(const PoolCall
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   for (int64_t head = blockIdx.y; head < problem.heads; head += gridDim.y) {
-    const Place place{call, span, head, first_key(found, span), end_key(found, span)};
+    const Part part{call, span, head, first_key(found, span), end_key(found, span)};
 #pragma unroll 1
-    for (int key = place.first + warp * kKeys; key < place.end; key += kWarps * kKeys) {
+    for (int key = part.first + warp * kKeys; key < part.end; key += kWarps * kKeys) {
       int64_t keys[kKeys];
       int64_t gates[kKeys];
 #pragma unroll
       for (int n = 0; n < kKeys; ++n) {  // those past the end are repeated
-        keys[n] = key_offset(problem.key, span, head, smaller(key + n, place.end - 1));
-        gates[n] = key_offset(call.gate, span, head, smaller(key + n, place.end - 1));
+        keys[n] = key_offset(problem.key, span, head, smaller(key + n, part.end - 1));
+        gates[n] = key_offset(call.gate, span, head, smaller(key + n, part.end - 1));
       }
       // Of no features there are scores, too: 0.
       for (int64_t begin = 0; begin == 0 || begin < problem.dim; begin += kFeatures) {
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 4) pool_scores_kernel(const PoolCall
 #pragma unroll
         for (int n = 0; n < kKeys; ++n) {
           float factors[kGranule];
-          feature_factors(place, smaller(key + n, place.end - 1), col, factors);
+          feature_factors(part, smaller(key + n, part.end - 1), col, factors);
 #pragma unroll
           for (int f = 0; f < kGranule; ++f) {
             float value = exact_tanh(hidden[n][f]).tanh;
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 4) pool_scores_kernel(const PoolCall
             hidden[n][f] = value * factors[f];
           }
         }
-        add_products(place, key, col, begin == 0, hidden);
+        add_products(part, key, col, begin == 0, hidden);
       }
     }
   }
@@ -167,19 +167,19 @@ struct HiddenGranule {
   float dgate[kGranule];
 };
 
-__device__ __forceinline__ void load_hidden(const Place& place, int key, int64_t col,
+__device__ __forceinline__ void load_hidden(const Part& part, int key, int64_t col,
                                             HiddenGranule& granule) {
-  const PoolCall& call = place.call;
+  const PoolCall& call = part.call;
   const Problem& problem = call.problem;
   const bool gated = call.gate.data != nullptr;
-  load_granule(problem.key, key_offset(problem.key, place.span, place.head, key), col, problem.dim,
+  load_granule(problem.key, key_offset(problem.key, part.span, part.head, key), col, problem.dim,
                granule.dkey);
   if (gated) {
-    load_granule(call.gate, key_offset(call.gate, place.span, place.head, key), col, problem.dim,
+    load_granule(call.gate, key_offset(call.gate, part.span, part.head, key), col, problem.dim,
                  granule.dgate);
   }
   float factors[kGranule];
-  feature_factors(place, key, col, factors);
+  feature_factors(part, key, col, factors);
 #pragma unroll
   for (int f = 0; f < kGranule; ++f) {
     const TanhSlope parts = exact_tanh(granule.dkey[f]);
@@ -193,8 +193,8 @@ __device__ __forceinline__ void load_hidden(const Place& place, int key, int64_t
 }
 
 // Stores a granule of a row of dkey or dgate.
-__device__ __forceinline__ void write_row(const Place& place, const Rows& rows, int key,
-                                          int64_t col, const float (&dhidden)[kGranule],
+__device__ __forceinline__ void write_row(const Part& part, const Rows& rows, int key, int64_t col,
+                                          const float (&dhidden)[kGranule],
                                           const float (&derivative)[kGranule]) {
   if (rows.data == nullptr) {
     return;
@@ -204,21 +204,21 @@ __device__ __forceinline__ void write_row(const Place& place, const Rows& rows, 
   for (int f = 0; f < kGranule; ++f) {
     values[f] = dhidden[f] * derivative[f];
   }
-  store_granule(rows, key_offset(rows, place.span, place.head, key), col, place.call.problem.dim,
+  store_granule(rows, key_offset(rows, part.span, part.head, key), col, part.call.problem.dim,
                 values);
 }
 
 // A key's share of the sums of the branches from `branch` on, and with the first branches dkey and
 // dgate.
-__device__ __forceinline__ void add_key(const Place& place, int key, int64_t col, int branch,
+__device__ __forceinline__ void add_key(const Part& part, int key, int64_t col, int branch,
                                         float (&dweights)[kBranches][kGranule]) {
-  const PoolCall& call = place.call;
+  const PoolCall& call = part.call;
   HiddenGranule granule;
-  load_hidden(place, key, col, granule);
-  const float* s = call.scores.data + score_offset(call.scores, place.span, place.head, 0, key);
+  load_hidden(part, key, col, granule);
+  const float* s = &score_row(call.scores, part.span, part.head, 0)[key];
 #pragma unroll
   for (int n = 0; n < kBranches; ++n) {
-    const float own = branch + n < place.span.query_count ? s[(branch + n) * call.scores.query] : 0;
+    const float own = branch + n < part.span.query_count ? s[(branch + n) * call.scores.query] : 0;
 #pragma unroll
     for (int f = 0; f < kGranule; ++f) {
       dweights[n][f] = fmaf(own, granule.hidden[f], dweights[n][f]);
@@ -228,17 +228,17 @@ __device__ __forceinline__ void add_key(const Place& place, int key, int64_t col
     return;
   }
   float dhidden[kGranule] = {};
-  for (int n = 0; n < place.span.query_count; ++n) {
+  for (int n = 0; n < part.span.query_count; ++n) {
     float weights[kGranule];
-    load_branch(place, n, col, weights);
+    load_branch(part, n, col, weights);
     const float own = s[n * call.scores.query];
 #pragma unroll
     for (int f = 0; f < kGranule; ++f) {
       dhidden[f] = fmaf(own, weights[f], dhidden[f]);
     }
   }
-  write_row(place, call.dkey, key, col, dhidden, granule.dkey);
-  write_row(place, call.dgate, key, col, dhidden, granule.dgate);
+  write_row(part, call.dkey, key, col, dhidden, granule.dkey);
+  write_row(part, call.dgate, key, col, dhidden, granule.dgate);
 }
 
 __global__ void __launch_bounds__(kThreads, 4) pool_gradient_kernel(const PoolCall call) {
@@ -249,14 +249,14 @@ __global__ void __launch_bounds__(kThreads, 4) pool_gradient_kernel(const PoolCa
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   for (int64_t head = blockIdx.z; head < problem.heads; head += gridDim.z) {
-    const Place place{call, span, head, first_key(found, span), end_key(found, span)};
+    const Part part{call, span, head, first_key(found, span), end_key(found, span)};
     for (int64_t begin = int64_t{blockIdx.y} * kFeatures; begin < problem.dim;
          begin += int64_t{gridDim.y} * kFeatures) {
       for (int branch = 0; branch < span.query_count; branch += kBranches) {
         float dweights[kBranches][kGranule] = {};
 #pragma unroll 1
-        for (int key = place.first + warp; key < place.end; key += kWarps) {
-          add_key(place, key, begin + lane * kGranule, branch, dweights);
+        for (int key = part.first + warp; key < part.end; key += kWarps) {
+          add_key(part, key, begin + lane * kGranule, branch, dweights);
         }
         if (call.partial_dweight == nullptr) {
           break;  // what remains are sums that nobody wants

@@ -58,6 +58,9 @@ struct Problem {
   Rows score_weight;  // head, col
   Dropout dropout;
   bool raw_scores = false;  // weights are the scores, and their gradient the scores'
+  // Whether all inputs are of 16 bits and the scores are not returned: roundings of the inputs
+  // exceed those of the factored form.
+  bool is_short = false;
 };
 
 }  // namespace cuda

@@ -31,10 +31,10 @@ InnerCall inner_call(const Call& call, bool scores, const Rows& left, const Rows
   return inner;
 }
 
-// Scores of all queries straight into the result.
-void forward_raw(const Call& call, const Scores& scores) {
+// Of the wave's queries.
+void compute_scores(const Call& call, const Scores& scores) {
   const Problem& problem = call.problem;
-  const auto run = call.one_step() ? launch_step_inner : launch_inner;
+  const auto run = call.one_step() ? launch_step_inner : launch_scores;
   run(inner_call(call, kScores, problem.query, problem.key, problem.dim, scores), call.stream());
 }
 
@@ -80,21 +80,19 @@ void forward_step(const Call& call, const Rows& context, const Rows& stats, cons
   launch_step_merge(step, call.stream());
 }
 
-void forward_rows(Call& call, const Rows& context, const Rows& stats, const Weights& weights) {
-  const int64_t rows = call.wave_rows(1);
-  const Tensor room = call.floats({rows, call.problem.heads, call.longest_key()});
-  const Scores scores = call.dense_scores(room);
+// `scores` has room for those of so many queries.
+void forward_rows(Call& call, const Rows& context, const Rows& stats, const Weights& weights,
+                  const Scores& scores, int64_t rows) {
   for (int64_t first = 0; first < call.query_rows(); first += rows) {
     call.begin_wave(first, rows);
-    const Problem& problem = call.problem;
-    launch_inner(inner_call(call, kScores, problem.query, problem.key, problem.dim, scores),
-                 call.stream());
-    launch_softmax({problem, scores, stats, weights}, call.stream());
+    compute_scores(call, scores);
     WeightedCall weighted;
-    weighted.problem = problem;
+    weighted.problem = call.problem;
     weighted.alpha = scores;
-    weighted.rows = problem.value;
+    weighted.rows = call.problem.value;
     weighted.out = context;
+    weighted.stats = stats;
+    weighted.weights = weights;
     launch_weighted(weighted, call.stream());
   }
 }
@@ -129,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_forward(
     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
     const OptionalTensor& key_lengths, const OptionalTensor& key_padding_mask, int64_t max_seqlen_q,
     int64_t max_seqlen_k, double dropout_p, const OptionalTensor& dropout_seed,
-    int64_t weights_layout, bool /*keep_scores*/, bool /*deterministic*/) {
+    int64_t weights_layout, bool keep_scores, bool /*deterministic*/) {
   Call call(query, key, value, score_weight,
             {cu_seqlens_q, cu_seqlens_k, key_lengths, key_padding_mask, max_seqlen_q, max_seqlen_k},
             dropout_of(dropout_p, dropout_seed), weights_layout);
@@ -143,15 +141,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_forward(
     clear(stats, call.stream());
   }
   const Weights weights_view = view_weights(weights, weights_layout);
+  Tensor scores = call.floats({0});
   if (raw) {
-    forward_raw(call, raw_scores(weights, weights_view.by_key));
+    compute_scores(call, raw_scores(weights, weights_view.by_key));
   } else if (call.one_step()) {
     forward_step(call, rows_of(context), rows_of(stats), weights_view);
   } else {
-    forward_rows(call, rows_of(context), rows_of(stats), weights_view);
+    const int64_t rows = keep_scores ? std::max<int64_t>(call.query_rows(), 1) : call.wave_rows(1);
+    const Tensor room =
+        keep_scores
+            ? call.floats({query.size(0), query.size(1), call.problem.heads, call.max_keys()})
+            : call.floats({1, rows, call.problem.heads, call.longest_key()});
+    forward_rows(call, rows_of(context), rows_of(stats), weights_view, dense_scores(room), rows);
+    if (keep_scores) {
+      scores = room;
+    }
   }
-  // Backward computes the scores again.
-  return {context, weights, stats, call.floats({0})};
+  return {context, weights, stats, scores};
 }
 
 void value_gradient(const Call& call, const Gradients& gradients, const Rows& dcontext,
@@ -177,13 +183,14 @@ struct Incoming {
   bool weights_by_key;
 };
 
-// alpha and s of a wave's queries, from their scores in place of alpha.
+// alpha and s of a wave's queries, from their scores.
 void gradient_of_scores(const Call& call, const Incoming& incoming, bool wants_scores,
-                        const Scores& alpha, const Scores& dscores) {
+                        const Scores& scores, const Scores& alpha, const Scores& dscores) {
   const Problem& problem = call.problem;
   SoftmaxGradientCall softmax;
   softmax.problem = problem;
-  softmax.scores = alpha;
+  softmax.scores = scores;
+  softmax.alpha = alpha;
   softmax.dalpha = dscores;
   softmax.stats = rows_of(incoming.stats);
   softmax.few_rows = call.few_rows();
@@ -191,7 +198,7 @@ void gradient_of_scores(const Call& call, const Incoming& incoming, bool wants_s
     softmax.dweights = weights_of(*incoming.dweights, incoming.weights_by_key);
   }
   if (incoming.dcontext.has_value() && wants_scores) {
-    const auto run = call.one_step() ? launch_step_inner : launch_inner;
+    const auto run = call.one_step() ? launch_step_inner : launch_product;
     softmax.has_dalpha = true;
     run(inner_call(call, kProducts, rows_of(*incoming.dcontext), problem.value, problem.value_dim,
                    dscores),
@@ -200,25 +207,13 @@ void gradient_of_scores(const Call& call, const Incoming& incoming, bool wants_s
   launch_softmax_gradient(softmax, call.stream());
 }
 
-// The same from nothing; of raw scores only s.
-void softmax_gradient(const Call& call, const Incoming& incoming, bool wants_scores,
-                      const Scores& alpha, const Scores& dscores) {
-  const Problem& problem = call.problem;
-  if (!problem.raw_scores) {
-    const auto run = call.one_step() ? launch_step_inner : launch_inner;
-    run(inner_call(call, kScores, problem.query, problem.key, problem.dim, alpha), call.stream());
-  }
-  gradient_of_scores(call, incoming, wants_scores, alpha, dscores);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
     const OptionalTensor& dcontext, const OptionalTensor& dweights, const Tensor& query,
     const Tensor& key, const Tensor& value, const Tensor& score_weight, const Tensor& stats,
-    const Tensor& /*scores*/, const OptionalTensor& cu_seqlens_q,
-    const OptionalTensor& cu_seqlens_k, const OptionalTensor& key_lengths,
-    const OptionalTensor& key_padding_mask, int64_t max_seqlen_q, int64_t max_seqlen_k,
-    double dropout_p, const OptionalTensor& dropout_seed, int64_t weights_layout, int64_t grad_mask,
-    bool /*deterministic*/) {
+    const Tensor& scores, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+    const OptionalTensor& key_lengths, const OptionalTensor& key_padding_mask, int64_t max_seqlen_q,
+    int64_t max_seqlen_k, double dropout_p, const OptionalTensor& dropout_seed,
+    int64_t weights_layout, int64_t grad_mask, bool /*deterministic*/) {
   Call call(query, key, value, score_weight,
             {cu_seqlens_q, cu_seqlens_k, key_lengths, key_padding_mask, max_seqlen_q, max_seqlen_k},
             dropout_of(dropout_p, dropout_seed), weights_layout);
@@ -228,27 +223,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
   const bool has_dcontext = dcontext.has_value() && !raw;
   const bool by_key = weights_layout & kWeightsByKey;
   const Incoming incoming{dcontext, dweights, stats, by_key};
+  const bool kept = scores.dim() > 3 && !call.one_step();
   const int64_t rows =
-      call.one_step() ? std::max<int64_t>(call.query_rows(), 1) : call.wave_rows(2);
+      call.one_step() || kept ? std::max<int64_t>(call.query_rows(), 1) : call.wave_rows(2);
   const int64_t waves = (call.query_rows() + rows - 1) / rows;
   const Gradients gradients(call, query, key, value, score_weight, grad_mask, has_dcontext,
                             waves > 1);
   const std::vector<int64_t> sizes =
-      raw               ? std::vector<int64_t>{0, 0, 0}  // s is what comes in
+      raw               ? std::vector<int64_t>{0, 0, 0, 0}  // s is what comes in
       : call.one_step() ? std::vector<int64_t>{key.size(0), key.size(1), key.size(2)}
-                        : std::vector<int64_t>{rows, call.problem.heads, call.longest_key()};
+                        : std::vector<int64_t>{1, rows, call.problem.heads, call.longest_key()};
   const Tensor alpha_room = call.floats(sizes);
   const Tensor dscores_room = call.floats(sizes);
   const auto view = [&](const Tensor& room) {
-    return call.one_step() ? key_scores(room) : call.dense_scores(room);
+    return call.one_step() ? key_scores(room) : dense_scores(room);
   };
   const Scores alpha = view(alpha_room);
   const Scores dscores = raw ? raw_scores(*dweights, by_key) : view(dscores_room);
   const GradientPhase phase(call, gradients, waves, rows);
   for (int64_t wave = 0; wave < waves; ++wave) {
     call.begin_wave(wave * rows, rows);
+    if (!raw && !kept) {
+      compute_scores(call, alpha);
+    }
     if (!raw) {
-      softmax_gradient(call, incoming, gradients.wants_scores(), alpha, dscores);
+      gradient_of_scores(call, incoming, gradients.wants_scores(),
+                         kept ? dense_scores(scores) : alpha, alpha, dscores);
     }
     phase.run(dscores);
     if (has_dcontext) {
@@ -286,7 +286,11 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_step_backward(
     clear(weights, call.stream());
   }
   const bool wants_scores = grad_mask & (kGradQuery | kGradKey | kGradScoreWeight);
-  softmax_gradient(call, incoming, wants_scores, key_scores(weights), key_scores(dscores));
+  const Scores alpha = key_scores(weights);
+  if (!call.problem.raw_scores) {
+    compute_scores(call, alpha);
+  }
+  gradient_of_scores(call, incoming, wants_scores, alpha, alpha, key_scores(dscores));
   const GradientPhase phase(call, gradients, 1, call.query_rows());
   phase.run(key_scores(dscores));
   return {gradients.dquery, dscores, weights};
@@ -406,7 +410,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_pool_backward(
   const bool kept = scores.dim() > 1;
   const int64_t rows = raw ? 0 : key.size(1);  // of raw scores s is what comes in
   const std::vector<int64_t> sizes{key.size(0), rows, key.size(2), score_weight.size(1)};
-  const Tensor alpha = kept ? torch::stable::clone(scores) : call.floats(sizes);
+  const Tensor alpha = call.floats(sizes);
   const Tensor dscores = call.floats(sizes);
   if (raw) {
     pool.scores = raw_scores(dweights.value(), by_key);
@@ -417,7 +421,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_pool_backward(
     }
     pool.scores = branch_scores(dscores);
     gradient_of_scores(call, {dcontext, dweights, stats, by_key}, wants_scores,
-                       branch_scores(alpha), pool.scores);
+                       branch_scores(kept ? scores : alpha), branch_scores(alpha), pool.scores);
   }
   if (wants_scores) {
     pool_gradient(call, gradients, pool);
@@ -432,45 +436,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_pool_backward(
 }  // namespace cuda
 }  // namespace attn_ext
 
-#define ATTN_EXT_INPUTS "Tensor query, Tensor key, Tensor value, Tensor score_weight, "
-#define ATTN_EXT_PREPARED "Tensor? exp_key, Tensor? key_bound, "
-#define ATTN_EXT_KEY_LAYOUT "Tensor? cu_seqlens_k, Tensor? key_lengths, Tensor? key_padding_mask, "
-#define ATTN_EXT_LAYOUT \
-  "Tensor? cu_seqlens_q, " ATTN_EXT_KEY_LAYOUT "SymInt max_seqlen_q, SymInt max_seqlen_k, "
-#define ATTN_EXT_DROPOUT "float dropout_p, Tensor? dropout_seed, int weights_layout, "
-#define ATTN_EXT_POOLED "Tensor key, Tensor value, Tensor score_weight, Tensor? gate, "
-#define ATTN_EXT_POOL_DROPOUT "float tanh_dropout_p, float gate_dropout_p, " ATTN_EXT_DROPOUT
-#define ATTN_EXT_GRADS "Tensor? dcontext, Tensor? dweights, "
-
-STABLE_TORCH_LIBRARY_FRAGMENT(attn_ext_cuda, m) {
-  m.def("additive_attention_forward(" ATTN_EXT_INPUTS ATTN_EXT_PREPARED
-            ATTN_EXT_LAYOUT ATTN_EXT_DROPOUT
-        "bool keep_scores, bool deterministic) "
-        "-> (Tensor context, Tensor weights, Tensor stats, Tensor scores)");
-  m.def("additive_attention_backward(" ATTN_EXT_GRADS ATTN_EXT_INPUTS
-        "Tensor stats, Tensor scores, " ATTN_EXT_LAYOUT ATTN_EXT_DROPOUT
-        "int grad_mask, bool deterministic) "
-        "-> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dscore_weight)");
-  m.def("additive_attention_step_backward(" ATTN_EXT_GRADS ATTN_EXT_INPUTS ATTN_EXT_PREPARED
-        "Tensor stats, Tensor scores, " ATTN_EXT_KEY_LAYOUT "SymInt max_seqlen_k, " ATTN_EXT_DROPOUT
-        "int grad_mask, bool deterministic) -> (Tensor dquery, Tensor dscores, Tensor weights)");
-  m.def("additive_pool_forward(" ATTN_EXT_POOLED ATTN_EXT_KEY_LAYOUT
-        "SymInt max_seqlen_k, " ATTN_EXT_POOL_DROPOUT
-        "bool keep_scores, bool deterministic) "
-        "-> (Tensor context, Tensor weights, Tensor stats, Tensor scores)");
-  m.def("additive_pool_backward(" ATTN_EXT_GRADS ATTN_EXT_POOLED
-        "Tensor stats, Tensor scores, " ATTN_EXT_KEY_LAYOUT
-        "SymInt max_seqlen_k, " ATTN_EXT_POOL_DROPOUT
-        "int grad_mask, bool deterministic) "
-        "-> (Tensor dkey, Tensor dvalue, Tensor dscore_weight, Tensor dgate)");
-  m.def(
-      "additive_attention_memory_backward(Tensor query, Tensor dscores, Tensor weights, "
-      "Tensor dcontext, Tensor key, Tensor value, Tensor "
-      "score_weight, " ATTN_EXT_PREPARED ATTN_EXT_KEY_LAYOUT
-      "SymInt max_seqlen_k, int grad_mask, bool deterministic) "
-      "-> (Tensor dkey, Tensor dvalue, Tensor dscore_weight)");
-}
-
+// attn_ext/ops.py defines their schemas.
 STABLE_TORCH_LIBRARY_IMPL(attn_ext_cuda, ATTN_EXT_CUDA_KEY, m) {
   using namespace attn_ext::cuda;
   m.impl("additive_attention_forward", TORCH_BOX(&additive_attention_forward));

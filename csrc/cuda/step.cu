@@ -64,23 +64,21 @@ constexpr int kInnerShift = 6;
 template <bool kScores>
 __global__ void __launch_bounds__(kInnerThreads, 4) step_inner_kernel(const InnerCall call) {
   constexpr int kWarps = kInnerThreads / kWarp;
-  const Sequences& sequences = call.problem.sequences;
-  const Tile found = find_key_tile(sequences, kInnerShift, blockIdx.x);
-  const Span span = span_of(sequences, found.sequence);
-  const int end =
-      static_cast<int>(smaller<int64_t>(span.key_count, found.first + (int64_t{1} << kInnerShift)));
+  __shared__ Place place;
+  find_place(call.problem.sequences, true, kInnerShift, place);
+  const Span& span = place.span;
+  const int end = smaller(span.key_count, place.first + (1 << kInnerShift));
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   const StepRows<kScores> rows{call.left, call.right, call.problem.score_weight, call.dim};
   for (int64_t head = blockIdx.y; head < call.problem.heads; head += gridDim.y) {
-    for (int key = static_cast<int>(smaller<int64_t>(found.first, end)) + warp * kKeys; key < end;
-         key += kWarps * kKeys) {
+    for (int key = place.first + warp * kKeys; key < end; key += kWarps * kKeys) {
       float sums[kKeys];
       step_sums(rows, span, head, key, end, sums);
 #pragma unroll
       for (int n = 0; n < kKeys; ++n) {
         if (lane == n && key + n < end) {
-          call.out.data[score_offset(call.out, span, head, 0, key + n)] = sums[n];
+          score_row(call.out, span, head, 0)[key + n] = sums[n];
         }
       }
     }
@@ -134,13 +132,10 @@ __device__ inline void compute_scores(const Part& part, Shared& shared) {
 template <bool kScored>
 __device__ inline SoftmaxPart score_part(const Part& part, Shared& shared) {
   const StepCall& call = part.call;
-  const auto score_at = [&](int j) -> float& {
-    return call.scores
-        .data[score_offset(call.scores, part.span, part.head, part.query, part.first + j)];
-  };
+  const ScoreRow scores = score_row(call.scores, part.span, part.head, part.query);
   if constexpr (kScored) {
     for (int j = threadIdx.x; j < part.keys; j += kThreads) {
-      shared.scores[j] = score_at(j);
+      shared.scores[j] = scores[part.first + j];
     }
   } else {
     compute_scores(part, shared);
@@ -159,7 +154,7 @@ __device__ inline SoftmaxPart score_part(const Part& part, Shared& shared) {
     const float exponential = expf(score - shift);
     total += exponential;
     if (!kScored && call.merges && call.scores.data != nullptr) {
-      score_at(j) = score;
+      scores[part.first + j] = score;
     }
     shared.scores[j] = exponential * dropout_factor(call.problem.dropout, part.span, part.head,
                                                     part.query, part.first + j);
@@ -252,12 +247,13 @@ template <bool kScored>
 __global__ void __launch_bounds__(kThreads, 2) step_kernel(const StepCall call) {
   __shared__ __align__(16) Shared shared;
   const Problem& problem = call.problem;
-  const Tile found = find_key_tile(problem.sequences, call.key_shift, blockIdx.x);
-  const Span span = span_of(problem.sequences, found.sequence);
-  if (found.first >= span.key_count) {
+  __shared__ Place place;
+  find_place(problem.sequences, true, call.key_shift, place);
+  const Span& span = place.span;
+  if (place.is_empty(true)) {
     return;
   }
-  const int first = static_cast<int>(found.first);
+  const int first = place.first;
   const int keys = static_cast<int>(smaller<int64_t>(1 << call.key_shift, span.key_count - first));
   const int columns = larger(static_cast<int>((problem.value_dim + kGranule - 1) / kGranule), 1);
   const int shares = larger(kThreads / columns, 1);
@@ -330,7 +326,7 @@ __global__ void __launch_bounds__(kThreads) step_merge_kernel(const StepCall cal
       continue;
     }
     for (int64_t j = threadIdx.x; j < span.key_count; j += kThreads) {
-      const float score = call.scores.data[score_offset(call.scores, span, head, query, j)];
+      const float score = score_row(call.scores, span, head, query)[j];
       store(call.weights.rows, weight_offset(call.weights, span, head, query, j),
             softmax_scale(score, whole.largest) * scale *
                 dropout_factor(problem.dropout, span, head, query, j));

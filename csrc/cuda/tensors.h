@@ -58,6 +58,16 @@ inline Scores scores_by_key(const Tensor& tensor, int64_t first, int64_t query_s
   return scores;
 }
 
+// Scores of several, [.., query, head, key], the rows of all queries one after the other.
+inline Scores dense_scores(const Tensor& tensor) {
+  Scores scores;
+  scores.data = static_cast<float*>(tensor.data_ptr());
+  scores.query = tensor.stride(1);
+  scores.head = tensor.stride(2);
+  scores.key = 1;
+  return scores;
+}
+
 // Scores of one query a sequence, [batch, key, head], or of steps, [step, batch, key, head].
 inline Scores key_scores(const Tensor& tensor) {
   const int64_t first = tensor.dim() - 3;

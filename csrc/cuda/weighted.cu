@@ -1,26 +1,31 @@
-// Weighted sums of rows: context_i = sum_j alpha_ij value_j, and dvalue_j = sum_i alpha_ij
-// dcontext_i. A block makes 32 rows of 64 columns; a thread holds 4 x 4 of them.
+// Weighted sums of rows on tensor cores: context_i = sum_j alpha_ij value_j, whose alpha is the
+// softmax of scores, and dvalue_j = sum_i alpha_ij dcontext_i. A block makes 32 rows, each of its
+// warps 64 columns of them.
 #include "kernels.h"
 #include "launch.cuh"
-#include "memory.cuh"
+#include "product.cuh"
 
 namespace attn_ext {
 namespace cuda {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / kWarp;
 constexpr int kRowShift = 5;
 constexpr int kRows = 1 << kRowShift;  // of the output
-constexpr int kCols = 64;
-constexpr int kInner = 32;  // rows that are summed at a time
-constexpr int kSide = 4;
-constexpr int kGranules = kInner * kCols / kGranule / kThreads;
-static_assert(kThreads == kRows / kSide * kCols / kSide);
-static_assert(kInner * kCols == kGranules * kGranule * kThreads);
+constexpr int kStep = 16;              // rows that a product sums, and half of the output's
+constexpr int kInner = 128;            // rows whose alpha is in place at a time
+constexpr int kCols = 8 * kGranule;    // a warp's: 8 lanes have a granule each
+constexpr int kLd = kInner / 2 + 4;    // words; so that 8 rows' 16 bytes lie in different banks
+static_assert(kRows == 2 * kStep && kInner % kStep == 0);
 
+template <int kAlphaParts>
 struct Shared {
-  float alpha[kInner][kRows + 4];  // padded so that transposed stores meet fewer bank conflicts
-  float rows[kInner][kCols];
+  RowOffsets rows;  // of what is summed
+  RowOffsets out;
+  unsigned alpha[kAlphaParts][kRows][kLd];
+  float shift[kRows];  // of the softmax
+  float scale[kRows];
 };
 
 // A block's part: rows [first, first + count) of the output, sums over `inner` rows.
@@ -33,85 +38,204 @@ struct Part {
   int inner;
 };
 
-template <bool kByKey>
-__device__ __forceinline__ void fill(const Part& part, int begin, int64_t col, Shared& shared) {
+// Largest score and sum of exponentials of the block's queries.
+template <int kAlphaParts>
+__device__ inline void softmax(const Part& part, Shared<kAlphaParts>& shared) {
+  constexpr int kLanes = 8;  // that a row belongs to
   const WeightedCall& call = part.call;
-#pragma unroll 2
-  for (int n = threadIdx.x; n < kInner * kRows; n += kThreads) {
-    // Neighbours read neighbouring keys.
-    const int minor = n % kInner;
-    const int major = n / kInner;
-    const int inner = kByKey ? major : minor;
-    const int row = kByKey ? minor : major;
-    float alpha = 0;
-    if (begin + inner < part.inner && row < part.count) {
-      const int i = kByKey ? begin + inner : part.first + row;
-      const int j = kByKey ? part.first + row : begin + inner;
-      alpha = call.alpha.data[score_offset(call.alpha, part.span, part.head, i, j)];
+  const int lane = threadIdx.x % kLanes;
+#pragma unroll 1
+  for (int first = 0; first < part.count; first += kThreads / kLanes) {
+    const int row = first + threadIdx.x / kLanes;
+    const bool exists = row < part.count;
+    const int keys = exists ? part.inner : 0;
+    const ScoreRow scores = score_row(call.alpha, part.span, part.head, part.first + row);
+    float largest = -INFINITY;
+    for (int j = lane; j < keys; j += kLanes) {
+      largest = Maximum::of(largest, scores[j]);
     }
-    shared.alpha[inner][row] = alpha;
-  }
-#pragma unroll
-  for (int n = 0; n < kGranules; ++n) {
-    const int index = n * kThreads + threadIdx.x;
-    const int inner = index / (kCols / kGranule);
-    const int c = index % (kCols / kGranule) * kGranule;
-    float values[kGranule] = {};
-    if (begin + inner < part.inner) {
-      const int64_t offset = kByKey ? query_offset(call.rows, part.span, part.head, begin + inner)
-                                    : key_offset(call.rows, part.span, part.head, begin + inner);
-      load_granule(call.rows, offset, col + c, call.problem.value_dim, values);
+    largest = reduce_warp<Maximum, kLanes>(largest);
+    const float shift = softmax_shift(largest);
+    float total = 0;
+    for (int j = lane; j < keys; j += kLanes) {
+      total += expf(scores[j] - shift);
     }
-#pragma unroll
-    for (int f = 0; f < kGranule; ++f) {
-      shared.rows[inner][c + f] = values[f];
+    total = reduce_warp<Sum, kLanes>(total);
+    if (lane == 0 && exists) {
+      shared.shift[row] = shift;
+      shared.scale[row] = 1 / total;
+    }
+    if (lane == 0 && exists && blockIdx.y == 0) {
+      const int64_t offset = query_offset(call.stats, part.span, part.head, part.first + row);
+      store(call.stats, offset, keys == 0 ? 0.0f : largest);
+      store(call.stats, offset + 1, keys == 0 ? 0.0f : total);
     }
   }
 }
 
-template <bool kByKey>
-__device__ inline void write(const Part& part, int64_t col, const float (&totals)[kSide][kSide]) {
+// alpha of a query and key j, after dropout; the first blocks of the query also return it.
+template <int kAlphaParts>
+__device__ inline float softmax_weight(const Part& part, int row, int j,
+                                       const Shared<kAlphaParts>& shared) {
   const WeightedCall& call = part.call;
-  const int row = threadIdx.x / (kCols / kSide) * kSide;
-  const int64_t first_col = col + threadIdx.x % (kCols / kSide) * kSide;
+  const int i = part.first + row;
+  const float score = score_row(call.alpha, part.span, part.head, i)[j];
+  const float alpha = expf(score - shared.shift[row]) * shared.scale[row] *
+                      dropout_factor(call.problem.dropout, part.span, part.head, i, j);
+  if (call.weights.rows.data != nullptr && blockIdx.y == 0) {
+    store(call.weights.rows, weight_offset(call.weights, part.span, part.head, i, j), alpha);
+  }
+  return alpha;
+}
+
+// Puts alpha of the rows that are summed next in place, 0 elsewhere.
+template <bool kByKey, int kAlphaParts>
+__device__ __forceinline__ void fill(const Part& part, int begin, Shared<kAlphaParts>& shared) {
+  const WeightedCall& call = part.call;
+  // Neighbours read neighbouring keys.
+  constexpr int kTogether = kByKey ? kRows : kThreads / (kStep / 2);
+  const int first_row = kByKey ? threadIdx.x % kRows : threadIdx.x / (kStep / 2);
+  const int first_pair = kByKey ? threadIdx.x / kRows : threadIdx.x % (kStep / 2);
+  const int pairs = (smaller(kInner, part.inner - begin) + kStep - 1) / kStep * (kStep / 2);
+  for (int row = first_row; row < kRows; row += kTogether) {
+#pragma unroll 1
+    for (int pair = first_pair; pair < pairs; pair += kThreads / kTogether) {
+      float alpha[2] = {};
 #pragma unroll
-  for (int n = 0; n < kSide * kSide; ++n) {
-    const int r = row + n / kSide;
-    const int64_t c = first_col + n % kSide;
-    if (r >= part.count || c >= call.problem.value_dim) {
-      continue;
+      for (int half = 0; half < 2; ++half) {
+        const int inner = begin + 2 * pair + half;
+        if (row < part.count && inner < part.inner) {
+          alpha[half] = kByKey
+                            ? score_row(call.alpha, part.span, part.head, inner)[part.first + row]
+                            : softmax_weight(part, row, inner, shared);
+        }
+      }
+      unsigned words[kAlphaParts];
+      split(alpha[0], alpha[1], words);
+#pragma unroll
+      for (int p = 0; p < kAlphaParts; ++p) {
+        shared.alpha[p][row][pair] = words[p];
+      }
     }
-    float total = totals[n / kSide][n % kSide];
-    if constexpr (!kByKey) {
-      store(call.out, query_offset(call.out, part.span, part.head, part.first + r) + c, total);
+  }
+}
+
+using Totals = float[kRows / kStep][kGranule][4];
+
+// Adds what 16 rows from `begin` on give: of column n of granule t, totals[.][t] have column n of
+// the product.
+template <bool kByKey, int kParts>
+__device__ __forceinline__ void add_rows(const Part& part, int begin, int step, int64_t col,
+                                         const Shared<kComputedParts<kParts>>& shared,
+                                         Totals& totals) {
+  constexpr int kAlphaParts = kComputedParts<kParts>;
+  const WeightedCall& call = part.call;
+  const int r = threadIdx.x % kWarp / 4;
+  const int c = threadIdx.x % 4;
+  float rows[4][kGranule];
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    const int inner = begin + step + 2 * c + n / 2 * 8 + n % 2;
+    if (inner < part.inner) {
+      load_granule(call.rows, shared.rows[inner], col, call.problem.value_dim, rows[n]);
     } else {
-      const int64_t sum = key_offset(call.sums, part.span, part.head, part.first + r) + c;
-      if (part.span.first_query > 0) {
-        total += load(call.sums, sum);
+#pragma unroll
+      for (int t = 0; t < kGranule; ++t) {
+        rows[n][t] = 0;
       }
-      if (part.span.has_last_query) {
-        store(call.out, key_offset(call.out, part.span, part.head, part.first + r) + c, total);
-      } else {
-        store(call.sums, sum, total);
+    }
+  }
+  unsigned a[kRows / kStep][kAlphaParts][4];
+#pragma unroll
+  for (int n = 0; n < kRows / kStep * kAlphaParts * 4; ++n) {
+    const int half = n / (kAlphaParts * 4);
+    const int p = n / 4 % kAlphaParts;
+    a[half][p][n % 4] = shared.alpha[p][half * kStep + r + n % 2 * 8][step / 2 + c + n % 4 / 2 * 4];
+  }
+#pragma unroll
+  for (int t = 0; t < kGranule; ++t) {
+    unsigned b[kParts][2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      unsigned words[kParts];
+      split(rows[2 * n][t], rows[2 * n + 1][t], words);
+#pragma unroll
+      for (int p = 0; p < kParts; ++p) {
+        b[p][n] = words[p];
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < kRows / kStep; ++half) {
+      if (half * kStep < part.count) {
+        multiply_parts(a[half], b, totals[half][t]);
       }
     }
   }
 }
 
+// Adds to what earlier waves of queries left, and stores the result, or what later ones add to.
+__device__ __forceinline__ void gather(const Part& part, int64_t out, int row, int64_t col,
+                                       float (&values)[kGranule]) {
+  const WeightedCall& call = part.call;
+  const int64_t dim = call.problem.value_dim;
+  if (part.span.first_query > 0) {
+    float before[kGranule];
+    load_granule(call.sums, key_offset(call.sums, part.span, part.head, row), col, dim, before);
+#pragma unroll
+    for (int t = 0; t < kGranule; ++t) {
+      values[t] += before[t];
+    }
+  }
+  if (part.span.has_last_query) {
+    store_granule(call.out, out, col, dim, values);
+  } else {
+    store_granule(call.sums, key_offset(call.sums, part.span, part.head, row), col, dim, values);
+  }
+}
+
 template <bool kByKey>
+__device__ inline void write(const Part& part, const RowOffsets& out, int64_t first_col,
+                             const Totals& totals) {
+  const WeightedCall& call = part.call;
+  const int64_t dim = call.problem.value_dim;
+#pragma unroll
+  for (int n = 0; n < kRows / 8; ++n) {
+    const int row = n * 8 + threadIdx.x % kWarp / 4;
+    if (row >= part.count) {
+      break;
+    }
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      const int64_t col = first_col + (threadIdx.x % 4 * 2 + side) * kGranule;
+      if (col >= dim) {
+        break;
+      }
+      float values[kGranule];
+#pragma unroll
+      for (int t = 0; t < kGranule; ++t) {
+        values[t] = totals[n / 2][t][n % 2 * 2 + side];
+      }
+      if constexpr (kByKey) {
+        gather(part, out[part.first + row], part.first + row, col, values);
+      } else {
+        store_granule(call.out, out[part.first + row], col, dim, values);
+      }
+    }
+  }
+}
+
+template <bool kByKey, int kParts>
 __global__ void __launch_bounds__(kThreads, 3) weighted_kernel(const WeightedCall call) {
-  __shared__ __align__(16) Shared shared;
-  const Sequences& sequences = call.problem.sequences;
-  const Tile found = kByKey ? find_key_tile(sequences, kRowShift, blockIdx.x)
-                            : find_query_tile(sequences, kRowShift, blockIdx.x);
-  const Span span = span_of(sequences, found.sequence);
-  const int rows = kByKey ? span.key_count : span.query_count;
-  if (found.first >= rows || span.query_count == 0) {
+  __shared__ __align__(16) Shared<kComputedParts<kParts>> shared;
+  __shared__ Place place;
+  find_place(call.problem.sequences, kByKey, kRowShift, place);
+  const Span& span = place.span;
+  if (place.is_empty(kByKey) || span.query_count == 0) {
     return;
   }
-  const int first = static_cast<int>(found.first);
-  const int row = threadIdx.x / (kCols / kSide) * kSide;
-  const int c = threadIdx.x % (kCols / kSide) * kSide;
+  const int first = place.first;
+  const int rows = kByKey ? span.key_count : span.query_count;
+  const int64_t warp_col = threadIdx.x / kWarp * kCols;
   for (int64_t head = blockIdx.z; head < call.problem.heads; head += gridDim.z) {
     const Part part{call,
                     span,
@@ -119,33 +243,35 @@ __global__ void __launch_bounds__(kThreads, 3) weighted_kernel(const WeightedCal
                     first,
                     smaller(kRows, rows - first),
                     kByKey ? span.query_count : span.key_count};
-    for (int64_t col = int64_t{blockIdx.y} * kCols; col < call.problem.value_dim;
-         col += int64_t{gridDim.y} * kCols) {
-      float totals[kSide][kSide] = {};
+    int filled = -1;  // the first of the rows whose alpha is in place
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      shared.rows =
+          kByKey ? query_offsets(call.rows, span, head) : key_offsets(call.rows, span, head);
+      shared.out = kByKey ? key_offsets(call.out, span, head) : query_offsets(call.out, span, head);
+    }
+    if constexpr (!kByKey) {
+      softmax(part, shared);
+    }
+    for (int64_t block_col = int64_t{blockIdx.y} * kCols * kWarps;
+         block_col < larger<int64_t>(call.problem.value_dim, 1);
+         block_col += int64_t{gridDim.y} * kCols * kWarps) {
+      const int64_t col = block_col + warp_col;
+      Totals totals = {};
       for (int begin = 0; begin < part.inner; begin += kInner) {
-        fill<kByKey>(part, begin, col, shared);
-        __syncthreads();
-        float sums[kSide][kSide] = {};
-#pragma unroll 4
-        for (int k = 0; k < kInner; ++k) {
-          const float4 a = *reinterpret_cast<const float4*>(&shared.alpha[k][row]);
-          const float4 b = *reinterpret_cast<const float4*>(&shared.rows[k][c]);
-          const float left[kSide] = {a.x, a.y, a.z, a.w};
-          const float right[kSide] = {b.x, b.y, b.z, b.w};
-#pragma unroll
-          for (int n = 0; n < kSide * kSide; ++n) {
-            float& sum = sums[n / kSide][n % kSide];
-            sum = fmaf(left[n / kSide], right[n % kSide], sum);
-          }
+        if (begin != filled) {
+          __syncthreads();
+          fill<kByKey>(part, begin, shared);
+          __syncthreads();
+          filled = begin;
         }
-        // Rounding errors grow with the number of terms of each of the two sums only.
-#pragma unroll
-        for (int n = 0; n < kSide * kSide; ++n) {
-          totals[n / kSide][n % kSide] += sums[n / kSide][n % kSide];
+        const int steps = smaller(kInner, part.inner - begin);
+        for (int step = 0; step < steps && col < call.problem.value_dim; step += kStep) {
+          add_rows<kByKey, kParts>(part, begin, step, col + threadIdx.x % kWarp / 4 * kGranule,
+                                   shared, totals);
         }
-        __syncthreads();
       }
-      write<kByKey>(part, col, totals);
+      write<kByKey>(part, shared.out, col, totals);
     }
   }
 }
@@ -155,9 +281,21 @@ __global__ void __launch_bounds__(kThreads, 3) weighted_kernel(const WeightedCal
 void launch_weighted(const WeightedCall& call, cudaStream_t stream) {
   const Sequences& sequences = call.problem.sequences;
   const int64_t rows = call.by_key ? key_rows(sequences) : sequences.last_row - sequences.first_row;
-  launch("weighted sums", call.by_key ? weighted_kernel<true> : weighted_kernel<false>,
-         tile_bound(rows, sequences.count, kRowShift), (call.problem.value_dim + kCols - 1) / kCols,
-         call.problem.heads, kThreads, call, stream);
+  const auto run = [&](auto by_key, auto by_query) {
+    const int64_t columns = (call.problem.value_dim + kCols * kWarps - 1) / (kCols * kWarps);
+    launch("weighted sums", call.by_key ? by_key : by_query,
+           tile_bound(rows, sequences.count, kRowShift),
+           share(rows >> kRowShift, call.problem.heads, columns), call.problem.heads, kThreads,
+           call, stream);
+  };
+  switch (parts_of(call.rows.dtype)) {
+    case 1:
+      return run(weighted_kernel<true, 1>, weighted_kernel<false, 1>);
+    case 2:
+      return run(weighted_kernel<true, 2>, weighted_kernel<false, 2>);
+    default:
+      return run(weighted_kernel<true, 3>, weighted_kernel<false, 3>);
+  }
 }
 
 }  // namespace cuda

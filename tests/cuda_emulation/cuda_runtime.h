@@ -122,6 +122,52 @@ inline bool __any_sync(unsigned, bool value) {
   return false;
 }
 
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  unsigned result = 0;
+  for (unsigned n = 0; n < 4; ++n) {
+    result |= (bytes >> (selector >> (4 * n) & 7) * 8 & 255) << (8 * n);
+  }
+  return result;
+}
+
+// mma.m16n8k16 of bfloat16: products are aligned to the largest term and cut off 24 bits below its
+// first, as is the sum. (Tensor cores are seen to keep at least as many.)
+inline void emulated_multiply(const unsigned (&a)[4], const unsigned (&b)[2], float (&sums)[4]) {
+  uint32_t left[4][32];
+  uint32_t right[2][32];
+  for (int n = 0; n < 4; ++n) {
+    emulation::exchange(a[n], left[n]);
+  }
+  for (int n = 0; n < 2; ++n) {
+    emulation::exchange(b[n], right[n]);
+  }
+  const auto half = [](uint32_t word, unsigned k) {
+    return static_cast<double>(__uint_as_float(k % 2 == 0 ? word << 16 : word & 0xffff0000u));
+  };
+  for (unsigned n = 0; n < 4; ++n) {
+    const unsigned row = emulation::lane() / 4;
+    const unsigned column = emulation::lane() % 4 * 2 + n % 2;
+    double terms[17] = {sums[n]};
+    double largest = std::fabs(terms[0]);
+    for (unsigned k = 0; k < 16; ++k) {
+      const unsigned lane = k % 8 / 2;
+      terms[k + 1] = half(left[n / 2 + k / 8 * 2][row * 4 + lane], k) *
+                     half(right[k / 8][column * 4 + lane], k);
+      largest = std::fmax(largest, std::fabs(terms[k + 1]));
+    }
+    double sum = 0;
+    const double unit = largest > 0 ? std::ldexp(1, std::ilogb(largest) - 23) : 1;
+    for (double term : terms) {
+      sum += isfinite(term) && isfinite(unit) ? std::trunc(term / unit) * unit : term;
+    }
+    sums[n] = static_cast<float>(sum);
+    if (isfinite(sum) && std::fabs(sums[n]) > std::fabs(sum)) {
+      sums[n] = std::nextafter(sums[n], 0.0f);
+    }
+  }
+}
+
 template <class T>
 T __ldg(const T* source) {
   return *source;

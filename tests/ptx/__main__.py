@@ -29,6 +29,8 @@ def parsed_arguments() -> argparse.Namespace:
     parser.add_argument("--noise", action="store_true", help=noise)
     order = "run blocks, and the warps of a block, one after the other in an order of this seed"
     parser.add_argument("--order", type=int, help=order)
+    few = "triton: of the GPU that launchers plan for; few: a program does the work of several"
+    parser.add_argument("--processors", type=int, default=132, help=few)
     waves = "cuda: room for few queries at a time"
     parser.add_argument("--small-waves", action="store_true", help=waves)
     mutate = "take out barriers and waits of this kernel, at most so many, and see what is noticed"
@@ -84,7 +86,7 @@ def main() -> None:
         else:
             from . import run_triton
 
-            session = run_triton.TritonSession(target, **options)
+            session = run_triton.TritonSession(target, arguments.processors, **options)
             execution = run_triton.triton_execution
         for dtype in arguments.dtype:
             for name in names:

@@ -257,6 +257,15 @@ def to_f16(x):
     return np.where(np.isnan(x), u2(0x7FFF), rounded)
 
 
+def fma_bf16x2(a, b, c):
+    """Of both halves, rounded to float32 and then to bfloat16."""
+    halves = []
+    for shift in (u4(0), u4(16)):
+        x, y, z = (from_bf16(bits >> shift & u4(0xFFFF)).astype(f8) for bits in (a, b, c))
+        halves.append(to_bf16((x * y + z).astype(f4)).astype(u4))
+    return halves[0] | halves[1] << u4(16)
+
+
 ROUNDINGS = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 

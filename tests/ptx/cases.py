@@ -91,8 +91,19 @@ SIZE = {"features": 32, "value_features": 24}
 OPTIONS = {"features": 20, "value_features": 12, "heads": 2, "need_weights": True, "dropout_p": 0.3}
 CASES = {
     "options": attention("padded_mask", **THREE, **OPTIONS),
-    "options-step": attention("one_step_mask", lengths_k=(5, 300, 0), **OPTIONS),
-    "options-memory": memory("jagged_one_step", True, lengths_k=(5, 0, 33), features=40, heads=2),
+    # The second sequence has more pairs, and so comes first, and two segments of keys; the first
+    # has several tiles of queries. The gradients of the two sides are computed apart.
+    "options-jagged": attention(
+        "jagged",
+        lengths_q=(133, 2),
+        lengths_k=(5, 150),
+        features=20,
+        value_features=12,
+        dropout_p=0.3,
+    ),
+    # The second sequence has one tile of keys more than it needs: see rows.find_tile.
+    "options-step": attention("jagged_one_step", lengths_k=(62, 200, 0), **OPTIONS),
+    "options-memory": memory("one_step_mask", True, lengths_k=(5, 0, 33), features=40, heads=2),
     "options-scores": scores("padded_mask", **THREE, features=20, heads=2),
     "options-pool": pool(
         "one_step_mask",

@@ -72,6 +72,8 @@ class Arithmetic(Operands):
 
     def op_fma(self, mods, args):
         kind = self.kinds(mods)[-1]
+        if mods == ["rn", "bf16x2"]:
+            return self._helper("fma_bf16x2", ["b32"] * 4, args)
         if kind not in ("f32", "f64") or "sat" in mods or "rz" in mods or "rp" in mods:
             raise Unsupported(self.instr.op)
         a, b, c = (self.source(s, kind) for s in args[1:])

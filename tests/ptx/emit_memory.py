@@ -147,12 +147,12 @@ class MemoryAndWarps(Operands):
 
     def op_mma(self, mods, args):
         kinds = self.kinds(mods)
-        is_known = product_shape(mods) == "m16n8k16" and "tf32" not in mods
+        is_known = product_shape(mods) in ("m16n8k8", "m16n8k16") and "tf32" not in mods
         if not is_known or kinds[0] != "f32" or kinds[1] not in ("bf16", "f16"):
             raise Unsupported(self.instr.op)
         a, b = (self._sources(part, "b32") for part in args[1:3])
         c = self._sources(args[3], "f32")
-        return f"mma_16816({kinds[1]!r},{self._targets(args[0], 'f32')},{a},{b},{c},{{M}})"
+        return f"mma({kinds[1]!r},{self._targets(args[0], 'f32')},{a},{b},{c},{{M}})"
 
     def op_wgmma(self, mods, args):
         if mods[0] in ("fence", "commit_group", "wait_group"):

@@ -65,10 +65,10 @@ class Allocation:
 
 
 class GlobalMemory:
-    """Tensors' bytes at addresses of their own, far from each other."""
+    """Tensors' bytes at addresses far from each other; ``any_thread``: see RaceWatch."""
 
-    def __init__(self, report: Report):
-        self.report, self.regions = report, {}
+    def __init__(self, report: Report, any_thread: bool = False):
+        self.report, self.regions, self.any_thread = report, {}, any_thread
 
     def add(self, data: np.ndarray, name: str, fresh: bool = False) -> int:
         number = len(self.regions) + 1
@@ -116,14 +116,14 @@ class GlobalMemory:
             allocation.watch = None
 
     def _is_watched(self, allocation: Allocation) -> bool:
-        """Races are about what kernels write."""
-        return allocation.written is not None
+        """Races are about what kernels write: new memory, and from its first store on any."""
+        return allocation.written is not None or allocation.watch is not None
 
-    def _watch(self, allocation: Allocation, who: Who | None) -> RaceWatch | None:
-        if who is None or not self._is_watched(allocation):
+    def _watch(self, allocation: Allocation, who: Who | None, stores: bool) -> RaceWatch | None:
+        if who is None or not (stores or self._is_watched(allocation)):
             return None
         if allocation.watch is None:
-            allocation.watch = RaceWatch(allocation.size, self.report)
+            allocation.watch = RaceWatch(allocation.size, self.report, self.any_thread)
         return allocation.watch
 
     def load(
@@ -144,7 +144,7 @@ class GlobalMemory:
                 if unknown.any():
                     n = np.count_nonzero(unknown)
                     self.report.add("global load of unwritten bytes", site, n, allocation.name)
-            if watch := self._watch(allocation, who):
+            if watch := self._watch(allocation, who, False):
                 reader = who if chosen is None else Who(*(column[chosen] for column in who))
                 bytes_ = offsets[:, None] + np.arange(unit * count)
                 watch.note_read(bytes_, reader, site)
@@ -162,7 +162,7 @@ class GlobalMemory:
         for allocation, chosen, offsets in self._parts(addresses, unit * count, site, "store"):
             part = values if chosen is None else values[chosen]
             bytes_ = offsets[:, None] + np.arange(unit * count)
-            watch = self._watch(allocation, who)
+            watch = self._watch(allocation, who, True)
             if watch:
                 writer = who if chosen is None else Who(*(column[chosen] for column in who))
                 new = np.ascontiguousarray(part).view(np.uint8).reshape(bytes_.shape)

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 
 SIZES = {"8": 1, "16": 2, "32": 4, "64": 8, "128": 16}
-SHARED = r"(\.extern\s+)?\.shared\s+(?:\.align\s+(\d+)\s+)?\.b8\s+([\w$]+)\[(\d*)\]"
+SHARED = r"(\.extern\s+)?\.shared\s+(?:\.align\s+(\d+)\s+)?\.([busf]\d+)\s+([\w$]+)(?:\[(\d*)\])?"
 LOCAL = r"\.local\s+(?:\.align\s+(\d+)\s+)?\.b8\s+([\w$]+)\[(\d+)\]"
 
 
@@ -120,8 +120,8 @@ class _Parser:
         self.kernel.param_bytes = offset
 
     def _module_variables(self, head: str) -> None:
-        for extern, alignment, name, size in re.findall(SHARED, head):
-            self._shared(extern, alignment, name, size)
+        for found in re.finditer(SHARED, head):
+            self._shared(*found.groups())
         pattern = (
             r"\.(global|const)\s+(?:\.align\s+\d+\s+)?\.b8\s+([\w$]+)\[(\d+)\]\s*=\s*\{([^}]*)\}"
         )
@@ -129,14 +129,15 @@ class _Parser:
             data = bytes(int(v) for v in values.split(","))
             self.kernel.constants[name] = data.ljust(int(size), b"\0")
 
-    def _shared(self, extern: str, alignment: str, name: str, size: str) -> None:
+    def _shared(self, extern, alignment, kind: str, name: str, count: str | None) -> None:
         k = self.kernel
-        if extern or not size:
+        if extern or count == "":
             k.dynamic = name
             return
-        offset = _align(k.shared_bytes, int(alignment or 1))
-        k.shared[name] = (offset, int(size))
-        k.shared_bytes = offset + int(size)
+        size = type_size(kind) * int(count or 1)
+        offset = _align(k.shared_bytes, int(alignment or type_size(kind)))
+        k.shared[name] = (offset, size)
+        k.shared_bytes = offset + size
 
     def _body(self, position: int) -> None:
         text, line = self.text, self.text.count("\n", 0, position) + 1

@@ -43,16 +43,20 @@ class Threads:
 class RaceWatch:
     """By whom each byte was written and read last in a launch, and since which barrier.
 
-    Blocks have no barrier between them: what one writes no other may access.
+    Blocks have no barrier between them: what one writes no other may access. Which thread has what
+    of a Triton tensor is its compiler's choice, at each load and store: with ``any_thread``, of
+    global memory, no thread may rely on its own write before a barrier, and none may write what
+    another of its warp has read, even if the two go in step.
     """
 
-    def __init__(self, size: int, report):
-        self.report = report
+    def __init__(self, size: int, report, any_thread: bool = False):
+        self.report, self.any_thread = report, any_thread
         self.write_block, self.read_block = (np.full(size, NOBODY, np.int32) for _ in range(2))
         self.write_epoch, self.write_warp, self.write_lane, self.write_sync, self.read_epoch = (
             np.empty(size, np.int32) for _ in range(5)
         )
         self.read_warps = np.zeros(size, np.uint32)  # a bit for each warp of the block
+        self.read_thread = np.empty(size, np.int32) if any_thread else None
 
     def _add(self, kind: str, site: str, bad: np.ndarray) -> None:
         if bad.any():
@@ -67,12 +71,20 @@ class RaceWatch:
             now = (writer == who.block) & (self.write_epoch[bytes_] == who.epoch)
             other = now & (self.write_warp[bytes_] != who.warp)
             self._add("RACE: read of another warp's write", site, other)
+            if self.any_thread:
+                self._add("RACE: read back without a barrier", site, now & ~other)
             unsynced = self.write_sync[bytes_] == who.synced
             unsynced &= self.write_lane[bytes_] != who.lane
             self._add("intra-warp read after write", site, unsynced & now & ~other)
         reader = self.read_block[bytes_]
         old = (reader != who.block) | (self.read_epoch[bytes_] != who.epoch)
         self.read_warps[bytes_[old]] = 0
+        if self.any_thread:
+            thread = np.broadcast_to(32 * who.warp + who.lane, bytes_.shape)
+            several = ~old & (self.read_thread[bytes_] != thread)
+            self.read_thread[bytes_] = thread
+            several |= self.read_thread[bytes_] != thread
+            self.read_thread[bytes_[several]] = SEVERAL
         self.read_epoch[bytes_] = who.epoch
         mine = (reader == NOBODY) | (reader == who.block)
         self.read_block[bytes_] = np.where(mine, who.block, SEVERAL)
@@ -98,6 +110,10 @@ class RaceWatch:
             other = (reader == who.block) & (self.read_epoch[bytes_] == who.epoch)
             other &= (self.read_warps[bytes_] & ~mine) != 0
             self._add("RACE: write to what another warp reads", site, other)
+            if self.any_thread:
+                mine = (reader == who.block) & (self.read_epoch[bytes_] == who.epoch) & ~other
+                mine &= self.read_thread[bytes_] != 32 * who.warp + who.lane
+                self._add("RACE: write to what another thread reads", site, mine)
         places = self.write_block, self.write_epoch, self.write_warp, self.write_lane
         for array, value in zip((*places, self.write_sync), who):
             array[bytes_] = np.broadcast_to(value, bytes_.shape)

@@ -143,7 +143,7 @@ class CudaSession:
         self.report, self.options = Report(), options
         self.memory, self.failure = HostMemory(self.report), None
         self.transform = lambda kernel, ptx: ptx  # damages PTX, in tests of the executor
-        self.launches: list[tuple] = []  # (kernel, grid, program, counts)
+        self.launches: list[tuple] = []  # (kernel, grid, program, counts, threads, PTX)
         self.texts: dict[str, tuple[str, str]] = {}  # kernel -> PTX, name in it
         self.programs: dict[tuple[str, str], Program] = {}
         for path in ptx_files(arch):
@@ -194,7 +194,7 @@ class CudaSession:
             self.report,
             **self.options,
         )
-        self.launches.append((short, grid, program, machine.run()))
+        self.launches.append((short, grid, program, machine.run(), threads, text))
 
 
 @contextlib.contextmanager

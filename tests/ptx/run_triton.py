@@ -53,7 +53,7 @@ class TritonSession:
 
     def forget(self) -> None:
         """Between calls: where tensors are."""
-        self.memory = GlobalMemory(self.report)
+        self.memory = GlobalMemory(self.report, any_thread=True)
         self.bases: dict[int, int] = {}  # address of a storage -> address in the executor
         self.fresh: set[int] = set()  # storages whose bytes only kernels write
         self.kept: list[torch.Tensor] = []  # so that no other tensor gets their place
@@ -143,14 +143,15 @@ class _Kernel:
 @contextlib.contextmanager
 def triton_execution(session: TritonSession) -> Iterator[TritonSession]:
     """Backend "triton" on CPU tensors, by the session."""
-    new_empty = torch.Tensor.new_empty
 
-    def note_new(tensor, *args, **kwargs):
-        return session.note_fresh(new_empty(tensor, *args, **kwargs))
+    def noted(new):
+        return lambda *args, **kwargs: session.note_fresh(new(*args, **kwargs))
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(on_cpu_tensors("triton"))
-        stack.enter_context(mock.patch.object(torch.Tensor, "new_empty", note_new))
+        for owner, name in (torch.Tensor, "new_empty"), (torch, "empty_like"):
+            new = noted(getattr(owner, name))
+            stack.enter_context(mock.patch.object(owner, name, new))
         for module in static_cases.MODULES:
             for name in [n for n in vars(module) if n.endswith("_kernel")]:
                 kernel = _Kernel(getattr(module, name), session)

@@ -162,13 +162,14 @@ class Warps:
         data = np.ascontiguousarray(data).reshape(-1, 8)
         self.machine.shared.store(rows, threads, data, site)
 
-    def mma_16816(self, kind: str, targets, a, b, c, m) -> None:
+    def mma(self, kind: str, targets, a, b, c, m) -> None:
+        """m16n8k16, or with half as many registers of a and b m16n8k8."""
         self.synchronise(m)
         self._whole_warps(m)
         left = np.zeros((self.total // 32, 16, 16))
         right = np.zeros((self.total // 32, 16, 8))
-        left[:, A_ROW, A_COLUMN] = fragments(kind, a)
-        right[:, B_ROW, B_COLUMN] = fragments(kind, b)
+        left[:, A_ROW[:, : len(a)], A_COLUMN[:, : len(a)]] = fragments(kind, a)
+        right[:, B_ROW[:, : len(b)], B_COLUMN[:, : len(b)]] = fragments(kind, b)
         product = (left @ right)[:, C_ROW, C_COLUMN]  # [warp, lane, 4]
         for n, (target, addend) in enumerate(zip(targets, c)):
             value = product[:, :, n].reshape(-1) + np.broadcast_to(addend, self.total)

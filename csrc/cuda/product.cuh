@@ -1,0 +1,101 @@
+// Products of matrices on tensor cores, as exact as in float32. A number is the sum of bfloat16
+// parts: one of a bfloat16, two of a float16, three of a float32 number. Products of parts that are
+// less than a rounding of the whole are left out.
+#pragma once
+
+#include "memory.cuh"
+
+namespace attn_ext {
+namespace cuda {
+
+inline int parts_of(DType dtype) {
+  return dtype == DType::kBFloat16 ? 1 : dtype == DType::kFloat16 ? 2 : 3;
+}
+
+// Parts of numbers that the kernel computes, beside rows of so many parts.
+template <int kParts>
+constexpr int kComputedParts = kParts < 2 ? 2 : kParts;
+
+template <int kParts>
+__device__ __forceinline__ void split(float low, float high, unsigned (&words)[kParts]) {
+#pragma unroll
+  for (int p = 0; p < kParts; ++p) {
+    words[p] = bfloat16_pair(low, high);
+    low -= __uint_as_float(words[p] << 16);
+    high -= __uint_as_float(words[p] & 0xffff0000u);
+  }
+}
+
+// Parts of columns [col, col + kGranule) of the row at `offset`, two to a word; 0 unless it exists.
+template <int kParts>
+__device__ __forceinline__ void load_parts(const Rows& rows, int64_t offset, int64_t col,
+                                           int64_t dim, bool exists,
+                                           unsigned (&words)[kParts][kGranule / 2]) {
+  float values[kGranule] = {};
+  if constexpr (kParts == 1) {  // as they are
+    if (exists && is_whole(rows, col, dim)) {
+      const uint4 raw = __ldg(reinterpret_cast<const uint4*>(
+          static_cast<const unsigned short*>(rows.data) + offset + col));
+      words[0][0] = raw.x;
+      words[0][1] = raw.y;
+      words[0][2] = raw.z;
+      words[0][3] = raw.w;
+      return;
+    }
+  }
+  if (exists) {
+    load_granule(rows, offset, col, dim, values);
+  }
+#pragma unroll
+  for (int n = 0; n < kGranule / 2; ++n) {
+    unsigned pair[kParts];
+    split(values[2 * n], values[2 * n + 1], pair);
+#pragma unroll
+    for (int p = 0; p < kParts; ++p) {
+      words[p][n] = pair[p];
+    }
+  }
+}
+
+// sums += a b of a warp, [16, 8] = [16, 16] [16, 8]. Lane 4 r + c has of a rows r, r + 8, r, r + 8
+// and columns 2 c, 2 c, 2 c + 8, 2 c + 8 and the next; of b the same rows of column r; of the sums
+// rows r, r, r + 8, r + 8 and columns 2 c, 2 c + 1, 2 c, 2 c + 1.
+__device__ __forceinline__ void multiply(const unsigned (&a)[4], const unsigned (&b)[2],
+                                         float (&sums)[4]) {
+#if defined(__CUDA_ARCH__)
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#elif defined(EMULATED_CUDA)
+  emulated_multiply(a, b, sums);
+#endif
+}
+
+// The same of numbers in parts, the least first.
+template <int kLeft, int kRight>
+__device__ __forceinline__ void multiply_parts(const unsigned (&a)[kLeft][4],
+                                               const unsigned (&b)[kRight][2], float (&sums)[4]) {
+  constexpr int kMost = kLeft > kRight ? kLeft : kRight;
+  float own[4] = {};
+#pragma unroll
+  for (int order = kMost - 1; order >= 0; --order) {
+#pragma unroll
+    for (int p = 0; p <= order; ++p) {
+      if (p < kLeft && order - p < kRight) {
+        // Tensor cores cut off what does not fit: of long sums in one direction.
+        multiply(a[p], b[order - p], kRight == 1 ? sums : own);
+      }
+    }
+  }
+  if constexpr (kRight > 1) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      sums[n] += own[n];
+    }
+  }
+}
+
+}  // namespace cuda
+}  // namespace attn_ext
