@@ -39,8 +39,8 @@ class GradientBlock {
                                  unit.query_count, item.col, item.cols, nullptr, scratch)),
         side_(key_side(*call.problem, sequence_, unit.head)),
         room_(tile_keys_, item.cols, scratch),
-        exact_key_(tile_keys_, item.cols, scratch),
-        exact_query_(unit.query_count, item.cols, scratch),
+        exact_keys_{{tile_keys_, item.cols, scratch}},
+        exact_queries_{{unit.query_count, item.cols, scratch}},
         dweight_total_(dweight),
         scratch_(scratch),
         informative_(queries_, steps_, nullptr, T(0), scratch) {
@@ -129,7 +129,7 @@ class GradientBlock {
 
   void run_tile(int64_t first, int64_t keys) {
     const KeyBlock<T> block = key_block<T>(side_, first, keys, item_.col, item_.cols, room_);
-    exact_keys_ready_ = false;
+    exact_keys_.ready = false;
     const T key_bound = largest_bound(block.bounds, keys);
     const bool informative = call_.problem->is_short || informative_(block.exponentials, keys);
     if (wants_keys()) {
@@ -173,8 +173,10 @@ class GradientBlock {
                    int64_t first, int64_t keys) {
     const bool factored = route == Route::kFactored;
     const GradientOperands<T> operands{
-        (factored ? queries_.exponentials : exact_queries()).from_row(i),
-        factored ? key_exponentials : exact_keys(first, keys),
+        (factored ? queries_.exponentials
+                  : exact_queries_.get(queries_.source, queries_.first, unit_.query_count, item_))
+            .from_row(i),
+        factored ? key_exponentials : exact_keys_.get(side_.key, first, keys, item_),
         scores_.at(i, first),
         scores_.ld,
         rows,
@@ -232,27 +234,21 @@ class GradientBlock {
 
   bool wants_keys() const { return call_.dkey.data != nullptr || call_.partial_dweight != nullptr; }
 
-  // The queries as they are, packed when first asked for.
-  Panel<T> exact_queries() {
-    const int64_t rows = unit_.query_count;
-    if (!exact_queries_ready_) {
-      pack<T, PackValues<T>>(queries_.source, queries_.first, rows, item_.col, item_.cols,
-                             exact_query_.data, kStep<T>, step_stride<T>(rows), nullptr,
-                             exact_query_.copy);
-      exact_queries_ready_ = true;
-    }
-    return {exact_query_.data, kStep<T>, step_stride<T>(rows)};
-  }
+  // Rows as they are, packed when first asked for.
+  struct ExactRows {
+    PanelRoom<T> room;
+    bool ready = false;
 
-  // The same for the tile's keys.
-  Panel<T> exact_keys(int64_t first, int64_t keys) {
-    if (!exact_keys_ready_) {
-      pack<T, PackValues<T>>(side_.key, first, keys, item_.col, item_.cols, exact_key_.data,
-                             kStep<T>, step_stride<T>(keys), nullptr, exact_key_.copy);
-      exact_keys_ready_ = true;
+    Panel<T> get(const RowSource& source, int64_t first, int64_t rows, const GradientItem& item) {
+      const Panel<T> panel{room.data, kStep<T>, step_stride<T>(rows)};
+      if (!ready) {
+        pack<T, PackValues<T>>(source, first, rows, item.col, item.cols, room.data, panel.row,
+                               panel.step, nullptr, room.copy);
+        ready = true;
+      }
+      return panel;
     }
-    return {exact_key_.data, kStep<T>, step_stride<T>(keys)};
-  }
+  };
 
   // Long sums of s t continue in double.
   void add_weights() {
@@ -326,8 +322,8 @@ class GradientBlock {
   const QueryBlock<T> queries_;
   const KeySide side_;
   const PanelRoom<T> room_;
-  const PanelRoom<T> exact_key_;
-  const PanelRoom<T> exact_query_;
+  ExactRows exact_keys_;
+  ExactRows exact_queries_;
   double* const dweight_total_;
   Scratch& scratch_;
   Informative<T> informative_;
@@ -339,8 +335,6 @@ class GradientBlock {
   T* row_;
   Shift* shifts_;
   int64_t weight_terms_ = 0;
-  bool exact_queries_ready_ = false;
-  bool exact_keys_ready_ = false;
 };
 
 // dquery of one unit from the partial sums over its ranges of keys, in the order of the keys.

@@ -26,13 +26,14 @@ std::vector<Isa> find_isas() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("fma")) {
-    result.push_back({"avx512", &avx512_kernels_float(), &avx512_kernels_double()});
+    result.push_back({"avx512", &avx512::kernel_table<float>(), &avx512::kernel_table<double>()});
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    result.push_back({"avx2", &avx2_kernels_float(), &avx2_kernels_double()});
+    result.push_back({"avx2", &avx2::kernel_table<float>(), &avx2::kernel_table<double>()});
   }
 #endif
-  result.push_back({"portable", &portable_kernels_float(), &portable_kernels_double()});
+  result.push_back(
+      {"portable", &portable::kernel_table<float>(), &portable::kernel_table<double>()});
   return result;
 }
 

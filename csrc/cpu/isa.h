@@ -20,13 +20,18 @@ void use_cpu_isa(const std::string& name);
 // reciprocal: AMD's does, in the time of two multiplications (Zen 4), Intel's takes that of ten.
 bool divides_quickly();
 
-#if defined(__x86_64__)
-const Kernels<float>& avx512_kernels_float();
-const Kernels<double>& avx512_kernels_double();
-const Kernels<float>& avx2_kernels_float();
-const Kernels<double>& avx2_kernels_double();
-#endif
-const Kernels<float>& portable_kernels_float();
-const Kernels<double>& portable_kernels_double();
+// Of kernels_impl.h.
+namespace avx512 {
+template <class T>
+const Kernels<T>& kernel_table();
+}
+namespace avx2 {
+template <class T>
+const Kernels<T>& kernel_table();
+}
+namespace portable {
+template <class T>
+const Kernels<T>& kernel_table();
+}
 
 }  // namespace attn_ext

@@ -26,11 +26,4 @@
 #else
 #pragma GCC pop_options
 #endif
-
-namespace attn_ext {
-
-const Kernels<float>& avx2_kernels_float() { return avx2::kKernels<float>; }
-const Kernels<double>& avx2_kernels_double() { return avx2::kKernels<double>; }
-
-}  // namespace attn_ext
 #endif

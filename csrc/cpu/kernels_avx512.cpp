@@ -27,11 +27,4 @@
 #else
 #pragma GCC pop_options
 #endif
-
-namespace attn_ext {
-
-const Kernels<float>& avx512_kernels_float() { return avx512::kKernels<float>; }
-const Kernels<double>& avx512_kernels_double() { return avx512::kKernels<double>; }
-
-}  // namespace attn_ext
 #endif

@@ -53,5 +53,13 @@ constexpr Kernels<T> kKernels = {
     gradient_item<T>, query_merge<T>,   prepare_rows<T>,
 };
 
+template <class T>
+const Kernels<T>& kernel_table() {
+  return kKernels<T>;
+}
+
+template const Kernels<float>& kernel_table();
+template const Kernels<double>& kernel_table();
+
 }  // namespace ATTN_EXT_ISA
 }  // namespace attn_ext

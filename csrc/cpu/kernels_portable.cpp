@@ -10,10 +10,3 @@
 #define ATTN_EXT_VECTOR_BYTES 16
 
 #include "kernels_impl.h"
-
-namespace attn_ext {
-
-const Kernels<float>& portable_kernels_float() { return portable::kKernels<float>; }
-const Kernels<double>& portable_kernels_double() { return portable::kKernels<double>; }
-
-}  // namespace attn_ext
