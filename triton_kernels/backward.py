@@ -24,15 +24,9 @@ SIZES = [
     "max_seqlen_k",
     "query_tiles",
     "sequences",
-    "threshold",
-]
-# They follow the longest sequences, and what autograd made of the gradient.
-PAIR_STRIDES = [
-    f"stride_{pair}"
-    for pair in (
-        *(f"score_{axis}" for axis in ("query_row", "key_row", "query", "key", "head")),
-        *(f"dweight_{axis}" for axis in ("b", "key_row", "query", "key", "head")),
-    )
+    "score_columns",
+    "dweight_rows",
+    "dweight_columns",
 ]
 
 
@@ -118,22 +112,20 @@ def value_sums(pairs, weights, query, d, DV: tl.constexpr):
     return weighted_sum(weights, tl.load(pairs.dcontext_ptr + places, mask=mask, other=0.0))
 
 
-@triton.jit(do_not_specialize=SIZES + PAIR_STRIDES)
+@triton.jit(do_not_specialize=SIZES)
 def additive_attention_bwd_scores_kernel(
-    value_ptr,
-    dcontext_ptr,
-    dweights_ptr,
-    stats_ptr,
-    scores_ptr,
+    value,  # :class:`rows.Rows`
+    dcontext,  # the same, or None
+    dweights_ptr,  # [batch, H, dweight_rows, dweight_columns], or None
+    stats_ptr,  # [all queries, H, 2], (max, sum), or None
+    scores_ptr,  # [all queries, H, score_columns], or without columns [max_q, all keys, H]
     dproducts_ptr,
-    dscores_ptr,
-    dvalue_ptr,
+    dscores_ptr,  # [all queries, H, stride_dscores], or None
+    dvalue_ptr,  # [all keys, H, DV], or None
     order_ptr,
     cu_q_ptr,
-    cu_k_ptr,
-    key_lengths_ptr,
-    padding_mask_ptr,
-    seed_ptr,
+    key_side,  # :class:`rows.KeySide`
+    dropout,  # :class:`rows.Dropout`, or None
     batch,
     rows_q,
     rows_k,
@@ -141,24 +133,9 @@ def additive_attention_bwd_scores_kernel(
     max_seqlen_k,
     query_tiles,
     sequences,
-    threshold,
-    dropout_scale,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_cb,
-    stride_ct,
-    stride_ch,
-    stride_score_query_row,
-    stride_score_key_row,
-    stride_score_query,
-    stride_score_key,
-    stride_score_head,
-    stride_dweight_b,
-    stride_dweight_key_row,
-    stride_dweight_query,
-    stride_dweight_key,
-    stride_dweight_head,
+    score_columns,
+    dweight_rows,
+    dweight_columns,
     stride_dscores,
     H: tl.constexpr,
     DV: tl.constexpr,
@@ -173,15 +150,16 @@ def additive_attention_bwd_scores_kernel(
     The first ``query_tiles`` programs do the former, the others the latter, over SEGMENT_Q queries
     at a time, with SINGLE_Q all of a sequence. Score gradients go to [rows, H, stride_dscores], for
     all keys of whole tiles of BLOCK_K, 0 where not attended. ``dproducts`` is the same memory as
-    float32, where ``g`` is until a query's sum is known. Scores and ``dweights`` are addressed as
-    in ``additive_attention_weights_kernel``. Without ``stats`` the gradients of scores are
-    ``dweights``, or ``scores`` are the weights after dropout. ``order`` is for the gradient pass:
-    the sequences, those with most pairs first.
+    float32, where ``g`` is until a query's sum is known. Without ``stats`` the gradients of scores
+    are ``dweights``, or ``scores`` are the weights after dropout. ``order`` is for the gradient
+    pass: the sequences, those with most pairs first.
     """
     rows_q = rows_q.to(tl.int64)
     rows_k = rows_k.to(tl.int64)
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
+    cu_k_ptr = key_side.cu_ptr
+    key_lengths_ptr = key_side.lengths_ptr
     if tile < query_tiles:
         sequence, first = find_tile(cu_q_ptr, tile, batch, rows_q, BLOCK_Q)
         if order_ptr is not None:
@@ -209,26 +187,43 @@ def additive_attention_bwd_scores_kernel(
     row = place * rows_q + start
     key_row = key_place * rows_k + key_start
     scores_item = scores_ptr
-    if scores_ptr is not None:
-        scores_item += row * stride_score_query_row + key_row * stride_score_key_row
-        scores_item += head * stride_score_head
-    dcontext_item = dcontext_ptr
-    if dcontext_ptr is not None:
-        dcontext_item += place * stride_cb + start * stride_ct + head * stride_ch
+    stride_query = 0
+    stride_key = 0
+    if score_columns is not None:
+        scores_item += (row * H + head) * score_columns
+        stride_query = score_columns * H
+        stride_key = 1
+    elif scores_ptr is not None:
+        scores_item += key_row * H + head
+        stride_query = rows_k * H
+        if cu_k_ptr is None:
+            stride_query *= batch
+        stride_key = H
+    dcontext_item = None
+    stride_ct = 0
+    if dcontext is not None:
+        stride_ct = dcontext.by_row
+        dcontext_item = dcontext.ptr + place * dcontext.by_place + start * stride_ct
+        dcontext_item += head * dcontext.by_head
+    if dropout is None:
+        weight_dropout = WeightDropout(None, 0, 1.0, sequence, head)
+    else:
+        threshold = tl.cast(dropout.threshold, tl.int32)
+        weight_dropout = WeightDropout(dropout.seed_ptr, threshold, dropout.scale, sequence, head)
     pairs = Pairs(
         length_q,
         length,
-        padding_mask_ptr,
+        key_side.mask_ptr,
         key_place,
         rows_k,
         scores_item,
-        stride_score_query,
-        stride_score_key,
+        stride_query,
+        stride_key,
         None if stats_ptr is None else stats_ptr + (row * H + head) * 2,
         H * 2,
         dcontext_item,
         stride_ct,
-        WeightDropout(seed_ptr, threshold, dropout_scale, sequence, head),
+        weight_dropout,
     )
     if dscores_ptr is not None:
         if tile < query_tiles:
@@ -236,8 +231,8 @@ def additive_attention_bwd_scores_kernel(
             are_queries = (query < length_q)[:, None]
             column = tl.arange(0, BLOCK_K).to(tl.int64)
             query_row = (((row + query) * H + head) * stride_dscores)[:, None]
-            value_item = value_ptr + key_place * stride_vb + key_start * stride_vt
-            value_item += head * stride_vh
+            value_item = value.ptr + key_place * value.by_place + key_start * value.by_row
+            value_item += head * value.by_head
             keys = tl.where(first < length_q, length, 0)
             delta = tl.zeros((BLOCK_Q,), tl.float32)
             sum_of_weights = tl.zeros((BLOCK_Q,), tl.float32)
@@ -245,19 +240,15 @@ def additive_attention_bwd_scores_kernel(
                 key = begin + column
                 attended = attended_of(pairs, key)
                 gradient = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
-                if dcontext_ptr is not None:
+                if dcontext is not None:
                     gradient += context_products(
-                        pairs, value_item, stride_vt, query, key, attended, DV, BLOCK_DV
+                        pairs, value_item, value.by_row, query, key, attended, DV, BLOCK_DV
                     )
                 if dweights_ptr is not None:
                     mask = (query < tl.minimum(length_q, max_seqlen_q))[:, None]
+                    dweight_row = (sequence.to(tl.int64) * H + head) * dweight_rows + query
                     gradient += tl.load(
-                        dweights_ptr
-                        + sequence.to(tl.int64) * stride_dweight_b
-                        + key_row * stride_dweight_key_row
-                        + head * stride_dweight_head
-                        + query[:, None] * stride_dweight_query
-                        + key[None, :] * stride_dweight_key,
+                        dweights_ptr + dweight_row[:, None] * dweight_columns + key[None, :],
                         mask=mask & attended[None, :],
                         other=0.0,
                     ).to(tl.float32)

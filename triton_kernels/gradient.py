@@ -79,9 +79,9 @@ def store_zeros(ptr, begin, end, pair, options):
 def side_of(given, lengths_ptr, mask_ptr, sequence, head, batch, ARE_KEYS: tl.constexpr):
     """A sequence's :class:`Side`, its first row among all, and how many rows it has.
 
-    ``given``: the side's pointer, its strides, offsets, rows, and the most of a sequence.
+    ``given``: the side's :class:`rows.Rows`, offsets, rows, and the most of a sequence.
     """
-    ptr, stride_b, stride_t, stride_h, cu_ptr, rows, most = given
+    tensor, cu_ptr, rows, most = given
     place, start, extent = sequence_rows(cu_ptr, sequence, batch, rows)
     attended = tl.minimum(extent, most)
     if ARE_KEYS:
@@ -90,30 +90,24 @@ def side_of(given, lengths_ptr, mask_ptr, sequence, head, batch, ARE_KEYS: tl.co
         mask_ptr += place * rows
     else:
         mask_ptr = None
-    ptr += place * stride_b + start * stride_t + head * stride_h
-    return Side(ptr, stride_t, mask_ptr, attended.to(tl.int32)), place * rows + start, extent
+    ptr = tensor.ptr + place * tensor.by_place + start * tensor.by_row + head * tensor.by_head
+    return Side(ptr, tensor.by_row, mask_ptr, attended.to(tl.int32)), place * rows + start, extent
 
 
 @triton.jit(do_not_specialize=SIZES)
 def additive_attention_grad_kernel(
-    row_ptr,
+    row,  # :class:`rows.Rows`
     cu_row_ptr,
     rows_r,
     max_rows,
     stride_score_row_start,
     stride_score_row,
-    stride_rb,
-    stride_rt,
-    stride_rh,
-    col_ptr,
+    col,  # the same of the other side
     cu_col_ptr,
     rows_c,
     max_columns,
     stride_score_col_start,
     stride_score_col,
-    stride_cb,
-    stride_ct,
-    stride_ch,
     score_weight_ptr,
     stride_wh,
     dscores_ptr,
@@ -155,7 +149,7 @@ def additive_attention_grad_kernel(
     rows_c = rows_c.to(tl.int64)
     BLOCK_ROWS: tl.constexpr = ROW_TILES * TILE_ROWS
     CHUNKS: tl.constexpr = (HALF + BLOCK_D - 1) // BLOCK_D
-    REFINE: tl.constexpr = row_ptr.dtype.element_ty == tl.float32
+    REFINE: tl.constexpr = row.ptr.dtype.element_ty == tl.float32
     PACKED: tl.constexpr = (
         USE_PTX and CONTIGUOUS_SCORES and dscores_ptr.dtype.element_ty == tl.bfloat16
     )
@@ -186,11 +180,11 @@ def additive_attention_grad_kernel(
             begin_row = rows_r * 0
         else:
             sequence, begin_row = find_tile(cu_row_ptr, unit, batch, rows_r, BLOCK_ROWS)
-        given = row_ptr, stride_rb, stride_rt, stride_rh, cu_row_ptr, rows_r, max_rows
+        given = row, cu_row_ptr, rows_r, max_rows
         rows, row_number, extent = side_of(
             given, key_lengths_ptr, padding_mask_ptr, sequence, head, batch, ROWS_ARE_KEYS
         )
-        given = col_ptr, stride_cb, stride_ct, stride_ch, cu_col_ptr, rows_c, max_columns
+        given = col, cu_col_ptr, rows_c, max_columns
         cols, col_number, all_columns = side_of(
             given, key_lengths_ptr, padding_mask_ptr, sequence, head, batch, not ROWS_ARE_KEYS
         )

@@ -9,11 +9,12 @@ from torch import Tensor
 from . import configurations
 from .backward import additive_attention_bwd_scores_kernel
 from .gradient import TILE_ROWS, additive_attention_grad_kernel
-from .launch_forward import pair_strides, score_pairs
+from .launch_forward import score_pairs
 from .problem import (
     GRAD_KEY,
     RAW,
     Problem,
+    as_rows,
     check_workspace,
     describe,
     half_of,
@@ -21,9 +22,7 @@ from .problem import (
     on_device,
     processors,
     rows_of,
-    strides_of,
     uses_ptx,
-    weight_strides,
 )
 from .step import step_gradients
 from .sums import sum_parts
@@ -33,14 +32,22 @@ from .sums import sum_parts
 class PairTensor:
     """Numbers of (query, key) pairs: scores and weights of float32, or score gradients.
 
-    ``strides`` are of (sequence's first query row, first key row, query, key, head). ``is_padded``:
-    what is past a sequence's last key is there, and 0. ``order`` is of :func:`rows.write_order`.
+    They are [all queries, H, columns], or without columns [longest sequence, all keys, H].
+    ``is_padded``: what is past a sequence's last key is there, and 0. ``order`` is of
+    :func:`rows.write_order`.
     """
 
     data: Tensor
-    strides: tuple[int, int, int, int, int]
+    columns: int | None
     is_padded: bool = False
     order: Tensor | None = None
+
+    def strides(self, problem: Problem) -> tuple[int, int, int, int, int]:
+        """Of a sequence's first query row, its first key row, a query, a key and a head."""
+        heads, columns = problem.heads, self.columns
+        if columns is None:
+            return 0, heads, problem.all_rows_k * heads, heads, 1
+        return heads * columns, 0, heads * columns, 1, columns
 
 
 def additive_attention_backward(
@@ -88,7 +95,7 @@ def additive_attention_backward(
         return _or_empty([g if g is None else g.zero_() for g in gradients], inputs)
     dquery, dkey, dvalue, dscore_weight = gradients
     rows = tuple(rows_of(tensor) for tensor in (query, key, weighted, score_weight))
-    incoming = None if dcontext is None else rows_of(dcontext), dweights, weights_layout
+    incoming = dcontext, dweights, weights_layout
     softmax = None if raw else stats.contiguous()
     with on_device(query):
         if problem.is_one_step:
@@ -104,7 +111,7 @@ def additive_attention_backward(
             if scores.numel() == 0:
                 scores = score_pairs(problem, rows)
             # vmap hands over one call's scores for all, by a stride of 0.
-            pairs = PairTensor(scores.contiguous(), pair_strides(problem, scores.size(-1)))
+            pairs = PairTensor(scores.contiguous(), scores.size(-1))
         dscores = _score_gradients(problem, rows, incoming, softmax, pairs, dvalue, wants_scores)
         if wants_scores and is_whole(problem):
             _gradient_pass(problem, dscores, rows, True, True, dkey, dquery, dscore_weight)
@@ -139,7 +146,9 @@ def _score_gradients(
     Without ``stats`` those come in as gradients of weights, and ``scores`` are the weights.
     """
     query, _, value, _ = inputs
-    dcontext, dweights, weights_layout = incoming
+    dcontext, dweights, _ = incoming
+    if dweights is not None:
+        dweights = dweights.contiguous()
     heads = problem.heads
     tiles = configurations.pair_tiles(value.dtype)
     columns = triton.cdiv(problem.max_k, tiles.keys) * tiles.keys  # whole tiles of keys
@@ -160,8 +169,8 @@ def _score_gradients(
     key_tiles = problem.tiles("k", tiles.keys) if dvalue is not None else 0
     segment, single = configurations.query_segment(problem.max_q)
     additive_attention_bwd_scores_kernel[(query_tiles + key_tiles, heads)](
-        value,
-        dcontext,
+        as_rows(value, problem.cu_k),
+        as_rows(dcontext, problem.cu_q),
         dweights,
         stats,
         None if scores is None else scores.data,
@@ -170,8 +179,8 @@ def _score_gradients(
         dvalue,
         order,
         problem.cu_q,
-        *problem.key_side(),
-        problem.seed,
+        problem.key_side(),
+        problem.weight_dropout(),
         problem.batch,
         problem.rows_q,
         problem.rows_k,
@@ -179,11 +188,8 @@ def _score_gradients(
         problem.max_k,
         query_tiles,
         problem.sequences(),
-        *problem.dropout(),
-        *strides_of(value, problem.cu_k),
-        *(strides_of(dcontext, problem.cu_q) if dcontext is not None else (0, 0, 0)),
-        *((0,) * 5 if scores is None else scores.strides),
-        *(weight_strides(dweights, weights_layout) if dweights is not None else (0,) * 5),
+        None if scores is None else scores.columns,
+        *((None, None) if dweights is None else dweights.shape[2:]),
         columns,
         H=heads,
         DV=problem.value_dim,
@@ -196,7 +202,7 @@ def _score_gradients(
     )
     if dscores is None:
         return None
-    return PairTensor(dscores, pair_strides(problem, dscores.size(-1)), True, order)
+    return PairTensor(dscores, dscores.size(-1), True, order)
 
 
 def is_whole(problem: Problem) -> bool:
@@ -221,10 +227,11 @@ def _gradient_pass(
     pairs = configurations.gradient_pairs(half)
     warps = pairs // 32
     row_tiles = configurations.GRADIENT_ROW_TILES
-    query_start, key_start, by_query, by_key, by_head = dscores.strides
+    query_start, key_start, by_query, by_key, by_head = dscores.strides(problem)
+    cu_q, cu_k = problem.cu_q, problem.cu_k
     sides = (
-        (query, problem.cu_q, problem.rows_q, problem.max_q, query_start, by_query),
-        (key, problem.cu_k, problem.rows_k, problem.max_k, key_start, by_key),
+        (as_rows(query, cu_q), cu_q, problem.rows_q, problem.max_q, query_start, by_query),
+        (as_rows(key, cu_k), cu_k, problem.rows_k, problem.max_k, key_start, by_key),
     )
     row_side, col_side = reversed(sides) if rows_are_keys else sides
     if whole_sequences:
@@ -243,9 +250,7 @@ def _gradient_pass(
         partial = query.new_empty((units, heads, problem.dim), dtype=torch.float32)
     additive_attention_grad_kernel[(programs,)](
         *row_side,
-        *strides_of(*row_side[:2]),
         *col_side,
-        *strides_of(*col_side[:2]),
         score_weight,
         score_weight.stride(0),
         dscores.data,
@@ -298,7 +303,7 @@ def additive_attention_memory_backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All steps of a sequence are the queries of one pass: step i of sequence b is row (i, b)."""
-    steps, batch, heads = query.shape[:3]
+    steps = query.size(0)
     by_sequence = query.transpose(0, 1)  # [B, steps, H, D]
     problem = describe(
         by_sequence,
@@ -320,9 +325,8 @@ def additive_attention_memory_backward(
         return _or_empty([g if g is None else g.zero_() for g in gradients], inputs)
     dkey, dvalue, dscore_weight = gradients
     rows = tuple(rows_of(tensor) for tensor in (by_sequence, *inputs))
-    strides = (0, heads, problem.all_rows_k * heads, heads, 1)
-    weights, dscores = (PairTensor(t.contiguous(), strides) for t in (weights, dscores))
-    incoming = rows_of(dcontext.transpose(0, 1)), None, 0
+    weights, dscores = (PairTensor(t.contiguous(), None) for t in (weights, dscores))
+    incoming = dcontext.transpose(0, 1), None, 0
     with on_device(query):
         if dvalue is not None:
             _score_gradients(problem, rows, incoming, None, weights, dvalue, False)

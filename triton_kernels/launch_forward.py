@@ -111,12 +111,6 @@ def additive_attention_forward(
     return context, weights, stats, kept
 
 
-def pair_strides(problem: Problem, columns: int) -> tuple[int, int, int, int, int]:
-    """Of scores [rows, H, columns] at (first query row, first key row, query, key, head)."""
-    by_query = problem.heads * columns
-    return by_query, 0, by_query, 1, columns
-
-
 def _room_for_scores(problem: Problem, query: Tensor) -> Tensor:
     shape = (problem.all_rows_q, problem.heads, problem.max_k)
     check_workspace(problem, math.prod(shape))

@@ -202,13 +202,6 @@ def half_of(dim: int) -> int:
     return triton.cdiv(dim, 2)
 
 
-def weight_strides(weights: Tensor, layout: int) -> tuple[int, int, int, int, int]:
-    """Of a weight at (sequence, first key row, query, key, head)."""
-    if layout == JAGGED_WEIGHTS:
-        return 0, weights.stride(0), 0, weights.stride(0), weights.stride(1)
-    return weights.stride(0), 0, weights.stride(2), weights.stride(3), weights.stride(1)
-
-
 def is_constant(problem: Problem, dweights: Tensor | None) -> bool:
     """Whether no result whose gradient came in depends on any input."""
     no_context = problem.value_dim == 0 and dweights is None
