@@ -669,6 +669,22 @@ CPU = [
         "The context of more than 512 keys is wrong.",
     ),
     Defect(
+        "cpu-values-added",
+        "csrc/cpu/forward.h",
+        "    sums.adds = true;",
+        "    sums.adds = false;",
+        "tests/test_additive_attention.py::test_sizes",
+        "The context of more than 64 keys is that of the last ones.",
+    ),
+    Defect(
+        "cpu-gradient-last-query",
+        "csrc/cpu/gradient_tiles.h",
+        "i + 1 < rows",
+        "false",
+        "tests/test_additive_attention.py::test_sizes",
+        "An even number of queries has no gradient through the last one.",
+    ),
+    Defect(
         "cpu-merge-rescale",
         "csrc/cpu/forward.h",
         "total += scale * stats[1];",
