@@ -243,6 +243,16 @@ DAMAGE = {
         "st.global.u32 [%rd5], %r8; ld.global.u32 %r8, [%rd2];",
         "RACE: read of another warp's write",
     ),
+    "non_coherent_after": (
+        "st.global.u32 [%rd5], %r8;",
+        "st.global.u32 [%rd5], %r8; ld.global.nc.u32 %r8, [%rd5];",
+        "non-coherent read of what the launch writes",
+    ),
+    "non_coherent_before": (
+        "st.global.u32 [%rd5], %r8;",
+        "ld.global.nc.u32 %r9, [%rd5]; st.global.u32 [%rd5], %r8;",
+        "non-coherent read of what the launch writes",
+    ),
     "source": ("[%rd4], 4", "[%rd5], 4", "global load OUT OF BOUNDS"),
     "unwritten": ("add.s64 %rd4, %rd1", "add.s64 %rd4, %rd2", "global load of unwritten bytes"),
     "branch": ("%r1, 64", "%r1, 63", "threads of a block branch apart"),

@@ -115,17 +115,6 @@ __device__ __forceinline__ void weigh(const Shared& shared, int col, float (&val
   }
 }
 
-__device__ __forceinline__ void add_granule(const float* source, float (&values)[kGranule]) {
-#pragma unroll
-  for (int f = 0; f < kGranule; f += 4) {
-    const float4 four = *reinterpret_cast<const float4*>(source + f);
-    values[f] += four.x;
-    values[f + 1] += four.y;
-    values[f + 2] += four.z;
-    values[f + 3] += four.w;
-  }
-}
-
 // Adds the warps' shares of dkey, in their order, to what earlier tiles of queries left.
 __device__ inline void write_keys(const Unit& unit, int key, int keys, const LaneTile& tile,
                                   Shared& shared) {
@@ -146,7 +135,7 @@ __device__ inline void write_keys(const Unit& unit, int key, int keys, const Lan
   float sums[kGranule] = {};
   if (!unit.first) {
     const int64_t at = key_offset(call.dkey_sums, unit.span, unit.head, key + j);
-    load_granule(call.dkey_sums, at, unit.col + col, dim, sums);
+    add_sums(call.dkey_sums, at, unit.col + col, dim, sums);
   }
 #pragma unroll
   for (int warp = 0; warp < kWarps; ++warp) {

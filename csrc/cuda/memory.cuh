@@ -101,6 +101,32 @@ __device__ __forceinline__ void load_granule(const Rows& rows, int64_t offset, i
   }
 }
 
+__device__ __forceinline__ void add_granule(const float* source, float (&values)[kGranule]) {
+#pragma unroll
+  for (int f = 0; f < kGranule; f += 4) {
+    const float4 four = *reinterpret_cast<const float4*>(source + f);
+    values[f] += four.x;
+    values[f + 1] += four.y;
+    values[f + 2] += four.z;
+    values[f + 3] += four.w;
+  }
+}
+
+// Adds columns [col, col + kGranule) of a row of float32 sums, without gaps, that the same kernel
+// writes: not by __ldg, which may only read what no thread writes meanwhile.
+__device__ __forceinline__ void add_sums(const Rows& sums, int64_t offset, int64_t col, int64_t dim,
+                                         float (&values)[kGranule]) {
+  const float* source = static_cast<const float*>(sums.data) + offset + col;
+  if (is_whole(sums, col, dim)) {
+    add_granule(source, values);
+    return;
+  }
+#pragma unroll
+  for (int n = 0; n < kGranule; ++n) {
+    values[n] += col + n < dim ? source[n] : 0.0f;
+  }
+}
+
 // The same granule of several rows, whose loads are all under way before the first is used.
 template <int kRows>
 __device__ __forceinline__ void load_granules(const Rows& rows, const int64_t (&offsets)[kRows],

@@ -179,12 +179,7 @@ __device__ __forceinline__ void gather(const Part& part, int64_t out, int row, i
   const WeightedCall& call = part.call;
   const int64_t dim = call.problem.value_dim;
   if (part.span.first_query > 0) {
-    float before[kGranule];
-    load_granule(call.sums, key_offset(call.sums, part.span, part.head, row), col, dim, before);
-#pragma unroll
-    for (int t = 0; t < kGranule; ++t) {
-      values[t] += before[t];
-    }
+    add_sums(call.sums, key_offset(call.sums, part.span, part.head, row), col, dim, values);
   }
   if (part.span.has_last_query) {
     store_granule(call.out, out, col, dim, values);

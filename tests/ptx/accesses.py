@@ -80,13 +80,13 @@ class Accesses:
 
     # ---- Global, shared and local memory ----
 
-    def load_global(self, addresses, unit: int, count: int, m, site: str):
+    def load_global(self, addresses, unit: int, count: int, m, site: str, read_only=False):
         threads = self.chosen(m)
         if not threads.size:
             return None
         addresses = addresses[threads]
         self._note("global", addresses, threads, unit * count, "loads")
-        return self.memory.load(addresses, unit, count, site, self._who(threads))
+        return self.memory.load(addresses, unit, count, site, self._who(threads), read_only)
 
     def store_global(self, addresses, unit: int, values, m, site: str) -> None:
         threads = self.chosen(m)

@@ -52,7 +52,9 @@ class MemoryAndWarps(Operands):
             return self._load_parameter(out, args[1], kind, unit)
         where = self.address(args[1], space)
         signed = kind[0] == "s"
-        lines = [f"t=load_{space}({where},{unit},{count},{{M}},{self.site})", "if t is not None:"]
+        more = ",True" if "nc" in mods else ""
+        lines = [f"t=load_{space}({where},{unit},{count},{{M}},{self.site}{more})"]
+        lines.append("if t is not None:")
         lines += [
             f"    spread({self.target(o, kind)},t[:,{n}],{signed},{{M}})"
             for n, o in enumerate(out)

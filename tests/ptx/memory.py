@@ -127,11 +127,17 @@ class GlobalMemory:
         return allocation.watch
 
     def load(
-        self, addresses: np.ndarray, unit: int, count: int, site: str, who: Who | None = None
+        self,
+        addresses: np.ndarray,
+        unit: int,
+        count: int,
+        site: str,
+        who: Who | None = None,
+        read_only: bool = False,
     ) -> np.ndarray:
         """[threads, count] units of so many bytes; POISON where there is nothing.
 
-        ``who`` reads, if races are looked for.
+        ``who`` reads, if races are looked for; ``read_only``: what nobody may write meanwhile.
         """
         out = np.empty((addresses.size, count), UNSIGNED[unit])
         out.view(np.uint8).fill(POISON)
@@ -147,7 +153,7 @@ class GlobalMemory:
             if watch := self._watch(allocation, who, False):
                 reader = who if chosen is None else Who(*(column[chosen] for column in who))
                 bytes_ = offsets[:, None] + np.arange(unit * count)
-                watch.note_read(bytes_, reader, site)
+                watch.note_read(bytes_, reader, site, read_only)
             index = (offsets // unit)[:, None] + np.arange(count)
             out[slice(None) if chosen is None else chosen] = allocation.view(unit)[index]
         return out

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 NOBODY, SEVERAL = -1, -2  # in place of a block's number
+NON_COHERENT = "non-coherent read of what the launch writes"  # which PTX leaves undefined
 
 
 class Who(NamedTuple):
@@ -56,15 +57,19 @@ class RaceWatch:
             np.empty(size, np.int32) for _ in range(5)
         )
         self.read_warps = np.zeros(size, np.uint32)  # a bit for each warp of the block
+        self.read_only = np.zeros(size, bool)  # by a non-coherent load
         self.read_thread = np.empty(size, np.int32) if any_thread else None
 
     def _add(self, kind: str, site: str, bad: np.ndarray) -> None:
         if bad.any():
             self.report.add(kind, site, bad.any(1).sum())
 
-    def note_read(self, bytes_: np.ndarray, who: Who, site: str) -> None:
+    def note_read(self, bytes_: np.ndarray, who: Who, site: str, read_only: bool = False) -> None:
         """``bytes_`` [threads, bytes]: of an access by each thread."""
         writer = self.write_block[bytes_]
+        if read_only:
+            self.read_only[bytes_] = True
+            self._add(NON_COHERENT, site, writer != NOBODY)
         if (writer != NOBODY).any():
             others = (writer != NOBODY) & (writer != who.block)
             self._add("RACE: read of another block's write", site, others)
@@ -95,6 +100,7 @@ class RaceWatch:
 
     def note_write(self, bytes_: np.ndarray, who: Who, same, site: str) -> None:
         """``same``: where bytes have the written value already, which is no race of writers."""
+        self._add(NON_COHERENT, site, self.read_only[bytes_])
         writer = self.write_block[bytes_]
         if (writer != NOBODY).any():
             others = (writer != NOBODY) & (writer != who.block)
