@@ -10,12 +10,11 @@ torch.compile all but the tanh of its forward pass. It is to be held against wha
 """
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from attn_ext.triton_kernels import configurations, gradient
+from attn_ext.triton_kernels import configurations, gradient, scores
 
 from . import static, static_cases, tanh_yardstick
 from .floors import floor
@@ -25,9 +24,9 @@ from .workloads import WORKLOADS, Workload
 LANES = 128  # that a multiprocessor issues for in a clock
 TABLE = ("at-once", "gnmt-384", "step", "one-long-512", "skewed-512")
 DECODER = "step-decoder"
-# Of a score tile: whole ones, and halves where they are enough.
-QUERIES = (configurations.SCORES.queries, configurations.SCORES.queries // 2)
-KEYS = (configurations.SCORES.keys, configurations.SCORES.keys // 2)
+TILE = configurations.SCORES.queries, configurations.SCORES.keys
+GROUP = scores.GROUP.value  # rows that a score tile has more or less of
+PAIRED = 3.5  # issue slots an element of what a score tile leaves out for absent rows
 ROWS = gradient.TILE_ROWS.value  # keys that the gradient pass takes at least
 
 
@@ -51,21 +50,20 @@ def tile_slots(launch: tuple, regime: str) -> list[float]:
     return [e.slots for e in sorted(found, key=lambda e: e.mufu)]
 
 
-def parts(length: int, sizes: Sequence[int]) -> list[int]:
-    """The tiles of a side: whole ones, and for the rest the smallest that holds it."""
-    whole, rest = divmod(length, sizes[0])
-    return [sizes[0]] * whole + ([min(size for size in sizes if size >= rest)] if rest else [])
+def parts(length: int, size: int) -> list[int]:
+    """The rows of each tile of a side, in whole groups."""
+    whole, rest = divmod(length, size)
+    return [size] * whole + ([-(-rest // GROUP) * GROUP] if rest else [])
 
 
-def score_slots(workload: Workload, slots: Sequence[float]) -> float:
-    """Issue slots of all scores; ``slots``: of a whole tile, two kinds of half one, a quarter."""
-    by_area = {0: slots[0], 1: sum(slots[1:3]) / 2, 2: slots[3]}
+def score_slots(workload: Workload, slots: float) -> float:
+    """Issue slots of all scores; ``slots``: an element of a whole tile."""
     total = 0.0
     for queries, keys in zip(workload.query_lengths, workload.key_lengths, strict=True):
-        for tile_q in parts(queries, QUERIES):
-            for tile_k in parts(keys, KEYS):
-                halved = (tile_q < QUERIES[0]) + (tile_k < KEYS[0])
-                total += tile_q * tile_k * by_area[halved]
+        for tile_q in parts(queries, TILE[0]):
+            for tile_k in parts(keys, TILE[1]):
+                whole = TILE[0] * TILE[1]
+                total += whole * slots - (whole - tile_q * tile_k) * PAIRED
     return total * workload.dim
 
 
@@ -98,10 +96,10 @@ def main() -> None:
     forward, backward, _ = static_cases.launches_of(torch.bfloat16, 1024, 75, 75)
     launches = {launch[0].__name__: launch for launch in forward + backward}
 
-    scores = tile_slots(launches["additive_attention_fwd_kernel"], "all")
+    forwards = tile_slots(launches["additive_attention_fwd_kernel"], "all")
     gradients = tile_slots(launches["additive_attention_grad_kernel"], "all")
     tanh = tanh_slots()
-    tiles = {"forward": scores, "gradients": gradients, "tanh": [tanh]}
+    tiles = {"forward": forwards, "gradients": gradients, "tanh": [tanh]}
     for name, found in tiles.items():
         print(f"{name}: slots an element by tile:", ", ".join(f"{n:.2f}" for n in found))
     clocks = options.processors * options.clock * 1e9
@@ -116,7 +114,7 @@ def main() -> None:
             text = f"{workload.name} {mode}: floor {bound.seconds * 1e3:.3f} ms ({bound.bound_by})"
             if not workload.one_query:
                 if mode == "forward":
-                    issued = score_slots(workload, scores)
+                    issued = score_slots(workload, min(forwards))
                 else:
                     issued = gradient_slots(workload, min(gradients))
                 text += f", predicted {issued / (LANES * clocks) * 1e3:.3f} ms"

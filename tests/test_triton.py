@@ -223,9 +223,9 @@ def test_a_workspace_of_all_pairs_of_rows_is_refused(monkeypatch: pytest.MonkeyP
 
 
 def test_large_numbers_among_the_second_features_of_pairs():
-    """Features d and d + half are read together; the magnitudes of both choose the route."""
+    """Features d and d + 1 are a pair; the magnitudes of both choose the route."""
     inputs = make_inputs("padded", features=40)
-    inputs.leaves["query"][..., 30] *= 60
+    inputs.leaves["query"][..., 31] *= 60
     check(inputs, "triton")
 
 
