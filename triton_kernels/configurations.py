@@ -29,7 +29,7 @@ class Tiles:
 SCORES = Tiles(warps=4, queries=32, keys=32, features=16, value_features=256, registers=168)
 # Of half as many queries where there are too few of those tiles to give each multiprocessor
 # several: one that takes twice the mean time would have all wait.
-SCORES_FEW = replace(SCORES, queries=16)
+SCORES_FEW = replace(SCORES, queries=16, features=32)
 SCORE_COLUMNS = 32  # keys whose weights meet their values together
 # Of the gradients of scores, and of values: matrix products. Those of float32 go through
 # multiply-adds and need the registers themselves.
