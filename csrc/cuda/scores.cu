@@ -229,9 +229,10 @@ __device__ __forceinline__ void add_scores(const TileRows& tile, const WeightFac
   const int shares = smaller(kThreads / squares, kQuads);
   const int share = threadIdx.x / squares;
   const int square = threadIdx.x % squares;
-  // Those of threads without a share are none.
-  const int begin = smaller(share, shares) * kQuads / shares * 4;
-  const int end = smaller(share + 1, shares) * kQuads / shares * 4;
+  // The first shares have a quad more where they cannot all have as many, so that few warps do.
+  const int more = kQuads % shares;
+  const int begin = 4 * (share * (kQuads / shares) + smaller(share, more));
+  const int end = share < shares ? begin + 4 * (kQuads / shares + (share < more ? 1 : 0)) : 0;
   const float* left = shared.panels[0][square / key_squares];
   const float* right = shared.panels[1][square % key_squares];
   const Filling own = filling(tile);

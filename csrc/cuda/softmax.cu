@@ -69,8 +69,9 @@ __device__ inline float row_delta(const GradientRow& row, float (&room)[kRoom<kG
   return weighted / total;
 }
 
-// What rounding left of sum s, as a shift of delta: nearly all of s where one weight is nearly 1.
-// Less than double precision could tell from 0 is left as it is.
+// The sum of s over a row is 0. Where one weight is nearly 1 all of s is small differences, and
+// their roundings would add up: what the sum is instead, over sum alpha, is taken from delta too,
+// unless delta is so much larger that not even double precision would show it.
 template <int kGroup>
 __device__ inline float row_rest(const GradientRow& row, float delta,
                                  float (&room)[kRoom<kGroup>]) {
