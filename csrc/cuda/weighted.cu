@@ -67,8 +67,8 @@ __device__ inline void softmax(const Part& part, Shared<kAlphaParts>& shared) {
     }
     if (lane == 0 && exists && blockIdx.y == 0) {
       const int64_t offset = query_offset(call.stats, part.span, part.head, part.first + row);
-      store(call.stats, offset, keys == 0 ? 0.0f : largest);
-      store(call.stats, offset + 1, keys == 0 ? 0.0f : total);
+      store(call.stats, offset, largest);
+      store(call.stats, offset + 1, total);
     }
   }
 }
@@ -230,7 +230,8 @@ __global__ void __launch_bounds__(kThreads, 3) weighted_kernel(const WeightedCal
   __shared__ Place place;
   find_place(call.problem.sequences, kByKey, kRowShift, place);
   const Span& span = place.span;
-  if (place.is_empty(kByKey) || span.query_count == 0) {
+  // Rows that sum nothing were cleared before (Call::leaves_rows).
+  if (place.is_empty(kByKey) || span.query_count == 0 || span.key_count == 0) {
     return;
   }
   const int first = place.first;

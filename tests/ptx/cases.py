@@ -92,13 +92,14 @@ OPTIONS = {"features": 20, "value_features": 12, "heads": 2, "need_weights": Tru
 CASES = {
     "options": attention("padded_mask", **THREE, **OPTIONS),
     # The second sequence has more pairs, and so comes first, and two segments of keys; the first
-    # has several tiles of queries. The gradients of the two sides are computed apart.
+    # has several tiles of queries; the third has no keys. The gradients of the two sides are
+    # computed apart, and several warps write values.
     "options-jagged": attention(
         "jagged",
-        lengths_q=(133, 2),
-        lengths_k=(5, 150),
+        lengths_q=(133, 2, 9),
+        lengths_k=(5, 150, 0),
         features=20,
-        value_features=12,
+        value_features=68,
         dropout_p=0.3,
     ),
     # The second sequence has one tile of keys more than it needs: see rows.find_tile.
