@@ -859,6 +859,14 @@ TRITON = [
         "Scores with weights of one sign have tens of times eager's error.",
     ),
     Defect(
+        "triton-scores-barrier",
+        "triton_kernels/forward.py",
+        "            tl.debug_barrier()  # other threads of the program read",
+        "            #",
+        "tests/test_ptx.py::test_triton_kernels[tiles]",
+        "A program reads scores that another of its threads may not have written yet.",
+    ),
+    Defect(
         "triton-alignment",
         "triton_kernels/problem.py",
         "is_odd = dim % 8 == 0 and (by_place | by_row | by_head) % 8 != 0",
