@@ -61,7 +61,8 @@ constexpr double kSmallProduct = 1.64872127;
 // Of all |w|, the part that features between the two must have for factored scores: their error is
 // relative to sum |w|, that of the plain formula to sum |w tanh|. Where they are fewer, as where
 // every key is minus every query up to noise, or all are saturated, scores differ and gradients are
-// so little that the error would show; on the CPU not asked where all inputs are of 16 bits.
+// so little that the error would show; not asked where all inputs are of 16 bits, whose own
+// roundings are larger.
 constexpr double kInformativePart = 0.125;
 
 // Whether tanh(q + k) can be neither nearly 0 nor nearly +-1, given the extremes of exp(2(q + k)).

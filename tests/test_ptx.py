@@ -318,6 +318,7 @@ def test_a_removed_barrier_shows_in_another_order():
 # go through tensor cores.
 THIN = {
     "several": ("options",),
+    "tiles": ("wide", "wide-large", "wide-long"),
     "others": ("options-scores", "options-step", "options-memory", "options-pool", "pool-scores"),
 }
 

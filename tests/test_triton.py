@@ -239,9 +239,9 @@ def test_backward_mapped_over_one_forward(query: tuple[int, ...]):
 
 
 def test_large_numbers_among_the_second_features_of_pairs():
-    """Features d and d + half are read together; the magnitudes of both choose the route."""
+    """Features d and d + 1 are a pair; the magnitudes of both choose the route."""
     inputs = make_inputs("padded", features=40)
-    inputs.leaves["query"][..., 30] *= 60
+    inputs.leaves["query"][..., 31] *= 60
     check(inputs, "triton")
 
 

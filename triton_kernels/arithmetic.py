@@ -1,7 +1,7 @@
 """The arithmetic that all kernels share: tanh factored and direct, softmax weights, dropout.
 
 With ``A = exp(2q)``, ``B = exp(2k)``, ``x = 1 + A B`` and ``r = 1 / x``, ``tanh(q + k) = 1 - 2r``
-and its derivative is ``4 (r - r^2)``. Feature d goes with feature ``d + HALF``: two fractions share
+and its derivative is ``4 (r - r^2)``. Two features are a pair: their fractions share
 one reciprocal, ``w0 r0 + w1 r1 = (w0 x1 + w1 x0) / (x0 x1)``.
 """
 
@@ -63,6 +63,25 @@ def exp_twice(x, REFINE: tl.constexpr):
 
 
 @triton.jit
+def exp_once(x, USE_PTX: tl.constexpr):
+    """``exp(x)``, 0 where that is below the normal numbers.
+
+    By each of the threads that an element is spread to, not by all that will need the result.
+    """
+    if USE_PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 y; mul.f32 y, $1, 0f3FB8AA3B; ex2.approx.ftz.f32 $0, y; }",
+            "=f,f",
+            [x],
+            dtype=tl.float32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        return tl.exp(x)
+
+
+@triton.jit
 def tanh_and_derivative(x, EXACT: tl.constexpr, USE_PTX: tl.constexpr):
     """``tanh(x)`` and ``1 - tanh(x)^2`` for any x.
 
@@ -100,11 +119,31 @@ def factored_pair(a0, a1, b0, b1, USE_PTX: tl.constexpr):
 
 
 @triton.jit
-def weighted_pair(a0, a1, b0, b1, w0, w1, USE_PTX: tl.constexpr):
-    """``w0 r0 + w1 r1``."""
-    x0 = a0 * b0 + 1.0
-    x1 = a1 * b1 + 1.0
-    return (w0 * x1 + w1 * x0) * reciprocal(x0 * x1, USE_PTX)
+def add_weighted_pair(sums, a0, a1, b0, b1, w0, w1, USE_PTX: tl.constexpr):
+    """``sums + w0 r0 + w1 r1``."""
+    if USE_PTX:
+        # As one, since the assembler spilled registers where those of several pairs were mixed.
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .f32 x0, x1, n;
+            fma.rn.f32 x0, $2, $4, 0f3F800000;
+            fma.rn.f32 x1, $3, $5, 0f3F800000;
+            mul.f32 n, $7, x0;
+            fma.rn.f32 n, $6, x1, n;
+            mul.f32 x0, x0, x1;
+            rcp.approx.ftz.f32 x0, x0;
+            fma.rn.f32 $0, n, x0, $1;
+            }""",
+            "=f,f,f,f,f,f,f,f",
+            [sums, a0, a1, b0, b1, w0, w1],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        x0 = a0 * b0 + 1.0
+        x1 = a1 * b1 + 1.0
+        return sums + (w0 * x1 + w1 * x0) * reciprocal(x0 * x1, USE_PTX)
 
 
 @triton.jit
@@ -118,23 +157,23 @@ def add_product(sums, x, y):
 
 
 @triton.jit
-def product(left, right):
-    """``left @ right`` of two matrices of one dtype, summed in float32 without rounding before."""
+def product(left, right, sums=None):
+    """``sums + left @ right`` of two matrices of one dtype, summed in float32."""
     if INTERPRETED:
-        return tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
-    else:
-        return tl.dot(left, right, input_precision="ieee")
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return tl.dot(left, right, sums, input_precision="ieee")
 
 
 @triton.jit
-def weighted_sum(weights, value):
-    """``weights @ value`` with float32 weights: 16-bit values meet them in two 16-bit parts."""
+def weighted_sum(weights, value, sums=None):
+    """``sums + weights @ value``; where values have 16 bits, float32 weights come in two parts."""
     if value.dtype == tl.float32:
-        return product(weights, value)
+        return product(weights, value, sums)
     else:
         high = weights.to(value.dtype)
         low = (weights - high.to(tl.float32)).to(value.dtype)
-        return product(high, value) + product(low, value)
+        return product(high, value, product(low, value, sums))
 
 
 @triton.jit

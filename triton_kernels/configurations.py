@@ -21,15 +21,16 @@ class Tiles:
     registers: int = 0  # the most a thread may have on NVIDIA; 0: as the compiler likes
 
 
-# A score tile is [queries, keys, features] in registers, 32 sums a thread: more queries and keys
-# mean fewer exponentials, and fewer features fewer shuffles at the end. Where half of the queries
-# or keys are enough, twice the features take their place. A block of features passes through shared
-# memory, with barriers; at up to 168 registers three programs run on a multiprocessor, so that one
-# computes while another waits. What is spilled for that is used between the loops.
-SCORES = Tiles(warps=4, queries=32, keys=16, features=8, value_features=64, registers=168)
+# A score tile is [queries, keys, features] in registers, 64 sums of pairs of features a thread:
+# more queries and keys mean fewer exponentials. What a sequence lacks of it is left out by fours.
+# A block of features passes through shared memory, with barriers; at up to 168 registers three
+# programs run on a multiprocessor, so that one computes while another waits. What is spilled for
+# that is used between the loops. Wide blocks of value features: weights are computed for each.
+SCORES = Tiles(warps=4, queries=32, keys=32, features=16, value_features=256, registers=168)
 # Of half as many queries where there are too few of those tiles to give each multiprocessor
 # several: one that takes twice the mean time would have all wait.
-SCORES_FEW = replace(SCORES, queries=16, features=16)
+SCORES_FEW = replace(SCORES, queries=16, features=32)
+SCORE_COLUMNS = 32  # keys whose weights meet their values together
 # Of the gradients of scores, and of values: matrix products. Those of float32 go through
 # multiply-adds and need the registers themselves.
 PAIRS = Tiles(warps=4, queries=32, keys=32, value_features=64)
@@ -50,7 +51,7 @@ POOL = Tiles(warps=4, features=64, value_features=64)
 POOL_GRADIENT = Tiles(warps=4, features=32, value_features=32)
 MERGE = Tiles(warps=4, value_features=256)
 
-SINGLE_SEGMENT = 128  # the most keys whose scores and weights are one tile
+SINGLE_SEGMENT = 128  # the most keys whose weights are not rescaled, or are one tile
 STEP_SEGMENT = 64  # keys a program, where sequences are longer
 POOL_SEGMENT = 64  # keys a program in pooling
 POOL_BRANCHES = 5  # the most whose weights of a tile a program has in registers without a spill

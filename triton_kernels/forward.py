@@ -1,22 +1,46 @@
 """Forward for several queries a sequence."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from .arithmetic import WeightDropout, kept_weights, weighted_sum
-from .rows import are_attended, attended_keys, dealt, find_tile, sequence_rows
-from .scores import write_scores
+from .arithmetic import WeightDropout, exp_once, kept_weights, weighted_sum
+from .rows import attended_keys, dealt, find_tile, sequence_rows
+from .scores import Pairs, weights_are_fit, write_scores
 
 SIZES = ["batch", "rows_q", "rows_k", "max_seqlen_q", "max_seqlen_k", "parts", "threshold"]
 
 
+class Segment(NamedTuple):
+    """Keys of a program whose scores are in memory; key 0 is the first of them."""
+
+    scores: tl.tensor  # where each query's score of key 0 is, [BLOCK_Q]
+    query: tl.tensor  # [BLOCK_Q]
+    query_valid: tl.tensor  # [BLOCK_Q]
+    first: tl.tensor  # which key of the sequence is key 0
+    keys: tl.tensor  # how many
+    mask_ptr: tl.tensor | None  # of padding: row 0 of the sequence
+
+
+@triton.jit
+def load_scores(segment, begin, COLUMNS: tl.constexpr):
+    """Scores [BLOCK_Q, COLUMNS] of keys from ``begin`` on, the keys and which of them count."""
+    key = begin + tl.arange(0, COLUMNS)
+    attended = key < segment.keys
+    if segment.mask_ptr is not None:
+        attended &= tl.load(segment.mask_ptr + segment.first + key, mask=attended, other=1) == 0
+    scores = tl.load(
+        segment.scores[:, None] + key[None, :],
+        mask=segment.query_valid[:, None] & attended[None, :],
+        other=-float("inf"),
+    )
+    return scores, key, attended
+
+
 @triton.jit
 def add_segment(
-    scores_rows,
-    query,
-    query_valid,
-    key,
-    attended,
+    segment,
     value_ptr,
     stride_vt,
     sums_rows,
@@ -25,17 +49,16 @@ def add_segment(
     dropout,
     is_first,
     DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
     COLUMNS: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     SINGLE: tl.constexpr,
+    USE_PTX: tl.constexpr,
 ):
     """Add a segment of keys to the softmax and the weighted sum of queries.
 
     Args:
-        scores_rows: where each query's score of the segment's first key is, [BLOCK_Q].
-        query, query_valid: [BLOCK_Q].
-        key, attended: [COLUMNS].
-        value_ptr: row 0 of the sequence.
+        segment: :class:`Segment`.
+        value_ptr: the row of key 0.
         sums_rows: where each query's sum is, [BLOCK_Q].
         largest, total: of the scores before, and of their exponentials, [BLOCK_Q].
         is_first: whether nothing has been summed before.
@@ -44,37 +67,42 @@ def add_segment(
     Returns:
         ``largest`` and ``total``.
     """
-    scores = tl.load(
-        scores_rows[:, None] + tl.arange(0, COLUMNS)[None, :],
-        mask=query_valid[:, None] & attended[None, :],
-        other=-float("inf"),
-    )
-    new_largest = tl.maximum(largest, tl.max(scores, 1))
-    shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)
-    weights = tl.exp(scores - shift[:, None])  # [BLOCK_Q, COLUMNS]
-    shrink = tl.exp(largest - shift)
-    total = total * shrink + tl.sum(weights, 1)
-    weights *= kept_weights(dropout, query, key)
-    if SINGLE:
-        weights = weights / tl.where(total == 0.0, 1.0, total)[:, None]
-    for begin in range(0, DV, BLOCK_DV):
-        d = begin + tl.arange(0, BLOCK_DV)
-        value = tl.load(
-            value_ptr + key[:, None] * stride_vt + d[None, :],
-            mask=attended[:, None] & (d[None, :] < DV),
-            other=0.0,
-        )
-        sums = weighted_sum(weights, value)
+    before = largest
+    for begin in range(0, segment.keys, COLUMNS):
+        scores, _, _ = load_scores(segment, begin, COLUMNS)
+        largest_here = tl.maximum(largest, tl.max(scores, 1))
+        shift = tl.where(largest_here == -float("inf"), 0.0, largest_here)
+        total *= tl.exp(largest - shift)
+        total += tl.sum(tl.exp(scores - shift[:, None]), 1)
+        largest = largest_here
+    shift = tl.where(largest == -float("inf"), 0.0, largest)
+    shrink = tl.exp(before - shift)
+    scale = 1.0 / tl.where(total == 0.0, 1.0, total) if SINGLE else 1.0
+    for begin_d in range(0, DV, BLOCK_DV):
+        d = begin_d + tl.arange(0, BLOCK_DV)
         target = sums_rows[:, None] + d[None, :]
-        mask = query_valid[:, None] & (d[None, :] < DV)
+        mask = segment.query_valid[:, None] & (d[None, :] < DV)
+        sums = tl.zeros((sums_rows.shape[0], BLOCK_DV), tl.float32)
         if not SINGLE:
             if not is_first:
-                sums += tl.load(target, mask=mask, other=0.0) * shrink[:, None]
+                sums = tl.load(target, mask=mask, other=0.0) * shrink[:, None]
+        for begin in tl.range(0, segment.keys, COLUMNS, num_stages=1):
+            scores, key, attended = load_scores(segment, begin, COLUMNS)
+            weights = exp_once(scores - shift[:, None], USE_PTX)
+            if SINGLE:
+                weights *= scale[:, None]
+            weights *= kept_weights(dropout, segment.query, segment.first + key)
+            value = tl.load(
+                value_ptr + (key.to(tl.int64) * stride_vt)[:, None] + d[None, :],
+                mask=attended[:, None] & (d[None, :] < DV),
+                other=0.0,
+            )
+            sums = weighted_sum(weights, value, sums)
         tl.store(target, sums.to(sums_rows.dtype.element_ty), mask=mask)
-    return new_largest, total
+    return largest, total
 
 
-@triton.jit(do_not_specialize=[*SIZES, "room", "processors", "stride_scores"])
+@triton.jit(do_not_specialize=[*SIZES, "keys_a_segment", "room", "processors", "stride_scores"])
 def additive_attention_fwd_kernel(
     query_ptr,
     key_ptr,
@@ -95,6 +123,7 @@ def additive_attention_fwd_kernel(
     rows_k,
     max_seqlen_k,
     parts,
+    keys_a_segment,
     room,
     processors,
     threshold,
@@ -117,7 +146,7 @@ def additive_attention_fwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    SEGMENT: tl.constexpr,
+    COLUMNS: tl.constexpr,
     SINGLE: tl.constexpr,
     KEEP_SCORES: tl.constexpr,
     RAW: tl.constexpr,
@@ -136,8 +165,6 @@ def additive_attention_fwd_kernel(
     """
     rows_q = rows_q.to(tl.int64)
     rows_k = rows_k.to(tl.int64)
-    # Half of a segment is another program text, which of the widest is long and spills.
-    HALVES: tl.constexpr = 2 if SEGMENT <= 64 else 1
     head = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
     if order_ptr is None:
@@ -170,29 +197,41 @@ def additive_attention_fwd_kernel(
     key_item = key_ptr + key_place * stride_kb + key_start * stride_kt + head * stride_kh
     value_item = value_ptr + key_place * stride_vb + key_start * stride_vt + head * stride_vh
 
+    score_weights = score_weight_ptr + head * stride_wh
+    pairs = Pairs(
+        query_item,
+        stride_qt,
+        first_query,
+        length_q,
+        key_item,
+        stride_kt,
+        length,
+        score_weights,
+        *weights_are_fit(score_weights, D),
+        H * stride_scores,
+    )
+
     sums_rows = None
     if stats_ptr is not None:
         sums_rows = context_ptr + row * DV if SINGLE else partial_ptr + part_row * DV
     largest = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     # Without any key there still is a result to write: 0, by one empty segment.
-    segments = tl.maximum(tl.cdiv(length, SEGMENT), 1)
-    for segment in range(part, segments, parts):
-        first = segment * SEGMENT
-        kept = first if KEEP_SCORES else 0
+    segments = tl.maximum(tl.cdiv(length, keys_a_segment), 1)
+    if SINGLE:  # known, so that there is no loop
+        segments = 1
+        part = 0
+        parts = 1
+    # As in write_scores, nothing is kept from one segment to the next.
+    for segment in tl.range(part, segments, parts, disable_licm=True):
+        first = segment * keys_a_segment
+        end = tl.minimum(first + keys_a_segment, length)
+        scores = scores_item if KEEP_SCORES else scores_item - first  # of query 0 and key 0
         write_scores(
-            query_item,
-            stride_qt,
-            first_query,
-            length_q,
-            key_item,
-            stride_kt,
+            pairs,
+            scores,
             first,
-            tl.minimum(first + SEGMENT, length),
-            length,
-            score_weight_ptr + head * stride_wh,
-            scores_item + kept,
-            H * stride_scores,
+            end,
             D,
             BLOCK_Q,
             BLOCK_K,
@@ -203,28 +242,32 @@ def additive_attention_fwd_kernel(
         )
         if stats_ptr is not None:
             tl.debug_barrier()  # other threads of the program read what these have written
-            for half in tl.static_range(HALVES):
-                if (length - first <= SEGMENT // 2) == half or HALVES == 1:
-                    key = first + tl.arange(0, SEGMENT >> half).to(tl.int64)
-                    largest, total = add_segment(
-                        scores_item + query * H * stride_scores + kept,
-                        query,
-                        query_valid,
-                        key,
-                        are_attended(padding_mask_ptr, key_place, rows_k, key, length),
-                        value_item,
-                        stride_vt,
-                        sums_rows,
-                        largest,
-                        total,
-                        WeightDropout(seed_ptr, threshold, dropout_scale, sequence, head),
-                        segment == part,
-                        DV,
-                        BLOCK_DV,
-                        SEGMENT >> half,
-                        SINGLE,
-                    )
-            tl.debug_barrier()  # the next segment overwrites the scores
+            largest, total = add_segment(
+                Segment(
+                    scores + first + query * pairs.stride_scores,
+                    query,
+                    query_valid,
+                    first,
+                    (end - first).to(tl.int32),
+                    None if padding_mask_ptr is None else padding_mask_ptr + key_place * rows_k,
+                ),
+                value_item + first * stride_vt,
+                stride_vt,
+                sums_rows,
+                largest,
+                total,
+                WeightDropout(seed_ptr, threshold, dropout_scale, sequence, head),
+                segment == part,
+                DV,
+                COLUMNS,
+                BLOCK_DV,
+                SINGLE,
+                USE_PTX,
+            )
+            if not SINGLE:
+                # The next one overwrites the scores and reads the sums. Triton would place a
+                # barrier for its shared memory about here, but knows of no other memory.
+                tl.debug_barrier()
     if stats_ptr is not None:
         tl.store(stats_ptr + part_row * 2, largest, mask=query_valid)
         tl.store(stats_ptr + part_row * 2 + 1, total, mask=query_valid)

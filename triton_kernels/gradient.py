@@ -96,13 +96,13 @@ def side_of(given, lengths_ptr, mask_ptr, sequence, head, batch, ARE_KEYS: tl.co
 
 @triton.jit(do_not_specialize=SIZES)
 def additive_attention_grad_kernel(
-    row,  # :class:`rows.Rows`
+    row_side,  # :class:`rows.Rows`
     cu_row_ptr,
     rows_r,
     max_rows,
     stride_score_row_start,
     stride_score_row,
-    col,  # the same of the other side
+    col_side,  # the same of the other side
     cu_col_ptr,
     rows_c,
     max_columns,
@@ -149,7 +149,7 @@ def additive_attention_grad_kernel(
     rows_c = rows_c.to(tl.int64)
     BLOCK_ROWS: tl.constexpr = ROW_TILES * TILE_ROWS
     CHUNKS: tl.constexpr = (HALF + BLOCK_D - 1) // BLOCK_D
-    REFINE: tl.constexpr = row.ptr.dtype.element_ty == tl.float32
+    REFINE: tl.constexpr = row_side.ptr.dtype.element_ty == tl.float32
     PACKED: tl.constexpr = (
         USE_PTX and CONTIGUOUS_SCORES and dscores_ptr.dtype.element_ty == tl.bfloat16
     )
@@ -180,11 +180,11 @@ def additive_attention_grad_kernel(
             begin_row = rows_r * 0
         else:
             sequence, begin_row = find_tile(cu_row_ptr, unit, batch, rows_r, BLOCK_ROWS)
-        given = row, cu_row_ptr, rows_r, max_rows
+        given = row_side, cu_row_ptr, rows_r, max_rows
         rows, row_number, extent = side_of(
             given, key_lengths_ptr, padding_mask_ptr, sequence, head, batch, ROWS_ARE_KEYS
         )
-        given = col, cu_col_ptr, rows_c, max_columns
+        given = col_side, cu_col_ptr, rows_c, max_columns
         cols, col_number, all_columns = side_of(
             given, key_lengths_ptr, padding_mask_ptr, sequence, head, batch, not ROWS_ARE_KEYS
         )

@@ -190,7 +190,8 @@ def write_order(
     for begin in range(0, own_tiles, BLOCK):
         tile = begin + tl.arange(0, BLOCK)
         place = before + tile
-        inside = (tile < own_tiles) & (place < room)  # more are only of corrupt offsets
+        # Corrupt offsets may lead past the room, and past 32 bits to before it.
+        inside = (tile < own_tiles) & (place >= 0) & (place < room)
         tl.store(order_ptr + 2 * place, sequence + tile * 0, mask=inside)
         tl.store(order_ptr + 2 * place + 1, tile, mask=inside)
     if sequence == 0:

@@ -16,7 +16,7 @@ template <class T>
 struct RunningSoftmax {
   T* largest;
   T* total;
-  Sums<T> sums;  // of no key so far
+  Sums<T> sums;  // hold nothing yet until the first keys are weighed
   int64_t columns;
 
   RunningSoftmax(int64_t queries, int64_t value_dim, Sums<T> sums, Scratch& scratch)

@@ -80,17 +80,19 @@ __device__ inline Span span_of(const Sequences& sequences, int64_t n) {
 
 constexpr int64_t kNowhere = int64_t{1} << 40;  // past the rows of any sequence
 
-// A tile of size = 2^shift consecutive rows of one sequence, by a number that grows with the rows:
-// sequence n has the numbers from floor(rows before it / size) + n on, of which it needs at most as
-// many as lie before those of n + 1. So a grid follows the rows without anyone having read the
-// offsets. Without sequences there is no tile, whatever rows belong to nobody.
+// A tile is 2^shift consecutive rows of one sequence, or what is left of them. The host does not
+// know how long sequences are, so it starts a block for every number that a tile could have, and
+// the block finds out which it is. The tiles of sequence n are numbered from
+//   (rows before it >> shift) + n
+// on: each sequence before it has at most one tile that is not full, so no two have the same
+// numbers. Blocks whose number belongs to no tile end at once.
 struct Tile {
   int64_t sequence;
   int64_t first;  // row of the sequence
 };
 
 __host__ __device__ inline int64_t tile_bound(int64_t rows, int64_t sequences, int shift) {
-  return sequences > 0 ? (rows >> shift) + sequences : 0;
+  return sequences > 0 ? (rows >> shift) + sequences : 0;  // rows may belong to no sequence
 }
 
 __device__ inline int64_t first_tile(const Side& side, int64_t n, int64_t begin, int64_t end,
@@ -161,6 +163,7 @@ struct RowOffsets {
   const int32_t* index;  // positions of the keys that a mask leaves, else null
 
   __device__ int64_t operator[](int n) const {
+    // Numbers and strides are not negative: without signs the product takes fewer instructions.
     const auto row = static_cast<uint32_t>(index != nullptr ? index[n] : n);
     return first + static_cast<int64_t>(row * static_cast<uint64_t>(step));
   }

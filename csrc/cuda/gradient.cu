@@ -75,7 +75,7 @@ __device__ inline void fill_dscores(const Unit& unit, int key, int keys, Shared&
   const int first = threadIdx.x / kKeys;
   const float* source = dscores.data;
   if (j < keys) {
-    source = &score_row(dscores, unit.span, unit.head, unit.query + first)[key + j];
+    source = &shared.first_dscores[key + j] + (unit.query + first) * dscores.query;
   }
 #pragma unroll 2
   for (int i = first; i < unit.queries; i += kThreads / kKeys) {
@@ -245,7 +245,7 @@ __device__ inline void run_unit(const Unit& unit, Shared& shared) {
       }
       __syncthreads();
       fill_keys(unit, key, keys, false, shared);
-      if (route == Route::kSmall && threadIdx.x < kGradientQueries) {
+      if (route == Route::kSmall && static_cast<int>(threadIdx.x) < unit.queries) {
         float left_out = shared.left_out[threadIdx.x];
         for (int j = 0; j < keys; ++j) {
           left_out += shared.dscores[threadIdx.x][j];
@@ -309,6 +309,7 @@ __global__ void __launch_bounds__(kThreads, 3) gradient_kernel(const GradientCal
       shared.dqueries = query_offsets(call.dquery, span, head);
       shared.keys = key_offsets(call.problem.key, span, head);
       shared.dkeys = key_offsets(call.dkey, span, head);
+      shared.first_dscores = score_row(call.dscores, span, head, 0);
     }
     for (int64_t col = int64_t{blockIdx.y} * kGradientFeatures; col < call.problem.dim;
          col += int64_t{gridDim.y} * kGradientFeatures) {

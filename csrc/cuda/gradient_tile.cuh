@@ -43,6 +43,7 @@ struct Shared {
   RowOffsets dqueries;
   RowOffsets keys;
   RowOffsets dkeys;
+  ScoreRow first_dscores;     // of query 0
   double2 dweight[kThreads];  // sums of s t, a thread's two features
   float query_room[kWarps];
   float key_room[2][kWarps];  // in turn

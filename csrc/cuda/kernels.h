@@ -24,8 +24,8 @@ void launch_product(const InnerCall& call, cudaStream_t stream);
 // Either, for one query a sequence.
 void launch_step_inner(const InnerCall& call, cudaStream_t stream);
 
-// alpha after dropout of scores, which may have the same place, and dalpha -> s = alpha (dalpha -
-// sum alpha dalpha), in place. Of raw scores dalpha becomes dweights, which is s.
+// From scores alpha after dropout, which may take their place; and s = alpha (dalpha - sum alpha
+// dalpha) in place of dalpha. Of raw scores dalpha becomes dweights, which is s.
 struct SoftmaxGradientCall {
   Problem problem;
   Scores scores;
@@ -38,17 +38,17 @@ struct SoftmaxGradientCall {
 };
 void launch_softmax_gradient(const SoftmaxGradientCall& call, cudaStream_t stream);
 
-// out_i = sum_j alpha_ij rows_j over the keys, where alpha is the softmax of scores, or by_key:
-// out_j = sum_i alpha_ij rows_i.
+// out_i = sum_j alpha_ij rows_j over the keys, where alpha is the softmax of scores, which is
+// computed here; or by_key: out_j = sum_i alpha_ij rows_i.
 struct WeightedCall {
   Problem problem;
   bool by_key = false;
-  Scores alpha;  // else the scores
+  Scores alpha;  // by query: the scores
   Rows rows;
   Rows out;
-  Rows sums;        // by_key: float32, where out gathers over waves
-  Rows stats;       // else the statistics of the softmax
-  Weights weights;  // and alpha after dropout; data is null unless asked for
+  Rows sums;        // by key: float32, where out gathers over waves
+  Rows stats;       // by query: for the statistics of the softmax
+  Weights weights;  // by query: for alpha after dropout; data is null unless asked for
 };
 void launch_weighted(const WeightedCall& call, cudaStream_t stream);
 

@@ -57,9 +57,10 @@ __device__ __forceinline__ void load_parts(const Rows& rows, int64_t offset, int
   }
 }
 
-// sums += a b of a warp, [16, 8] = [16, 16] [16, 8]. Lane 4 r + c has of a rows r, r + 8, r, r + 8
-// and columns 2 c, 2 c, 2 c + 8, 2 c + 8 and the next; of b the same rows of column r; of the sums
-// rows r, r, r + 8, r + 8 and columns 2 c, 2 c + 1, 2 c, 2 c + 1.
+// sums += a b of a warp, [16, 8] = [16, 16] [16, 8]. A word has two neighbours, of a in a row, of b
+// in a column. Lane 4 r + c has of a those from column 2 c of rows r and r + 8, then from column
+// 2 c + 8 of both; of b those from rows 2 c and 2 c + 8 of column r; of the sums columns 2 c and
+// 2 c + 1 of row r, then of row r + 8.
 __device__ __forceinline__ void multiply(const unsigned (&a)[4], const unsigned (&b)[2],
                                          float (&sums)[4]) {
 #if defined(__CUDA_ARCH__)
@@ -84,7 +85,8 @@ __device__ __forceinline__ void multiply_parts(const unsigned (&a)[kLeft][4],
 #pragma unroll
     for (int p = 0; p <= order; ++p) {
       if (p < kLeft && order - p < kRight) {
-        // Tensor cores cut off what does not fit: of long sums in one direction.
+        // Tensor cores cut off what does not fit rather than round it, so that long sums come out
+        // too small. Beside bfloat16 rows that is little; others add each product on their own.
         multiply(a[p], b[order - p], kRight == 1 ? sums : own);
       }
     }

@@ -20,9 +20,9 @@ constexpr int kLd = kChunk + 4;          // so that 8 rows' 16 bytes lie in diff
 constexpr int kSide = 4;                 // rows and columns of a square
 constexpr int kSquares = kTile / kSide;  // in a row of them, at most
 constexpr int kQuads = kChunk / 4;       // what threads share of a chunk: 4 features at a time
-// Half of the threads fill the queries' panel, half that of keys, so many rows at a time.
-constexpr int kFilled = kThreads / 2 / (kChunk / kGranule);
-constexpr int kFills = kTile / kFilled;
+// Half of the threads fill the queries' panel, half that of keys: so many rows at a time.
+constexpr int kFillRows = kThreads / 2 / (kChunk / kGranule);
+constexpr int kFillTurns = kTile / kFillRows;
 static_assert(kThreads % (kSquares * kSquares) == 0);
 
 // How four features enter a sum. kExponential: panels hold exp(2x) of their rows, and the score
@@ -56,7 +56,7 @@ struct Shared {
     float sums[kSide * kSide][kThreads];
   };
   float informative;  // sum of |w| of features that can inform
-  Granule raw[kFills][kThreads];
+  Granule raw[kFillTurns][kThreads];
   float room[kThreads / kWarp];
 };
 
@@ -80,7 +80,7 @@ __device__ __forceinline__ int place_of(int row) { return row % kSide * kSquares
 struct Filling {
   const Rows& rows;
   int64_t dim;
-  int64_t offsets[kFills];
+  int64_t offsets[kFillTurns];
   int side;
   int first;
   int count;
@@ -98,8 +98,8 @@ __device__ inline Filling filling(const TileRows& tile) {
               side == 0 ? tile.queries : tile.keys,
               static_cast<int>(threadIdx.x) % (kChunk / kGranule) * kGranule};
 #pragma unroll
-  for (int n = 0; n < kFills; ++n) {
-    const int row = smaller(first + n * kFilled, own.count - 1);
+  for (int n = 0; n < kFillTurns; ++n) {
+    const int row = smaller(first + n * kFillRows, own.count - 1);
     own.offsets[n] =
         own.col + (side == 0 ? query_offset(own.rows, tile.span, tile.head, tile.query + row)
                              : key_offset(own.rows, tile.span, tile.head, tile.key + row));
@@ -110,8 +110,8 @@ __device__ inline Filling filling(const TileRows& tile) {
 __device__ __forceinline__ void start_copies(const Filling& own, int64_t chunk, Shared& shared) {
   if (is_whole(own.rows, chunk + own.col, own.dim)) {
 #pragma unroll
-    for (int n = 0; n < kFills; ++n) {
-      if (own.first + n * kFilled < own.count) {
+    for (int n = 0; n < kFillTurns; ++n) {
+      if (own.first + n * kFillRows < own.count) {
         copy_async(&shared.raw[n][threadIdx.x], own.rows, own.offsets[n] + chunk);
       }
     }
@@ -125,8 +125,8 @@ __device__ __forceinline__ void fill_panels(const Filling& own, int64_t chunk, b
                                             Shared& shared, float& bound) {
   wait_for_copies();
 #pragma unroll
-  for (int n = 0; n < kFills; ++n) {
-    const int row = own.first + n * kFilled;
+  for (int n = 0; n < kFillTurns; ++n) {
+    const int row = own.first + n * kFillRows;
     if (row >= (own.count + kSide - 1) / kSide * kSide) {
       break;
     }
@@ -229,9 +229,10 @@ __device__ __forceinline__ void add_scores(const TileRows& tile, const WeightFac
   const int shares = smaller(kThreads / squares, kQuads);
   const int share = threadIdx.x / squares;
   const int square = threadIdx.x % squares;
-  // Those of threads without a share are none.
-  const int begin = smaller(share, shares) * kQuads / shares * 4;
-  const int end = smaller(share + 1, shares) * kQuads / shares * 4;
+  // The first shares have a quad more where they cannot all have as many, so that few warps do.
+  const int more = kQuads % shares;
+  const int begin = 4 * (share * (kQuads / shares) + smaller(share, more));
+  const int end = share < shares ? begin + 4 * (kQuads / shares + (share < more ? 1 : 0)) : 0;
   const float* left = shared.panels[0][square / key_squares];
   const float* right = shared.panels[1][square % key_squares];
   const Filling own = filling(tile);

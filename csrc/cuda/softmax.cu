@@ -14,14 +14,13 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kBlocks = 6;  // at a time on a multiprocessor
-
-constexpr int kFewLanes = 8;  // that a row belongs to
+constexpr int kBlocks = 6;    // at a time on a multiprocessor
+constexpr int kRowLanes = 8;  // that a row belongs to, unless rows are few
 
 // log2 of the rows of a block.
 template <int kGroup>
 constexpr int kRowShift = kGroup == kThreads ? 0 : 4;
-static_assert(kThreads == kFewLanes << kRowShift<kFewLanes>);
+static_assert(kThreads == kRowLanes << kRowShift<kRowLanes>);
 
 // A row of the gradient.
 struct GradientRow {
@@ -69,8 +68,9 @@ __device__ inline float row_delta(const GradientRow& row, float (&room)[kRoom<kG
   return weighted / total;
 }
 
-// What rounding left of sum s, as a shift of delta: nearly all of s where one weight is nearly 1.
-// Less than double precision could tell from 0 is left as it is.
+// The sum of s over a row is 0. Where one weight is nearly 1 all of s is small differences, and
+// their roundings would add up: what the sum is instead, over sum alpha, is taken from delta too,
+// unless delta is so much larger that not even double precision would show it.
 template <int kGroup>
 __device__ inline float row_rest(const GradientRow& row, float delta,
                                  float (&room)[kRoom<kGroup>]) {
@@ -140,9 +140,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 void launch_softmax_gradient(const SoftmaxGradientCall& call, cudaStream_t stream) {
   const Sequences& sequences = call.problem.sequences;
   const int64_t rows = sequences.last_row - sequences.first_row;
-  const int shift = call.few_rows ? kRowShift<kThreads> : kRowShift<kFewLanes>;
+  const int shift = call.few_rows ? kRowShift<kThreads> : kRowShift<kRowLanes>;
   launch("softmax gradient",
-         call.few_rows ? softmax_gradient_kernel<kThreads> : softmax_gradient_kernel<kFewLanes>,
+         call.few_rows ? softmax_gradient_kernel<kThreads> : softmax_gradient_kernel<kRowLanes>,
          tile_bound(rows, sequences.count, shift), call.problem.heads, 1, kThreads, call, stream);
 }
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 from decoders import check_program, decoding_with_weights, make_steps, plain_decoding
@@ -17,6 +18,7 @@ from attn_ext.triton_kernels.route import LARGEST_WEIGHT_NORM
 # Lengths of three sequences; the third has more of both than a tile, the second no keys.
 THREE = {"lengths_q": (4, 7, 33), "lengths_k": (5, 0, 33)}
 LONG = {"lengths_q": (3, 40), "lengths_k": (300, 17)}  # past a segment of keys
+WIDE = {"lengths_q": (28, 3, 40), "lengths_k": (28, 5, 22)}  # any part of a tile of 32 is absent
 APART = {"lengths_q": (140, 5), "lengths_k": (130, 40)}  # gradients of the two sides apart
 STEPS_LONG = {"lengths_k": (300, 0, 70)}
 
@@ -54,6 +56,21 @@ def memory(layout: str, need_weights: bool = False, steps: int = 3, **options) -
     def run(backend: str, dtype: torch.dtype) -> None:
         inputs, queries = make_steps(layout, steps, dtype=dtype, **options)
         check_program(inputs, queries, backend, program)
+
+    return Case(run)
+
+
+def with_large_tiles(case: Case) -> Case:
+    """As of a call that keeps a GPU busy: tiles of many queries, and a program for all keys."""
+
+    def run(backend: str, dtype: torch.dtype) -> None:
+        from attn_ext.triton_kernels import configurations, launch_forward
+
+        with (
+            mock.patch.object(configurations, "SCORES_FEW", configurations.SCORES),
+            mock.patch.object(launch_forward, "PROGRAMS_A_PROCESSOR", 0),
+        ):
+            case.run(backend, dtype)
 
     return Case(run)
 
@@ -128,6 +145,10 @@ CASES = {
     "long": attention("jagged", **LONG, **SIZE),
     "long-weights": attention("padded_mask", **LONG, **SIZE, need_weights=True),
     "apart": attention("jagged", **APART, **SIZE),
+    "wide": with_large_tiles(attention("jagged", **WIDE, **SIZE)),
+    "wide-large": with_large_tiles(attention("jagged", **WIDE, **SIZE, scale=20.0)),
+    "wide-scores": with_large_tiles(scores("jagged", **WIDE, **SIZE)),
+    "wide-long": with_large_tiles(attention("jagged", **LONG, **SIZE)),
     "sliced": attention("padded_mask", **THREE, **SIZE, strides="sliced", need_weights=True),
     "mixed": attention("jagged_query_mask", **THREE, **SIZE, need_weights=True),
     "step": attention("one_step_lengths", lengths_k=(5, 0, 33), features=64, value_features=48),
