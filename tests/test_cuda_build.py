@@ -86,6 +86,11 @@ def test_compiles_without_spills(name: str, arch: str):
     assert "warning" not in log, log
 
 
+def test_older_gpus():
+    """What came with sm_80 has a substitute: an unusual list of GPUs must not break an install."""
+    compiled("product.cu", "sm_75")
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_resources(arch: str):
     """No local memory, no kernel missing from the table, and enough warps to hide waiting."""

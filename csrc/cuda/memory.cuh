@@ -155,7 +155,7 @@ __device__ __forceinline__ void load_granules(const Rows& rows, const int64_t (&
 
 // Two numbers as bfloat16, or as float16.
 __device__ __forceinline__ unsigned bfloat16_pair(float low, float high) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   unsigned bits;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
   return bits;
@@ -166,7 +166,7 @@ __device__ __forceinline__ unsigned bfloat16_pair(float low, float high) {
 }
 
 __device__ __forceinline__ unsigned float16_pair(float low, float high) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   unsigned bits;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
   return bits;

@@ -63,12 +63,34 @@ __device__ __forceinline__ void load_parts(const Rows& rows, int64_t offset, int
 // 2 c + 1 of row r, then of row r + 8.
 __device__ __forceinline__ void multiply(const unsigned (&a)[4], const unsigned (&b)[2],
                                          float (&sums)[4]) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#elif defined(__CUDA_ARCH__)  // such products came with sm_80
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll 1
+    for (int c = 0; c < 4; ++c) {
+      unsigned left[2];
+      unsigned right[2];
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        left[n] = __shfl_sync(kAllLanes, a[half * 2 + n], lane / 4 * 4 + c);
+        right[n] = __shfl_sync(kAllLanes, b[half], (lane % 4 * 2 + n) * 4 + c);
+      }
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const unsigned x = left[n / 2];
+        const unsigned y = right[n % 2];
+        sums[n] = fmaf(__uint_as_float(x << 16), __uint_as_float(y << 16), sums[n]);
+        sums[n] = fmaf(__uint_as_float(x & 0xffff0000u), __uint_as_float(y & 0xffff0000u), sums[n]);
+      }
+    }
+  }
 #elif defined(EMULATED_CUDA)
   emulated_multiply(a, b, sums);
 #endif
