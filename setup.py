@@ -211,7 +211,7 @@ def cuda_extension(cpp_extension, compiler: str):
     """attn_ext/_C_cuda.abi3.so: the operators' CUDA kernels, loaded where torch has CUDA."""
     major, minor = STABLE_ABI
     folder = ROOT / "csrc" / "cuda"
-    headers = [ROOT / "csrc" / "arithmetic.h", *folder.glob("*.h"), *folder.glob("*.cuh")]
+    headers = [*(ROOT / "csrc").glob("*.h"), *folder.glob("*.h"), *folder.glob("*.cuh")]
     target = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}{0:012x}"
     extension = cpp_extension.CUDAExtension(
         "attn_ext._C_cuda",
