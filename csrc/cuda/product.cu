@@ -73,13 +73,14 @@ __global__ void __launch_bounds__(kThreads, 3) product_kernel(const InnerCall ca
     for (int n = 0; n < 4; ++n) {
       left[n] = query_offset(call.left, span, head, query + 8 * n + r);
     }
-    for (int key = static_cast<int>(blockIdx.y) * kTile; key < span.key_count;
-         key += static_cast<int>(gridDim.y) * kTile) {
-      const int keys = smaller(kTile, span.key_count - key);
+    for (int64_t key = int64_t{blockIdx.y} * kTile; key < span.key_count;
+         key += int64_t{gridDim.y} * kTile) {
+      const int keys = static_cast<int>(smaller<int64_t>(kTile, span.key_count - key));
       int64_t right[4];
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        right[n] = key_offset(call.right, span, head, key + smaller(8 * n + r, keys - 1));
+        right[n] = key_offset(call.right, span, head,
+                              static_cast<int>(key) + smaller(8 * n + r, keys - 1));
       }
       float sums[2][4][4] = {};
       add_features<kParts>(call, left, right, queries, keys, sums);
