@@ -105,9 +105,10 @@ def value_weights(pairs, query, key, attended):
 
 
 @triton.jit
-def value_sums(pairs, weights, query, d, DV: tl.constexpr):
-    """``sum_i w_ij dcontext_i`` [keys, features] of the queries and features of these numbers."""
-    mask = (query < pairs.queries)[:, None] & (d < DV)[None, :]
+def value_sums(pairs, weights, query, queries, d, DV: tl.constexpr):
+    """``sum_i w_ij dcontext_i`` [keys, features] of the queries and features of these numbers, as
+    far as they are among the first ``queries``."""
+    mask = (query < queries)[:, None] & (d < DV)[None, :]
     places = d[None, :] + query[:, None] * pairs.stride_ct
     return weighted_sum(weights, tl.load(pairs.dcontext_ptr + places, mask=mask, other=0.0))
 
@@ -281,6 +282,8 @@ def additive_attention_bwd_scores_kernel(
             key = first + tl.arange(0, BLOCK_K)
             attended = attended_of(pairs, key)
             line = tl.arange(0, SEGMENT_Q).to(tl.int64)
+            # Without attended keys none is read, not even to be multiplied by 0: what comes in for
+            # rows of nobody may be NaN.
             queries = tl.where(first < length, length_q, 0)
             if SINGLE_Q:
                 weights = value_weights(pairs, line, key, attended)
@@ -288,12 +291,12 @@ def additive_attention_bwd_scores_kernel(
             for begin_d in range(0, tl.where(first < extent, DV, 0), BLOCK_DV):
                 d = begin_d + tl.arange(0, BLOCK_DV)
                 if SINGLE_Q:
-                    sums = value_sums(pairs, weights, line, d, DV)
+                    sums = value_sums(pairs, weights, line, queries, d, DV)
                 else:
                     sums = tl.zeros((BLOCK_K, BLOCK_DV), tl.float32)
                     for begin in range(0, queries, SEGMENT_Q):
                         weights = value_weights(pairs, begin + line, key, attended)
-                        sums += value_sums(pairs, weights, begin + line, d, DV)
+                        sums += value_sums(pairs, weights, begin + line, queries, d, DV)
                 tl.store(
                     dvalue_rows[:, None] + d[None, :],
                     sums.to(dvalue_ptr.dtype.element_ty),

@@ -360,7 +360,8 @@ def tile_gradients(item, first_row, row_tiles, is_right, col_bound, TILES: tl.co
         end = tl.where(is_right, end, 0)
     is_first = first_row == item.begin_row
     is_last = first_row + row_tiles * TILE_ROWS >= item.end_row
-    weights = load_weights_times_4(item.score_weight_ptr, item.pair, options)
+    if item.dcol_ptr is not None:
+        weights = load_weights_times_4(item.score_weight_ptr, item.pair, options)
     share = diagonal_share() if options.PACKED else 0
     dweight = zero_sums(options)
     drow = ()
@@ -388,6 +389,8 @@ def tile_gradients(item, first_row, row_tiles, is_right, col_bound, TILES: tl.co
     if item.dcol_ptr is not None:
         tl.debug_barrier()  # sums of columns may be another thread's where the next tiles add
     if item.drow_ptr is not None:
+        if item.dcol_ptr is None:  # only here, as they would take registers in the loop
+            weights = load_weights_times_4(item.score_weight_ptr, item.pair, options)
         store_rows(item, groups, drow, weights, end, TILES, options)
     dweight0, dweight1 = totals(dweight, options)
     return dweight0, dweight1, is_right
