@@ -1,6 +1,7 @@
 // Products of matrices on tensor cores, as exact as in float32. A number is the sum of bfloat16
 // parts: one of a bfloat16, two of a float16, three of a float32 number. Products of parts that are
-// less than a rounding of the whole are left out.
+// less than a rounding of the whole are left out. Infinity, and float32 that rounds to it as
+// bfloat16, has no parts: what it enters is NaN.
 #pragma once
 
 #include "memory.cuh"
