@@ -224,15 +224,14 @@ __device__ inline void run_unit(const Unit& unit, Shared& shared) {
       smaller<int64_t>(unit.span.key_count, first_key + (int64_t{1} << unit.call.key_shift)));
   for (int key = first_key; key < end_key; key += kKeys) {
     const int keys = smaller(kKeys, end_key - key);
-    float (&room)[kWarps] = shared.key_room[(key - first_key) / kKeys % 2];
     __syncthreads();
     float key_bound = reduce_warp<Maximum>(fill_keys(unit, key, keys, true, shared));
     fill_dscores(unit, key, keys, shared);
     if (lane == 0) {
-      room[threadIdx.x / kWarp] = key_bound;
+      shared.key_room[threadIdx.x / kWarp] = key_bound;
     }
     __syncthreads();
-    key_bound = largest_of(room);
+    key_bound = largest_of(shared.key_room);
     Route route = Route::kExact;
     // A lone query waits for memory, not for arithmetic.
     if (!unit.call.one_step && in_factored_range(query_bound, key_bound, kSmallestGradientSum) &&
