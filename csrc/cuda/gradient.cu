@@ -166,17 +166,12 @@ __device__ inline void write_queries(const Unit& unit, const Shared& shared) {
     if (call.partial_dquery.data != nullptr) {
       const Rows& rows = call.partial_dquery;
       const int64_t row = unit.span.flat_row + unit.query + i;
-      store_granule(rows,
-                    (shared.place.first >> call.key_shift) * rows.batch + row * rows.row +
-                        unit.head * rows.head,
-                    unit.col + col, dim, sums);
+      const int64_t at = (shared.place.first >> call.key_shift) * rows.batch + row * rows.row +
+                         unit.head * rows.head;
+      store_granule(rows, at, unit.col + col, dim, sums);
       if (col == 0) {
         const int64_t chunks = (dim + kGradientFeatures - 1) / kGradientFeatures;
-        const int64_t all_rows = rows.batch / rows.row;
-        const int64_t at =
-            ((shared.place.first >> call.key_shift) * all_rows + row) * call.problem.heads +
-            unit.head;
-        call.left_out[at * chunks + unit.col / kGradientFeatures] =
+        call.left_out[at / dim * chunks + unit.col / kGradientFeatures] =
             float2{shared.left_out[i], static_cast<float>(shared.shifted_keys[i])};
       }
       continue;
