@@ -166,17 +166,12 @@ __device__ inline void write_queries(const Unit& unit, const Shared& shared) {
     if (call.partial_dquery.data != nullptr) {
       const Rows& rows = call.partial_dquery;
       const int64_t row = unit.span.flat_row + unit.query + i;
-      store_granule(rows,
-                    (shared.place.first >> call.key_shift) * rows.batch + row * rows.row +
-                        unit.head * rows.head,
-                    unit.col + col, dim, sums);
+      const int64_t at = (shared.place.first >> call.key_shift) * rows.batch + row * rows.row +
+                         unit.head * rows.head;
+      store_granule(rows, at, unit.col + col, dim, sums);
       if (col == 0) {
         const int64_t chunks = (dim + kGradientFeatures - 1) / kGradientFeatures;
-        const int64_t all_rows = rows.batch / rows.row;
-        const int64_t at =
-            ((shared.place.first >> call.key_shift) * all_rows + row) * call.problem.heads +
-            unit.head;
-        call.left_out[at * chunks + unit.col / kGradientFeatures] =
+        call.left_out[at / dim * chunks + unit.col / kGradientFeatures] =
             float2{shared.left_out[i], static_cast<float>(shared.shifted_keys[i])};
       }
       continue;
@@ -224,15 +219,14 @@ __device__ inline void run_unit(const Unit& unit, Shared& shared) {
       smaller<int64_t>(unit.span.key_count, first_key + (int64_t{1} << unit.call.key_shift)));
   for (int key = first_key; key < end_key; key += kKeys) {
     const int keys = smaller(kKeys, end_key - key);
-    float (&room)[kWarps] = shared.key_room[(key - first_key) / kKeys % 2];
     __syncthreads();
     float key_bound = reduce_warp<Maximum>(fill_keys(unit, key, keys, true, shared));
     fill_dscores(unit, key, keys, shared);
     if (lane == 0) {
-      room[threadIdx.x / kWarp] = key_bound;
+      shared.key_room[threadIdx.x / kWarp] = key_bound;
     }
     __syncthreads();
-    key_bound = largest_of(room);
+    key_bound = largest_of(shared.key_room);
     Route route = Route::kExact;
     // A lone query waits for memory, not for arithmetic.
     if (!unit.call.one_step && in_factored_range(query_bound, key_bound, kSmallestGradientSum) &&

@@ -46,7 +46,7 @@ struct Shared {
   ScoreRow first_dscores;     // of query 0
   double2 dweight[kThreads];  // sums of s t, a thread's two features
   float query_room[kWarps];
-  float key_room[2][kWarps];  // in turn
+  float key_room[kWarps];
 };
 
 // Some queries of a sequence and head, and a chunk of features, to meet the keys of the block.

@@ -9,11 +9,10 @@
 namespace attn_ext {
 namespace cuda {
 
-// out = sum_d w_d tanh(left_id + right_jd) of queries and keys, or without `scores` the inner
-// products of dcontext and values.
+// out = sum_d w_d tanh(left_id + right_jd) of queries and keys, or the inner products of dcontext
+// and values.
 struct InnerCall {
   Problem problem;
-  bool scores = true;
   Rows left;   // by query
   Rows right;  // by key
   int64_t dim = 0;
@@ -21,8 +20,9 @@ struct InnerCall {
 };
 void launch_scores(const InnerCall& call, cudaStream_t stream);
 void launch_product(const InnerCall& call, cudaStream_t stream);
-// Either, for one query a sequence.
-void launch_step_inner(const InnerCall& call, cudaStream_t stream);
+// For one query a sequence.
+void launch_step_scores(const InnerCall& call, cudaStream_t stream);
+void launch_step_product(const InnerCall& call, cudaStream_t stream);
 
 // From scores alpha after dropout, which may take their place; and s = alpha (dalpha - sum alpha
 // dalpha) in place of dalpha. Of raw scores dalpha becomes dweights, which is s.

@@ -16,7 +16,7 @@ constexpr int kFeatures = 4 * kGranule;  // a warp's at a time: 4 lanes have a g
 constexpr int kLd = kTile + 4;
 
 // The sums of this warp's features.
-template <int kParts>
+template <int kTerms>
 __device__ __forceinline__ void add_features(const InnerCall& call, const int64_t (&left)[4],
                                              const int64_t (&right)[4], int queries, int keys,
                                              float (&sums)[2][4][4]) {
@@ -25,23 +25,23 @@ __device__ __forceinline__ void add_features(const InnerCall& call, const int64_
 #pragma unroll 1
   for (int64_t begin = first; begin < call.dim; begin += kWarps * kFeatures) {
     const int64_t col = begin + threadIdx.x % 4 * kGranule;
-    unsigned a[4][kParts][kGranule / 2];
+    unsigned a[4][kTerms][kGranule / 2];
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-      load_parts(call.left, left[n], col, call.dim, 8 * n + r < queries, a[n]);
+      load_terms(call.left, left[n], col, call.dim, 8 * n + r < queries, a[n]);
     }
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-      unsigned b[kParts][kGranule / 2];
-      load_parts(call.right, right[n], col, call.dim, 8 * n + r < keys, b);
+      unsigned b[kTerms][kGranule / 2];
+      load_terms(call.right, right[n], col, call.dim, 8 * n + r < keys, b);
       // The order of features does not matter as long as both sides have the same.
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
         const int step = m / 2 * 2;
-        unsigned x[kParts][4];
-        unsigned y[kParts][2];
+        unsigned x[kTerms][4];
+        unsigned y[kTerms][2];
 #pragma unroll
-        for (int p = 0; p < kParts; ++p) {
+        for (int p = 0; p < kTerms; ++p) {
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
             x[p][k] = a[m % 2 * 2 + k % 2][p][step + k / 2];
@@ -49,13 +49,13 @@ __device__ __forceinline__ void add_features(const InnerCall& call, const int64_
           y[p][0] = b[p][step];
           y[p][1] = b[p][step + 1];
         }
-        multiply_parts(x, y, sums[m % 2][n]);
+        multiply_terms(x, y, sums[m % 2][n]);
       }
     }
   }
 }
 
-template <int kParts>
+template <int kTerms>
 __global__ void __launch_bounds__(kThreads, 3) product_kernel(const InnerCall call) {
   __shared__ __align__(16) float shared[kWarps][kTile][kLd];
   __shared__ Place place;
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 3) product_kernel(const InnerCall ca
                               static_cast<int>(key) + smaller(8 * n + r, keys - 1));
       }
       float sums[2][4][4] = {};
-      add_features<kParts>(call, left, right, queries, keys, sums);
+      add_features<kTerms>(call, left, right, queries, keys, sums);
       __syncthreads();
 #pragma unroll
       for (int n = 0; n < 16; ++n) {
@@ -109,10 +109,10 @@ __global__ void __launch_bounds__(kThreads, 3) product_kernel(const InnerCall ca
 }  // namespace
 
 void launch_product(const InnerCall& call, cudaStream_t stream) {
-  const int parts = std::max(parts_of(call.left.dtype), parts_of(call.right.dtype));
+  const int terms = std::max(terms_of(call.left.dtype), terms_of(call.right.dtype));
   launch_pairs("inner products",
-               parts == 1   ? product_kernel<1>
-               : parts == 2 ? product_kernel<2>
+               terms == 1   ? product_kernel<1>
+               : terms == 2 ? product_kernel<2>
                             : product_kernel<3>,
                kTileShift, kThreads, call, stream);
 }

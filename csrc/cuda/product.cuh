@@ -1,6 +1,7 @@
 // Products of matrices on tensor cores, as exact as in float32. A number is the sum of bfloat16
-// parts: one of a bfloat16, two of a float16, three of a float32 number. Products of parts that are
-// less than a rounding of the whole are left out.
+// terms: one of a bfloat16, two of a float16, three of a float32 number. Products of terms that are
+// less than a rounding of the whole are left out. Beside several terms, infinity and float32 that
+// rounds to it as bfloat16 make NaN of what they enter.
 #pragma once
 
 #include "memory.cuh"
@@ -8,31 +9,31 @@
 namespace attn_ext {
 namespace cuda {
 
-inline int parts_of(DType dtype) {
+inline int terms_of(DType dtype) {
   return dtype == DType::kBFloat16 ? 1 : dtype == DType::kFloat16 ? 2 : 3;
 }
 
-// Parts of numbers that the kernel computes, beside rows of so many parts.
-template <int kParts>
-constexpr int kComputedParts = kParts < 2 ? 2 : kParts;
+// Terms of numbers that the kernel computes, beside rows of so many terms.
+template <int kTerms>
+constexpr int kComputedTerms = kTerms < 2 ? 2 : kTerms;
 
-template <int kParts>
-__device__ __forceinline__ void split(float low, float high, unsigned (&words)[kParts]) {
+template <int kTerms>
+__device__ __forceinline__ void split(float low, float high, unsigned (&words)[kTerms]) {
 #pragma unroll
-  for (int p = 0; p < kParts; ++p) {
+  for (int p = 0; p < kTerms; ++p) {
     words[p] = bfloat16_pair(low, high);
     low -= __uint_as_float(words[p] << 16);
     high -= __uint_as_float(words[p] & 0xffff0000u);
   }
 }
 
-// Parts of columns [col, col + kGranule) of the row at `offset`, two to a word; 0 unless it exists.
-template <int kParts>
-__device__ __forceinline__ void load_parts(const Rows& rows, int64_t offset, int64_t col,
+// Terms of columns [col, col + kGranule) of the row at `offset`, two to a word; 0 unless it exists.
+template <int kTerms>
+__device__ __forceinline__ void load_terms(const Rows& rows, int64_t offset, int64_t col,
                                            int64_t dim, bool exists,
-                                           unsigned (&words)[kParts][kGranule / 2]) {
+                                           unsigned (&words)[kTerms][kGranule / 2]) {
   float values[kGranule] = {};
-  if constexpr (kParts == 1) {  // as they are
+  if constexpr (kTerms == 1) {  // as they are
     if (exists && is_whole(rows, col, dim)) {
       const uint4 raw = __ldg(reinterpret_cast<const uint4*>(
           static_cast<const unsigned short*>(rows.data) + offset + col));
@@ -48,10 +49,10 @@ __device__ __forceinline__ void load_parts(const Rows& rows, int64_t offset, int
   }
 #pragma unroll
   for (int n = 0; n < kGranule / 2; ++n) {
-    unsigned pair[kParts];
+    unsigned pair[kTerms];
     split(values[2 * n], values[2 * n + 1], pair);
 #pragma unroll
-    for (int p = 0; p < kParts; ++p) {
+    for (int p = 0; p < kTerms; ++p) {
       words[p][n] = pair[p];
     }
   }
@@ -96,9 +97,9 @@ __device__ __forceinline__ void multiply(const unsigned (&a)[4], const unsigned 
 #endif
 }
 
-// The same of numbers in parts, the least first.
+// The same of numbers in terms, the least first.
 template <int kLeft, int kRight>
-__device__ __forceinline__ void multiply_parts(const unsigned (&a)[kLeft][4],
+__device__ __forceinline__ void multiply_terms(const unsigned (&a)[kLeft][4],
                                                const unsigned (&b)[kRight][2], float (&sums)[4]) {
   constexpr int kMost = kLeft > kRight ? kLeft : kRight;
   float own[4] = {};

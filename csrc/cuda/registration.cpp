@@ -16,14 +16,10 @@ namespace attn_ext {
 namespace cuda {
 namespace {
 
-constexpr bool kScores = true;
-constexpr bool kProducts = false;
-
-InnerCall inner_call(const Call& call, bool scores, const Rows& left, const Rows& right,
-                     int64_t dim, const Scores& out) {
+InnerCall inner_call(const Call& call, const Rows& left, const Rows& right, int64_t dim,
+                     const Scores& out) {
   InnerCall inner;
   inner.problem = call.problem;
-  inner.scores = scores;
   inner.left = left;
   inner.right = right;
   inner.dim = dim;
@@ -34,8 +30,8 @@ InnerCall inner_call(const Call& call, bool scores, const Rows& left, const Rows
 // Of the wave's queries.
 void compute_scores(const Call& call, const Scores& scores) {
   const Problem& problem = call.problem;
-  const auto run = call.one_step() ? launch_step_inner : launch_scores;
-  run(inner_call(call, kScores, problem.query, problem.key, problem.dim, scores), call.stream());
+  const auto run = call.one_step() ? launch_step_scores : launch_scores;
+  run(inner_call(call, problem.query, problem.key, problem.dim, scores), call.stream());
 }
 
 // Every sequence's only query: scores, softmax and weighted sum in one kernel, or two if there are
@@ -198,10 +194,9 @@ void gradient_of_scores(const Call& call, const Incoming& incoming, bool wants_s
     softmax.dweights = weights_of(*incoming.dweights, incoming.weights_by_key);
   }
   if (incoming.dcontext.has_value() && wants_scores) {
-    const auto run = call.one_step() ? launch_step_inner : launch_product;
+    const auto run = call.one_step() ? launch_step_product : launch_product;
     softmax.has_dalpha = true;
-    run(inner_call(call, kProducts, rows_of(*incoming.dcontext), problem.value, problem.value_dim,
-                   dscores),
+    run(inner_call(call, rows_of(*incoming.dcontext), problem.value, problem.value_dim, dscores),
         call.stream());
   }
   launch_softmax_gradient(softmax, call.stream());

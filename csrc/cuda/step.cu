@@ -334,14 +334,21 @@ __global__ void __launch_bounds__(kThreads) step_merge_kernel(const StepCall cal
   }
 }
 
+void launch_inner(const char* name, void (*kernel)(InnerCall), const InnerCall& call,
+                  cudaStream_t stream) {
+  const Sequences& sequences = call.problem.sequences;
+  launch(name, kernel, tile_bound(key_rows(sequences), sequences.count, kInnerShift),
+         call.problem.heads, 1, kInnerThreads, call, stream);
+}
+
 }  // namespace
 
-void launch_step_inner(const InnerCall& call, cudaStream_t stream) {
-  const Sequences& sequences = call.problem.sequences;
-  launch(call.scores ? "scores of a step" : "inner products of a step",
-         call.scores ? step_inner_kernel<true> : step_inner_kernel<false>,
-         tile_bound(key_rows(sequences), sequences.count, kInnerShift), call.problem.heads, 1,
-         kInnerThreads, call, stream);
+void launch_step_scores(const InnerCall& call, cudaStream_t stream) {
+  launch_inner("scores of a step", step_inner_kernel<true>, call, stream);
+}
+
+void launch_step_product(const InnerCall& call, cudaStream_t stream) {
+  launch_inner("inner products of a step", step_inner_kernel<false>, call, stream);
 }
 
 void launch_step(const StepCall& call, cudaStream_t stream) {

@@ -19,11 +19,11 @@ constexpr int kCols = 8 * kGranule;    // a warp's: 8 lanes have a granule each
 constexpr int kLd = kInner / 2 + 4;    // words; so that 8 rows' 16 bytes lie in different banks
 static_assert(kRows == 2 * kStep && kInner % kStep == 0);
 
-template <int kAlphaParts>
+template <int kAlphaTerms>
 struct Shared {
   RowOffsets rows;  // of what is summed
   RowOffsets out;
-  unsigned alpha[kAlphaParts][kRows][kLd];
+  unsigned alpha[kAlphaTerms][kRows][kLd];
   float shift[kRows];  // of the softmax
   float scale[kRows];
 };
@@ -39,8 +39,8 @@ struct Part {
 };
 
 // Largest score and sum of exponentials of the block's queries.
-template <int kAlphaParts>
-__device__ inline void softmax(const Part& part, Shared<kAlphaParts>& shared) {
+template <int kAlphaTerms>
+__device__ inline void softmax(const Part& part, Shared<kAlphaTerms>& shared) {
   constexpr int kLanes = 8;  // that a row belongs to
   const WeightedCall& call = part.call;
   const int lane = threadIdx.x % kLanes;
@@ -74,9 +74,9 @@ __device__ inline void softmax(const Part& part, Shared<kAlphaParts>& shared) {
 }
 
 // alpha of a query and key j, after dropout; the first blocks of the query also return it.
-template <int kAlphaParts>
+template <int kAlphaTerms>
 __device__ inline float softmax_weight(const Part& part, int row, int j,
-                                       const Shared<kAlphaParts>& shared) {
+                                       const Shared<kAlphaTerms>& shared) {
   const WeightedCall& call = part.call;
   const int i = part.first + row;
   const float score = score_row(call.alpha, part.span, part.head, i)[j];
@@ -89,8 +89,8 @@ __device__ inline float softmax_weight(const Part& part, int row, int j,
 }
 
 // Puts alpha of the rows that are summed next in place, 0 elsewhere.
-template <bool kByKey, int kAlphaParts>
-__device__ __forceinline__ void fill(const Part& part, int begin, Shared<kAlphaParts>& shared) {
+template <bool kByKey, int kAlphaTerms>
+__device__ __forceinline__ void fill(const Part& part, int begin, Shared<kAlphaTerms>& shared) {
   const WeightedCall& call = part.call;
   // Neighbours read neighbouring keys.
   constexpr int kTogether = kByKey ? kRows : kThreads / (kStep / 2);
@@ -110,10 +110,10 @@ __device__ __forceinline__ void fill(const Part& part, int begin, Shared<kAlphaP
                             : softmax_weight(part, row, inner, shared);
         }
       }
-      unsigned words[kAlphaParts];
+      unsigned words[kAlphaTerms];
       split(alpha[0], alpha[1], words);
 #pragma unroll
-      for (int p = 0; p < kAlphaParts; ++p) {
+      for (int p = 0; p < kAlphaTerms; ++p) {
         shared.alpha[p][row][pair] = words[p];
       }
     }
@@ -124,11 +124,11 @@ using Totals = float[kRows / kStep][kGranule][4];
 
 // Adds what 16 rows from `begin` on give: of column n of granule t, totals[.][t] have column n of
 // the product.
-template <bool kByKey, int kParts>
+template <bool kByKey, int kTerms>
 __device__ __forceinline__ void add_rows(const Part& part, int begin, int step, int64_t col,
-                                         const Shared<kComputedParts<kParts>>& shared,
+                                         const Shared<kComputedTerms<kTerms>>& shared,
                                          Totals& totals) {
-  constexpr int kAlphaParts = kComputedParts<kParts>;
+  constexpr int kAlphaTerms = kComputedTerms<kTerms>;
   const WeightedCall& call = part.call;
   const int r = threadIdx.x % kWarp / 4;
   const int c = threadIdx.x % 4;
@@ -145,29 +145,29 @@ __device__ __forceinline__ void add_rows(const Part& part, int begin, int step, 
       }
     }
   }
-  unsigned a[kRows / kStep][kAlphaParts][4];
+  unsigned a[kRows / kStep][kAlphaTerms][4];
 #pragma unroll
-  for (int n = 0; n < kRows / kStep * kAlphaParts * 4; ++n) {
-    const int half = n / (kAlphaParts * 4);
-    const int p = n / 4 % kAlphaParts;
+  for (int n = 0; n < kRows / kStep * kAlphaTerms * 4; ++n) {
+    const int half = n / (kAlphaTerms * 4);
+    const int p = n / 4 % kAlphaTerms;
     a[half][p][n % 4] = shared.alpha[p][half * kStep + r + n % 2 * 8][step / 2 + c + n % 4 / 2 * 4];
   }
 #pragma unroll
   for (int t = 0; t < kGranule; ++t) {
-    unsigned b[kParts][2];
+    unsigned b[kTerms][2];
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      unsigned words[kParts];
+      unsigned words[kTerms];
       split(rows[2 * n][t], rows[2 * n + 1][t], words);
 #pragma unroll
-      for (int p = 0; p < kParts; ++p) {
+      for (int p = 0; p < kTerms; ++p) {
         b[p][n] = words[p];
       }
     }
 #pragma unroll
     for (int half = 0; half < kRows / kStep; ++half) {
       if (half * kStep < part.count) {
-        multiply_parts(a[half], b, totals[half][t]);
+        multiply_terms(a[half], b, totals[half][t]);
       }
     }
   }
@@ -219,9 +219,9 @@ __device__ inline void write(const Part& part, const RowOffsets& out, int64_t fi
   }
 }
 
-template <bool kByKey, int kParts>
+template <bool kByKey, int kTerms>
 __global__ void __launch_bounds__(kThreads, 3) weighted_kernel(const WeightedCall call) {
-  __shared__ __align__(16) Shared<kComputedParts<kParts>> shared;
+  __shared__ __align__(16) Shared<kComputedTerms<kTerms>> shared;
   __shared__ Place place;
   find_place(call.problem.sequences, kByKey, kRowShift, place);
   const Span& span = place.span;
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, 3) weighted_kernel(const WeightedCal
         }
         const int steps = smaller(kInner, part.inner - begin);
         for (int step = 0; step < steps && col < call.problem.value_dim; step += kStep) {
-          add_rows<kByKey, kParts>(part, begin, step, col + threadIdx.x % kWarp / 4 * kGranule,
+          add_rows<kByKey, kTerms>(part, begin, step, col + threadIdx.x % kWarp / 4 * kGranule,
                                    shared, totals);
         }
       }
@@ -284,7 +284,7 @@ void launch_weighted(const WeightedCall& call, cudaStream_t stream) {
            share(rows >> kRowShift, call.problem.heads, columns), call.problem.heads, kThreads,
            call, stream);
   };
-  switch (parts_of(call.rows.dtype)) {
+  switch (terms_of(call.rows.dtype)) {
     case 1:
       return run(weighted_kernel<true, 1>, weighted_kernel<false, 1>);
     case 2:
