@@ -133,29 +133,6 @@ __device__ inline Tile find_key_tile(const Sequences& sequences, int shift, int6
   return find_tile(sequences.key, sequences.count, 0, key_rows(sequences), shift, number);
 }
 
-// Where a block works: its sequence, and the first row of its tile. One thread finds it for all,
-// and as it is in shared memory it takes no registers.
-struct Place {
-  Span span;
-  int first;
-
-  __device__ bool is_empty(bool by_key) const {
-    return first >= (by_key ? span.key_count : span.query_count);
-  }
-};
-
-__device__ inline void find_place(const Sequences& sequences, bool by_key, int shift,
-                                  Place& place) {
-  if (threadIdx.x == 0) {
-    const Tile tile = by_key ? find_key_tile(sequences, shift, blockIdx.x)
-                             : find_query_tile(sequences, shift, blockIdx.x);
-    place.span = span_of(sequences, tile.sequence);
-    place.first = static_cast<int>(
-        smaller<int64_t>(tile.first, by_key ? place.span.key_count : place.span.query_count));
-  }
-  __syncthreads();
-}
-
 // Offsets of one head's rows of a sequence, by number.
 struct RowOffsets {
   int64_t first;

@@ -1,4 +1,5 @@
-// Loads and stores of rows in any dtype, reductions over a warp, and asynchronous copies.
+// Where a block works, loads and stores of rows in any dtype, reductions over a warp, and
+// asynchronous copies: what only device code can do, while geometry.cuh is the host's too.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,6 +15,29 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 // Features that are loaded at once: 16 bytes of a 16-bit type, twice 16 of float.
 constexpr int kGranule = 8;
+
+// Where a block works: its sequence, and the first row of its tile. One thread finds it for all,
+// and as it is in shared memory it takes no registers.
+struct Place {
+  Span span;
+  int first;
+
+  __device__ bool is_empty(bool by_key) const {
+    return first >= (by_key ? span.key_count : span.query_count);
+  }
+};
+
+__device__ inline void find_place(const Sequences& sequences, bool by_key, int shift,
+                                  Place& place) {
+  if (threadIdx.x == 0) {
+    const Tile tile = by_key ? find_key_tile(sequences, shift, blockIdx.x)
+                             : find_query_tile(sequences, shift, blockIdx.x);
+    place.span = span_of(sequences, tile.sequence);
+    place.first = static_cast<int>(
+        smaller<int64_t>(tile.first, by_key ? place.span.key_count : place.span.query_count));
+  }
+  __syncthreads();
+}
 
 __device__ inline float load(const Rows& rows, int64_t offset) {
   switch (rows.dtype) {
