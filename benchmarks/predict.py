@@ -40,7 +40,7 @@ def executed(workload: Workload, sample: int) -> dict[str, float]:
     pairs = dynamic.sampled(*lengths, 1 if alike else sample)
     most = max(map(max, lengths))
     repeats = len(workload.key_lengths) // len(pairs)
-    modes = dynamic.run(*zip(*pairs), most, workload.dim, "sm_90", repeats)
+    modes = dynamic.run("triton", *zip(*pairs), most, workload.dim, "sm_90", repeats)
     found = [sum(seconds(launch, repeats) for launch in launches) for launches in modes]
     return dict(zip(("forward", "backward"), found, strict=True))
 

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -224,6 +225,15 @@ def test_predictions_are_the_slowest_of_three():
     # 32 lanes of a warp at 16 a clock: 2 clocks an instruction.
     assert predict.seconds(launch([4.0], mufu=700), count) == pytest.approx(1400 * clock)
     assert predict.seconds(launch([4.0], sectors=10**6), 3) == pytest.approx(3 * 32e6 / 3e12)
+
+
+def test_a_batch_is_predicted_from_a_sample_of_it(monkeypatch):
+    execute = mock.create_autospec(dynamic.run, return_value=([launch([4000.0])], []))
+    monkeypatch.setattr(dynamic, "run", execute)
+    alike = Workload("alike", (75,) * 264, (70,) * 264, 1024, 1024)
+    found = predict.executed(alike, sample=16)
+    execute.assert_called_once_with("triton", (70,), (75,), 75, 1024, "sm_90", 264)
+    assert found == {"forward": pytest.approx(2000 / (dynamic.CLOCK_GHZ * 1e9)), "backward": 0}
 
 
 def test_floors_are_the_slower_of_memory_and_arithmetic():
