@@ -14,7 +14,15 @@ import triton
 import triton.language as tl
 
 from .arithmetic import WeightDropout, kept_weights, product, weighted_sum
-from .rows import ORDER_BLOCK, are_attended, attended_keys, find_tile, sequence_rows, write_order
+from .rows import (
+    ORDER_BLOCK,
+    Lengths,
+    are_attended,
+    attended_keys,
+    find_tile,
+    sequence_rows,
+    write_order,
+)
 
 SIZES = [
     "batch",
@@ -165,21 +173,10 @@ def additive_attention_bwd_scores_kernel(
         sequence, first = find_tile(cu_q_ptr, tile, batch, rows_q, BLOCK_Q)
         if order_ptr is not None:
             if (first == 0) & (head == 0):
-                write_order(
-                    order_ptr,
-                    sequence,
-                    sequences,
-                    sequences,
-                    cu_q_ptr,
-                    cu_k_ptr,
-                    key_lengths_ptr,
-                    batch,
-                    rows_q,
-                    rows_k,
-                    max_seqlen_k,
-                    0,
-                    ORDER_BLOCK,
+                lengths = Lengths(
+                    cu_q_ptr, cu_k_ptr, key_lengths_ptr, batch, rows_q, rows_k, max_seqlen_k
                 )
+                write_order(order_ptr, sequence, sequences, sequences, lengths, 0, ORDER_BLOCK)
     else:
         sequence, first = find_tile(cu_k_ptr, tile - query_tiles, batch, rows_k, BLOCK_K)
     place, start, length_q = sequence_rows(cu_q_ptr, sequence, batch, rows_q)

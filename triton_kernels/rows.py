@@ -110,24 +110,28 @@ def lengths_of(cu_ptr, sequence, batch, rows):
         return tl.maximum(tl.where(sequence < batch, end, rows) - start, 0)
 
 
+class Lengths(NamedTuple):
+    """What says how many queries and keys each sequence has."""
+
+    cu_q_ptr: tl.tensor | None
+    cu_k_ptr: tl.tensor | None
+    key_lengths_ptr: tl.tensor | None
+    batch: tl.tensor
+    rows_q: tl.tensor  # int64, as is the next
+    rows_k: tl.tensor
+    max_seqlen_k: tl.tensor
+
+
 @triton.jit
-def work_of(
-    sequence,
-    cu_q_ptr,
-    cu_k_ptr,
-    key_lengths_ptr,
-    batch,
-    rows_q,
-    rows_k,
-    max_seqlen_k,
-    TILE: tl.constexpr,
-):
+def work_of(sequence, lengths, TILE: tl.constexpr):
     """How many tiles of TILE queries sequences have (TILE = 0: each is one), and the pairs of the
     largest of them."""
-    queries = lengths_of(cu_q_ptr, sequence, batch, rows_q)
-    keys = tl.minimum(lengths_of(cu_k_ptr, sequence, batch, rows_k), max_seqlen_k)
-    if key_lengths_ptr is not None:
-        attended = tl.load(key_lengths_ptr + tl.minimum(sequence, batch - 1))
+    batch = lengths.batch
+    queries = lengths_of(lengths.cu_q_ptr, sequence, batch, lengths.rows_q)
+    keys = lengths_of(lengths.cu_k_ptr, sequence, batch, lengths.rows_k)
+    keys = tl.minimum(keys, lengths.max_seqlen_k)
+    if lengths.key_lengths_ptr is not None:
+        attended = tl.load(lengths.key_lengths_ptr + tl.minimum(sequence, batch - 1))
         keys = tl.minimum(keys, tl.maximum(attended, 0).to(tl.int64))
     keys = tl.where(sequence < batch, keys, 0)
     if TILE == 0:
@@ -138,51 +142,19 @@ def work_of(
 
 @triton.jit
 def write_order(
-    order_ptr,
-    sequence,
-    sequences,
-    room,
-    cu_q_ptr,
-    cu_k_ptr,
-    key_lengths_ptr,
-    batch,
-    rows_q,
-    rows_k,
-    max_seqlen_k,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    order_ptr, sequence, sequences, room, lengths, TILE: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Write the tiles of a sequence where they stand among those of all, the largest first.
 
     ``order`` is [room, 2] and a number: of each tile its sequence, and which of its tiles it is;
     and how many tiles there are.
     """
-    own_tiles, own_work = work_of(
-        sequence,
-        cu_q_ptr,
-        cu_k_ptr,
-        key_lengths_ptr,
-        batch,
-        rows_q,
-        rows_k,
-        max_seqlen_k,
-        TILE,
-    )
+    own_tiles, own_work = work_of(sequence, lengths, TILE)
     before = 0
     total = 0
     for begin in range(0, sequences, BLOCK):
         other = begin + tl.arange(0, BLOCK)
-        tiles, work = work_of(
-            other,
-            cu_q_ptr,
-            cu_k_ptr,
-            key_lengths_ptr,
-            batch,
-            rows_q,
-            rows_k,
-            max_seqlen_k,
-            TILE,
-        )
+        tiles, work = work_of(other, lengths, TILE)
         tiles = tl.where(other < sequences, tiles, 0)
         precedes = (work > own_work) | ((work == own_work) & (other < sequence))
         before += tl.sum(tl.where(precedes, tiles, 0), 0)
@@ -214,21 +186,10 @@ def order_kernel(
     BLOCK: tl.constexpr,
 ):
     """:func:`write_order` for a sequence a program."""
-    write_order(
-        order_ptr,
-        tl.program_id(0),
-        sequences,
-        room,
-        cu_q_ptr,
-        cu_k_ptr,
-        key_lengths_ptr,
-        batch,
-        rows_q.to(tl.int64),
-        rows_k.to(tl.int64),
-        max_seqlen_k,
-        TILE,
-        BLOCK,
-    )
+    rows_q = rows_q.to(tl.int64)
+    rows_k = rows_k.to(tl.int64)
+    lengths = Lengths(cu_q_ptr, cu_k_ptr, key_lengths_ptr, batch, rows_q, rows_k, max_seqlen_k)
+    write_order(order_ptr, tl.program_id(0), sequences, room, lengths, TILE, BLOCK)
 
 
 @triton.jit
