@@ -53,8 +53,7 @@ class Problem(NamedTuple):
         return KeySide(self.cu_k, self.lengths, self.mask)
 
     def dropout(self) -> tuple:
-        p = self.dropout_p
-        return math.ceil(p * 2**24), 1 / (1 - p) if p < 1 else 0.0
+        return _threshold_and_scale(self.dropout_p)
 
     def weight_dropout(self) -> Dropout | None:
         return dropout_of(self.dropout_p, self.seed)
@@ -169,7 +168,13 @@ def rows_of(tensor: Tensor) -> Tensor:
 def dropout_of(p: float, seed: Tensor | None) -> Dropout | None:
     if p == 0:
         return None
-    return Dropout(seed, float(math.ceil(p * 2**24)), 1 / (1 - p) if p < 1 else 0.0)
+    threshold, scale = _threshold_and_scale(p)
+    return Dropout(seed, float(threshold), scale)
+
+
+def _threshold_and_scale(p: float) -> tuple[int, float]:
+    """Below which of 2^24 random numbers entries are dropped, and what the others are scaled by."""
+    return math.ceil(p * 2**24), 1 / (1 - p) if p < 1 else 0.0
 
 
 def as_rows(tensor: Tensor | None, cu: Tensor | None = None) -> Rows | None:
