@@ -109,7 +109,7 @@ def triton_execution(target: str, repeats: int) -> Iterator:
     session = run_triton.TritonSession(target, PROCESSORS, watch_races=False, count=True)
     with (
         mock.patch.object(
-            configurations, "score_tiles", lambda rows, count: score_tiles(rows * repeats, count)
+            configurations, "score_tiles", lambda rows, *rest: score_tiles(rows * repeats, *rest)
         ),
         mock.patch.object(run_triton, "Machine", MachineByBlock),
         run_triton.triton_execution(session),
@@ -220,15 +220,23 @@ def batch_blocks(launch: Launch, repeats: int) -> np.ndarray:
     slots = launch.slots[launch.slots > launch.slots.max() / 50]  # without those that end at once
     if not launch.sorted:
         return np.tile(slots, repeats)
-    # As rows.dealt() has it: rounds of as many as there are multiprocessors, each second one back.
     slots = np.sort(np.repeat(slots, repeats))[::-1]
-    rounds = [slots[i : i + PROCESSORS] for i in range(0, len(slots), PROCESSORS)]
-    slots = np.concatenate([r[::-1] if n % 2 else r for n, r in enumerate(rounds)])
     if launch.name != "grad":
-        return slots
+        return slots[dealt(len(slots))] if len(slots) <= PROCESSORS * launch.resident else slots
     # Its programs, as many as are resident, take one after the other.
+    slots = slots[dealt(len(slots))]
     programs = PROCESSORS * launch.resident
     return np.array([slots[p::programs].sum() for p in range(min(programs, len(slots)))])
+
+
+def dealt(count: int) -> np.ndarray:
+    """As ``rows.dealt`` has it."""
+    turn, place = np.divmod(np.arange(count), PROCESSORS)
+    more = count % PROCESSORS
+    rotated = (place - more) % PROCESSORS
+    whole = np.where(turn % 2 == 0, rotated, PROCESSORS - 1 - rotated)
+    is_last = (turn + 1) * PROCESSORS > count
+    return turn * PROCESSORS + np.where(is_last, more - 1 - place, whole)
 
 
 def report(name: str, launches: list[Launch], elements: int, repeats: int = 0) -> None:

@@ -84,10 +84,10 @@ def shrink_tiles(set_attribute: Callable[[object, str, object], None]) -> None:
     """Smaller tiles in Triton's interpreter, whose time goes by the operations of a program."""
     from attn_ext.triton_kernels import configurations
 
-    scores = configurations.Tiles(warps=1, queries=8, keys=8, features=4, value_features=8)
+    scores = configurations.Tiles(warps=1, queries=8, keys=8, features=8, pairs=2, value_features=8)
     for name in ("SCORES", "PAIRS", "PAIRS_FLOAT32"):
         set_attribute(configurations, name, scores)
-    few = configurations.replace(scores, queries=4, features=8)
+    few = configurations.replace(scores, queries=4)
     set_attribute(configurations, "SCORES_FEW", few)
     set_attribute(configurations, "GRADIENT_ROW_TILES", 2)
 

@@ -93,11 +93,13 @@ def kernels(rows) -> list[dict]:
 
 @pytest.mark.nightly
 def test_nothing_spills_where_the_time_goes(kernels):
-    """Kernels whose registers are limited, for more of them to run at a time, may spill between."""
+    """Between loops forward may, which takes all the registers there are, and the gradients of
+    queries alone have two of them too few."""
     assert kernels
     assert [row for row in kernels if row["loop_spills"]] == []
-    assert {row["kernel"] for row in kernels if row["spills"]} <= {"fwd"}
-    assert max(row["spills"] for row in kernels) < 500
+    assert {row["kernel"] for row in kernels if row["spills"]} <= {"fwd", "grad"}
+    assert max(row["spills"] for row in kernels if row["kernel"] == "grad") <= 6
+    assert max(row["spills"] for row in kernels) < 300
 
 
 @pytest.mark.nightly
@@ -130,7 +132,8 @@ def test_scores_cost_no_more_than_in_attention(kernels, regime):
         return [row["element"]["slots"] for row in rows if row["element"]]
 
     assert slots("scores")
-    assert max(slots("scores")) <= 1.01 * max(slots("forward"))
+    # Returned scores are centred as they are summed.
+    assert max(slots("scores")) <= 1.02 * max(slots("forward"))
 
 
 @pytest.mark.nightly
@@ -208,12 +211,18 @@ def test_blocks_share_a_multiprocessor():
 
 
 def test_batch_of_a_sample_is_dealt_by_work():
-    """In turns from the first multiprocessor to the last and back; empty blocks are left out."""
+    """In turns from the first multiprocessor to the last and back; empty blocks are left out. More
+    than there is room for at once come as they are, the largest first."""
     count = dynamic.PROCESSORS
     blocks = dynamic.batch_blocks(launch([8.0, 800.0, 400.0]), count)
     assert blocks.tolist() == [800.0] * count + [400.0] * count
-    ramp = dynamic.batch_blocks(launch([float(i) for i in range(1000, 1000 + 2 * count)]), 1)
-    assert ramp[0] == ramp.max() and ramp[count] == ramp.min()
+    ramp = [float(i) for i in range(1000, 1000 + 2 * count + 1)]
+    assert dynamic.batch_blocks(launch(ramp, resident=2), 1).tolist() == ramp[::-1]
+    dealt = dynamic.batch_blocks(launch(ramp, resident=3), 1)
+    assert sorted(dealt) == ramp
+    each = [dealt[p::count] for p in range(count)]
+    assert len(each[0]) == 3 and each[0][0] == min(slots[0] for slots in each)
+    assert np.ptp([slots.sum() for slots in each[1:]]) == 0
     unsorted = dynamic.batch_blocks(launch([400.0, 800.0], name="bwd_scores"), 2)
     assert unsorted.tolist() == [400.0, 800.0] * 2
 

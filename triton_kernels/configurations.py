@@ -17,19 +17,21 @@ class Tiles:
     queries: int = 0
     keys: int = 0
     features: int = 0
+    pairs: int = 0  # of features, of which a block of more is taken in turns
     value_features: int = 0
     registers: int = 0  # the most a thread may have on NVIDIA; 0: as the compiler likes
 
 
-# A score tile is [queries, keys, features] in registers, 64 sums of pairs of features a thread:
-# more queries and keys mean fewer exponentials. What a sequence lacks of it is left out by fours.
-# A block of features passes through shared memory, with barriers; at up to 168 registers three
-# programs run on a multiprocessor, so that one computes while another waits. What is spilled for
-# that is used between the loops. Wide blocks of value features: weights are computed for each.
-SCORES = Tiles(warps=4, queries=32, keys=32, features=16, value_features=256, registers=168)
+# A score tile is [queries, keys, pairs of features] in registers, 64 sums a thread: more queries
+# and keys mean fewer exponentials. What a sequence lacks of it is left out by fours. A block of
+# features passes through shared memory, with barriers; what a thread needs of it is in registers
+# too, so that two programs run on a multiprocessor. Held to 168 registers three would, but then the
+# assembler has each thread wait for one reciprocal at a time. Wide blocks of value features: the
+# weights are computed anew for each.
+SCORES = Tiles(warps=4, queries=32, keys=32, features=32, pairs=8, value_features=256)
 # Of half as many queries where there are too few of those tiles to give each multiprocessor
 # several: one that takes twice the mean time would have all wait.
-SCORES_FEW = replace(SCORES, queries=16, features=32)
+SCORES_FEW = replace(SCORES, queries=16, features=64, pairs=16, value_features=512)
 SCORE_COLUMNS = 32  # keys whose weights meet their values together
 # Of the gradients of scores, and of values: matrix products. Those of float32 go through
 # multiply-adds and need the registers themselves.
@@ -63,9 +65,12 @@ WHOLE_SEQUENCE_PAIRS = 1 << 14
 MOST_ORDERED = 1024
 
 
-def score_tiles(rows: int, processors: int) -> Tiles:
+def score_tiles(rows: int, processors: int, dim: int) -> Tiles:
     """For so many queries, of all heads."""
-    return SCORES if rows >= 2 * SCORES.queries * processors else SCORES_FEW
+    tiles = SCORES if rows >= 2 * SCORES.queries * processors else SCORES_FEW
+    if -dim % tiles.features > dim // 8:  # too much would be computed for features that are not
+        tiles = replace(tiles, features=tiles.features // 2)
+    return tiles
 
 
 def pair_tiles(dtype: torch.dtype) -> Tiles:

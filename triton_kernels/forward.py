@@ -7,8 +7,9 @@ import triton.language as tl
 
 from .arithmetic import WeightDropout, exp_once, kept_weights, weighted_sum
 from .rows import attended_keys, dealt, find_tile, sequence_rows
-from .scores import Pairs, weights_are_fit, write_scores
+from .scores import Pairs, Shape, weights_are_fit, write_scores
 
+PROGRAMS = tl.constexpr(2)  # of this kernel that a multiprocessor has at a time, by registers
 SIZES = ["batch", "rows_q", "rows_k", "max_seqlen_q", "max_seqlen_k", "parts", "threshold"]
 
 
@@ -73,11 +74,12 @@ def add_segment(
         largest_here = tl.maximum(largest, tl.max(scores, 1))
         shift = tl.where(largest_here == -float("inf"), 0.0, largest_here)
         total *= tl.exp(largest - shift)
-        total += tl.sum(tl.exp(scores - shift[:, None]), 1)
+        total += tl.sum(exp_once(scores - shift[:, None], USE_PTX), 1)
         largest = largest_here
     shift = tl.where(largest == -float("inf"), 0.0, largest)
     shrink = tl.exp(before - shift)
     scale = 1.0 / tl.where(total == 0.0, 1.0, total) if SINGLE else 1.0
+    places = tl.arange(0, COLUMNS).to(tl.int64) * stride_vt
     for begin_d in range(0, DV, BLOCK_DV):
         d = begin_d + tl.arange(0, BLOCK_DV)
         target = sums_rows[:, None] + d[None, :]
@@ -93,7 +95,7 @@ def add_segment(
                 weights *= scale[:, None]
             weights *= kept_weights(dropout, segment.query, segment.first + key)
             value = tl.load(
-                value_ptr + (key.to(tl.int64) * stride_vt)[:, None] + d[None, :],
+                (value_ptr + tl.cast(begin, tl.int64) * stride_vt) + places[:, None] + d[None, :],
                 mask=attended[:, None] & (d[None, :] < DV),
                 other=0.0,
             )
@@ -145,6 +147,7 @@ def additive_attention_fwd_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     COLUMNS: tl.constexpr,
     SINGLE: tl.constexpr,
@@ -163,6 +166,7 @@ def additive_attention_fwd_kernel(
     Scores pass through ``scores`` [(parts,) rows, H, stride_scores], all of them with KEEP_SCORES;
     without ``stats`` nothing else is computed. RAW: of the scores more than differences matters.
     """
+    shape: tl.constexpr = Shape(D, BLOCK_Q, BLOCK_K, BLOCK_D, PAIRS, RAW, REFINE, USE_PTX)
     rows_q = rows_q.to(tl.int64)
     rows_k = rows_k.to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
@@ -173,7 +177,9 @@ def additive_attention_fwd_kernel(
         tiles = tl.load(order_ptr + 2 * room)
         if tl.program_id(0) >= tiles:
             return
-        tile = dealt(tl.program_id(0), tiles, processors)
+        tile = tl.program_id(0)
+        if tiles <= PROGRAMS * processors:  # else the next tile is for whoever is done first
+            tile = dealt(tile, tiles, processors)
         sequence = tl.load(order_ptr + 2 * tile)
         first_query = tl.load(order_ptr + 2 * tile + 1).to(tl.int64) * BLOCK_Q
     place, start, length_q = sequence_rows(cu_q_ptr, sequence, batch, rows_q)
@@ -227,19 +233,7 @@ def additive_attention_fwd_kernel(
         first = segment * keys_a_segment
         end = tl.minimum(first + keys_a_segment, length)
         scores = scores_item if KEEP_SCORES else scores_item - first  # of query 0 and key 0
-        write_scores(
-            pairs,
-            scores,
-            first,
-            end,
-            D,
-            BLOCK_Q,
-            BLOCK_K,
-            BLOCK_D,
-            RAW,
-            REFINE,
-            USE_PTX,
-        )
+        write_scores(pairs, scores, first, end, shape)
         if stats_ptr is not None:
             tl.debug_barrier()  # other threads of the program read what these have written
             largest, total = add_segment(

@@ -138,7 +138,7 @@ def _forward(
     """
     query, key, value, score_weight = inputs
     heads, rows_q = problem.heads, problem.all_rows_q
-    tiles = configurations.score_tiles(rows_q * heads, processors(query))
+    tiles = configurations.score_tiles(rows_q * heads, processors(query), problem.dim)
     segment = configurations.segment(problem.max_k)
     single = problem.max_k <= segment
     grid_tiles = problem.tiles("q", tiles.queries)
@@ -205,6 +205,7 @@ def _forward(
         BLOCK_Q=tiles.queries,
         BLOCK_K=tiles.keys,
         BLOCK_D=tiles.features,
+        PAIRS=tiles.pairs,
         BLOCK_DV=tiles.value_features,
         COLUMNS=configurations.SCORE_COLUMNS,
         SINGLE=single,

@@ -91,12 +91,18 @@ def find_tile(cu_ptr, tile, batch, rows, TILE: tl.constexpr):
 def dealt(number, count, processors):
     """The place in a descending order of ``count`` for multiprocessor ``number % processors``.
 
-    They take turns from the first to the last and back, so that each gets about as much.
+    They take turns from the first to the last and back, so that each gets about as much. Those that
+    get one more than others, in the last turn, are the last of the first.
     """
     turn = number // processors
     place = number - turn * processors
-    last = tl.minimum(processors, count - turn * processors) - 1
-    return turn * processors + tl.where(turn % 2 == 0, place, last - place)
+    more = count % processors
+    if (turn + 1) * processors > count:
+        place = more - 1 - place
+    else:
+        place = (place - more + processors) % processors
+        place = tl.where(turn % 2 == 0, place, processors - 1 - place)
+    return turn * processors + place
 
 
 @triton.jit
