@@ -623,7 +623,7 @@ CPU = [
     Defect(
         "pool-many-rows",
         "csrc/registration.cpp",
-        "problem.weight_rows = score_weight.size(1);",
+        "problem.weight_rows = inputs.query_rows();",
         ";",
         "tests/test_pool.py",
         "Gradients of several branches write outside of their memory.",
@@ -638,7 +638,7 @@ CPU = [
     ),
     Defect(
         "cpu-raw-fill",
-        "csrc/registration.cpp",
+        "csrc/operations.h",
         "-std::numeric_limits<double>::infinity()",
         "0",
         "tests/test_scores.py",
@@ -928,7 +928,7 @@ CUDA = [
     Defect(
         "cuda-kept-scores",
         "csrc/cuda/registration.cpp",
-        "kept ? dense_scores(scores) : alpha",
+        "kept ? view(incoming.scores) : alpha",
         "alpha",
         "tests/test_hard_cases.py",
         "Backward takes for scores what happened to be in its own buffer.",

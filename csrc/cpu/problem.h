@@ -21,26 +21,13 @@ struct Sequence {
   const int64_t* key_index;  // their positions if they are not, else null
 };
 
-struct Problem {
+struct Problem : Operands {
   std::vector<Sequence> sequences;
   std::vector<int64_t> key_indices;  // storage behind Sequence::key_index
-  int64_t heads = 0;
-  int64_t dim = 0;
-  int64_t value_dim = 0;
-  Rows query;
-  Rows key;
-  Rows value;
-  Rows score_weight;           // head, col
-  int64_t weight_rows = 1;     // of score weights, a head
-  Rows exp_key;                // optional: exp(2 key), in the compute type
-  Rows key_bound;              // with exp_key: the largest |key| of each row
-  bool keys_alone = false;     // pooling: rows of score weights are the queries, see hidden.h
-  Rows gate;                   // then; data is null without one
-  Dropout feature_dropout[2];  // of its tanh and of its sigmoid
-  bool is_short = false;       // all four inputs are 16-bit floats, and so are all results
-  Dropout dropout;
+  int64_t weight_rows = 1;           // of score weights, a head
+  Rows exp_key;                      // optional: exp(2 key), in the compute type
+  Rows key_bound;                    // with exp_key: the largest |key| of each row
   bool weights_by_key = false;  // weights are [Nk, H, Nq]; else [B, H, max_seqlen_q, max_seqlen_k]
-  bool raw_scores = false;      // weights are the scores, and their gradient the scores'
   bool scores_by_key = false;   // kept scores are [.., Nk, H, Nq]; else [.., Nq, H, max_seqlen_k]
 };
 

@@ -164,7 +164,17 @@ __device__ inline int64_t key_offset(const Rows& rows, const Span& span, int64_t
   return key_offsets(rows, span, head)[j];
 }
 
-// The scores of query i.
+// Where the scores of query i start.
+__device__ inline int64_t row_of_scores(const Scores& scores, const Span& span, int64_t head,
+                                        int64_t i) {
+  const Rows& rows = scores.rows;
+  return head * rows.head + (scores.by_key
+                                 ? span.number * rows.batch + span.key_begin * scores.begin +
+                                       (span.first_query + i) * rows.row
+                                 : (span.flat_row + i) * rows.row);
+}
+
+// The scores of query i, in float32.
 struct ScoreRow {
   float* data;
   int64_t stride;
@@ -177,22 +187,14 @@ struct ScoreRow {
 
 __device__ inline ScoreRow score_row(const Scores& scores, const Span& span, int64_t head,
                                      int64_t i) {
-  const int64_t first = scores.by_key ? span.number * scores.batch + span.key_begin * scores.begin +
-                                            (span.first_query + i) * scores.query
-                                      : (span.flat_row + i) * scores.query;
-  return {scores.data + first + head * scores.head, scores.key,
-          scores.by_key ? span.key_index : nullptr};
+  return {static_cast<float*>(scores.rows.data) + row_of_scores(scores, span, head, i),
+          scores.rows.col, scores.by_key ? span.key_index : nullptr};
 }
 
-__device__ inline int64_t weight_offset(const Weights& weights, const Span& span, int64_t head,
+// Where the weight of query i and key j is, of any type.
+__device__ inline int64_t weight_offset(const Scores& weights, const Span& span, int64_t head,
                                         int64_t i, int64_t j) {
-  const Rows& rows = weights.rows;
-  if (weights.by_key) {
-    return (span.key_begin + span.position(j)) * rows.col + head * rows.head +
-           (span.first_query + i) * rows.row;
-  }
-  return span.number * rows.batch + head * rows.head + (span.first_query + i) * rows.row +
-         span.position(j) * rows.col;
+  return row_of_scores(weights, span, head, i) + span.position(j) * weights.rows.col;
 }
 
 // The factor that dropout gives the weight of query i and key j.

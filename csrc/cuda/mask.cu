@@ -46,16 +46,9 @@ __global__ void __launch_bounds__(kThreads) compact_mask_kernel(const MaskCall c
 
 }  // namespace
 
-void launch_compact_mask(const Mask& mask, int64_t count, int64_t rows, int32_t* key_index,
-                         int32_t* key_count, cudaStream_t stream) {
-  launch("mask", compact_mask_kernel, count, 1, 1, kThreads,
-         MaskCall{mask, rows, key_index, key_count}, stream);
-}
-
-void clear(void* data, int64_t bytes, cudaStream_t stream) {
-  if (bytes > 0) {
-    check(cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), stream), "clearing a result");
-  }
+void launch_compact_mask(const Mask& mask, const Sequences& sequences, cudaStream_t stream) {
+  launch("mask", compact_mask_kernel, sequences.count, 1, 1, kThreads,
+         MaskCall{mask, sequences.key.rows, sequences.key_index, sequences.key_count}, stream);
 }
 
 int64_t processors() {

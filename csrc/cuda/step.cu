@@ -12,36 +12,28 @@ namespace {
 
 constexpr int kKeys = 4;  // a warp's at a time
 
-// What a warp multiplies: scores of queries and keys, or inner products of dcontext and values.
+// The sums of the 4 keys from `first` on, in all lanes; those past `keys` are repeated. Scores of
+// queries and keys, or inner products of dcontext and values.
 template <bool kScores>
-struct StepRows {
-  const Rows& left;
-  const Rows& right;
-  const Rows& weight;
-  int64_t dim;
-};
-
-// The sums of the 4 keys from `first` on, in all lanes; those past `keys` are repeated.
-template <bool kScores>
-__device__ __forceinline__ void step_sums(const StepRows<kScores>& rows, const Span& span,
-                                          int64_t head, int first, int keys, float (&sums)[kKeys]) {
-  const int lane = threadIdx.x % kWarp;
-  const int64_t query = query_offset(rows.left, span, head, 0);
+__device__ __forceinline__ void step_sums(const Rows& left, const Rows& right, const Rows& weight,
+                                          int64_t dim, const Span& span, int64_t head, int first,
+                                          int keys, float (&sums)[kKeys]) {
+  const int64_t query = query_offset(left, span, head, 0);
   int64_t offsets[kKeys];
 #pragma unroll
   for (int n = 0; n < kKeys; ++n) {
-    offsets[n] = key_offset(rows.right, span, head, smaller(first + n, keys - 1));
+    offsets[n] = key_offset(right, span, head, smaller(first + n, keys - 1));
     sums[n] = 0;
   }
 #pragma unroll 1
-  for (int64_t col = lane * kGranule; col < rows.dim; col += kWarp * kGranule) {
+  for (int64_t col = threadIdx.x % kWarp * kGranule; col < dim; col += kWarp * kGranule) {
     float a[kGranule];
     float w[kGranule];
     float b[kKeys][kGranule];
-    load_granules(rows.right, offsets, col, rows.dim, b);
-    load_granule(rows.left, query, col, rows.dim, a);
+    load_granules(right, offsets, col, dim, b);
+    load_granule(left, query, col, dim, a);
     if constexpr (kScores) {
-      load_granule(rows.weight, head * rows.weight.head, col, rows.dim, w);
+      load_granule(weight, head * weight.head, col, dim, w);
     }
 #pragma unroll
     for (int f = 0; f < kGranule; ++f) {
@@ -58,23 +50,20 @@ __device__ __forceinline__ void step_sums(const StepRows<kScores>& rows, const S
   }
 }
 
-constexpr int kInnerThreads = 128;
-constexpr int kInnerShift = 6;
+constexpr int kProductThreads = 128;
+constexpr int kProductShift = 6;
 
-template <bool kScores>
-__global__ void __launch_bounds__(kInnerThreads, 4) step_inner_kernel(const InnerCall call) {
-  constexpr int kWarps = kInnerThreads / kWarp;
+__global__ void __launch_bounds__(kProductThreads, 4) step_product_kernel(const InnerCall call) {
   __shared__ Place place;
-  find_place(call.problem.sequences, true, kInnerShift, place);
+  find_place(call.problem.sequences, true, kProductShift, place);
   const Span& span = place.span;
-  const int end = smaller(span.key_count, place.first + (1 << kInnerShift));
+  const int end = smaller(span.key_count, place.first + (1 << kProductShift));
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
-  const StepRows<kScores> rows{call.left, call.right, call.problem.score_weight, call.dim};
   for (int64_t head = blockIdx.y; head < call.problem.heads; head += gridDim.y) {
-    for (int key = place.first + warp * kKeys; key < end; key += kWarps * kKeys) {
+    for (int key = place.first + warp * kKeys; key < end; key += kProductThreads / kWarp * kKeys) {
       float sums[kKeys];
-      step_sums(rows, span, head, key, end, sums);
+      step_sums<false>(call.left, call.right, {}, call.dim, span, head, key, end, sums);
 #pragma unroll
       for (int n = 0; n < kKeys; ++n) {
         if (lane == n && key + n < end) {
@@ -113,12 +102,12 @@ __device__ inline int64_t partial_row(const StepCall& call, const Span& span, in
 
 __device__ inline void compute_scores(const Part& part, Shared& shared) {
   const Problem& problem = part.call.problem;
-  const StepRows<true> rows{problem.query, problem.key, problem.score_weight, problem.dim};
   const int lane = threadIdx.x % kWarp;
 #pragma unroll 1
   for (int key = threadIdx.x / kWarp * kKeys; key < part.keys; key += kWarps * kKeys) {
     float sums[kKeys];
-    step_sums(rows, part.span, part.head, part.first + key, part.first + part.keys, sums);
+    step_sums<true>(problem.query, problem.key, problem.score_weight, problem.dim, part.span,
+                    part.head, part.first + key, part.first + part.keys, sums);
 #pragma unroll
     for (int n = 0; n < kKeys; ++n) {
       if (lane == n && key + n < part.keys) {
@@ -128,19 +117,28 @@ __device__ inline void compute_scores(const Part& part, Shared& shared) {
   }
 }
 
-// Scores of the block's keys, and their softmax: exponentials, after dropout, take their place.
+// Puts the scores of the block's keys in place, and out where they are asked for.
 template <bool kScored>
-__device__ inline SoftmaxPart score_part(const Part& part, Shared& shared) {
-  const StepCall& call = part.call;
-  const ScoreRow scores = score_row(call.scores, part.span, part.head, part.query);
-  if constexpr (kScored) {
-    for (int j = threadIdx.x; j < part.keys; j += kThreads) {
-      shared.scores[j] = scores[part.first + j];
-    }
-  } else {
+__device__ inline void find_scores(const Part& part, Shared& shared) {
+  const ScoreRow scores = score_row(part.call.scores, part.span, part.head, part.query);
+  if constexpr (!kScored) {
     compute_scores(part, shared);
+    __syncthreads();
+  }
+  if (kScored || part.call.scores.rows.data != nullptr) {
+    for (int j = threadIdx.x; j < part.keys; j += kThreads) {
+      if constexpr (kScored) {
+        shared.scores[j] = scores[part.first + j];
+      } else {
+        scores[part.first + j] = shared.scores[j];
+      }
+    }
   }
   __syncthreads();
+}
+
+// The softmax of the block's scores: exponentials, after dropout, take their place.
+__device__ inline SoftmaxPart exponentiate_scores(const Part& part, Shared& shared) {
   float largest = -INFINITY;
   for (int j = threadIdx.x; j < part.keys; j += kThreads) {
     largest = Maximum::of(largest, shared.scores[j]);
@@ -150,13 +148,9 @@ __device__ inline SoftmaxPart score_part(const Part& part, Shared& shared) {
   float total = 0;
 #pragma unroll 1
   for (int j = threadIdx.x; j < part.keys; j += kThreads) {
-    const float score = shared.scores[j];
-    const float exponential = expf(score - shift);
+    const float exponential = expf(shared.scores[j] - shift);
     total += exponential;
-    if (!kScored && call.merges && call.scores.data != nullptr) {
-      scores[part.first + j] = score;
-    }
-    shared.scores[j] = exponential * dropout_factor(call.problem.dropout, part.span, part.head,
+    shared.scores[j] = exponential * dropout_factor(part.call.problem.dropout, part.span, part.head,
                                                     part.query, part.first + j);
   }
   total = reduce<Sum, kThreads>(total, shared.room);
@@ -264,7 +258,11 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const StepCall call) 
     const int query = kScored ? static_cast<int>(row / problem.heads) : 0;
     const Part part{call, span, head, query, first, keys};
     __syncthreads();
-    const SoftmaxPart softmax = score_part<kScored>(part, shared);
+    find_scores<kScored>(part, shared);
+    if (call.stats.data == nullptr) {
+      continue;
+    }
+    const SoftmaxPart softmax = exponentiate_scores(part, shared);
     const float scale = 1 / softmax.total;
     if (threadIdx.x == 0) {
       write_stats(part, softmax);
@@ -334,21 +332,13 @@ __global__ void __launch_bounds__(kThreads) step_merge_kernel(const StepCall cal
   }
 }
 
-void launch_inner(const char* name, void (*kernel)(InnerCall), const InnerCall& call,
-                  cudaStream_t stream) {
-  const Sequences& sequences = call.problem.sequences;
-  launch(name, kernel, tile_bound(key_rows(sequences), sequences.count, kInnerShift),
-         call.problem.heads, 1, kInnerThreads, call, stream);
-}
-
 }  // namespace
 
-void launch_step_scores(const InnerCall& call, cudaStream_t stream) {
-  launch_inner("scores of a step", step_inner_kernel<true>, call, stream);
-}
-
 void launch_step_product(const InnerCall& call, cudaStream_t stream) {
-  launch_inner("inner products of a step", step_inner_kernel<false>, call, stream);
+  const Sequences& sequences = call.problem.sequences;
+  launch("inner products of a step", step_product_kernel,
+         tile_bound(key_rows(sequences), sequences.count, kProductShift), call.problem.heads, 1,
+         kProductThreads, call, stream);
 }
 
 void launch_step(const StepCall& call, cudaStream_t stream) {

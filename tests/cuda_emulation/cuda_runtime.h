@@ -31,11 +31,11 @@ struct dim3 {
 struct float2 {
   float x, y;
 };
-struct alignas(16) double2 {
-  double x, y;
-};
 struct alignas(16) float4 {
   float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
 };
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
@@ -64,8 +64,6 @@ void barrier();
 // The bits of every lane of the warp.
 void exchange(uint32_t bits, uint32_t (&lanes)[32]);
 unsigned lane();
-void copy_later(void* target, const void* source, size_t bytes);
-void copy_now();
 // Whether the environment asks for launches that fail.
 bool fails();
 // What cudaGetLastError has to tell.
@@ -177,11 +175,6 @@ template <class T>
 void __stwb(T* target, T value) {
   *target = value;
 }
-
-inline void emulated_copy_async(void* target, const void* source, size_t bytes) {
-  emulation::copy_later(target, source, bytes);
-}
-inline void emulated_wait_for_copies() { emulation::copy_now(); }
 
 template <class P>
 cudaError_t cudaLaunchKernel(void (*kernel)(P), dim3 grid, dim3 threads, void** parameters, size_t,
