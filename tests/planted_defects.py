@@ -968,14 +968,14 @@ CUDA = [
     Defect(
         "cuda-dvalue-waves",
         "csrc/cuda/weighted.cu",
-        "part.span.first_query > 0",
+        "tile.span.first_query > 0",
         "false",
         "tests/test_additive_attention.py::test_dtypes tests/test_dropout.py",
         "dvalue lacks the queries of all waves but the last.",
     ),
     Defect(
         "cuda-mask-count",
-        "csrc/cuda/mask.cu",
+        "csrc/cuda/sequences.cu",
         "call.key_count[blockIdx.x] = next + count;",
         "call.key_count[blockIdx.x] = next;",
         "tests/cuda_emulation/cases.py",

@@ -40,6 +40,7 @@ RESOURCES = {
     "step_kernel": (256, 16),
     "step_merge_kernel": (256, 24),
     "compact_mask_kernel": (256, 48),
+    "order_kernel": (256, 32),
     "pool_scores_kernel": (128, 16),
     "pool_gradient_kernel": (128, 16),
 }

@@ -91,10 +91,6 @@ class Call {
   bool leaves_rows() const { return leaves_rows_; }
   int64_t query_rows() const { return query_rows_; }
   int64_t longest_key() const { return problem.sequences.key.longest; }
-  // Blocks of 2^shift keys that all sequences have at most.
-  int64_t key_tiles(int shift) const {
-    return tile_bound(key_rows(problem.sequences), problem.sequences.count, shift);
-  }
 
   Tensor floats(const std::vector<int64_t>& sizes, bool zeros = false) const {
     return allocate(inputs.key, sizes, ScalarType::Float, zeros);
@@ -141,10 +137,33 @@ class Call {
     leaves_rows_ = jagged_queries || arguments.cu_seqlens_k.has_value() ||
                    arguments.key_lengths.has_value() || arguments.key_padding_mask.has_value() ||
                    queries == 0 || keys == 0;
+    if (wants_order()) {
+      order_ = allocate(inputs.key, {sequences.count}, ScalarType::Int);
+      sequences.order = static_cast<int32_t*>(order_->data_ptr());
+      launch_order(sequences, stream());
+    }
+  }
+
+  // Whether sequences of several queries are so many, and may be of so different lengths, that
+  // those with most work had better come first; and yet so alike that it makes few blocks for
+  // nothing to give each as many tiles as the longest could have.
+  bool wants_order() const {
+    constexpr int kShift = 5;        // of most tiles
+    constexpr int64_t kMost = 1024;  // each is compared with all
+    const Sequences& sequences = problem.sequences;
+    if (!leaves_rows_ || inputs.scores_by_key() || sequences.count < 2 || sequences.count > kMost) {
+      return false;
+    }
+    const auto few = [&](bool by_key) {
+      const int64_t most = most_tiles(by_key ? sequences.key : sequences.query, kShift);
+      return sequences.count * most <= 2 * tile_count(sequences, by_key, kShift);
+    };
+    return few(false) && few(true);
   }
 
   Device device_;
   OptionalTensor key_index_;
+  OptionalTensor order_;
   bool leaves_rows_ = false;
   int64_t query_rows_ = 0;
 };

@@ -23,7 +23,7 @@ constexpr int kFewQueries = 8;
 static_assert(kGradientFeatures == 2 * kWarp && kKeys <= kWarp);
 
 // A warp's keys of one sequence and head, and its features: a lane has `col` and `col` + 32.
-struct Part {
+struct Slice {
   const GradientCall& call;
   const Span& span;
   int64_t head;
@@ -68,30 +68,30 @@ struct KeyTile {
 
 // Both features of a row, from that of a lane's first one on.
 template <class T>
-__device__ __forceinline__ void load_pair(const Part& part, const T* row, float (&values)[2]) {
-  values[0] = part.exists[0] ? as_float(row[0]) : 0.0f;
-  values[1] = part.exists[1] ? as_float(row[kWarp]) : 0.0f;
+__device__ __forceinline__ void load_pair(const Slice& slice, const T* row, float (&values)[2]) {
+  values[0] = slice.exists[0] ? as_float(row[0]) : 0.0f;
+  values[1] = slice.exists[1] ? as_float(row[kWarp]) : 0.0f;
 }
 
 template <class T>
-__device__ __forceinline__ void store_pair(const Part& part, T* row, float first, float second) {
-  if (part.exists[0]) {
+__device__ __forceinline__ void store_pair(const Slice& slice, T* row, float first, float second) {
+  if (slice.exists[0]) {
     put(row, first);
   }
-  if (part.exists[1]) {
+  if (slice.exists[1]) {
     put(row + kWarp, second);
   }
 }
 
 template <class T>
-__device__ __forceinline__ void load_keys(const Part& part, Shared<T>& shared, KeyTile& tile) {
-  const Problem& problem = part.call.problem;
+__device__ __forceinline__ void load_keys(const Slice& slice, Shared<T>& shared, KeyTile& tile) {
+  const Problem& problem = slice.call.problem;
   tile.bound = 0;
 #pragma unroll
   for (int first = 0; first < kKeys && first < tile.count; first += kGroup) {
 #pragma unroll
     for (int j = first; j < first + kGroup; ++j) {
-      load_pair(part, static_cast<const T*>(problem.key.data) + part.col + shared.keys[j],
+      load_pair(slice, static_cast<const T*>(problem.key.data) + slice.col + shared.keys[j],
                 tile.keys[j]);
     }
 #pragma unroll
@@ -101,22 +101,21 @@ __device__ __forceinline__ void load_keys(const Part& part, Shared<T>& shared, K
     if constexpr (kGuarded<T>) {
 #pragma unroll
       for (int f = 0; f < 2; ++f) {
-        float& low = shared.low[f][threadIdx.x];
-        float& high = shared.high[f][threadIdx.x];
-        const float (&keys)[kKeys][2] = tile.keys;
-        const int j = first;
-        const float least =
-            fminf(fminf(keys[j][f], keys[j + 1][f]), fminf(keys[j + 2][f], keys[j + 3][f]));
-        const float most =
-            fmaxf(fmaxf(keys[j][f], keys[j + 1][f]), fmaxf(keys[j + 2][f], keys[j + 3][f]));
-        low = first == 0 ? least : fminf(low, least);
-        high = first == 0 ? most : fmaxf(high, most);
+        float low = first > 0 ? shared.low[f][threadIdx.x] : INFINITY;
+        float high = first > 0 ? shared.high[f][threadIdx.x] : 0;
+#pragma unroll
+        for (int j = first; j < first + kGroup; ++j) {
+          low = fminf(low, tile.keys[j][f]);
+          high = fmaxf(high, tile.keys[j][f]);
+        }
+        shared.low[f][threadIdx.x] = low;
+        shared.high[f][threadIdx.x] = high;
       }
     }
   }
   tile.bound = reduce_warp<Maximum>(tile.bound);
   // One query waits for memory, not for arithmetic.
-  tile.factored = !part.call.one_step && tile.bound <= FactoredRange<float>::kLargest;
+  tile.factored = !slice.call.one_step && tile.bound <= FactoredRange<float>::kLargest;
 }
 
 // Whether a query of this exponential and magnitude meets the keys in the factored form: nothing
@@ -177,19 +176,6 @@ __device__ __forceinline__ void add_factored(const KeyTile& tile, const float (&
   }
 }
 
-// h^2 - 1/4 of two h in bfloat16.
-__device__ __forceinline__ unsigned packed_slopes(unsigned h) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  unsigned slopes;
-  asm("fma.rn.bf16x2 %0, %1, %1, %2;" : "=r"(slopes) : "r"(h), "r"(0xbe80be80u));
-  return slopes;
-#else
-  const float low = __uint_as_float(h << 16);
-  const float high = __uint_as_float(h & 0xffff0000u);
-  return bfloat16_pair(fmaf(low, low, -0.25f), fmaf(high, high, -0.25f));
-#endif
-}
-
 // The same by products of a matrix A [16, 8] with a diagonal B [8, 8] on tensor cores, so that no
 // number meets that of another lane: lane 4 r + c has rows r, its first feature, and r + 8, its
 // second, at columns 2 c, an even key, and 2 c + 1, an odd key. B has s of the two, of which
@@ -235,15 +221,15 @@ __device__ __forceinline__ void add_factored(const KeyTile& tile, const float (&
 
 // The same for any magnitudes, from rows as they are.
 template <class T, bool kQuery, bool kKey>
-__device__ __forceinline__ void add_exact(const Part& part, const Shared<T>& shared, int count,
+__device__ __forceinline__ void add_exact(const Slice& slice, const Shared<T>& shared, int count,
                                           const float (&query)[2], int turn, float (&dquery)[2],
                                           Sums& sums) {
 #pragma unroll
   for (int j = 0; j < kKeys && j < count; ++j) {
     const float s = as_float(shared.dscores[turn][j]);
     float key[2];
-    load_pair(part, static_cast<const T*>(part.call.problem.key.data) + part.col + shared.keys[j],
-              key);
+    load_pair(slice,
+              static_cast<const T*>(slice.call.problem.key.data) + slice.col + shared.keys[j], key);
 #pragma unroll
     for (int f = 0; f < 2; ++f) {
       const TanhSlope parts = exact_tanh(query[f] + key[f]);
@@ -260,26 +246,26 @@ __device__ __forceinline__ void add_exact(const Part& part, const Shared<T>& sha
 
 // Stores the tile's dkey, or what later waves of queries add to.
 template <class T>
-__device__ __forceinline__ void write_keys(const Part& part, const Shared<T>& shared, int count,
+__device__ __forceinline__ void write_keys(const Slice& slice, const Shared<T>& shared, int count,
                                            float (&dkeys)[kKeys][2]) {
-  const GradientCall& call = part.call;
-  const bool first = part.span.first_query == 0;
-  const bool last = part.span.has_last_query;
+  const GradientCall& call = slice.call;
+  const bool first = slice.span.first_query == 0;
+  const bool last = slice.span.has_last_query;
 #pragma unroll
   for (int j = 0; j < kKeys && j < count; ++j) {
-    float* const sums = static_cast<float*>(call.dkey_sums.data) + part.col + shared.dkeys[j];
+    float* const sums = static_cast<float*>(call.dkey_sums.data) + slice.col + shared.dkeys[j];
     if (!first) {
       float before[2];
-      load_pair(part, sums, before);
+      load_pair(slice, sums, before);
       dkeys[j][0] += before[0];
       dkeys[j][1] += before[1];
     }
     if (last) {
-      store_pair(part, static_cast<T*>(call.dkey.data) + part.col + shared.dkeys[j],
+      store_pair(slice, static_cast<T*>(call.dkey.data) + slice.col + shared.dkeys[j],
                  shared.weight[0][threadIdx.x] * dkeys[j][0],
                  shared.weight[1][threadIdx.x] * dkeys[j][1]);
     } else {
-      store_pair(part, sums, dkeys[j][0], dkeys[j][1]);
+      store_pair(slice, sums, dkeys[j][0], dkeys[j][1]);
     }
   }
 }
@@ -287,38 +273,38 @@ __device__ __forceinline__ void write_keys(const Part& part, const Shared<T>& sh
 // All that a tile of keys gives. Of the block's tiles the first starts the sums of queries, which
 // the last ends, unless other blocks have keys of the sequence too.
 template <class T, bool kQuery, bool kKey>
-__device__ __forceinline__ void run_tile(const Part& part, KeyTile& tile, bool starts, bool ends,
+__device__ __forceinline__ void run_tile(const Slice& slice, KeyTile& tile, bool starts, bool ends,
                                          Shared<T>& shared) {
-  const GradientCall& call = part.call;
+  const GradientCall& call = slice.call;
   const Problem& problem = call.problem;
-  const Span& span = part.span;
+  const Span& span = slice.span;
   const int lane = threadIdx.x;
   const int own_key = tile.first + smaller(lane, tile.count - 1);
   __syncthreads();
   if (lane < kKeys) {
-    shared.keys[lane] = key_offset(problem.key, span, part.head, own_key);
-    shared.dkeys[lane] = key_offset(call.dkey, span, part.head, own_key);
+    shared.keys[lane] = key_offset(problem.key, span, slice.head, own_key);
+    shared.dkeys[lane] = key_offset(call.dkey, span, slice.head, own_key);
   }
   __syncthreads();
-  load_keys<T>(part, shared, tile);
+  load_keys<T>(slice, shared, tile);
   Sums gathered{};
-  const float* dscores = &score_row(call.dscores, span, part.head, 0)[own_key];
+  const float* dscores = &score_row(call.dscores, span, slice.head, 0)[own_key];
   const Rows& rows = call.dquery_sums;
   float* sums = static_cast<float*>(rows.data) + (tile.first >> call.key_shift) * rows.batch +
-                span.flat_row * rows.row + part.head * rows.head + part.col;
-  const T* query_row = static_cast<const T*>(problem.query.data) + part.col +
-                       query_offset(problem.query, span, part.head, 0);
-  T* dquery_row =
-      static_cast<T*>(call.dquery.data) + part.col + query_offset(call.dquery, span, part.head, 0);
+                span.flat_row * rows.row + slice.head * rows.head + slice.col;
+  const T* query_row = static_cast<const T*>(problem.query.data) + slice.col +
+                       query_offset(problem.query, span, slice.head, 0);
+  T* dquery_row = static_cast<T*>(call.dquery.data) + slice.col +
+                  query_offset(call.dquery, span, slice.head, 0);
   const int queries = span.query_count;
 #pragma unroll 1
   for (int i = 0; i < queries; ++i) {
     put(&shared.dscores[i % 2][lane], lane < tile.count ? *dscores : 0.0f);
     float query[2];
-    load_pair(part, query_row, query);
+    load_pair(slice, query_row, query);
     float dquery[2] = {};
     if (kQuery && !starts) {
-      load_pair(part, sums, dquery);
+      load_pair(slice, sums, dquery);
     }
     __syncthreads();
     float exponentials[2] = {query[0], query[1]};
@@ -327,13 +313,13 @@ __device__ __forceinline__ void run_tile(const Part& part, KeyTile& tile, bool s
     if (is_factored(tile, shared, exponentials, bound)) {
       add_factored<kQuery, kKey>(tile, exponentials, shared.dscores[i % 2], dquery, gathered);
     } else {
-      add_exact<T, kQuery, kKey>(part, shared, tile.count, query, i % 2, dquery, gathered);
+      add_exact<T, kQuery, kKey>(slice, shared, tile.count, query, i % 2, dquery, gathered);
     }
     if (kQuery && ends) {
-      store_pair(part, dquery_row, shared.weight[0][threadIdx.x] * dquery[0],
+      store_pair(slice, dquery_row, shared.weight[0][threadIdx.x] * dquery[0],
                  shared.weight[1][threadIdx.x] * dquery[1]);
     } else if (kQuery) {
-      store_pair(part, sums, dquery[0], dquery[1]);
+      store_pair(slice, sums, dquery[0], dquery[1]);
     }
     if (kKey && (i % kFewQueries == kFewQueries - 1 || i == queries - 1)) {
 #pragma unroll
@@ -350,7 +336,7 @@ __device__ __forceinline__ void run_tile(const Part& part, KeyTile& tile, bool s
   }
   if constexpr (kKey) {
     if (call.dkey.data != nullptr) {
-      write_keys<T>(part, shared, tile.count, gathered.dkeys);
+      write_keys<T>(slice, shared, tile.count, gathered.dkeys);
     }
   }
 }
@@ -358,11 +344,11 @@ __device__ __forceinline__ void run_tile(const Part& part, KeyTile& tile, bool s
 // The block's partial sums of dscore_weight. Waves after the first add to what the ones before
 // left, which the same block of each does in the order of the stream.
 template <class T>
-__device__ inline void write_dweight(const Part& part, const Shared<T>& shared) {
-  const GradientCall& call = part.call;
-  const int64_t row = int64_t{blockIdx.x} * call.problem.heads + part.head;
-  for (int f = 0; f < 2 && part.exists[f]; ++f) {
-    float& partial = call.partial_dweight[row * call.problem.dim + part.col + f * kWarp];
+__device__ inline void write_dweight(const Slice& slice, const Shared<T>& shared) {
+  const GradientCall& call = slice.call;
+  const int64_t row = int64_t{blockIdx.x} * call.problem.heads + slice.head;
+  for (int f = 0; f < 2 && slice.exists[f]; ++f) {
+    float& partial = call.partial_dweight[row * call.problem.dim + slice.col + f * kWarp];
     const bool adds = call.problem.sequences.first_row > 0;
     const double sum = shared.dweight[f][threadIdx.x];
     partial = static_cast<float>(adds ? sum + static_cast<double>(partial) : sum);
@@ -384,13 +370,13 @@ __global__ void __launch_bounds__(kWarp, 12) gradient_kernel(const GradientCall 
   for (int64_t head = blockIdx.z; head < call.problem.heads; head += gridDim.z) {
     for (int64_t chunk = blockIdx.y; chunk * kGradientFeatures < call.problem.dim;
          chunk += gridDim.y) {
-      Part part{call, span, head, chunk * kGradientFeatures + threadIdx.x, {}};
+      Slice slice{call, span, head, chunk * kGradientFeatures + threadIdx.x, {}};
 #pragma unroll
       for (int f = 0; f < 2; ++f) {
-        const int64_t col = part.col + f * kWarp;
-        part.exists[f] = col < call.problem.dim;
+        const int64_t col = slice.col + f * kWarp;
+        slice.exists[f] = col < call.problem.dim;
         shared.weight[f][threadIdx.x] =
-            part.exists[f] ? -4 * load(weights, head * weights.head + col) : 0.0f;
+            slice.exists[f] ? -4 * load(weights, head * weights.head + col) : 0.0f;
         shared.dweight[f][threadIdx.x] = 0;
       }
 #pragma unroll 1
@@ -398,73 +384,13 @@ __global__ void __launch_bounds__(kWarp, 12) gradient_kernel(const GradientCall 
         KeyTile tile;
         tile.first = first + key;
         tile.count = smaller(step, keys - key);
-        run_tile<T, kQuery, kKey>(part, tile, key == 0, !call.merges && key + step >= keys, shared);
+        run_tile<T, kQuery, kKey>(slice, tile, key == 0, !call.merges && key + step >= keys,
+                                  shared);
       }
       if (kKey && call.partial_dweight != nullptr) {
-        write_dweight(part, shared);
+        write_dweight(slice, shared);
       }
     }
-  }
-}
-
-constexpr int kMergeThreads = 256;
-
-// dquery of one query from its partial sums, in the order of the keys.
-__global__ void __launch_bounds__(kMergeThreads) merge_dquery_kernel(const GradientCall call) {
-  const Problem& problem = call.problem;
-  const Rows& sums = call.dquery_sums;
-  __shared__ Place place;
-  find_place(problem.sequences, false, 0, place);
-  const Span& span = place.span;
-  if (place.is_empty(false) || span.key_count == 0) {
-    return;
-  }
-  for (int64_t head = blockIdx.y; head < problem.heads; head += gridDim.y) {
-    for (int64_t col = threadIdx.x; col < problem.dim; col += kMergeThreads) {
-      float sum = 0;
-      for (int64_t split = 0; (split << call.key_shift) < span.key_count; ++split) {
-        sum += load(sums, split * sums.batch + (span.flat_row + place.first) * sums.row +
-                              head * sums.head + col);
-      }
-      const float weight = load(problem.score_weight, head * problem.score_weight.head + col);
-      store(call.dquery, query_offset(call.dquery, span, head, place.first) + col,
-            -4 * weight * sum);
-    }
-  }
-}
-
-struct MergeWeightCall {
-  const float* partial;
-  int64_t tiles;
-  int shares;
-  int64_t heads;
-  int64_t dim;
-  Rows dscore_weight;
-};
-
-// A block sums 32 features' partial sums in double: a feature a lane, and each warp an interleaved
-// share of the tiles. The shares are then added in the warps' order.
-__global__ void __launch_bounds__(kMergeThreads) merge_dweight_kernel(const MergeWeightCall call) {
-  __shared__ double shares[kMergeThreads / kWarp][kWarp];
-  const int lane = threadIdx.x % kWarp;
-  const int share = threadIdx.x / kWarp;
-  const int64_t column = int64_t{blockIdx.x} * kWarp + lane;
-  const int64_t columns = call.heads * call.dim;
-  double sum = 0;
-  if (column < columns) {
-    for (int64_t tile = share; tile < call.tiles; tile += call.shares) {
-      sum += static_cast<double>(call.partial[tile * columns + column]);
-    }
-  }
-  shares[share][lane] = sum;
-  __syncthreads();
-  if (share == 0 && column < columns) {
-    for (int n = 1; n < call.shares; ++n) {
-      sum += shares[n][lane];
-    }
-    const int64_t head = column / call.dim;
-    store(call.dscore_weight, head * call.dscore_weight.head + column % call.dim,
-          static_cast<float>(sum));
   }
 }
 
@@ -478,7 +404,7 @@ static void launch_gradient_of(const GradientCall& call, cudaStream_t stream) {
                       : query ? gradient_kernel<T, true, true>
                               : gradient_kernel<T, false, true>;
   const Sequences& sequences = call.problem.sequences;
-  launch("gradients", kernel, tile_bound(key_rows(sequences), sequences.count, call.key_shift),
+  launch("gradients", kernel, tile_count(sequences, true, call.key_shift),
          (call.problem.dim + kGradientFeatures - 1) / kGradientFeatures, call.problem.heads, kWarp,
          call, stream);
 }
@@ -492,21 +418,6 @@ void launch_gradient(const GradientCall& call, cudaStream_t stream) {
     default:
       return launch_gradient_of<float>(call, stream);
   }
-}
-
-void launch_merge_dquery(const GradientCall& call, cudaStream_t stream) {
-  const Sequences& sequences = call.problem.sequences;
-  launch("gradient of queries", merge_dquery_kernel,
-         tile_bound(sequences.last_row - sequences.first_row, sequences.count, 0),
-         call.problem.heads, 1, kMergeThreads, call, stream);
-}
-
-void launch_merge_dweight(const float* partial, int64_t tiles, int64_t heads, int64_t dim,
-                          const Rows& dscore_weight, cudaStream_t stream) {
-  const int shares = static_cast<int>(std::clamp<int64_t>(tiles, 1, kMergeThreads / kWarp));
-  launch("gradient of score weights", merge_dweight_kernel, (heads * dim + kWarp - 1) / kWarp, 1, 1,
-         shares * kWarp, MergeWeightCall{partial, tiles, shares, heads, dim, dscore_weight},
-         stream);
 }
 
 }  // namespace cuda

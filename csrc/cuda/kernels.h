@@ -96,8 +96,9 @@ constexpr int kMostStepShift = 10;  // of key_shift
 void launch_step(const StepCall& call, cudaStream_t stream);
 void launch_step_merge(const StepCall& call, cudaStream_t stream);
 
-// Fills the sequences' key_index and key_count.
+// Fills the sequences' key_index and key_count; their order.
 void launch_compact_mask(const Mask& mask, const Sequences& sequences, cudaStream_t stream);
+void launch_order(const Sequences& sequences, cudaStream_t stream);
 
 // Multiprocessors of the current device.
 int64_t processors();

@@ -30,8 +30,7 @@ struct Place {
 __device__ inline void find_place(const Sequences& sequences, bool by_key, int shift,
                                   Place& place) {
   if (threadIdx.x == 0) {
-    const Tile tile = by_key ? find_key_tile(sequences, shift, blockIdx.x)
-                             : find_query_tile(sequences, shift, blockIdx.x);
+    const Tile tile = find_tile(sequences, by_key, shift, blockIdx.x);
     place.span = span_of(sequences, tile.sequence);
     place.first = static_cast<int>(
         smaller<int64_t>(tile.first, by_key ? place.span.key_count : place.span.query_count));

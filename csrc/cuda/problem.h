@@ -22,6 +22,7 @@ struct Sequences {
   Integers key_lengths;
   int32_t* key_index = nullptr;  // [count, key.rows]: the keys that a mask leaves
   int32_t* key_count = nullptr;  // [count]: how many they are
+  int32_t* order = nullptr;      // [count]: those with most pairs first
   int64_t first_row = 0;         // only queries first_row <= row < last_row are worked on
   int64_t last_row = 0;
 };

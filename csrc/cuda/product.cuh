@@ -135,5 +135,18 @@ __device__ __forceinline__ void multiply_terms(const unsigned (&a)[kLeft][4],
   }
 }
 
+// h^2 - 1/4 of two h in bfloat16.
+__device__ __forceinline__ unsigned packed_slopes(unsigned h) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  unsigned slopes;
+  asm("fma.rn.bf16x2 %0, %1, %1, %2;" : "=r"(slopes) : "r"(h), "r"(0xbe80be80u));
+  return slopes;
+#else
+  const float low = __uint_as_float(h << 16);
+  const float high = __uint_as_float(h & 0xffff0000u);
+  return bfloat16_pair(fmaf(low, low, -0.25f), fmaf(high, high, -0.25f));
+#endif
+}
+
 }  // namespace cuda
 }  // namespace attn_ext

@@ -39,12 +39,13 @@ void run_step(const Call& call, StepCall step, bool wants_scores) {
   const int64_t processors = cuda::processors();
   step.problem = problem;
   const int whole = shift_for(call.longest_key());
-  int share = kMostStepShift - 1;
+  int shift = kMostStepShift - 1;
   if (problem.sequences.count * problem.heads < 2 * processors) {
-    const int64_t keys = key_rows(problem.sequences) * problem.heads / (4 * processors) + 1;
-    share = std::clamp(shift_for(keys), kFewestShift, kMostStepShift);
+    const int64_t keys =
+        worked_on(problem.sequences, true).end * problem.heads / (4 * processors) + 1;
+    shift = std::clamp(shift_for(keys), kFewestShift, kMostStepShift);
   }
-  step.key_shift = std::min(whole, share);
+  step.key_shift = std::min(whole, shift);
   step.merges = step.key_shift < whole;
   if (!wants_scores && !(step.merges && step.weights.rows.data != nullptr)) {
     step.scores = {};
@@ -53,8 +54,8 @@ void run_step(const Call& call, StepCall step, bool wants_scores) {
     launch_step(step, call.stream());
     return;
   }
-  const int64_t parts =
-      call.key_tiles(step.key_shift) * problem.heads * problem.sequences.query.longest;
+  const int64_t parts = tile_count(problem.sequences, true, step.key_shift) * problem.heads *
+                        problem.sequences.query.longest;
   const Tensor sums = call.floats({parts, problem.value_dim});
   const Tensor stats = call.floats({parts, 2});
   step.partial_sums = floats_of(sums);
@@ -146,7 +147,8 @@ class GradientPhase {
       gradient_.dquery_sums = rows_of(*dquery_sums_);
     }
     if (grad_mask & kGradScoreWeight) {
-      tiles_ = waves > 0 ? call.key_tiles(gradient_.key_shift) : 0;  // else nobody fills them
+      // Without a wave nobody fills them.
+      tiles_ = waves > 0 ? tile_count(problem.sequences, true, gradient_.key_shift) : 0;
       branches_ = problem.keys_alone ? inputs.query_rows() : 1;
       partial_dweight_ = call.floats({tiles_, problem.heads, branches_, problem.dim});
       gradient_.partial_dweight = floats_of(*partial_dweight_);

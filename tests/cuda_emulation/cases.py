@@ -341,7 +341,7 @@ def test_rows_without_any_sequence_belong_to_nobody(one_step: bool):
 
 def test_a_failed_launch_is_reported_once():
     """CUDA remembers an error until it is asked: the next call must not take it for its own."""
-    inputs = make_inputs("jagged")
+    inputs = make_inputs("padded")
     with environment(ATTN_EXT_EMULATED_FAILURE="1"):
         with pytest.raises(RuntimeError, match="scores: invalid configuration"):
             call(inputs, inputs.leaves, backend="cuda")

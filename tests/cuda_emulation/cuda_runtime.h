@@ -1,7 +1,6 @@
 // What csrc/cuda uses of CUDA, on the host: a test compiles the very same sources against this
 // header. The threads of a block are fibers that run one after the other up to the next barrier or
-// warp operation; copies that are asynchronous happen when they are waited for. What is read of
-// them before is NaN, and so is shared memory that the block has not written.
+// warp operation. Shared memory that the block has not written is NaN.
 #pragma once
 
 #include <cmath>
@@ -195,10 +194,6 @@ inline cudaError_t cudaGetLastError() {
   return error;
 }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration"; }
-inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
-  std::memset(data, value, bytes);
-  return cudaSuccess;
-}
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
