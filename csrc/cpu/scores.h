@@ -2,7 +2,6 @@
 #pragma once
 
 #include "call.h"
-#include "isa.h"
 #include "tiles.h"
 
 namespace attn_ext {

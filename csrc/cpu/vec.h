@@ -185,20 +185,5 @@ struct LargerBits {
   }
 };
 
-template <class T>
-struct EitherBits {
-  static ATTN_EXT_INLINE Vec<T> apply(Vec<T> a, Vec<T> b) {
-    return from_bits<T>(bits_of<T>(a) | bits_of<T>(b));
-  }
-};
-
-template <class T>
-ATTN_EXT_INLINE bool any_lane(VecBits<T> mask) {
-  const T folded = fold_lanes<T, EitherBits<T>>(from_bits<T>(mask));
-  typename VectorOf<T>::Integer bits;
-  __builtin_memcpy(&bits, &folded, sizeof(bits));
-  return bits != 0;
-}
-
 }  // namespace ATTN_EXT_ISA
 }  // namespace attn_ext
