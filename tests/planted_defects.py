@@ -558,7 +558,7 @@ PYTHON = [
 CPU = [
     Defect(
         "pool-closed-gate",
-        "csrc/cpu/vecmath.h",
+        "csrc/cpu/hidden.h",
         "clamp<T>(g, C::kVanishing - 1, largest)",
         "clamp<T>(g, -20, largest)",
         "tests/test_pool.py::test_closed_and_open_gates",
@@ -566,7 +566,7 @@ CPU = [
     ),
     Defect(
         "pool-small-tanh",
-        "csrc/cpu/vecmath.h",
+        "csrc/cpu/hidden.h",
         "difference = (parts.scale - 1) + tail;",
         "difference = (parts.scale + tail) - 1;",
         "tests/test_pool.py::test_magnitudes",
@@ -606,7 +606,7 @@ CPU = [
     ),
     Defect(
         "pool-branch-scores",
-        "csrc/cpu/softmax.h",
+        "csrc/cpu/scores.h",
         "rows.base += query * view.col;",
         ";",
         "tests/test_pool.py::test_layouts",
@@ -761,7 +761,7 @@ CPU = [
     ),
     Defect(
         "cpu-kept-scores",
-        "csrc/cpu/softmax.h",
+        "csrc/cpu/scores.h",
         "rows.offset(query)",
         "rows.offset(0)",
         "tests/test_hard_cases.py::test_scores_kept_by_forward",

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "hidden.h"
-#include "softmax.h"
 
 namespace attn_ext {
 namespace ATTN_EXT_ISA {

@@ -4,9 +4,8 @@
 //   dscore_weight_d = sum_ij s_ij t_ijd.
 #pragma once
 
-#include "call.h"
 #include "gradient_tiles.h"
-#include "softmax.h"
+#include "scores.h"
 
 namespace attn_ext {
 namespace ATTN_EXT_ISA {

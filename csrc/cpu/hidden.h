@@ -7,6 +7,91 @@
 namespace attn_ext {
 namespace ATTN_EXT_ISA {
 
+// NaN stays NaN.
+template <class T>
+ATTN_EXT_INLINE Vec<T> clamp(Vec<T> x, T low, T high) {
+  const Vec<T> below = high < x ? splat<T>(high) : x;
+  return low > below ? splat<T>(low) : below;
+}
+
+// Twice the number from which tanh is 1 to the last place, and the number from which sigmoid is.
+constexpr double kSaturatedTwice[2] = {20, 40};  // of float, of double
+constexpr double kSaturatedGate[2] = {30, 40};
+
+// tanh(x) and tanh(x) sigmoid(g), the values of hidden rows, from A = exp(2x) and G = exp(g):
+// (A - 1) / (A + 1) and (A - 1) G / ((A + 1) (G + 1)), which one division serves. A - 1 is computed
+// with a small relative error, and G is lifted, as in exp_nonpositive, where it would be subnormal.
+template <class T>
+struct TanhRatio {
+  Vec<T> difference;
+  Vec<T> sum;
+
+  explicit ATTN_EXT_INLINE TanhRatio(Vec<T> x) {
+    constexpr T largest = static_cast<T>(kSaturatedTwice[sizeof(T) / 8]);
+    const ExpParts<T> parts = exp_parts<T>(clamp<T>(2 * x, -largest, largest));
+    const Vec<T> tail = parts.scale * parts.fraction;
+    difference = (parts.scale - 1) + tail;
+    sum = (parts.scale + 1) + tail;
+  }
+};
+
+template <class T>
+ATTN_EXT_INLINE Vec<T> hidden_value(Vec<T> x) {
+  const TanhRatio<T> ratio(x);
+  return ratio.difference / ratio.sum;
+}
+
+template <class T>
+ATTN_EXT_INLINE Vec<T> hidden_value(Vec<T> x, Vec<T> g) {
+  using C = ExpConstants<T>;
+  const TanhRatio<T> ratio(x);
+  constexpr T largest = static_cast<T>(kSaturatedGate[sizeof(T) / 8]);
+  // At the lower end the result is less than half of the smallest number.
+  const ExpParts<T> parts = exp_parts<T>(clamp<T>(g, C::kVanishing - 1, largest), C::kLift);
+  const Vec<T> lifted = parts.scale + parts.scale * parts.fraction;
+  return ratio.difference * lifted / (ratio.sum * (lifted + 1 / C::kUnlift));
+}
+
+// A hidden value, tanh(x) or tanh(x) sigmoid(g), and what its derivatives are made of.
+template <class T>
+struct HiddenParts {
+  Vec<T> value;
+  Vec<T> tanh;
+  Vec<T> slope;  // 1 - tanh^2
+  Vec<T> sigmoid;
+  Vec<T> sigmoid_slope;  // sigmoid (1 - sigmoid)
+};
+
+template <class T>
+ATTN_EXT_INLINE HiddenParts<T> hidden_parts(Vec<T> x) {
+  const TanhParts<T> parts = tanh_parts<T>(x);
+  return {parts.tanh, parts.tanh, parts.slope, splat<T>(1), Vec<T>{}};
+}
+
+// With z = exp(-2|x|) and y = exp(-|g|), of which slopes keep their relative accuracy however small
+// they are, tanh|x| = (1 - z) / (1 + z), sigmoid(|g|) = 1 / (1 + y) and sigmoid(-|g|) = y / (1 +
+// y).
+template <class T>
+ATTN_EXT_INLINE HiddenParts<T> hidden_parts(Vec<T> x, Vec<T> g) {
+  const Vec<T> lowest = splat<T>(ExpConstants<T>::kLowest);
+  const Vec<T> twice = -2 * magnitude<T>(x);
+  const ExpParts<T> parts = exp_parts<T>(twice < lowest ? lowest : twice);
+  const Vec<T> tail = parts.scale * parts.fraction;
+  const Vec<T> z = parts.scale + tail;
+  const Vec<T> y = exp_nonpositive<T>(-magnitude<T>(g));
+  const Vec<T> inverse = 1 / ((z + 1) * (y + 1));
+  const Vec<T> difference =
+      from_bits<T>(bits_of<T>((1 - parts.scale) - tail) | (bits_of<T>(x) & kSignBit<T>));
+  const Vec<T> power = g < 0 ? y : splat<T>(1);
+  const Vec<T> q = inverse * (y + 1);
+  const Vec<T> r = inverse * (z + 1);
+  const Vec<T> slope = 4 * (z * q) * q;
+  // As 1 - tanh^2, 1 - sigmoid counts as 0 where it is in double precision.
+  const VecBits<T> closed = (g > 0) & (y < T(kVanishingSlope));
+  return {difference * inverse * power, difference * q,
+          slope < T(kVanishingSlope) ? Vec<T>{} : slope, power * r, closed ? Vec<T>{} : y * r * r};
+}
+
 // Which entries of the hidden rows of one head of one sequence dropout keeps: feature d takes word
 // d % 4 of Philox with the counter (key position, d / 4, ~(2 head + factor), sequence).
 class FeatureMask {

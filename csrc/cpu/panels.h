@@ -4,7 +4,6 @@
 
 #include "convert.h"
 #include "runtime.h"
-#include "vecmath.h"
 
 namespace attn_ext {
 namespace ATTN_EXT_ISA {
