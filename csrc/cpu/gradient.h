@@ -236,13 +236,12 @@ class GradientBlock {
   // Rows as they are, packed when first asked for.
   struct ExactRows {
     PanelRoom<T> room;
+    Panel<T> panel{};
     bool ready = false;
 
     Panel<T> get(const RowSource& source, int64_t first, int64_t rows, const GradientItem& item) {
-      const Panel<T> panel{room.data, kStep<T>, step_stride<T>(rows)};
       if (!ready) {
-        pack<T, PackValues<T>>(source, first, rows, item.col, item.cols, room.data, panel.row,
-                               panel.step, nullptr, room.copy);
+        panel = packed_panel<T, PackValues<T>>(source, first, rows, item.col, item.cols, room);
         ready = true;
       }
       return panel;

@@ -27,19 +27,6 @@ struct KeyBlock {
   const T* bounds;
 };
 
-// Room for `rows` packed rows of `columns` features.
-template <class T>
-struct PanelRoom {
-  T* data;
-  T* bounds;
-  T* copy;
-
-  PanelRoom(int64_t rows, int64_t columns, Scratch& scratch)
-      : data(scratch.take<T>(step_stride<T>(rows) * steps_of<T>(columns))),
-        bounds(scratch.take<T>(rows)),
-        copy(scratch.take<T>(columns)) {}
-};
-
 // Columns [begin, begin + count) of keys [first, first + keys): prepared exponentials in place if
 // possible.
 template <class T>
@@ -52,9 +39,8 @@ KeyBlock<T> key_block(const KeySide& side, int64_t first, int64_t keys, int64_t 
     return {panel_of<T>(side.exp_key, first, keys, begin, count, room.data, room.copy),
             room.bounds};
   }
-  pack<T, PackExponentials<T>>(side.key, first, keys, begin, count, room.data, kStep<T>,
-                               step_stride<T>(keys), room.bounds, room.copy);
-  return {{room.data, kStep<T>, step_stride<T>(keys)}, room.bounds};
+  return {packed_panel<T, PackExponentials<T>>(side.key, first, keys, begin, count, room),
+          room.bounds};
 }
 
 // Smallest and largest of `rows` rows, lane by lane, for half a step of features.
