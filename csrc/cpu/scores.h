@@ -8,40 +8,41 @@
 namespace attn_ext {
 namespace ATTN_EXT_ISA {
 
-// The key side of one head of one sequence: raw keys, and exponentials where they were prepared.
-struct KeySide {
-  RowSource key;
-  RowSource exp_key;  // data is null without
-  RowSource bound;
-};
-
-inline KeySide key_side(const Problem& problem, const Sequence& sequence, int64_t head) {
-  return {key_rows(problem.key, sequence, head), key_rows(problem.exp_key, sequence, head),
-          key_rows(problem.key_bound, sequence, head)};
-}
-
-// Exponentials of a few consecutive keys, and their largest magnitudes.
+// Keys of one head of one sequence and, a few rows at a time, their exponentials.
 template <class T>
-struct KeyBlock {
-  Panel<T> exponentials;
-  const T* bounds;
-};
+class KeyExponentials {
+ public:
+  KeyExponentials(const Problem& problem, const Sequence& sequence, int64_t head, int64_t rows,
+                  int64_t columns, Scratch& scratch)
+      : key(key_rows(problem.key, sequence, head)),
+        prepared_(key_rows(problem.exp_key, sequence, head)),
+        bound_(key_rows(problem.key_bound, sequence, head)),
+        room_(rows, columns, scratch) {}
 
-// Columns [begin, begin + count) of keys [first, first + keys): prepared exponentials in place if
-// possible.
-template <class T>
-KeyBlock<T> key_block(const KeySide& side, int64_t first, int64_t keys, int64_t begin,
-                      int64_t count, const PanelRoom<T>& room) {
-  if (side.exp_key.data != nullptr) {
-    for (int64_t n = 0; n < keys; ++n) {
-      room.bounds[n] = static_cast<const T*>(side.bound.data)[side.bound.offset(first + n)];
+  // Of columns [begin, begin + count) of keys [first, first + keys): prepared ones in place if
+  // possible.
+  Panel<T> take(int64_t first, int64_t keys, int64_t begin, int64_t count) {
+    Panel<T> panel;
+    if (prepared_.data != nullptr) {
+      for (int64_t n = 0; n < keys; ++n) {
+        room_.bounds[n] = static_cast<const T*>(bound_.data)[bound_.offset(first + n)];
+      }
+      panel = panel_of<T>(prepared_, first, keys, begin, count, room_.data, room_.copy);
+    } else {
+      panel = packed_panel<T, PackExponentials<T>>(key, first, keys, begin, count, room_);
     }
-    return {panel_of<T>(side.exp_key, first, keys, begin, count, room.data, room.copy),
-            room.bounds};
+    largest = largest_bound(room_.bounds, keys);
+    return panel;
   }
-  return {packed_panel<T, PackExponentials<T>>(side.key, first, keys, begin, count, room),
-          room.bounds};
-}
+
+  const RowSource key;
+  T largest = 0;  // magnitude in the rows taken last
+
+ private:
+  const RowSource prepared_;  // data is null without
+  const RowSource bound_;
+  const PanelRoom<T> room_;
+};
 
 // Smallest and largest of `rows` rows, lane by lane, for half a step of features.
 template <class T>
@@ -118,31 +119,6 @@ class Informative {
   int64_t known_ = 0;
 };
 
-// Room for one tile of scores.
-template <class T>
-struct ScoreRoom {
-  PanelRoom<T> key;
-  PanelRoom<T> exact_query;
-  PanelRoom<T> exact_key;
-
-  ScoreRoom(int64_t dim, Scratch& scratch)
-      : key(kTileCols, dim, scratch),
-        exact_query(kTileRows, dim, scratch),
-        exact_key(kTileCols, dim, scratch) {}
-};
-
-// Scores of at most kTileRows queries and kTileCols keys from the numbers themselves.
-template <class T>
-void unfactored_scores(const QueryBlock<T>& queries, int64_t i, int64_t rows, const RowSource& key,
-                       int64_t j, int64_t cols, int64_t dim, const T* weights, bool small, T* out,
-                       int64_t out_row, const ScoreRoom<T>& room) {
-  const Panel<T> a = panel_of<T>(queries.source, queries.first + i, rows, 0, dim,
-                                 room.exact_query.data, room.exact_query.copy);
-  const Panel<T> b = panel_of<T>(key, j, cols, 0, dim, room.exact_key.data, room.exact_key.copy);
-  const auto products = small ? inner_products<T, SmallScore> : inner_products<T, ExactScore>;
-  products(a, rows, b, cols, steps_of<T>(dim), weights, out, out_row);
-}
-
 // Scores of a block of queries [query, query + count) against ranges of their keys.
 template <class T>
 class AdditiveScores {
@@ -153,8 +129,9 @@ class AdditiveScores {
         weights_(weights[head]),
         queries_(pack_queries<T>(query_rows(problem.query, sequence, head), query, count, 0,
                                  problem.dim, weights_.data, scratch)),
-        side_(key_side(problem, sequence, head)),
-        room_(problem.dim, scratch),
+        keys_(problem, sequence, head, kTileCols, problem.dim, scratch),
+        exact_query_(kTileRows, problem.dim, scratch),
+        exact_key_(kTileCols, problem.dim, scratch),
         informative_(queries_, steps_of<T>(problem.dim), weights_.data, weights_.least_informative,
                      scratch) {}
 
@@ -162,36 +139,45 @@ class AdditiveScores {
   // j, j < keys.
   void compute(int64_t first, int64_t keys, T* scores, int64_t ld) {
     const int64_t dim = problem_.dim;
-    const int64_t steps = steps_of<T>(dim);
     const auto factored =
         divides_quickly() ? inner_products<T, DividedScore> : inner_products<T, FactoredScore>;
     for (int64_t j = 0; j < keys; j += kTileCols) {
       const int64_t cols = smaller(kTileCols, keys - j);
-      const KeyBlock<T> block = key_block<T>(side_, first + j, cols, 0, dim, room_.key);
-      const T key_bound = largest_bound(block.bounds, cols);
-      const bool informs =
-          weights_.fit && (problem_.is_short || informative_(block.exponentials, cols));
+      const Panel<T> panel = keys_.take(first + j, cols, 0, dim);
+      const bool informs = weights_.fit && (problem_.is_short || informative_(panel, cols));
       for (int64_t i = 0; i < queries_.count; i += kTileRows) {
         const int64_t rows = smaller(kTileRows, queries_.count - i);
         T* out = scores + i * ld + j;
         const T query_bound = largest_bound(queries_.bounds + i, rows);
-        if (informs && in_factored_range(query_bound, key_bound, kSmallestMagnitudeSum)) {
-          factored(queries_.exponentials.from_row(i), rows, block.exponentials, cols, steps,
+        if (informs && in_factored_range(query_bound, keys_.largest, kSmallestMagnitudeSum)) {
+          factored(queries_.exponentials.from_row(i), rows, panel, cols, steps_of<T>(dim),
                    weights_.data, out, ld);
         } else {
-          unfactored_scores<T>(queries_, i, rows, side_.key, first + j, cols, dim, weights_.data,
-                               query_bound + key_bound <= T(kSmallTanhLimit), out, ld, room_);
+          compute_unfactored(i, rows, first + j, cols,
+                             query_bound + keys_.largest <= T(kSmallTanhLimit), out, ld);
         }
       }
     }
   }
 
  private:
+  // A tile from the numbers themselves.
+  void compute_unfactored(int64_t i, int64_t rows, int64_t key, int64_t cols, bool small, T* out,
+                          int64_t ld) const {
+    const int64_t dim = problem_.dim;
+    const Panel<T> a = panel_of<T>(queries_.source, queries_.first + i, rows, 0, dim,
+                                   exact_query_.data, exact_query_.copy);
+    const Panel<T> b = panel_of<T>(keys_.key, key, cols, 0, dim, exact_key_.data, exact_key_.copy);
+    const auto products = small ? inner_products<T, SmallScore> : inner_products<T, ExactScore>;
+    products(a, rows, b, cols, steps_of<T>(dim), weights_.data, out, ld);
+  }
+
   const Problem& problem_;
   const ScoreWeights<T>& weights_;
   const QueryBlock<T> queries_;
-  const KeySide side_;
-  const ScoreRoom<T> room_;
+  KeyExponentials<T> keys_;
+  const PanelRoom<T> exact_query_;
+  const PanelRoom<T> exact_key_;
   Informative<T> informative_;
 };
 
