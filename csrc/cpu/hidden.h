@@ -215,8 +215,6 @@ class HiddenScores {
       : dim_(problem.dim),
         queries_(queries),
         source_(problem, sequence, head, problem.dim, scratch),
-        value_(key_rows(problem.value, sequence, head)),
-        value_bytes_(problem.value_dim * bytes_of(value_.dtype)),
         room_(kTileCols, problem.dim, scratch),
         weights_(panel_of<T>(query_rows(problem.query, sequence, head), query, queries, 0,
                              problem.dim, scratch.take<T>(queries * steps_of<T>(dim_) * kStep<T>),
@@ -229,7 +227,6 @@ class HiddenScores {
     for (int64_t j = 0; j < keys; j += kTileCols) {
       const int64_t cols = smaller(kTileCols, keys - j);
       for (int64_t n = 0; n < cols; ++n) {
-        prefetch_value(first + j + n);
         pack_row(first + j + n, room_.data + n * hidden.row);
       }
       for (int64_t i = 0; i < queries_; i += kTileRows) {
@@ -249,20 +246,9 @@ class HiddenScores {
     source_.drop(j, 0, dim_, row);
   }
 
-  // Hidden rows are arithmetic and sums of values are reading: the reading begins here already.
-  void prefetch_value(int64_t j) const {
-    const char* row =
-        static_cast<const char*>(value_.data) + value_.offset(j) * bytes_of(value_.dtype);
-    for (int64_t n = 0; value_.col == 1 && n < value_bytes_; n += 64) {
-      __builtin_prefetch(row + n, 0, 2);
-    }
-  }
-
   int64_t dim_;
   int64_t queries_;
   HiddenSource<T> source_;
-  RowSource value_;
-  int64_t value_bytes_;
   PanelRoom<T> room_;
   Panel<T> weights_;
 };
