@@ -574,7 +574,7 @@ CPU = [
     ),
     Defect(
         "pool-gate-slope",
-        "csrc/cpu/hidden_gradient.h",
+        "csrc/cpu/hidden.h",
         "dh * parts.sigmoid * parts.slope",
         "dh * parts.slope",
         "tests/test_pool.py::test_layouts",
@@ -582,7 +582,7 @@ CPU = [
     ),
     Defect(
         "pool-dropped-gradient",
-        "csrc/cpu/hidden_gradient.h",
+        "csrc/cpu/hidden.h",
         "source_.drop(first + j, item_.col, item_.cols, dhidden);",
         ";",
         "tests/test_pool.py::test_dropout",

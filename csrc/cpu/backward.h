@@ -3,7 +3,6 @@
 
 #include "forward.h"
 #include "gradient.h"
-#include "hidden_gradient.h"
 
 namespace attn_ext {
 namespace ATTN_EXT_ISA {
