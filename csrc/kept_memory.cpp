@@ -21,7 +21,7 @@ namespace attn_ext {
 
 namespace {
 
-// Bytes of the smallest tensor: malloc keeps one of these or two itself, but gives the third back.
+// Bytes of the smallest tensor. malloc keeps smaller ones; of four with 7 MB it gave two back.
 constexpr size_t kSmallestKept = size_t{4} << 20;
 constexpr size_t kMostKept = size_t{1} << 30;  // bytes
 // Sizes are rounded up to this many bytes, so that batches of nearly equal size fit into the same.

@@ -34,8 +34,8 @@ Layout layout_of(int64_t query_batch, int64_t query_rows, const Tensor& key,
   return layout;
 }
 
-// Adds the sequences and how weights lie.
-void finish(int64_t weights_layout, Problem& problem) {
+// To what is known of the problem, once it has a layout.
+void add_sequences(int64_t weights_layout, Problem& problem) {
   problem.weights_by_key = weights_layout & kWeightsByKey;
   problem.raw_scores = weights_layout & kRaw;
   problem.find_sequences();
@@ -65,7 +65,7 @@ Problem describe(const Tensor& query, const Tensor& key, const Tensor& value,
   }
   problem.dropout = dropout_of(dropout_p, dropout_seed);
   problem.scores_by_key = !sequences.cu_seqlens_q.has_value() && problem.layout.query_rows == 1;
-  finish(weights_layout, problem);
+  add_sequences(weights_layout, problem);
   return problem;
 }
 
@@ -102,7 +102,7 @@ Problem describe_pool(const Tensor& key, const Tensor& value, const Tensor& scor
   problem.feature_dropout[1] = dropout_of(dropout.gate_p, dropout.seed);
   problem.dropout = dropout_of(dropout.weights_p, dropout.seed);
   problem.scores_by_key = true;
-  finish(weights_layout, problem);
+  add_sequences(weights_layout, problem);
   return problem;
 }
 

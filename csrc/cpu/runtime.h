@@ -52,7 +52,7 @@ class Buffer {
 // on a thread; what take() returns is aligned to a cache line and lasts as long as the object.
 class Scratch {
  public:
-  Scratch();
+  Scratch() = default;
   ~Scratch();
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
