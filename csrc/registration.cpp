@@ -1,19 +1,12 @@
 // The operations of the CPU backend: describes tensors, allocates outputs, calls the drivers.
 #include <algorithm>
 
-#include "cpu/driver.h"
-#include "cpu/geometry.h"
-#include "cpu/gradient_tensor.h"
-#include "cpu/isa.h"
+#include "cpu/call.h"
+#include "kept_memory.h"
 #include "operations.h"
 
 namespace attn_ext {
 namespace {
-
-struct Setup {
-  Problem problem;
-  Coverage coverage;  // which rows of the outputs will be written
-};
 
 Layout layout_of(const Inputs& inputs) {
   const Tensor& key = inputs.key;
@@ -36,10 +29,10 @@ Layout layout_of(const Inputs& inputs) {
   return layout;
 }
 
-Setup describe(const Inputs& inputs) {
-  Setup setup;
-  Problem& problem = setup.problem;
+Problem describe(const Inputs& inputs) {
+  Problem problem;
   describe_operands(inputs, problem);
+  problem.layout = layout_of(inputs);
   if (inputs.pools) {
     problem.weight_rows = inputs.query_rows();
   }
@@ -50,51 +43,19 @@ Setup describe(const Inputs& inputs) {
   }
   problem.weights_by_key = inputs.by_key();
   problem.scores_by_key = inputs.scores_by_key();
-  setup.coverage = describe_sequences(layout_of(inputs), problem);
-  return setup;
+  problem.find_sequences();
+  return problem;
 }
 
 // Whether forward computes a score for every number of what is kept.
-bool fills_scores(const Inputs& inputs, const Setup& setup) {
-  if (setup.problem.scores_by_key) {
-    return setup.coverage.keys;
+bool fills_scores(const Problem& problem) {
+  if (problem.scores_by_key) {
+    return problem.covers_keys;
   }
-  const auto& sequences = setup.problem.sequences;
-  return setup.coverage.queries && std::all_of(sequences.begin(), sequences.end(), [&](auto& each) {
-           return each.key_count == inputs.max_keys();
+  const auto& sequences = problem.sequences;
+  return problem.covers_queries && std::all_of(sequences.begin(), sequences.end(), [&](auto& each) {
+           return each.key_count == problem.layout.longest_key();
          });
-}
-
-template <class T>
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Inputs& inputs, bool keep_scores) {
-  Setup setup = describe(inputs);
-  Problem& problem = setup.problem;
-  problem.is_short = problem.is_short && !problem.raw_scores;
-  const Tensor& key = inputs.key;
-  const bool zeros = !setup.coverage.queries || problem.raw_scores;
-  const ScalarType compute = compute_type(key);
-  Tensor context =
-      allocate(key, inputs.by_query(problem.value_dim), inputs.value.scalar_type(), zeros);
-  Tensor stats = allocate(key, inputs.by_query(2), compute, zeros);
-  Tensor weights = allocate_weights(inputs);
-  const bool has_weights = inputs.weights_layout != kNoWeights;
-  const bool needs_scores = keep_scores || (has_weights && !problem.raw_scores);
-  Tensor scores = nothing(key, compute);
-  ForwardCall<T> call;
-  call.problem = &problem;
-  call.context = rows_of(context);
-  call.stats = rows_of(stats);
-  if (has_weights) {
-    call.weights = weight_rows(weights, problem.weights_by_key);
-  }
-  if (needs_scores) {
-    scores =
-        allocate(key, inputs.of_scores(), compute, keep_scores && !fills_scores(inputs, setup));
-    call.scores = rows_of(scores);
-  }
-  call.keeps_scores = keep_scores;
-  run_forward<T>(call);
-  return {context, weights, stats, keep_scores ? scores : nothing(key, compute)};
 }
 
 // Key-side gradients that gather over several waves do so in the compute type.
@@ -103,10 +64,10 @@ struct KeyGradient {
   OptionalTensor sums;
 
   KeyGradient(bool wanted, const Tensor& like, bool gathers, bool zeros, bool deterministic)
-      : result(wanted ? allocate_gradient(like, like.scalar_type(), zeros, deterministic)
+      : result(wanted ? allocate_large(like, like.scalar_type(), zeros, deterministic)
                       : nothing(like, like.scalar_type())) {
     if (wanted && gathers && like.scalar_type() != compute_type(like)) {
-      sums = allocate_gradient(like, compute_type(like), false, deterministic);
+      sums = allocate_large(like, compute_type(like), false, deterministic);
     }
   }
 
@@ -120,9 +81,9 @@ struct KeyGradient {
 // a core's share of most caches.
 constexpr int64_t kSmallestStreamed = int64_t{1} << 22;
 
-template <class T>
-Gradients backward(const Inputs& inputs, const Setup& setup, BackwardCall<T> call,
-                   int64_t grad_mask, bool from_steps = false) {
+// The gradients of grad_mask, given what comes in.
+Gradients gradients(const Inputs& inputs, const Problem& problem, BackwardArguments arguments,
+                    int64_t grad_mask) {
   const auto& [query, key, value, score_weight] =
       std::tie(inputs.query, inputs.key, inputs.value, inputs.score_weight);
   const bool wants_query = grad_mask & kGradQuery;
@@ -131,117 +92,114 @@ Gradients backward(const Inputs& inputs, const Setup& setup, BackwardCall<T> cal
   const bool wants_weight = grad_mask & kGradScoreWeight;
   const bool wants_gate = inputs.gate.has_value() && (grad_mask & kGradGate);
   const bool deterministic = inputs.deterministic;
-  const bool has_dcontext = call.dcontext.data != nullptr;
+  const bool has_dcontext = arguments.dcontext.data != nullptr;
   const bool gathers = !inputs.pools;
-  const bool leaves_keys = !setup.coverage.keys;
-  Tensor dquery = wants_query ? allocate_gradient(query, query.scalar_type(),
-                                                  !setup.coverage.queries, deterministic)
+  const bool leaves_keys = !problem.covers_keys;
+  Tensor dquery = wants_query ? allocate_large(query, query.scalar_type(), !problem.covers_queries,
+                                               deterministic)
                               : nothing(query, query.scalar_type());
+  Tensor dscore_weight =
+      wants_weight ? allocate(score_weight, sizes_of(score_weight), score_weight.scalar_type())
+                   : nothing(score_weight, score_weight.scalar_type());
   const KeyGradient dkey(wants_key, key, gathers, leaves_keys, deterministic);
   const KeyGradient dvalue(wants_value, value, gathers, leaves_keys || !has_dcontext,
                            deterministic);
   const KeyGradient dgate(wants_gate, inputs.gate.value_or(key), false, leaves_keys, deterministic);
-  Tensor dscore_weight =
-      wants_weight ? allocate(score_weight, sizes_of(score_weight), score_weight.scalar_type())
-                   : nothing(score_weight, score_weight.scalar_type());
   Rows no_sums;
-  call.dquery = wanted_rows(dquery);
-  dkey.set(call.dkey, call.dkey_sum);
-  dvalue.set(call.dvalue, call.dvalue_sum);
-  dgate.set(call.dgate, no_sums);
-  call.problem = &setup.problem;
-  call.needs_scores = call.needs_scores || wants_query || wants_key || wants_weight || wants_gate;
-  call.needs_weights = wants_value && has_dcontext;
-  call.streams = key.numel() + value.numel() >= kSmallestStreamed;
-  run_backward<T>(call, from_steps, wants_weight ? score_weight_rows(dscore_weight) : Rows{});
+  arguments.dquery = wanted_rows(dquery);
+  arguments.dscore_weight = wants_weight ? score_weight_rows(dscore_weight) : Rows{};
+  dkey.set(arguments.dkey, arguments.dkey_sum);
+  dvalue.set(arguments.dvalue, arguments.dvalue_sum);
+  dgate.set(arguments.dgate, no_sums);
+  arguments.problem = &problem;
+  arguments.needs_scores =
+      arguments.needs_scores || wants_query || wants_key || wants_weight || wants_gate;
+  arguments.needs_weights = wants_value && has_dcontext;
+  arguments.streams = key.numel() + value.numel() >= kSmallestStreamed;
+  run_backward(arguments);
   return {dquery, dkey.result, dvalue.result, dscore_weight, dgate.result};
 }
 
 // The incoming gradients and what forward left.
-template <class T>
-BackwardCall<T> incoming_call(const Incoming& incoming, bool by_key) {
-  BackwardCall<T> call;
+BackwardArguments arguments_of(const Incoming& incoming, bool by_key) {
+  BackwardArguments arguments;
   if (incoming.dcontext.has_value()) {
-    call.dcontext = rows_of(*incoming.dcontext);
+    arguments.dcontext = rows_of(*incoming.dcontext);
   }
   if (incoming.dweights.has_value()) {
-    call.dweights = weight_rows(*incoming.dweights, by_key);
+    arguments.dweights = weight_rows(*incoming.dweights, by_key);
   }
-  call.stats = rows_of(incoming.stats);
-  call.scores = wanted_rows(incoming.scores);
-  return call;
-}
-
-template <class T>
-struct Of {
-  using type = T;
-};
-
-// Calls function(Of<float>()), or of double where that is computed in.
-template <class Function>
-auto in_compute_type(const Inputs& inputs, const Function& function) {
-  return computes_in_double(inputs.key) ? function(Of<double>()) : function(Of<float>());
+  arguments.stats = rows_of(incoming.stats);
+  arguments.scores = wanted_rows(incoming.scores);
+  return arguments;
 }
 
 struct Cpu {
   static std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Inputs& inputs,
                                                             bool keep_scores) {
-    return in_compute_type(inputs, [&](auto type) {
-      return attn_ext::forward<typename decltype(type)::type>(inputs, keep_scores);
-    });
+    Problem problem = describe(inputs);
+    problem.is_short = problem.is_short && !problem.raw_scores;
+    const Tensor& key = inputs.key;
+    const bool zeros = !problem.covers_queries || problem.raw_scores;
+    const ScalarType compute = compute_type(key);
+    Tensor context =
+        allocate(key, inputs.by_query(problem.value_dim), inputs.value.scalar_type(), zeros);
+    Tensor stats = allocate(key, inputs.by_query(2), compute, zeros);
+    Tensor weights = allocate_weights(inputs);
+    Tensor scores = nothing(key, compute);
+    const bool has_weights = inputs.weights_layout != kNoWeights;
+    ForwardArguments arguments;
+    arguments.problem = &problem;
+    arguments.context = rows_of(context);
+    arguments.stats = rows_of(stats);
+    if (has_weights) {
+      arguments.weights = weight_rows(weights, problem.weights_by_key);
+    }
+    if (keep_scores || (has_weights && !problem.raw_scores)) {
+      scores = allocate(key, inputs.of_scores(), compute, keep_scores && !fills_scores(problem));
+      arguments.scores = rows_of(scores);
+    }
+    arguments.keeps_scores = keep_scores;
+    run_forward(arguments);
+    return {context, weights, stats, keep_scores ? scores : nothing(key, compute)};
   }
 
   static Gradients backward(const Inputs& inputs, const Incoming& incoming) {
-    const Setup setup = describe(inputs);
-    return in_compute_type(inputs, [&](auto type) {
-      using T = typename decltype(type)::type;
-      return attn_ext::backward(inputs, setup, incoming_call<T>(incoming, inputs.by_key()),
-                                incoming.grad_mask);
-    });
+    return gradients(inputs, describe(inputs), arguments_of(incoming, inputs.by_key()),
+                     incoming.grad_mask);
   }
 
   static std::tuple<Tensor, Tensor, Tensor> step_backward(const Inputs& inputs,
                                                           const Incoming& incoming) {
-    const Setup setup = describe(inputs);
+    const Problem problem = describe(inputs);
     const ScalarType compute = compute_type(inputs.key);
-    Tensor dscores = allocate(inputs.key, inputs.of_keys(), compute, !setup.coverage.keys);
-    Tensor weights = allocate(inputs.key, inputs.of_keys(), compute, !setup.coverage.keys);
-    const Gradients gradients = in_compute_type(inputs, [&](auto type) {
-      auto call = incoming_call<typename decltype(type)::type>(incoming, inputs.by_key());
-      call.step_dscores = rows_of(dscores);
-      call.step_weights = rows_of(weights);
-      call.needs_scores = incoming.grad_mask & (kGradKey | kGradScoreWeight);
-      return attn_ext::backward(inputs, setup, call, incoming.grad_mask & kGradQuery);
-    });
-    return {gradients.query, dscores, weights};
+    Tensor dscores = allocate(inputs.key, inputs.of_keys(), compute, !problem.covers_keys);
+    Tensor weights = allocate(inputs.key, inputs.of_keys(), compute, !problem.covers_keys);
+    BackwardArguments arguments = arguments_of(incoming, inputs.by_key());
+    arguments.step_dscores = rows_of(dscores);
+    arguments.step_weights = rows_of(weights);
+    arguments.needs_scores = incoming.grad_mask & (kGradKey | kGradScoreWeight);
+    const Gradients result = gradients(inputs, problem, arguments, incoming.grad_mask & kGradQuery);
+    return {result.query, dscores, weights};
   }
 
   static Gradients memory_backward(const Inputs& inputs, const Tensor& dscores,
                                    const Tensor& weights, const Tensor& dcontext,
                                    int64_t grad_mask) {
-    const Setup setup = describe(inputs);
-    return in_compute_type(inputs, [&](auto type) {
-      BackwardCall<typename decltype(type)::type> call;
-      call.dcontext = step_rows_of(dcontext);
-      call.step_dscores = step_score_rows_of(dscores);
-      call.step_weights = step_score_rows_of(weights);
-      return attn_ext::backward(inputs, setup, call, grad_mask, true);
-    });
+    BackwardArguments arguments;
+    arguments.dcontext = step_rows_of(dcontext);
+    arguments.step_dscores = step_score_rows_of(dscores);
+    arguments.step_weights = step_score_rows_of(weights);
+    arguments.from_steps = true;
+    return gradients(inputs, describe(inputs), arguments, grad_mask);
   }
 };
 
 std::tuple<Tensor, Tensor> additive_attention_prepare(const Tensor& key) {
   const ScalarType compute = compute_type(key);
-  Tensor exp_key = allocate(key, sizes_of(key), compute, false);
-  Tensor key_bound = allocate(key, {key.size(0), key.size(1), key.size(2)}, compute, false);
-  const Rows rows = rows_of(key);
-  if (computes_in_double(key)) {
-    run_prepare(rows, sizes_of(key), static_cast<double*>(exp_key.data_ptr()),
-                static_cast<double*>(key_bound.data_ptr()));
-  } else {
-    run_prepare(rows, sizes_of(key), static_cast<float*>(exp_key.data_ptr()),
-                static_cast<float*>(key_bound.data_ptr()));
-  }
+  Tensor exp_key = allocate_large(key, compute, false, false);
+  Tensor key_bound = allocate(key, {key.size(0), key.size(1), key.size(2)}, compute);
+  run_prepare(rows_of(key), sizes_of(key), exp_key.data_ptr(), key_bound.data_ptr());
   return {exp_key, key_bound};
 }
 
