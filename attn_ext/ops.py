@@ -54,8 +54,8 @@ _CPU_ONLY = ("additive_attention_prepare",)  # which "triton" and "cuda" do not 
 
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"attn_ext::{_name}", _schema)
-    if _name not in _CPU_ONLY:  # "cuda" hears of no choice
-        torch.library.define(f"attn_ext_cuda::{_name}", _schema.replace(", str backend", ""))
+    if _name not in _CPU_ONLY:
+        torch.library.define(f"attn_ext_cuda::{_name}", _schema)
 
 forward: OpOverload = torch.ops.attn_ext.additive_attention_forward.default
 backward: OpOverload = torch.ops.attn_ext.additive_attention_backward.default
@@ -89,14 +89,13 @@ def keeps_scores(
     """Whether a forward whose gradient may be asked for keeps its scores for backward.
 
     They take at most half of the memory of the inputs; larger ones backward computes again. Where
-    each sequence has one query they are a number a key and always kept, but by "cuda", whose step
-    reads the keys for them again.
+    each sequence has one query they are a number a key and always kept.
     """
     if backend == "reference" or torch.jit.is_tracing():  # a trace's sizes are no numbers
         return False
     if cu_seqlens_q is None:
         if _is_known_true(query.size(1) == 1):
-            return backend != "cuda"
+            return True
         if not _is_known_true(query.size(1) != 1):  # the shape of what is kept would not be either
             return False
     places, rows, heads, _ = query.shape
@@ -209,11 +208,10 @@ def _accelerated(name: str) -> Callable:
     """The implementation of an op that hands on to the backend its last argument names."""
 
     def kernel(*arguments):
-        *arguments, backend = arguments
-        if backend == "cuda":
+        if arguments[-1] == "cuda":
             return getattr(torch.ops.attn_ext_cuda, name)(*arguments)
         launch = importlib.import_module(".triton_kernels.launch", __package__)
-        return getattr(launch, name)(*arguments)
+        return getattr(launch, name)(*arguments[:-1])
 
     return kernel
 

@@ -63,7 +63,7 @@ class Launch:
     opcodes: Counter
     memory: Counter
     resident: int  # blocks that a multiprocessor holds
-    sorted: bool  # whether blocks have the tiles with most work first
+    order: str  # "": as sequences come; "sorted": most work first; "dealt": so, by rows.dealt()
 
     @property
     def special_functions(self) -> int:
@@ -74,24 +74,26 @@ class Launch:
         return self.memory["global loads: sectors"] + self.memory["global stores: sectors"]
 
 
-def described(launch: tuple) -> tuple[str, str, int, int, bool]:
-    """Of a session's launch: name, PTX, threads, dynamic shared memory, whether it is sorted."""
+def described(launch: tuple, has_order: bool) -> tuple[str, str, int, int, str]:
+    """Of a session's launch: name, PTX, threads, dynamic shared memory, order of blocks."""
     if isinstance(launch[0], str):  # CUDA C++
         name, *_, threads, ptx = launch
-        return name, ptx, threads, 0, False
+        return name, ptx, threads, 0, "sorted" if has_order else ""
     case, *_, compiled = launch
     is_sorted = case.signature.get("order_ptr", "constexpr") != "constexpr"
     is_sorted &= case.name in ("fwd", "grad")  # others write it
     shared = compiled.metadata.shared
-    return case.name, compiled.asm["ptx"], 32 * case.num_warps, shared, is_sorted
+    order = "dealt" if is_sorted else ""
+    return case.name, compiled.asm["ptx"], 32 * case.num_warps, shared, order
 
 
 def launches_of(session, target: str) -> list[Launch]:
     codes: dict[int, MachineCode] = {}
     found = []
+    has_order = any(launch[0] == "order_kernel" for launch in session.launches)
     for launch in session.launches:
         _, _, program, counts, *_ = launch
-        name, ptx, threads, shared, is_sorted = described(launch)
+        name, ptx, threads, shared, order = described(launch, has_order)
         if id(program) not in codes:
             codes[id(program)] = MachineCode(ptx, program, target)
         code = codes[id(program)]
@@ -99,7 +101,7 @@ def launches_of(session, target: str) -> list[Launch]:
         slots = [code.slots(after - b).total() for b, after in zip(before, before[1:])]
         resident = code.kernel.occupancy(threads, shared).ctas
         opcodes = code.slots(counts.warps)
-        found.append(Launch(name, np.array(slots), opcodes, counts.memory, resident, is_sorted))
+        found.append(Launch(name, np.array(slots), opcodes, counts.memory, resident, order))
     return found
 
 
@@ -215,12 +217,14 @@ def makespan(slots: np.ndarray, resident: int) -> float:
 
 def batch_blocks(launch: Launch, repeats: int) -> np.ndarray:
     """The blocks of a batch in which each sequence of the sample comes so many times."""
-    if launch.name.startswith("sum_"):  # one sum for all
+    if launch.name.startswith(("sum_", "merge_dweight")):  # one sum for all
         return launch.slots
     slots = launch.slots[launch.slots > launch.slots.max() / 50]  # without those that end at once
-    if not launch.sorted:
+    if not launch.order:
         return np.tile(slots, repeats)
     slots = np.sort(np.repeat(slots, repeats))[::-1]
+    if launch.order == "sorted":
+        return slots
     if launch.name != "grad":
         return slots[dealt(len(slots))] if len(slots) <= PROCESSORS * launch.resident else slots
     # Its programs, as many as are resident, take one after the other.

@@ -130,13 +130,13 @@ struct SoftmaxPart {
 };
 
 // -infinity stands for "nothing yet"; a row of -infinities keeps its sum of 0, hence its NaN.
-ATTN_EXT_HOST_DEVICE float softmax_shift(float largest) {
+ATTN_EXT_HOST_DEVICE float softmax_base(float largest) {
   return largest == -INFINITY ? 0.0f : largest;
 }
 
 // By what sums relative to `part` are to be scaled to become relative to `largest`.
 ATTN_EXT_HOST_DEVICE float softmax_scale(float part, float largest) {
-  return std::exp(part - softmax_shift(largest));
+  return std::exp(part - softmax_base(largest));
 }
 
 ATTN_EXT_HOST_DEVICE SoftmaxPart merge_softmax(SoftmaxPart a, SoftmaxPart b) {

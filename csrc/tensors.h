@@ -97,16 +97,6 @@ inline Integers integers_of(const OptionalTensor& tensor) {
   return result;
 }
 
-// The arguments that say which rows make up which sequence.
-struct SequenceArguments {
-  OptionalTensor cu_seqlens_q;
-  OptionalTensor cu_seqlens_k;
-  OptionalTensor key_lengths;
-  OptionalTensor key_padding_mask;
-  int64_t max_seqlen_q = 0;
-  int64_t max_seqlen_k = 0;
-};
-
 inline Mask mask_of(const Tensor& mask, int64_t sequences, int64_t rows) {
   STD_TORCH_CHECK(mask.size(0) == sequences && mask.size(1) == rows,
                   "attn_ext: key_padding_mask has another shape than key");
@@ -138,12 +128,6 @@ inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, Sc
 
 inline Tensor nothing(const Tensor& like, ScalarType dtype) {
   return allocate(like, {0}, dtype, false);
-}
-
-inline std::vector<int64_t> with_last(const Tensor& tensor, int64_t last) {
-  std::vector<int64_t> sizes = sizes_of(tensor);
-  sizes.back() = last;
-  return sizes;
 }
 
 }  // namespace attn_ext

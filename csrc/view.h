@@ -71,4 +71,21 @@ struct Dropout {
   }
 };
 
+// The tensors of a call, and what is asked of them.
+struct Operands {
+  int64_t heads = 0;
+  int64_t dim = 0;
+  int64_t value_dim = 0;
+  Rows query;
+  Rows key;
+  Rows value;
+  Rows score_weight;           // head, col
+  bool keys_alone = false;     // pooling: rows of score weights are the queries
+  Rows gate;                   // then; data is null without one
+  Dropout feature_dropout[2];  // of its tanh and of its sigmoid
+  Dropout dropout;
+  bool raw_scores = false;  // weights are the scores, and their gradient the scores'
+  bool is_short = false;    // query, key, value and score weights are of 16 bits
+};
+
 }  // namespace attn_ext

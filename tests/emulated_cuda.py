@@ -114,7 +114,7 @@ def _dispatching(name: str) -> Callable:
 
     def kernel(keyset, *arguments):
         if arguments[-1] == "cuda":
-            return emulated(*arguments[:-1])
+            return emulated(*arguments)
         return by_cpu.call_boxed(keyset, *arguments)
 
     return kernel

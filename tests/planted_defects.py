@@ -558,7 +558,7 @@ PYTHON = [
 CPU = [
     Defect(
         "pool-closed-gate",
-        "csrc/cpu/vecmath.h",
+        "csrc/cpu/hidden.h",
         "clamp<T>(g, C::kVanishing - 1, largest)",
         "clamp<T>(g, -20, largest)",
         "tests/test_pool.py::test_closed_and_open_gates",
@@ -566,7 +566,7 @@ CPU = [
     ),
     Defect(
         "pool-small-tanh",
-        "csrc/cpu/vecmath.h",
+        "csrc/cpu/hidden.h",
         "difference = (parts.scale - 1) + tail;",
         "difference = (parts.scale + tail) - 1;",
         "tests/test_pool.py::test_magnitudes",
@@ -574,7 +574,7 @@ CPU = [
     ),
     Defect(
         "pool-gate-slope",
-        "csrc/cpu/hidden_gradient.h",
+        "csrc/cpu/hidden.h",
         "dh * parts.sigmoid * parts.slope",
         "dh * parts.slope",
         "tests/test_pool.py::test_layouts",
@@ -582,7 +582,7 @@ CPU = [
     ),
     Defect(
         "pool-dropped-gradient",
-        "csrc/cpu/hidden_gradient.h",
+        "csrc/cpu/hidden.h",
         "source_.drop(first + j, item_.col, item_.cols, dhidden);",
         ";",
         "tests/test_pool.py::test_dropout",
@@ -599,14 +599,14 @@ CPU = [
     Defect(
         "pool-branch-sums",
         "csrc/cpu/driver.cpp",
-        "call.dscore_weight + merge.head * numbers",
-        "call.dscore_weight + merge.head * call.problem->dim",
+        "totals + merge.head * numbers",
+        "totals + merge.head * call.problem->dim",
         "tests/test_pool.py::test_compile_vmap_and_traces",
         "Under vmap the gradients of score weights of several branches overlap.",
     ),
     Defect(
         "pool-branch-scores",
-        "csrc/cpu/softmax.h",
+        "csrc/cpu/scores.h",
         "rows.base += query * view.col;",
         ";",
         "tests/test_pool.py::test_layouts",
@@ -623,7 +623,7 @@ CPU = [
     Defect(
         "pool-many-rows",
         "csrc/registration.cpp",
-        "problem.weight_rows = score_weight.size(1);",
+        "problem.weight_rows = inputs.query_rows();",
         ";",
         "tests/test_pool.py",
         "Gradients of several branches write outside of their memory.",
@@ -638,7 +638,7 @@ CPU = [
     ),
     Defect(
         "cpu-raw-fill",
-        "csrc/registration.cpp",
+        "csrc/operations.h",
         "-std::numeric_limits<double>::infinity()",
         "0",
         "tests/test_scores.py",
@@ -720,15 +720,15 @@ CPU = [
     ),
     Defect(
         "cpu-rows-of-nobody",
-        "csrc/cpu/geometry.cpp",
-        "coverage.queries &= query_rows == layout.query_batch * layout.query_rows;",
+        "csrc/cpu/problem.cpp",
+        "covers_queries &= query_rows == layout.query_batch * layout.query_rows;",
         "",
         "tests/test_ops.py::test_rows_of_nobody_where_every_sequence_has_rows",
         "Context rows past the last offset hold whatever the memory held.",
     ),
     Defect(
         "cpu-mask-gap",
-        "csrc/cpu/geometry.cpp",
+        "csrc/cpu/problem.cpp",
         "indices.back() - indices[start] + 1 == sequence.key_count",
         "indices.back() - indices[start] == sequence.key_count",
         "tests/test_masks.py",
@@ -736,8 +736,8 @@ CPU = [
     ),
     Defect(
         "cpu-corrupt-offsets",
-        "csrc/cpu/geometry.cpp",
-        "std::clamp<int64_t>(offsets.at(n + 1), begin, total)",
+        "csrc/cpu/problem.cpp",
+        "std::clamp<int64_t>(offsets.at(n + 1), begin, rows)",
         "offsets.at(n + 1)",
         "tests/test_ops.py::test_corrupt_offsets_stay_inside_the_tensors",
         "Corrupt offsets in a compiled model read outside of the tensors.",
@@ -761,7 +761,7 @@ CPU = [
     ),
     Defect(
         "cpu-kept-scores",
-        "csrc/cpu/softmax.h",
+        "csrc/cpu/scores.h",
         "rows.offset(query)",
         "rows.offset(0)",
         "tests/test_hard_cases.py::test_scores_kept_by_forward",
@@ -928,7 +928,7 @@ CUDA = [
     Defect(
         "cuda-kept-scores",
         "csrc/cuda/registration.cpp",
-        "kept ? dense_scores(scores) : alpha",
+        "kept ? view(incoming.scores) : alpha",
         "alpha",
         "tests/test_hard_cases.py",
         "Backward takes for scores what happened to be in its own buffer.",
@@ -968,14 +968,14 @@ CUDA = [
     Defect(
         "cuda-dvalue-waves",
         "csrc/cuda/weighted.cu",
-        "part.span.first_query > 0",
+        "tile.span.first_query > 0",
         "false",
         "tests/test_additive_attention.py::test_dtypes tests/test_dropout.py",
         "dvalue lacks the queries of all waves but the last.",
     ),
     Defect(
         "cuda-mask-count",
-        "csrc/cuda/mask.cu",
+        "csrc/cuda/sequences.cu",
         "call.key_count[blockIdx.x] = next + count;",
         "call.key_count[blockIdx.x] = next;",
         "tests/cuda_emulation/cases.py",

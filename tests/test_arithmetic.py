@@ -20,7 +20,7 @@ SOURCE = """
 #define ATTN_EXT_ISA portable
 #define ATTN_EXT_VECTOR_BYTES 16
 #define ATTN_EXT_ISA_AVX512 0
-#include "cpu/vecmath.h"
+#include "cpu/vec.h"
 using namespace attn_ext;
 template <class T, class Function>
 void each_vector(const T* x, T* tanh, T* slope, long n, Function parts_of) {

@@ -33,13 +33,14 @@ RESOURCES = {
     "product_kernel": (128, 12),
     "softmax_gradient_kernel": (128, 24),
     "weighted_kernel": (128, 12),
-    "gradient_kernel": (128, 12),
+    "gradient_kernel": (32, 12),
     "merge_dquery_kernel": (256, 40),
     "merge_dweight_kernel": (256, 32),
-    "step_inner_kernel": (128, 16),
+    "step_product_kernel": (128, 16),
     "step_kernel": (256, 16),
     "step_merge_kernel": (256, 24),
     "compact_mask_kernel": (256, 48),
+    "order_kernel": (256, 32),
     "pool_scores_kernel": (128, 16),
     "pool_gradient_kernel": (128, 16),
 }
@@ -89,6 +90,7 @@ def test_compiles_without_spills(name: str, arch: str):
 def test_older_gpus():
     """What came with sm_80 has a substitute: an unusual list of GPUs must not break an install."""
     compiled("product.cu", "sm_75")
+    compiled("gradient.cu", "sm_75")
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -104,15 +106,20 @@ def test_resources(arch: str):
     assert set(seen) == set(RESOURCES)
 
 
+def is_exact(block: list) -> bool:
+    """Whether machine code computes tanh itself: an exponential and a reciprocal for each."""
+    return {"MUFU.EX2", "MUFU.RCP"} <= {instruction.name for instruction in block}
+
+
 def factored_loops(arch: str, name: str, mark: str) -> list:
-    """The main loops of a kernel: with the reciprocals of pairs, and no exponential."""
+    """The main loops of a kernel: with the reciprocals of pairs."""
     from benchmarks.sass import Counts
 
     loops = []
     for _, mangled, kernel in kernels_of(arch, name):
         if mark in mangled:
-            counts = [Counts.of(loop.straight()) for loop in kernel.innermost_loops]
-            loops += [c for c in counts if c.names["MUFU.RCP"] and not c.names["MUFU.EX2"]]
+            loops += [Counts.of(loop.straight(is_exact)) for loop in kernel.innermost_loops]
+    loops = [c for c in loops if c.names["MUFU.RCP"] > c.names["MUFU.EX2"]]
     assert loops, f"{name} for {arch}: no main loop was found"
     return loops
 
@@ -124,26 +131,23 @@ def slots(counts) -> float:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_issue_slots_of_the_main_loops(arch: str):
-    """Forward at most 4.2, backward at most 7.3."""
+    """Forward at most 4.2, without exponentials and loads; backward in bfloat16 at most 7.9 with
+    those of its query."""
     (scores,) = factored_loops(arch, "scores.cu", "score_kernel")
-    # The remainder of the unrolled loop is one too; the one that runs is the longest.
-    gradients = max(
-        factored_loops(arch, "gradient.cu", "gradient_kernelILb1ELb1E"), key=lambda c: c.slots
-    )
+    (gradients,) = factored_loops(arch, "gradient.cu", "gradient_kernelI13__nv_bfloat16Lb1ELb1E")
     assert scores.mufu == scores.names["MUFU.RCP"]
     assert slots(scores) <= 4.2
-    assert slots(gradients) <= 7.3
-    assert not scores.global_loads and not gradients.global_loads
+    assert slots(gradients) <= 7.9
+    assert not scores.global_loads
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_sixteen_bytes_a_load(arch: str):
-    """Rows of aligned tensors: asynchronous copies of tiles, and the loads of a step."""
+    """Rows of aligned tensors."""
     for name, mangled, kernel in kernels_of(arch, "scores.cu"):
-        copies = kernel.total.widths.get("LDGSTS", Counter())
-        assert set(copies) == {16}, (name, mangled, copies)
+        assert kernel.total.widths["LDG"][16] >= 4, (name, mangled)
     for name, mangled, kernel in kernels_of(arch, "step.cu"):
-        if name in ("step_kernel", "step_inner_kernel"):
+        if name in ("step_kernel", "step_product_kernel"):
             assert kernel.total.widths["LDG"][16] >= 8, (name, mangled)
     for name, mangled, kernel in kernels_of(arch, "pool.cu"):
         assert kernel.total.widths["LDG"][16] >= 6, (name, mangled)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import attn_ext
 
-KEYS, FEATURES = 20_000, 128  # 10 MB of float32: csrc/cpu/blocks.h keeps from 8 MiB on
+KEYS, FEATURES = 20_000, 128  # 10 MB of float32: csrc/kept_memory.cpp keeps from 4 MiB on
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="nothing is kept elsewhere"),

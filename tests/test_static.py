@@ -195,7 +195,9 @@ def test_a_kernel_is_looked_up_by_the_same_text_in_every_process(monkeypatch):
 def launch(slots: list[float], resident: int = 1, name: str = "fwd", **counted) -> dynamic.Launch:
     opcodes = Counter({"MUFU.RCP": counted.get("mufu", 0), "FFMA": 1000})
     memory = Counter({"global loads: sectors": counted.get("sectors", 0)})
-    return dynamic.Launch(name, np.array(slots), opcodes, memory, resident, name == "fwd")
+    return dynamic.Launch(
+        name, np.array(slots), opcodes, memory, resident, "dealt" if name == "fwd" else ""
+    )
 
 
 def test_blocks_share_a_multiprocessor():

@@ -3,7 +3,6 @@
 
 #include "forward.h"
 #include "gradient.h"
-#include "hidden_gradient.h"
 
 namespace attn_ext {
 namespace ATTN_EXT_ISA {
@@ -172,14 +171,31 @@ void load_score_gradients(const ScoreRows<T>& rows) {
   }
 }
 
+// A memory's backward has s and alpha already: [step, Nk, H], the step being the query.
+template <class T>
+void load_step_scores(const ScoreRows<T>& rows) {
+  const BackwardCall<T>& call = rows.call;
+  const UnitBlock& range = rows.range;
+  RowSource ds = key_rows(call.step_dscores, rows.sequence, rows.unit.head);
+  RowSource weights = key_rows(call.step_weights, rows.sequence, rows.unit.head);
+  const int64_t ds_base = ds.base;
+  const int64_t weights_base = weights.base;
+  for (int64_t i = 0; i < range.query_count; ++i) {
+    ds.base = ds_base + rows.query(i) * call.step_dscores.col;
+    weights.base = weights_base + rows.query(i) * call.step_weights.col;
+    read_along_keys<T>(ds, range.key, range.key_count, rows.dscores(i));
+    read_along_keys<T>(weights, range.key, range.key_count, rows.alpha(i));
+  }
+}
+
 // alpha and dalpha of a unit for a range of keys, from scores that forward kept or new ones.
 template <class T>
 void score_item(const BackwardCall<T>& call, const UnitBlock& range) {
   Scratch scratch;
   const Problem& problem = *call.problem;
   const ScoreRows<T> rows(call, range);
-  if (problem.raw_scores) {
-    load_score_gradients<T>(rows);
+  if (call.from_steps || problem.raw_scores) {
+    call.from_steps ? load_step_scores<T>(rows) : load_score_gradients<T>(rows);
     return;
   }
   const Unit& unit = rows.unit;
@@ -219,22 +235,6 @@ void score_item(const BackwardCall<T>& call, const UnitBlock& range) {
   }
   if (unit.chunks == 1) {
     finish_scores<T>(call, range);
-  }
-}
-
-// A memory's backward has s and alpha already: [step, Nk, H], the step being the query.
-template <class T>
-void load_step_scores(const BackwardCall<T>& call, const UnitBlock& range) {
-  const ScoreRows<T> rows(call, range);
-  RowSource ds = key_rows(call.step_dscores, rows.sequence, rows.unit.head);
-  RowSource weights = key_rows(call.step_weights, rows.sequence, rows.unit.head);
-  const int64_t ds_base = ds.base;
-  const int64_t weights_base = weights.base;
-  for (int64_t i = 0; i < range.query_count; ++i) {
-    ds.base = ds_base + rows.query(i) * call.step_dscores.col;
-    weights.base = weights_base + rows.query(i) * call.step_weights.col;
-    read_along_keys<T>(ds, range.key, range.key_count, rows.dscores(i));
-    read_along_keys<T>(weights, range.key, range.key_count, rows.alpha(i));
   }
 }
 

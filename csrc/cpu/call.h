@@ -1,5 +1,8 @@
-// Arguments of the per-item kernels, and the table of kernels of one instruction set.
+// Arguments of the operations and of the per-item kernels, and the table of kernels of one
+// instruction set.
 #pragma once
+
+#include <string>
 
 #include "plan.h"
 #include "problem.h"
@@ -17,14 +20,47 @@ struct ScoreWeights {
   bool fit = false;
 };
 
-template <class T>
-struct ForwardCall {
+struct ForwardArguments {
   const Problem* problem = nullptr;
   Rows context;
   Rows stats;
   Rows weights;               // data is null unless asked for
   Rows scores;                // in T, for backward or until their row's softmax is known
   bool keeps_scores = false;  // for backward
+};
+
+struct BackwardArguments {
+  const Problem* problem = nullptr;
+  Rows dcontext;  // data is null where it counts as 0
+  Rows dweights;
+  Rows stats;
+  Rows scores;  // in T, what forward kept; data is null where it kept none
+  Rows dquery;  // data of a gradient is null unless asked for
+  Rows dkey;
+  Rows dvalue;
+  Rows dgate;
+  Rows dscore_weight;  // contiguous [heads, dim], in pooling [heads, branches, dim]
+  Rows dkey_sum;       // in T: where rows gather until their last unit
+  Rows dvalue_sum;
+  Rows step_dscores;  // in T, [.., Nk, H] per step: outputs of a step's backward, inputs of a
+                      // memory's
+  Rows step_weights;
+  bool from_steps = false;     // step_dscores and step_weights are inputs
+  bool needs_scores = false;   // s, for dquery, dkey or dscore_weight
+  bool needs_weights = false;  // alpha, for dvalue
+  bool streams = false;        // the key side's gradients past the caches, which they exceed
+};
+
+void run_forward(const ForwardArguments& arguments);
+void run_backward(const BackwardArguments& arguments);
+
+// exp(2 key) and the largest magnitude of each row, contiguous and in the compute type; `sizes` are
+// those of key, [Bk, Nk, H, D].
+void run_prepare(const Rows& key, const std::vector<int64_t>& sizes, void* exp_key,
+                 void* key_bound);
+
+template <class T>
+struct ForwardCall : ForwardArguments {
   const ScoreWeights<T>* score_weights = nullptr;  // [heads]
   T* partial_sums = nullptr;                       // [partial_rows, padded_columns(value_dim)]
   T* partial_stats = nullptr;                      // [partial_rows, 2]
@@ -39,33 +75,15 @@ struct Delta {
 };
 
 template <class T>
-struct BackwardCall {
-  const Problem* problem = nullptr;
+struct BackwardCall : BackwardArguments {
   const Wave* wave = nullptr;
-  Rows dcontext;  // data is null where it counts as 0
-  Rows dweights;
-  Rows stats;
-  Rows scores;  // in T, what forward kept; data is null where it kept none
-  Rows dquery;  // data of a gradient is null unless asked for
-  Rows dkey;
-  Rows dvalue;
-  Rows dgate;
-  Rows dkey_sum;  // in T: where rows gather until their last unit
-  Rows dvalue_sum;
-  Rows step_dscores;  // in T, [.., Nk, H] per step: outputs of a step's backward, inputs of a
-                      // memory's
-  Rows step_weights;
-  bool needs_scores = false;   // s, for dquery, dkey or dscore_weight
-  bool needs_weights = false;  // alpha, for dvalue
-  bool streams = false;        // the key side's gradients past the caches, which they exceed
   const ScoreWeights<T>* score_weights = nullptr;  // [heads]
   T* alpha = nullptr;                              // the wave's scores, [query, key] of each unit
   T* dscores = nullptr;
   Delta<T>* deltas = nullptr;
   T* partial_dquery = nullptr;  // [partial_rows, padded_columns(dim)]
-  // In rows of [problem.weight_rows, dim].
-  double* partial_dweight = nullptr;  // [wave.weight_rows, ..], null unless asked for
-  double* dscore_weight = nullptr;    // [heads, ..]
+  // In rows of [problem.weight_rows, dim], [wave.weight_rows, ..]; null unless asked for.
+  double* partial_dweight = nullptr;
 };
 
 template <class T>
@@ -77,7 +95,6 @@ struct Kernels {
   void (*forward_merge)(const ForwardCall<T>&, const ForwardMerge&);
   void (*score_item)(const BackwardCall<T>&, const UnitBlock&);
   void (*finish_scores)(const BackwardCall<T>&, const UnitBlock&);
-  void (*load_step_scores)(const BackwardCall<T>&, const UnitBlock&);
   void (*value_item)(const BackwardCall<T>&, const UnitBlock&);
   void (*gradient_item)(const BackwardCall<T>&, const GradientItem&);
   void (*query_merge)(const BackwardCall<T>&, const QueryMerge&);
@@ -89,5 +106,18 @@ struct Kernels {
 // The kernels for this machine, or those that ATTN_EXT_CPU_ISA names.
 template <class T>
 const Kernels<T>& kernels();
+
+// Name of the kernels in use: "avx512", "avx2" or "portable".
+const char* cpu_isa();
+
+// Names of those that this machine can run, best first, with ", " between.
+std::string cpu_isas();
+
+// Has later calls use these kernels; none may be under way. For tests: users set ATTN_EXT_CPU_ISA.
+void use_cpu_isa(const std::string& name);
+
+// Whether this machine divides a vector of AVX-512 faster than it refines an estimate of its
+// reciprocal: AMD's does, in the time of two multiplications (Zen 4), Intel's takes that of ten.
+bool divides_quickly();
 
 }  // namespace attn_ext

@@ -1,9 +1,7 @@
 // Runs the items of a plan phase by phase.
-#include "driver.h"
-
 #include <algorithm>
-#include <iterator>
 
+#include "call.h"
 #include "runtime.h"
 
 namespace attn_ext {
@@ -36,21 +34,6 @@ void run_phase(const Call& call, const std::vector<Item>& items, double cost,
                 [&](int64_t n) { function(call, items[n]); });
 }
 
-// dscore_weight += the wave's partial rows, one head after the other, in their order.
-template <class T>
-void merge_weights(const BackwardCall<T>& call) {
-  const int64_t numbers = call.problem->weight_rows * call.problem->dim;
-  for (const WeightMerge& merge : call.wave->weight_merges) {
-    double* total = call.dscore_weight + merge.head * numbers;
-    for (int64_t row = merge.begin; row < merge.end; ++row) {
-      const double* partial = call.partial_dweight + row * numbers;
-      for (int64_t c = 0; c < numbers; ++c) {
-        total[c] += partial[c];
-      }
-    }
-  }
-}
-
 // Buffers that one wave after the other uses.
 template <class T>
 struct WaveBuffers {
@@ -63,39 +46,36 @@ struct WaveBuffers {
   // Makes room for a wave.
   void fit(const Wave& wave, BackwardCall<T>& call) {
     const int64_t dim = call.problem->dim;
-    const int64_t weights = call.problem->weight_rows * dim;
     alpha.fit(wave.scores);
     dscores.fit(wave.scores);
     deltas.fit(wave.deltas);
-    partial_dquery.fit(call.dquery.data != nullptr ? wave.partial_rows * padded_columns(dim) : 0);
-    partial_dweight.fit(call.dscore_weight != nullptr ? wave.weight_rows * weights : 0);
     call.alpha = alpha.get();
     call.dscores = dscores.get();
     call.deltas = deltas.get();
-    call.partial_dquery = partial_dquery.get();
-    call.partial_dweight = call.dscore_weight != nullptr ? partial_dweight.get() : nullptr;
+    if (call.dquery.data != nullptr) {
+      partial_dquery.fit(wave.partial_rows * padded_columns(dim));
+      call.partial_dquery = partial_dquery.get();
+    }
+    if (call.dscore_weight.data != nullptr) {
+      partial_dweight.fit(wave.weight_rows * call.problem->weight_rows * dim);
+      call.partial_dweight = partial_dweight.get();
+    }
   }
 };
 
 template <class T>
-void run_wave(BackwardCall<T>& call, const Wave& wave, bool from_steps) {
+void run_wave(const BackwardCall<T>& call) {
   const Kernels<T>& kernel = kernels<T>();
-  call.wave = &wave;
-  if (from_steps) {
-    // A number read costs about what a triple of scores does.
-    run_phase(call, wave.score_items, 2.0 * wave.scores, kernel.load_step_scores);
-  } else {
-    run_phase(call, wave.score_items, wave.score_cost, kernel.score_item);
-    std::vector<UnitBlock> unfinished;
-    std::copy_if(wave.score_items.begin(), wave.score_items.end(), std::back_inserter(unfinished),
-                 [&](const UnitBlock& range) {
-                   return wave.units[range.unit].chunks > 1 && !call.problem->raw_scores;
-                 });
-    run_phase(call, unfinished, wave.score_cost, kernel.finish_scores);
+  const Wave& wave = *call.wave;
+  // A number read costs about what a triple of scores does.
+  run_phase(call, wave.score_items, call.from_steps ? 2.0 * wave.scores : wave.score_cost,
+            kernel.score_item);
+  if (!call.from_steps && !call.problem->raw_scores) {
+    run_phase(call, wave.split_items, wave.score_cost, kernel.finish_scores);
   }
   const int64_t values = call.needs_weights ? static_cast<int64_t>(wave.value_items.size()) : 0;
   const bool has_gradients = call.dquery.data != nullptr || call.dkey.data != nullptr ||
-                             call.dgate.data != nullptr || call.dscore_weight != nullptr;
+                             call.dgate.data != nullptr || call.dscore_weight.data != nullptr;
   const int64_t gradients = has_gradients ? static_cast<int64_t>(wave.gradient_items.size()) : 0;
   for_each_item(gradients + values, wave.gradient_cost, [&](int64_t n) {
     if (n < gradients) {
@@ -107,24 +87,33 @@ void run_wave(BackwardCall<T>& call, const Wave& wave, bool from_steps) {
   if (call.dquery.data != nullptr) {
     run_phase(call, wave.query_merges, wave.gradient_cost, kernel.query_merge);
   }
-  if (call.dscore_weight != nullptr) {
-    merge_weights(call);
+}
+
+// totals += the wave's partial rows of dscore_weight, one head after the other, in their order.
+template <class T>
+void merge_weights(const BackwardCall<T>& call, double* totals) {
+  const int64_t numbers = call.problem->weight_rows * call.problem->dim;
+  for (const WeightMerge& merge : call.wave->weight_merges) {
+    double* total = totals + merge.head * numbers;
+    for (int64_t row = merge.begin; row < merge.end; ++row) {
+      const double* partial = call.partial_dweight + row * numbers;
+      for (int64_t c = 0; c < numbers; ++c) {
+        total[c] += partial[c];
+      }
+    }
   }
 }
 
-}  // namespace
-
 template <class T>
-void run_forward(ForwardCall<T> call) {
-  const Problem& problem = *call.problem;
+void forward(const ForwardArguments& arguments) {
+  const Problem& problem = *arguments.problem;
   const Kernels<T>& kernel = kernels<T>();
   const ForwardPlan plan = plan_forward(problem);
   const AllScoreWeights<T> score_weights(problem);
   Buffer<T> partial_sums(plan.partial_rows * padded_columns(problem.value_dim));
   Buffer<T> partial_stats(plan.partial_rows * 2);
-  call.score_weights = score_weights.heads.get();
-  call.partial_sums = partial_sums.get();
-  call.partial_stats = partial_stats.get();
+  const ForwardCall<T> call{arguments, score_weights.heads.get(), partial_sums.get(),
+                            partial_stats.get()};
   run_phase(call, plan.items, plan.cost, kernel.forward_item);
   if (!problem.raw_scores) {
     run_phase(call, plan.merges, plan.cost, kernel.forward_merge);
@@ -132,28 +121,32 @@ void run_forward(ForwardCall<T> call) {
 }
 
 template <class T>
-void run_backward(BackwardCall<T> call, bool from_steps, const Rows& dscore_weight_out) {
-  const Problem& problem = *call.problem;
-  const Kernels<T>& kernel = kernels<T>();
+void backward(const BackwardArguments& arguments) {
+  const Problem& problem = *arguments.problem;
   const AllScoreWeights<T> score_weights(problem);
   const int64_t weights = problem.heads * problem.weight_rows * problem.dim;
   Buffer<double> dscore_weight(weights);
   std::fill_n(dscore_weight.get(), weights, 0.0);
+  BackwardCall<T> call{arguments};
   call.score_weights = score_weights.heads.get();
-  call.dscore_weight = dscore_weight_out.data != nullptr ? dscore_weight.get() : nullptr;
   WaveBuffers<T> buffers;
-  BackwardPlan plan(problem);
-  for (Wave wave; plan.next(wave);) {
+  const std::vector<Unit> units = plan_units(problem);
+  for (size_t next = 0; next < units.size();) {
+    const Wave wave = plan_wave(problem, units, next);
+    call.wave = &wave;
     buffers.fit(wave, call);
-    run_wave(call, wave, from_steps);
+    run_wave(call);
+    if (call.partial_dweight != nullptr) {
+      merge_weights(call, dscore_weight.get());
+    }
   }
-  if (dscore_weight_out.data != nullptr) {
-    kernel.write_weights(dscore_weight.get(), weights, dscore_weight_out);
+  if (call.dscore_weight.data != nullptr) {
+    kernels<T>().write_weights(dscore_weight.get(), weights, call.dscore_weight);
   }
 }
 
 template <class T>
-void run_prepare(const Rows& key, const std::vector<int64_t>& sizes, T* exp_key, T* key_bound) {
+void prepare(const Rows& key, const std::vector<int64_t>& sizes, T* exp_key, T* key_bound) {
   const Kernels<T>& kernel = kernels<T>();
   const int64_t rows = sizes[1];
   const int64_t heads = sizes[2];
@@ -169,11 +162,24 @@ void run_prepare(const Rows& key, const std::vector<int64_t>& sizes, T* exp_key,
   });
 }
 
-template void run_prepare(const Rows&, const std::vector<int64_t>&, float*, float*);
-template void run_prepare(const Rows&, const std::vector<int64_t>&, double*, double*);
-template void run_forward(ForwardCall<float>);
-template void run_forward(ForwardCall<double>);
-template void run_backward(BackwardCall<float>, bool, const Rows&);
-template void run_backward(BackwardCall<double>, bool, const Rows&);
+}  // namespace
+
+void run_forward(const ForwardArguments& arguments) {
+  arguments.problem->computes_in_double() ? forward<double>(arguments) : forward<float>(arguments);
+}
+
+void run_backward(const BackwardArguments& arguments) {
+  arguments.problem->computes_in_double() ? backward<double>(arguments)
+                                          : backward<float>(arguments);
+}
+
+void run_prepare(const Rows& key, const std::vector<int64_t>& sizes, void* exp_key,
+                 void* key_bound) {
+  if (key.dtype == DType::kFloat64) {
+    prepare(key, sizes, static_cast<double*>(exp_key), static_cast<double*>(key_bound));
+  } else {
+    prepare(key, sizes, static_cast<float*>(exp_key), static_cast<float*>(key_bound));
+  }
+}
 
 }  // namespace attn_ext

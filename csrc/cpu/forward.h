@@ -2,7 +2,6 @@
 #pragma once
 
 #include "hidden.h"
-#include "softmax.h"
 
 namespace attn_ext {
 namespace ATTN_EXT_ISA {
@@ -56,10 +55,7 @@ Panel<T> outer_panel(const RowSource& source, int64_t first, int64_t rows, int64
   if (results == 1 && lies_in_panel<T>(source)) {
     return panel_of<T>(source, first, rows, 0, dim, room.data, room.copy);
   }
-  const Panel<T> panel{room.data, kStep<T>, step_stride<T>(rows)};
-  pack<T, PackValues<T>>(source, first, rows, 0, dim, room.data, panel.row, panel.step, nullptr,
-                         room.copy);
-  return panel;
+  return packed_panel<T, PackValues<T>>(source, first, rows, 0, dim, room);
 }
 
 // sums = weights x values for keys [first, first + count).

@@ -4,9 +4,8 @@
 //   dscore_weight_d = sum_ij s_ij t_ijd.
 #pragma once
 
-#include "call.h"
 #include "gradient_tiles.h"
-#include "softmax.h"
+#include "scores.h"
 
 namespace attn_ext {
 namespace ATTN_EXT_ISA {
@@ -37,8 +36,7 @@ class GradientBlock {
         tile_keys_(unit.query_count < 4 ? kGradientKeys : kGradientTile),
         queries_(pack_queries<T>(query_rows(call.problem->query, sequence_, unit.head), unit.query,
                                  unit.query_count, item.col, item.cols, nullptr, scratch)),
-        side_(key_side(*call.problem, sequence_, unit.head)),
-        room_(tile_keys_, item.cols, scratch),
+        keys_(*call.problem, sequence_, unit.head, tile_keys_, item.cols, scratch),
         exact_keys_{{tile_keys_, item.cols, scratch}},
         exact_queries_{{unit.query_count, item.cols, scratch}},
         dweight_total_(dweight),
@@ -128,21 +126,20 @@ class GradientBlock {
   }
 
   void run_tile(int64_t first, int64_t keys) {
-    const KeyBlock<T> block = key_block<T>(side_, first, keys, item_.col, item_.cols, room_);
+    const Panel<T> exponentials = keys_.take(first, keys, item_.col, item_.cols);
     exact_keys_.ready = false;
-    const T key_bound = largest_bound(block.bounds, keys);
-    const bool informative = call_.problem->is_short || informative_(block.exponentials, keys);
+    const bool informative = call_.problem->is_short || informative_(exponentials, keys);
     if (wants_keys()) {
       pad_row<T>(dkey_, 0, keys * sums_row_, 0);
     }
     for (int64_t i = 0; i < unit_.query_count;) {
-      const Route route = route_of(i, key_bound, informative);
+      const Route route = route_of(i, informative);
       int64_t end = i + 1;
       while (end < smaller(unit_.query_count, i + kRunQueries) &&
-             route_of(end, key_bound, informative) == route) {
+             route_of(end, informative) == route) {
         ++end;
       }
-      run_queries(route, i, end - i, block.exponentials, first, keys);
+      run_queries(route, i, end - i, exponentials, first, keys);
       i = end;
     }
     if (call_.dkey.data != nullptr) {
@@ -159,11 +156,11 @@ class GradientBlock {
   // leaves out the 1.
   enum class Route { kFactored, kExact, kSmall };
 
-  Route route_of(int64_t i, T key_bound, bool informative) const {
-    if (queries_.bounds[i] + key_bound < T(kSmallestGradientSum)) {
+  Route route_of(int64_t i, bool informative) const {
+    if (queries_.bounds[i] + keys_.largest < T(kSmallestGradientSum)) {
       return Route::kSmall;
     }
-    return informative && in_factored_range(queries_.bounds[i], key_bound, kSmallestGradientSum)
+    return informative && in_factored_range(queries_.bounds[i], keys_.largest, kSmallestGradientSum)
                ? Route::kFactored
                : Route::kExact;
   }
@@ -176,7 +173,7 @@ class GradientBlock {
         (factored ? queries_.exponentials
                   : exact_queries_.get(queries_.source, queries_.first, unit_.query_count, item_))
             .from_row(i),
-        factored ? key_exponentials : exact_keys_.get(side_.key, first, keys, item_),
+        factored ? key_exponentials : exact_keys_.get(keys_.key, first, keys, item_),
         scores_.at(i, first),
         scores_.ld,
         rows,
@@ -237,13 +234,12 @@ class GradientBlock {
   // Rows as they are, packed when first asked for.
   struct ExactRows {
     PanelRoom<T> room;
+    Panel<T> panel{};
     bool ready = false;
 
     Panel<T> get(const RowSource& source, int64_t first, int64_t rows, const GradientItem& item) {
-      const Panel<T> panel{room.data, kStep<T>, step_stride<T>(rows)};
       if (!ready) {
-        pack<T, PackValues<T>>(source, first, rows, item.col, item.cols, room.data, panel.row,
-                               panel.step, nullptr, room.copy);
+        panel = packed_panel<T, PackValues<T>>(source, first, rows, item.col, item.cols, room);
         ready = true;
       }
       return panel;
@@ -320,8 +316,7 @@ class GradientBlock {
   const int64_t sums_row_;  // of dquery_ and dkey_, [.., steps, kStep]
   const int64_t tile_keys_;
   const QueryBlock<T> queries_;
-  const KeySide side_;
-  const PanelRoom<T> room_;
+  KeyExponentials<T> keys_;
   ExactRows exact_keys_;
   ExactRows exact_queries_;
   double* const dweight_total_;

@@ -1,11 +1,99 @@
 // Keys that are scored without a query (pooling): hidden rows h = tanh(k), or with a gate tanh(k)
 // sigmoid(g), and their inner products with rows of score weights, which stand for the queries.
+// From s = alpha (dalpha - delta) of branch i and key j,
+//   dh_j = sum_i s_ij w_i,  dkey = dh sigmoid(g) (1 - tanh(k)^2),
+//   dgate = dh tanh(k) sigmoid(g) (1 - sigmoid(g)),  dscore_weight_i = sum_j s_ij h_j.
 #pragma once
 
 #include "scores.h"
 
 namespace attn_ext {
 namespace ATTN_EXT_ISA {
+
+// NaN stays NaN.
+template <class T>
+ATTN_EXT_INLINE Vec<T> clamp(Vec<T> x, T low, T high) {
+  const Vec<T> below = high < x ? splat<T>(high) : x;
+  return low > below ? splat<T>(low) : below;
+}
+
+// Twice the number from which tanh is 1 to the last place, and the number from which sigmoid is.
+constexpr double kSaturatedTwice[2] = {20, 40};  // of float, of double
+constexpr double kSaturatedGate[2] = {30, 40};
+
+// tanh(x) and tanh(x) sigmoid(g), the values of hidden rows, from A = exp(2x) and G = exp(g):
+// (A - 1) / (A + 1) and (A - 1) G / ((A + 1) (G + 1)), which one division serves. A - 1 is computed
+// with a small relative error, and G is lifted, as in exp_nonpositive, where it would be subnormal.
+template <class T>
+struct TanhRatio {
+  Vec<T> difference;
+  Vec<T> sum;
+
+  explicit ATTN_EXT_INLINE TanhRatio(Vec<T> x) {
+    constexpr T largest = static_cast<T>(kSaturatedTwice[sizeof(T) / 8]);
+    const ExpParts<T> parts = exp_parts<T>(clamp<T>(2 * x, -largest, largest));
+    const Vec<T> tail = parts.scale * parts.fraction;
+    difference = (parts.scale - 1) + tail;
+    sum = (parts.scale + 1) + tail;
+  }
+};
+
+template <class T>
+ATTN_EXT_INLINE Vec<T> hidden_value(Vec<T> x) {
+  const TanhRatio<T> ratio(x);
+  return ratio.difference / ratio.sum;
+}
+
+template <class T>
+ATTN_EXT_INLINE Vec<T> hidden_value(Vec<T> x, Vec<T> g) {
+  using C = ExpConstants<T>;
+  const TanhRatio<T> ratio(x);
+  constexpr T largest = static_cast<T>(kSaturatedGate[sizeof(T) / 8]);
+  // At the lower end the result is less than half of the smallest number.
+  const ExpParts<T> parts = exp_parts<T>(clamp<T>(g, C::kVanishing - 1, largest), C::kLift);
+  const Vec<T> lifted = parts.scale + parts.scale * parts.fraction;
+  return ratio.difference * lifted / (ratio.sum * (lifted + 1 / C::kUnlift));
+}
+
+// A hidden value, tanh(x) or tanh(x) sigmoid(g), and what its derivatives are made of.
+template <class T>
+struct HiddenParts {
+  Vec<T> value;
+  Vec<T> tanh;
+  Vec<T> slope;  // 1 - tanh^2
+  Vec<T> sigmoid;
+  Vec<T> sigmoid_slope;  // sigmoid (1 - sigmoid)
+};
+
+template <class T>
+ATTN_EXT_INLINE HiddenParts<T> hidden_parts(Vec<T> x) {
+  const TanhParts<T> parts = tanh_parts<T>(x);
+  return {parts.tanh, parts.tanh, parts.slope, splat<T>(1), Vec<T>{}};
+}
+
+// With z = exp(-2|x|) and y = exp(-|g|), of which slopes keep their relative accuracy however small
+// they are, tanh|x| = (1 - z) / (1 + z), sigmoid(|g|) = 1 / (1 + y) and sigmoid(-|g|) = y / (1 +
+// y).
+template <class T>
+ATTN_EXT_INLINE HiddenParts<T> hidden_parts(Vec<T> x, Vec<T> g) {
+  const Vec<T> lowest = splat<T>(ExpConstants<T>::kLowest);
+  const Vec<T> twice = -2 * magnitude<T>(x);
+  const ExpParts<T> parts = exp_parts<T>(twice < lowest ? lowest : twice);
+  const Vec<T> tail = parts.scale * parts.fraction;
+  const Vec<T> z = parts.scale + tail;
+  const Vec<T> y = exp_nonpositive<T>(-magnitude<T>(g));
+  const Vec<T> inverse = 1 / ((z + 1) * (y + 1));
+  const Vec<T> difference =
+      from_bits<T>(bits_of<T>((1 - parts.scale) - tail) | (bits_of<T>(x) & kSignBit<T>));
+  const Vec<T> power = g < 0 ? y : splat<T>(1);
+  const Vec<T> q = inverse * (y + 1);
+  const Vec<T> r = inverse * (z + 1);
+  const Vec<T> slope = 4 * (z * q) * q;
+  // As 1 - tanh^2, 1 - sigmoid counts as 0 where it is in double precision.
+  const VecBits<T> closed = (g > 0) & (y < T(kVanishingSlope));
+  return {difference * inverse * power, difference * q,
+          slope < T(kVanishingSlope) ? Vec<T>{} : slope, power * r, closed ? Vec<T>{} : y * r * r};
+}
 
 // Which entries of the hidden rows of one head of one sequence dropout keeps: feature d takes word
 // d % 4 of Philox with the counter (key position, d / 4, ~(2 head + factor), sequence).
@@ -130,8 +218,6 @@ class HiddenScores {
       : dim_(problem.dim),
         queries_(queries),
         source_(problem, sequence, head, problem.dim, scratch),
-        value_(key_rows(problem.value, sequence, head)),
-        value_bytes_(problem.value_dim * bytes_of(value_.dtype)),
         room_(kTileCols, problem.dim, scratch),
         weights_(panel_of<T>(query_rows(problem.query, sequence, head), query, queries, 0,
                              problem.dim, scratch.take<T>(queries * steps_of<T>(dim_) * kStep<T>),
@@ -144,7 +230,6 @@ class HiddenScores {
     for (int64_t j = 0; j < keys; j += kTileCols) {
       const int64_t cols = smaller(kTileCols, keys - j);
       for (int64_t n = 0; n < cols; ++n) {
-        prefetch_value(first + j + n);
         pack_row(first + j + n, room_.data + n * hidden.row);
       }
       for (int64_t i = 0; i < queries_; i += kTileRows) {
@@ -164,22 +249,121 @@ class HiddenScores {
     source_.drop(j, 0, dim_, row);
   }
 
-  // Hidden rows are arithmetic and sums of values are reading: the reading begins here already.
-  void prefetch_value(int64_t j) const {
-    const char* row =
-        static_cast<const char*>(value_.data) + value_.offset(j) * bytes_of(value_.dtype);
-    for (int64_t n = 0; value_.col == 1 && n < value_bytes_; n += 64) {
-      __builtin_prefetch(row + n, 0, 2);
-    }
-  }
-
   int64_t dim_;
   int64_t queries_;
   HiddenSource<T> source_;
-  RowSource value_;
-  int64_t value_bytes_;
   PanelRoom<T> room_;
   Panel<T> weights_;
+};
+
+// Keys whose share of dscore_weight is summed in the compute type before it joins a sum in double.
+constexpr int64_t kHiddenTile = 16;
+
+// The features [col, col + cols) of one unit, which has all branches, against tiles of its keys.
+template <class T>
+class HiddenGradient {
+ public:
+  HiddenGradient(const BackwardCall<T>& call, const GradientItem& item, const Unit& unit,
+                 double* dweight, Scratch& scratch)
+      : call_(call),
+        item_(item),
+        unit_(unit),
+        sequence_(call.problem->sequences[unit.sequence]),
+        steps_(steps_of<T>(item.cols)),
+        source_(*call.problem, sequence_, unit.head, item.cols, scratch),
+        room_(unit.query_count, item.cols, scratch),
+        weights_(panel_of<T>(query_rows(call.problem->query, sequence_, unit.head), 0,
+                             unit.query_count, item.col, item.cols, room_.data, room_.copy)),
+        hidden_(scratch.take<T>(kHiddenTile * columns())),
+        dhidden_(scratch.take<T>(kHiddenTile * columns())),
+        dkey_(scratch.take<T>(columns())),
+        dgate_(scratch.take<T>(columns())),
+        dweight_(scratch.take<T>(unit.query_count * columns())),
+        dweight_total_(dweight) {
+    pad_row<T>(hidden_, 0, kHiddenTile * columns(), 0);
+  }
+
+  void run(int64_t first, int64_t count) {
+    for (int64_t j = 0; j < count; j += kHiddenTile) {
+      run_tile(first + j, smaller(kHiddenTile, count - j));
+    }
+    if (call_.streams) {
+      finish_streams();
+    }
+  }
+
+ private:
+  int64_t columns() const { return steps_ * kStep<T>; }
+
+  void run_tile(int64_t first, int64_t keys) {
+    const T* s = call_.dscores + unit_.scores + first;
+    const bool wants_rows = call_.dkey.data != nullptr || call_.dgate.data != nullptr;
+    if (wants_rows) {
+      outer_products<T>({s, 1, unit_.ld}, keys, weights_, unit_.query_count, steps_,
+                        {dhidden_, columns(), false});
+    }
+    for (int64_t j = 0; j < keys; ++j) {
+      T* hidden = hidden_ + j * columns();
+      T* dhidden = dhidden_ + j * columns();
+      if (wants_rows) {
+        source_.drop(first + j, item_.col, item_.cols, dhidden);
+      }
+      source_.for_each_vector(first + j, item_.col, item_.cols, [&](int64_t c, auto... x) {
+        const HiddenParts<T> parts = hidden_parts<T>(x...);
+        store<T>(hidden + c, parts.value);
+        if (wants_rows) {
+          const Vec<T> dh = load<T>(dhidden + c);
+          store<T>(dkey_ + c, dh * parts.sigmoid * parts.slope);
+          store<T>(dgate_ + c, dh * parts.tanh * parts.sigmoid_slope);
+        }
+      });
+      source_.drop(first + j, item_.col, item_.cols, hidden);
+      write(call_.dkey, first + j, dkey_);
+      write(call_.dgate, first + j, dgate_);
+    }
+    if (dweight_total_ != nullptr) {
+      add_weights(s, keys);
+    }
+  }
+
+  void write(const Rows& gradient, int64_t j, const T* row) const {
+    if (gradient.data != nullptr) {
+      const RowSource target = key_rows(gradient, sequence_, unit_.head);
+      const int64_t offset = target.offset(j) + item_.col;
+      if (call_.streams) {
+        stream_row<T>(gradient.data, target.dtype, offset, item_.cols, row);
+      } else {
+        write_row<T>(gradient.data, target.dtype, offset, 1, item_.cols, row);
+      }
+    }
+  }
+
+  void add_weights(const T* s, int64_t keys) {
+    const int64_t branches = unit_.query_count;
+    outer_products<T>({s, unit_.ld, 1}, branches, {hidden_, columns(), kStep<T>}, keys, steps_,
+                      {dweight_, columns(), false});
+    for (int64_t i = 0; i < branches; ++i) {
+      double* total = dweight_total_ + i * call_.problem->dim;
+      for (int64_t c = 0; c < item_.cols; ++c) {
+        total[c] += static_cast<double>(dweight_[i * columns() + c]);
+      }
+    }
+  }
+
+  const BackwardCall<T>& call_;
+  const GradientItem& item_;
+  const Unit& unit_;
+  const Sequence& sequence_;
+  const int64_t steps_;
+  const HiddenSource<T> source_;
+  const PanelRoom<T> room_;
+  const Panel<T> weights_;
+  T* const hidden_;   // [kHiddenTile, columns]
+  T* const dhidden_;  // the same
+  T* const dkey_;     // [columns]
+  T* const dgate_;
+  T* const dweight_;  // [branches, columns]
+  double* const dweight_total_;
 };
 
 }  // namespace ATTN_EXT_ISA

@@ -1,13 +1,27 @@
-#include "isa.h"
-
+// Choice of the instruction set.
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
-#include <string>
-#include <vector>
+
+#include "call.h"
 
 namespace attn_ext {
+
+// Of kernels_impl.h.
+namespace avx512 {
+template <class T>
+const Kernels<T>& kernel_table();
+}
+namespace avx2 {
+template <class T>
+const Kernels<T>& kernel_table();
+}
+namespace portable {
+template <class T>
+const Kernels<T>& kernel_table();
+}
+
 namespace {
 
 constexpr const char* kVariable = "ATTN_EXT_CPU_ISA";

@@ -5,7 +5,6 @@
 #include <utility>
 
 #include "call.h"
-#include "isa.h"
 #include "runtime.h"
 
 #define ATTN_EXT_ISA avx512

@@ -48,9 +48,8 @@ void prepare_rows(const Rows& key, int64_t batch, int64_t row, int64_t heads, in
 
 template <class T>
 constexpr Kernels<T> kKernels = {
-    read_weights<T>,  write_weights,    forward_item<T>,     forward_merge<T>,
-    score_item<T>,    finish_scores<T>, load_step_scores<T>, value_item<T>,
-    gradient_item<T>, query_merge<T>,   prepare_rows<T>,
+    read_weights<T>,  write_weights, forward_item<T>,  forward_merge<T>, score_item<T>,
+    finish_scores<T>, value_item<T>, gradient_item<T>, query_merge<T>,   prepare_rows<T>,
 };
 
 template <class T>

@@ -4,7 +4,6 @@
 
 #include "convert.h"
 #include "runtime.h"
-#include "vecmath.h"
 
 namespace attn_ext {
 namespace ATTN_EXT_ISA {
@@ -169,6 +168,29 @@ void pack(const RowSource& source, int64_t first, int64_t rows, int64_t begin, i
       bounds[i] = bound.value();
     }
   }
+}
+
+// Room for `rows` packed rows of `columns` features.
+template <class T>
+struct PanelRoom {
+  T* data;
+  T* bounds;
+  T* copy;
+
+  PanelRoom(int64_t rows, int64_t columns, Scratch& scratch)
+      : data(scratch.take<T>(step_stride<T>(rows) * steps_of<T>(columns))),
+        bounds(scratch.take<T>(rows)),
+        copy(scratch.take<T>(columns)) {}
+};
+
+// Columns [begin, begin + count) of rows [first, first + rows), step after step.
+template <class T, class Map>
+Panel<T> packed_panel(const RowSource& source, int64_t first, int64_t rows, int64_t begin,
+                      int64_t count, const PanelRoom<T>& room) {
+  const Panel<T> panel{room.data, kStep<T>, step_stride<T>(rows)};
+  pack<T, Map>(source, first, rows, begin, count, room.data, panel.row, panel.step, room.bounds,
+               room.copy);
+  return panel;
 }
 
 // Whether the rows can serve as a panel where they are.

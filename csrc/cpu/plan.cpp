@@ -126,6 +126,9 @@ void plan_unit(const Problem& problem, Unit unit, Wave& wave) {
     for (int64_t key = 0; key < keys; key += range) {
       wave.score_items.push_back(
           {index, query, queries, key / range, key, std::min(range, keys - key)});
+      if (unit.chunks > 1) {
+        wave.split_items.push_back(wave.score_items.back());
+      }
     }
   }
   for (int64_t key = 0; key < keys; key += kValueTile) {
@@ -212,65 +215,56 @@ void plan_gradients(const Problem& problem, Wave& wave) {
   }
 }
 
-void finish_wave(const Problem& problem, Wave& wave) {
-  plan_gradients(problem, wave);
-  sort_by_cost(wave.score_items,
-               [](const UnitBlock& item) { return item.query_count * item.key_count; });
-}
-
 // Whether a unit of this size still fits into a wave.
 bool fits(const Problem& problem, const Unit& unit, const Wave& wave) {
   const int64_t units = static_cast<int64_t>(wave.units.size());
   return units == 0 ||
-         (wave.scores + unit.query_count * padded_keys(unit.key_count) <= kWaveScores &&
+         (unit.round == wave.units[0].round &&
+          wave.scores + unit.query_count * padded_keys(unit.key_count) <= kWaveScores &&
           (units + 1) * problem.weight_rows * problem.dim <= kWaveWeightSums);
 }
 
 }  // namespace
 
-BackwardPlan::BackwardPlan(const Problem& problem) : problem_(problem) {
-  for (const Sequence& sequence : problem.sequences) {
-    if (sequence.key_count > 0) {
-      rounds_ = std::max(rounds_, divide_up(sequence.query_count, unit_queries(problem, sequence)));
-    }
-  }
-}
-
-bool BackwardPlan::next(Wave& wave) {
-  wave = Wave{};
-  const int64_t sequences = static_cast<int64_t>(problem_.sequences.size());
-  for (; round_ < rounds_; ++round_, head_ = 0) {
-    for (; head_ < problem_.heads; ++head_, sequence_ = 0) {
-      for (; sequence_ < sequences; ++sequence_) {
-        const Sequence& sequence = problem_.sequences[sequence_];
-        const int64_t block = unit_queries(problem_, sequence);
-        const int64_t query = round_ * block;
+std::vector<Unit> plan_units(const Problem& problem) {
+  std::vector<Unit> units;
+  bool is_last_round = false;
+  for (int64_t round = 0; !is_last_round; ++round) {
+    is_last_round = true;
+    for (int64_t head = 0; head < problem.heads; ++head) {
+      for (size_t n = 0; n < problem.sequences.size(); ++n) {
+        const Sequence& sequence = problem.sequences[n];
+        const int64_t block = unit_queries(problem, sequence);
+        const int64_t query = round * block;
         if (sequence.key_count == 0 || query >= sequence.query_count) {
           continue;
         }
         Unit unit{};
-        unit.sequence = sequence_;
-        unit.head = head_;
+        unit.sequence = static_cast<int64_t>(n);
+        unit.head = head;
         unit.query = query;
         unit.query_count = std::min(block, sequence.query_count - query);
         unit.key_count = sequence.key_count;
-        unit.first = round_ == 0;
+        unit.round = round;
+        unit.first = round == 0;
         unit.last = query + unit.query_count == sequence.query_count;
-        if (!fits(problem_, unit, wave)) {
-          finish_wave(problem_, wave);
-          return true;
-        }
-        plan_unit(problem_, unit, wave);
+        units.push_back(unit);
+        is_last_round &= unit.last;
       }
     }
-    if (!wave.units.empty()) {  // a wave has at most one unit of each head and sequence
-      ++round_;
-      head_ = 0;
-      finish_wave(problem_, wave);
-      return true;
-    }
   }
-  return false;
+  return units;
+}
+
+Wave plan_wave(const Problem& problem, const std::vector<Unit>& units, size_t& next) {
+  Wave wave;
+  for (; next < units.size() && fits(problem, units[next], wave); ++next) {
+    plan_unit(problem, units[next], wave);
+  }
+  plan_gradients(problem, wave);
+  sort_by_cost(wave.score_items,
+               [](const UnitBlock& item) { return item.query_count * item.key_count; });
+  return wave;
 }
 
 }  // namespace attn_ext

@@ -50,7 +50,8 @@ struct Unit {
   int64_t scores;  // where they begin in the wave's buffers
   int64_t deltas;  // where its rows' sums, one a row and key chunk, begin
   int64_t chunks;  // number of ranges its keys are cut into
-  bool first;      // of its head and sequence
+  int64_t round;
+  bool first;  // of its head and sequence
   bool last;
 };
 
@@ -96,6 +97,7 @@ struct WeightMerge {
 struct Wave {
   std::vector<Unit> units;
   std::vector<UnitBlock> score_items;
+  std::vector<UnitBlock> split_items;  // those of them that have a part of their unit's keys
   std::vector<UnitBlock> value_items;
   std::vector<GradientItem> gradient_items;
   std::vector<QueryMerge> query_merges;
@@ -108,20 +110,12 @@ struct Wave {
   double gradient_cost = 0;
 };
 
-// Plans one wave after the other: all of them together would be as large as all scores.
-class BackwardPlan {
- public:
-  explicit BackwardPlan(const Problem& problem);
+// All units, without their places in a wave, round by round: each sequence's first block of
+// queries, then its second ...
+std::vector<Unit> plan_units(const Problem& problem);
 
-  // The next wave, or false when all units have had theirs.
-  bool next(Wave& wave);
-
- private:
-  const Problem& problem_;
-  int64_t rounds_ = 0;  // of units: each sequence's first blocks of queries, then its second ...
-  int64_t round_ = 0;
-  int64_t head_ = 0;
-  int64_t sequence_ = 0;
-};
+// The wave of those units from `next` on that fit into one; `next` is then the first of the others.
+// The items of all waves together would be as large as all scores.
+Wave plan_wave(const Problem& problem, const std::vector<Unit>& units, size_t& next);
 
 }  // namespace attn_ext

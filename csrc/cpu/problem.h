@@ -8,6 +8,23 @@
 
 namespace attn_ext {
 
+// Which rows make up which sequence.
+struct Layout {
+  int64_t query_batch = 0;  // extents of query and key
+  int64_t query_rows = 0;
+  int64_t key_batch = 0;
+  int64_t key_rows = 0;
+  Integers query_offsets;
+  Integers key_offsets;
+  Integers key_lengths;
+  Mask mask;
+  int64_t max_queries = 0;  // bounds on jagged lengths
+  int64_t max_keys = 0;
+
+  int64_t longest_query() const { return query_offsets.data != nullptr ? max_queries : query_rows; }
+  int64_t longest_key() const { return key_offsets.data != nullptr ? max_keys : key_rows; }
+};
+
 // One sequence: where its rows start and which of its keys take part.
 struct Sequence {
   int64_t number;  // in the batch
@@ -21,27 +38,25 @@ struct Sequence {
   const int64_t* key_index;  // their positions if they are not, else null
 };
 
-struct Problem {
+struct Problem : Operands {
+  Layout layout;
+  // Of the layout, by find_sequences().
   std::vector<Sequence> sequences;
   std::vector<int64_t> key_indices;  // storage behind Sequence::key_index
-  int64_t heads = 0;
-  int64_t dim = 0;
-  int64_t value_dim = 0;
-  Rows query;
-  Rows key;
-  Rows value;
-  Rows score_weight;           // head, col
-  int64_t weight_rows = 1;     // of score weights, a head
-  Rows exp_key;                // optional: exp(2 key), in the compute type
-  Rows key_bound;              // with exp_key: the largest |key| of each row
-  bool keys_alone = false;     // pooling: rows of score weights are the queries, see hidden.h
-  Rows gate;                   // then; data is null without one
-  Dropout feature_dropout[2];  // of its tanh and of its sigmoid
-  bool is_short = false;       // all four inputs are 16-bit floats, and so are all results
-  Dropout dropout;
+  bool covers_queries = true;        // every query row belongs to a sequence with keys
+  bool covers_keys = true;           // every key row takes part in a sequence with queries
+
+  int64_t weight_rows = 1;      // of score weights, a head
+  Rows exp_key;                 // optional: exp(2 key), in the compute type
+  Rows key_bound;               // with exp_key: the largest |key| of each row
   bool weights_by_key = false;  // weights are [Nk, H, Nq]; else [B, H, max_seqlen_q, max_seqlen_k]
-  bool raw_scores = false;      // weights are the scores, and their gradient the scores'
   bool scores_by_key = false;   // kept scores are [.., Nk, H, Nq]; else [.., Nq, H, max_seqlen_k]
+
+  // Whether the compute type, "T" everywhere, is double rather than float.
+  bool computes_in_double() const { return key.dtype == DType::kFloat64; }
+
+  // Offsets and lengths are clamped into the tensors, whatever they hold.
+  void find_sequences();
 };
 
 }  // namespace attn_ext

@@ -107,8 +107,6 @@ void* allocate_aligned(size_t bytes) {
 
 void free_aligned(void* memory) { ::operator delete(memory, std::align_val_t{kAlignment}); }
 
-Scratch::Scratch() = default;
-
 Scratch::~Scratch() { thread_arena().release(); }
 
 void* Scratch::take_bytes(size_t bytes) { return thread_arena().take(bytes); }

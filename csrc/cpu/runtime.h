@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <utility>
 
 namespace attn_ext {
 
@@ -28,28 +27,19 @@ void free_aligned(void* memory);
 template <class T>
 class Buffer {
  public:
-  Buffer() = default;
-  explicit Buffer(int64_t count)
-      : data_(static_cast<T*>(allocate_aligned(static_cast<size_t>(count) * sizeof(T)))),
-        count_(count) {}
+  explicit Buffer(int64_t count = 0) { fit(count); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  Buffer(Buffer&& other) noexcept { swap(other); }
-  Buffer& operator=(Buffer&& other) noexcept {
-    swap(other);
-    return *this;
-  }
   ~Buffer() { free_aligned(data_); }
   T* get() const { return data_; }
-  void swap(Buffer& other) noexcept {
-    std::swap(data_, other.data_);
-    std::swap(count_, other.count_);
-  }
 
   // Makes room for `count`; what was held before is lost where it was too small.
   void fit(int64_t count) {
     if (count > count_) {
-      *this = Buffer(count);
+      free_aligned(data_);
+      data_ = nullptr;  // should there be no more
+      data_ = static_cast<T*>(allocate_aligned(static_cast<size_t>(count) * sizeof(T)));
+      count_ = count;
     }
   }
 
@@ -62,7 +52,7 @@ class Buffer {
 // on a thread; what take() returns is aligned to a cache line and lasts as long as the object.
 class Scratch {
  public:
-  Scratch();
+  Scratch() = default;
   ~Scratch();
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

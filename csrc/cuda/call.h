@@ -1,79 +1,99 @@
-// One call: its tensors as the kernels see them, and how its queries are divided into waves.
+// One call as the kernels see it: its device, tensors and sequences, and how its queries are
+// divided into waves. Only the stable ABI is used.
 #pragma once
 
-#include <algorithm>
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/headeronly/util/shim_utils.h>
 
+#include "../operations.h"
 #include "geometry.cuh"
-#include "tensors.h"
+#include "kernels.h"
 
 namespace attn_ext {
 namespace cuda {
 
-// Bytes of scores that are held at a time (tests make do with less), and of partial gradients of
-// queries.
+// Bytes of scores that are held at a time; tests make do with less.
 #ifndef ATTN_EXT_CUDA_WAVE_BYTES
 #define ATTN_EXT_CUDA_WAVE_BYTES 1 << 29
 #endif
 constexpr int64_t kWaveBytes = ATTN_EXT_CUDA_WAVE_BYTES;
-constexpr int64_t kPartialBytes = int64_t{1} << 28;
 
-// The smallest shift with 2^shift >= count.
-inline int shift_for(int64_t count) {
-  int shift = 0;
-  while ((int64_t{1} << shift) < count) {
-    ++shift;
+// Makes a tensor's device current, and gives the stream that its operations are on.
+class Device {
+ public:
+  explicit Device(const Tensor& tensor) {
+    const int32_t index = tensor.get_device_index();
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+    // Last, as nothing gives it back if what comes after it throws.
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(index, &guard_));
   }
-  return shift;
+  ~Device() { aoti_torch_delete_cuda_guard(guard_); }
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  CUDAGuardHandle guard_ = nullptr;
+  cudaStream_t stream_ = nullptr;
+};
+
+// The tensor, or a copy whose features lie next to each other, as kernels take them.
+inline Tensor usable(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.scalar_type() != ScalarType::Double, "attn_ext: ", name,
+                  ": backend 'cuda' expects float32, float16 or bfloat16, got float64; use "
+                  "backend='reference'");
+  const int64_t last = tensor.dim() - 1;
+  return tensor.stride(last) == 1 || tensor.size(last) < 2 ? tensor
+                                                           : torch::stable::contiguous(tensor);
+}
+
+// Weights, or raw scores in their place.
+inline Scores weight_scores(const Tensor& tensor, bool by_key) {
+  const Rows rows = weight_rows(tensor, by_key);
+  return {rows, true, by_key ? rows.col : 0};
+}
+
+// Scores by key: from dimension `first` on [batch, key, head], then branches; before it steps.
+inline Scores key_scores(const Tensor& tensor, int64_t first = 0) {
+  const int64_t queries = tensor.dim() < 4 ? 0 : tensor.stride(first > 0 ? 0 : 3);
+  // Jagged keys have one batch for all sequences.
+  const int64_t batch = tensor.size(first) > 1 ? tensor.stride(first) : 0;
+  const int64_t key = tensor.stride(first + 1);
+  return {view(tensor, batch, queries, tensor.stride(first + 2), key), true, key};
+}
+
+// Scores of several, [.., query, head, key], the rows of all queries one after the other.
+inline Scores dense_scores(const Tensor& tensor) {
+  return {view(tensor, 0, tensor.stride(1), tensor.stride(2), 1), false, 0};
 }
 
 class Call {
  public:
-  // Pooling: the rows of score_weight, [H, K, D], are the queries of every sequence.
-  Call(const Tensor& key, const Tensor& value, const Tensor& score_weight,
-       const SequenceArguments& sequences, const Dropout& dropout, int64_t weights_layout)
-      : device_(key), query_(key) {
-    const int64_t batch =
-        sequences.cu_seqlens_k.has_value() ? sequences.cu_seqlens_k->size(0) - 1 : key.size(0);
-    describe(key, value, score_weight, dropout, weights_layout);
-    problem.query = view(score_weight, 0, score_weight.stride(1), score_weight.stride(0),
-                         score_weight.stride(2));
-    describe_sequences(batch, score_weight.size(1), key, sequences);
-    few_rows_ = true;
-  }
-
-  // With `step_major`, query is [S, B, H, D]: its rows are the steps.
-  Call(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& score_weight,
-       const SequenceArguments& sequences, const Dropout& dropout, int64_t weights_layout,
-       bool step_major = false)
-      : device_(query), query_(query) {
-    check_dtype("query", query);
-    describe(key, value, score_weight, dropout, weights_layout);
-    problem.query = step_major ? step_rows_of(query) : rows_of(query);
-    problem.score_weight = score_weight_rows(score_weight);
-    describe_sequences(query.size(step_major ? 1 : 0), query.size(step_major ? 0 : 1), key,
-                       sequences);
-    few_rows_ = one_step_;
+  explicit Call(const Inputs& given) : inputs(given), device_(given.key) {
+    inputs.query = usable("query", given.query);
+    inputs.key = usable("key", given.key);
+    inputs.value = usable("value", given.value);
+    inputs.score_weight = usable("score_weight", given.score_weight);
+    if (given.gate.has_value()) {
+      inputs.gate = usable("gate", *given.gate);
+    }
+    describe_operands(inputs, problem);
+    describe_sequences();
   }
 
   cudaStream_t stream() const { return device_.stream(); }
-  bool one_step() const { return one_step_; }
-  // Whether rows of scores are few and long.
-  bool few_rows() const { return few_rows_; }
+  bool one_step() const { return inputs.scores_by_key() && !inputs.pools; }
   // Whether rows of queries, or of keys, may belong to nobody, and so must be cleared.
   bool leaves_rows() const { return leaves_rows_; }
-  int64_t batch() const { return problem.sequences.count; }
   int64_t query_rows() const { return query_rows_; }
-  int64_t key_rows() const { return cuda::key_rows(problem.sequences); }
-  // Blocks of 2^shift keys that all sequences have at most.
-  int64_t key_tiles(int shift) const { return tile_bound(key_rows(), batch(), shift); }
-  int64_t longest_query() const { return problem.sequences.query.longest; }
   int64_t longest_key() const { return problem.sequences.key.longest; }
-  // Bounds as the caller gave them, for the shape of weights.
-  int64_t max_queries() const { return max_queries_; }
-  int64_t max_keys() const { return max_keys_; }
 
-  Tensor floats(const std::vector<int64_t>& sizes) const {
-    return allocate(query_, sizes, ScalarType::Float);
+  Tensor floats(const std::vector<int64_t>& sizes, bool zeros = false) const {
+    return allocate(inputs.key, sizes, ScalarType::Float, zeros);
   }
 
   // Queries whose `buffers` rows of scores are held at a time.
@@ -87,76 +107,65 @@ class Call {
     problem.sequences.last_row = std::min(first + rows, query_rows_);
   }
 
+  Inputs inputs;
   Problem problem;
 
  private:
-  void describe(const Tensor& key, const Tensor& value, const Tensor& score_weight,
-                const Dropout& dropout, int64_t weights_layout) {
-    check_dtype("key", key);
-    check_dtype("value", value);
-    check_dtype("score_weight", score_weight);
-    problem.heads = key.size(2);
-    problem.dim = key.size(3);
-    problem.value_dim = value.size(3);
-    problem.key = rows_of(key);
-    problem.value = rows_of(value);
-    problem.dropout = dropout;
-    problem.raw_scores = weights_layout & kRaw;
-    problem.is_short = !problem.raw_scores && attn_ext::is_short(query_) &&
-                       attn_ext::is_short(key) && attn_ext::is_short(value) &&
-                       attn_ext::is_short(score_weight);
-  }
-
-  void describe_sequences(int64_t query_batch, int64_t query_rows, const Tensor& key,
-                          const SequenceArguments& arguments) {
+  void describe_sequences() {
+    const SequenceArguments& arguments = inputs.sequences;
     Sequences& sequences = problem.sequences;
     const bool jagged_queries = arguments.cu_seqlens_q.has_value();
-    const bool jagged_keys = arguments.cu_seqlens_k.has_value();
-    sequences.query.offsets = integers_of(arguments.cu_seqlens_q);
-    sequences.key.offsets = integers_of(arguments.cu_seqlens_k);
-    sequences.key_lengths = integers_of(arguments.key_lengths);
-    const int64_t query_count = jagged_queries ? arguments.cu_seqlens_q->size(0) - 1 : query_batch;
-    const int64_t key_count = jagged_keys ? arguments.cu_seqlens_k->size(0) - 1 : key.size(0);
-    sequences.count = std::max<int64_t>(std::min(query_count, key_count), 0);
-    max_queries_ = jagged_queries ? arguments.max_seqlen_q : query_rows;
-    max_keys_ = jagged_keys ? arguments.max_seqlen_k : key.size(1);
-    sequences.query.rows = query_rows;
-    sequences.key.rows = key.size(1);
-    STD_TORCH_CHECK(query_rows < INT32_MAX && key.size(1) < INT32_MAX,
+    const int64_t queries = inputs.query_rows();
+    const int64_t keys = inputs.key.size(1);
+    STD_TORCH_CHECK(queries < INT32_MAX && keys < INT32_MAX,
                     "attn_ext: backend 'cuda' takes fewer than 2^31 rows");
-    sequences.query.longest = std::min(std::max<int64_t>(max_queries_, 0), query_rows);
-    sequences.key.longest = std::min(std::max<int64_t>(max_keys_, 0), key.size(1));
-    query_rows_ = jagged_queries ? query_rows : sequences.count * query_rows;
+    sequences.count = inputs.batch();
+    sequences.query = {integers_of(arguments.cu_seqlens_q), queries,
+                       std::min(std::max<int64_t>(inputs.max_queries(), 0), queries)};
+    sequences.key = {integers_of(arguments.cu_seqlens_k), keys,
+                     std::min(std::max<int64_t>(inputs.max_keys(), 0), keys)};
+    sequences.key_lengths = integers_of(arguments.key_lengths);
+    query_rows_ = jagged_queries ? queries : sequences.count * queries;
     begin_wave(0, query_rows_);
     if (arguments.key_padding_mask.has_value()) {
-      compact(*arguments.key_padding_mask);
+      const Mask mask = mask_of(*arguments.key_padding_mask, sequences.count, keys);
+      key_index_ = allocate(inputs.key, {sequences.count * (keys + 1)}, ScalarType::Int);
+      sequences.key_index = static_cast<int32_t*>(key_index_->data_ptr());
+      sequences.key_count = sequences.key_index + sequences.count * keys;
+      launch_compact_mask(mask, sequences, stream());
     }
-    one_step_ = !jagged_queries && query_rows == 1;
-    leaves_rows_ = jagged_queries || jagged_keys || arguments.key_lengths.has_value() ||
-                   arguments.key_padding_mask.has_value() || query_rows == 0 || key.size(1) == 0;
+    leaves_rows_ = jagged_queries || arguments.cu_seqlens_k.has_value() ||
+                   arguments.key_lengths.has_value() || arguments.key_padding_mask.has_value() ||
+                   queries == 0 || keys == 0;
+    if (wants_order()) {
+      order_ = allocate(inputs.key, {sequences.count}, ScalarType::Int);
+      sequences.order = static_cast<int32_t*>(order_->data_ptr());
+      launch_order(sequences, stream());
+    }
   }
 
-  void compact(const Tensor& mask) {
-    Sequences& sequences = problem.sequences;
-    const int64_t rows = sequences.key.rows;
-    const Mask view = mask_of(mask, sequences.count, rows);
-    key_index_ = allocate(query_, {sequences.count * (rows + 1)}, ScalarType::Int);
-    auto* index = static_cast<int32_t*>(key_index_->data_ptr());
-    int32_t* count = index + sequences.count * rows;
-    launch_compact_mask(view, sequences.count, rows, index, count, stream());
-    sequences.key_index = index;
-    sequences.key_count = count;
+  // Whether sequences of several queries are so many, and may be of so different lengths, that
+  // those with most work had better come first; and yet so alike that it makes few blocks for
+  // nothing to give each as many tiles as the longest could have.
+  bool wants_order() const {
+    constexpr int kShift = 5;        // of most tiles
+    constexpr int64_t kMost = 1024;  // each is compared with all
+    const Sequences& sequences = problem.sequences;
+    if (!leaves_rows_ || inputs.scores_by_key() || sequences.count < 2 || sequences.count > kMost) {
+      return false;
+    }
+    const auto few = [&](bool by_key) {
+      const int64_t most = most_tiles(by_key ? sequences.key : sequences.query, kShift);
+      return sequences.count * most <= 2 * tile_count(sequences, by_key, kShift);
+    };
+    return few(false) && few(true);
   }
 
   Device device_;
-  Tensor query_;
   OptionalTensor key_index_;
-  bool one_step_ = false;
-  bool few_rows_ = false;
+  OptionalTensor order_;
   bool leaves_rows_ = false;
   int64_t query_rows_ = 0;
-  int64_t max_queries_ = 0;
-  int64_t max_keys_ = 0;
 };
 
 }  // namespace cuda

@@ -80,57 +80,67 @@ __device__ inline Span span_of(const Sequences& sequences, int64_t n) {
 
 constexpr int64_t kNowhere = int64_t{1} << 40;  // past the rows of any sequence
 
+// The rows of all sequences that are worked on: all keys, or the queries of the wave.
+struct Range {
+  int64_t begin;
+  int64_t end;
+};
+
+__host__ __device__ inline Range worked_on(const Sequences& sequences, bool by_key) {
+  const bool jagged = sequences.key.offsets.data != nullptr;
+  return by_key ? Range{0, (jagged ? 1 : sequences.count) * sequences.key.rows}
+                : Range{sequences.first_row, sequences.last_row};
+}
+
 // A tile is 2^shift consecutive rows of one sequence, or what is left of them. The host does not
 // know how long sequences are, so it starts a block for every number that a tile could have, and
-// the block finds out which it is. The tiles of sequence n are numbered from
+// the block finds out which it is. Blocks whose number belongs to no tile end at once. The tiles of
+// sequence n are numbered from
 //   (rows before it >> shift) + n
 // on: each sequence before it has at most one tile that is not full, so no two have the same
-// numbers. Blocks whose number belongs to no tile end at once.
+// numbers. Or where there is an order, each sequence in it has as many as the longest could.
 struct Tile {
   int64_t sequence;
   int64_t first;  // row of the sequence
 };
 
-__host__ __device__ inline int64_t tile_bound(int64_t rows, int64_t sequences, int shift) {
-  return sequences > 0 ? (rows >> shift) + sequences : 0;  // rows may belong to no sequence
+__host__ __device__ inline int64_t most_tiles(const Side& side, int shift) {
+  return side.longest > 0 ? ((side.longest - 1) >> shift) + 1 : 1;
 }
 
-__device__ inline int64_t first_tile(const Side& side, int64_t n, int64_t begin, int64_t end,
+__host__ __device__ inline int64_t tile_count(const Sequences& sequences, bool by_key, int shift) {
+  if (sequences.order != nullptr) {
+    return sequences.count * most_tiles(by_key ? sequences.key : sequences.query, shift);
+  }
+  const Range rows = worked_on(sequences, by_key);
+  return sequences.count > 0 ? ((rows.end - rows.begin) >> shift) + sequences.count : 0;
+}
+
+__device__ inline int64_t first_tile(const Sequences& sequences, bool by_key, int64_t n,
                                      int shift) {
-  const int64_t row = smaller(larger(row_offset(side, n), begin), end) - begin;
-  return (row >> shift) + n;
+  const Range rows = worked_on(sequences, by_key);
+  const int64_t row = row_offset(by_key ? sequences.key : sequences.query, n);
+  return ((smaller(larger(row, rows.begin), rows.end) - rows.begin) >> shift) + n;
 }
 
-// Tile `number` of the rows [begin, end) of a side.
-__device__ inline Tile find_tile(const Side& side, int64_t sequences, int64_t begin, int64_t end,
-                                 int shift, int64_t number) {
+__device__ inline Tile find_tile(const Sequences& sequences, bool by_key, int shift,
+                                 int64_t number) {
+  if (sequences.order != nullptr) {
+    const int64_t tiles = most_tiles(by_key ? sequences.key : sequences.query, shift);
+    return {sequences.order[number / tiles], number % tiles << shift};
+  }
   int64_t low = 0;
-  int64_t high = sequences;
+  int64_t high = sequences.count;
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
-    if (first_tile(side, middle, begin, end, shift) <= number) {
+    if (first_tile(sequences, by_key, middle, shift) <= number) {
       low = middle;
     } else {
       high = middle;
     }
   }
-  const int64_t tile = number - first_tile(side, low, begin, end, shift);
+  const int64_t tile = number - first_tile(sequences, by_key, low, shift);
   return {low, tile >= 0 ? tile << shift : kNowhere};  // offsets may not start at 0
-}
-
-__device__ inline Tile find_query_tile(const Sequences& sequences, int shift, int64_t number) {
-  return find_tile(sequences.query, sequences.count, sequences.first_row, sequences.last_row, shift,
-                   number);
-}
-
-// All rows of the key side.
-__host__ __device__ inline int64_t key_rows(const Sequences& sequences) {
-  return sequences.key.offsets.data != nullptr ? sequences.key.rows
-                                               : sequences.count * sequences.key.rows;
-}
-
-__device__ inline Tile find_key_tile(const Sequences& sequences, int shift, int64_t number) {
-  return find_tile(sequences.key, sequences.count, 0, key_rows(sequences), shift, number);
 }
 
 // Offsets of one head's rows of a sequence, by number.
@@ -164,7 +174,17 @@ __device__ inline int64_t key_offset(const Rows& rows, const Span& span, int64_t
   return key_offsets(rows, span, head)[j];
 }
 
-// The scores of query i.
+// Where the scores of query i start.
+__device__ inline int64_t row_of_scores(const Scores& scores, const Span& span, int64_t head,
+                                        int64_t i) {
+  const Rows& rows = scores.rows;
+  return head * rows.head + (scores.by_key
+                                 ? span.number * rows.batch + span.key_begin * scores.begin +
+                                       (span.first_query + i) * rows.row
+                                 : (span.flat_row + i) * rows.row);
+}
+
+// The scores of query i, in float32.
 struct ScoreRow {
   float* data;
   int64_t stride;
@@ -177,22 +197,14 @@ struct ScoreRow {
 
 __device__ inline ScoreRow score_row(const Scores& scores, const Span& span, int64_t head,
                                      int64_t i) {
-  const int64_t first = scores.by_key ? span.number * scores.batch + span.key_begin * scores.begin +
-                                            (span.first_query + i) * scores.query
-                                      : (span.flat_row + i) * scores.query;
-  return {scores.data + first + head * scores.head, scores.key,
-          scores.by_key ? span.key_index : nullptr};
+  return {static_cast<float*>(scores.rows.data) + row_of_scores(scores, span, head, i),
+          scores.rows.col, scores.by_key ? span.key_index : nullptr};
 }
 
-__device__ inline int64_t weight_offset(const Weights& weights, const Span& span, int64_t head,
+// Where the weight of query i and key j is, of any type.
+__device__ inline int64_t weight_offset(const Scores& weights, const Span& span, int64_t head,
                                         int64_t i, int64_t j) {
-  const Rows& rows = weights.rows;
-  if (weights.by_key) {
-    return (span.key_begin + span.position(j)) * rows.col + head * rows.head +
-           (span.first_query + i) * rows.row;
-  }
-  return span.number * rows.batch + head * rows.head + (span.first_query + i) * rows.row +
-         span.position(j) * rows.col;
+  return row_of_scores(weights, span, head, i) + span.position(j) * weights.rows.col;
 }
 
 // The factor that dropout gives the weight of query i and key j.

@@ -2,338 +2,393 @@
 // tanh(q + k):
 //   dquery_id = w_d sum_j s_ij (1 - t_ijd^2),  dkey_jd = w_d sum_i s_ij (1 - t_ijd^2),
 //   dscore_weight_d = sum_ij s_ij t_ijd.
-// A block has 64 features, two a lane, of a range of keys, against all queries of their sequence.
-// 16 keys are held in registers with their gradients; the block's 4 warps share the queries, whose
-// gradients stay in shared memory. Each t is computed once for all three sums, which are added in a
-// fixed order.
-#include "gradient_tile.cuh"
+// A block is a warp. It has 64 features, two a lane, of a range of keys, and keeps a tile of keys
+// and their gradients in registers while it goes through the queries of their sequence. So each t
+// is computed once for all three sums, none of which crosses lanes; those of a query wait in memory
+// for the next tile.
+#include <type_traits>
+
+#include "kernels.h"
 #include "launch.cuh"
+#include "product.cuh"
 
 namespace attn_ext {
 namespace cuda {
 namespace {
 
-enum class Route { kFactored, kExact, kSmall };
+constexpr int kKeys = kGradientKeys;  // a tile's, at most
+constexpr int kGroup = 4;  // keys whose s is one load: a tile is worked on up to a multiple of it
+// After as many queries sums of the score weights are continued in double.
+constexpr int kFewQueries = 8;
+static_assert(kGradientFeatures == 2 * kWarp && kKeys <= kWarp);
 
-__device__ __forceinline__ void put_granule(float* target, const float (&values)[kGranule]) {
+// A warp's keys of one sequence and head, and its features: a lane has `col` and `col` + 32.
+struct Slice {
+  const GradientCall& call;
+  const Span& span;
+  int64_t head;
+  int64_t col;
+  bool exists[2];
+};
+
+// Whether products with s are bfloat16's, on tensor cores.
+template <class T>
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+constexpr bool kPacked = std::is_same_v<T, __nv_bfloat16>;
+#else
+constexpr bool kPacked = false;
+#endif
+
+template <class T>
+struct Shared {
+  // s of a query, and in turn of the next one.
+  std::conditional_t<kPacked<T>, T, float> dscores[2][kWarp];
+  int64_t keys[kKeys];   // where the tile's rows of key are, past the last one that is repeated
+  int64_t dkeys[kKeys];  // and of dkey
+  Place place;
+  // Each lane's own, here because registers are scarce.
+  float weight[2][kWarp];    // -4 w
+  double dweight[2][kWarp];  // sums of s t
+  float low[2][kWarp];       // extremes of the keys' exponentials, where that is asked
+  float high[2][kWarp];
+};
+
+// Inputs of 16 bits err more than the factored form does, if nothing overflows.
+template <class T>
+constexpr bool kGuarded = sizeof(T) == 4;
+
+// A tile of keys, exponentiated, and what decides whether queries meet them in the factored form.
+struct KeyTile {
+  int first;
+  int count;
+  float keys[kKeys][2];
+  float bound;    // the largest |key| of the warp's features
+  bool factored;  // whether any query may
+};
+
+// Both features of a row, from that of a lane's first one on.
+template <class T>
+__device__ __forceinline__ void load_pair(const Slice& slice, const T* row, float (&values)[2]) {
+  values[0] = slice.exists[0] ? as_float(row[0]) : 0.0f;
+  values[1] = slice.exists[1] ? as_float(row[kWarp]) : 0.0f;
+}
+
+template <class T>
+__device__ __forceinline__ void store_pair(const Slice& slice, T* row, float first, float second) {
+  if (slice.exists[0]) {
+    put(row, first);
+  }
+  if (slice.exists[1]) {
+    put(row + kWarp, second);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void load_keys(const Slice& slice, Shared<T>& shared, KeyTile& tile) {
+  const Problem& problem = slice.call.problem;
+  tile.bound = 0;
 #pragma unroll
-  for (int f = 0; f < kGranule; f += 4) {
-    *reinterpret_cast<float4*>(target + f) =
-        make_float4(values[f], values[f + 1], values[f + 2], values[f + 3]);
-  }
-}
-
-// Puts exponentials of the unit's queries in place and clears their gradients; leaves the largest
-// |query| of each warp.
-__device__ inline void fill_queries(const Unit& unit, Shared& shared) {
-  const Problem& problem = unit.call.problem;
-  const int col = threadIdx.x % kRowGranules * kGranule;
-  float bound = 0;
-#pragma unroll 1
-  for (int row = threadIdx.x / kRowGranules; row < unit.queries; row += kThreads / kRowGranules) {
-    float values[kGranule];
-    load_granule(problem.query, shared.queries[unit.query + row], unit.col + col, problem.dim,
-                 values);
-    const float zeros[kGranule] = {};
-    put_granule(&shared.dquery[row][col], zeros);
-    exponentiate(problem.is_short, values, bound);
-    put_granule(&shared.query[row][col], values);
-  }
-  if (threadIdx.x < kGradientQueries) {
-    shared.left_out[threadIdx.x] = 0;
-    shared.shifted_keys[threadIdx.x] = 0;
-  }
-  bound = reduce_warp<Maximum>(bound);
-  if (threadIdx.x % kWarp == 0) {
-    shared.query_room[threadIdx.x / kWarp] = bound;
-  }
-}
-
-// Puts a tile of keys in place, their exponentials or as they are, 0 for those past the last;
-// returns this thread's largest.
-__device__ inline float fill_keys(const Unit& unit, int key, int keys, bool exponentials,
-                                  Shared& shared) {
-  const Problem& problem = unit.call.problem;
-  const int row = threadIdx.x / kRowGranules;
-  const int col = threadIdx.x % kRowGranules * kGranule;
-  float bound = 0;
-  float values[kGranule] = {};
-  if (row < keys) {
-    load_granule(problem.key, shared.keys[key + row], unit.col + col, problem.dim, values);
-  }
-  if (exponentials) {
-    exponentiate(problem.is_short, values, bound);
-  }
-  put_granule(&shared.key[row][col], values);
-  return bound;
-}
-
-// Puts s of the unit's queries and a tile's keys in place, 0 for keys past the last.
-__device__ inline void fill_dscores(const Unit& unit, int key, int keys, Shared& shared) {
-  const Scores& dscores = unit.call.dscores;
-  const int j = threadIdx.x % kKeys;
-  const int first = threadIdx.x / kKeys;
-  const float* source = dscores.data;
-  if (j < keys) {
-    source = &shared.first_dscores[key + j] + (unit.query + first) * dscores.query;
-  }
-#pragma unroll 2
-  for (int i = first; i < unit.queries; i += kThreads / kKeys) {
-    shared.dscores[i][j] = j < keys ? *source : 0.0f;
-    source += kThreads / kKeys * dscores.query;
-  }
-}
-
-__device__ inline float largest_of(const float (&room)[kWarps]) {
-  return Maximum::of(Maximum::of(room[0], room[1]), Maximum::of(room[2], room[3]));
-}
-
-__device__ inline Extremes extremes(const float (*rows)[kGradientFeatures], int count) {
-  const int lane = threadIdx.x % kWarp;
-  Extremes result;
-  result.low = result.high = *reinterpret_cast<const float2*>(&rows[0][2 * lane]);
-#pragma unroll 2
-  for (int row = 1; row < count; ++row) {
-    const float2 value = *reinterpret_cast<const float2*>(&rows[row][2 * lane]);
-    result.low = {fminf(result.low.x, value.x), fminf(result.low.y, value.y)};
-    result.high = {fmaxf(result.high.x, value.x), fmaxf(result.high.y, value.y)};
-  }
-  return result;
-}
-
-// Whether any of the block's features can inform some query of some key.
-__device__ inline bool informative(const Extremes& query, const Extremes& key) {
-  return __any_sync(kAllLanes, can_inform(query.low.x * key.low.x, query.high.x * key.high.x) ||
-                                   can_inform(query.low.y * key.low.y, query.high.y * key.high.y));
-}
-
-// Multiplies a granule of sums by 4 w.
-__device__ __forceinline__ void weigh(const Shared& shared, int col, float (&values)[kGranule]) {
+  for (int first = 0; first < kKeys && first < tile.count; first += kGroup) {
 #pragma unroll
-  for (int f = 0; f < kGranule; ++f) {
-    values[f] *= shared.weight[col + f];
-  }
-}
-
-// Adds the warps' shares of dkey, in their order, to what earlier tiles of queries left.
-__device__ inline void write_keys(const Unit& unit, int key, int keys, const LaneTile& tile,
-                                  Shared& shared) {
-  const GradientCall& call = unit.call;
-  const int64_t dim = call.problem.dim;
-  const int lane = threadIdx.x % kWarp;
-  __syncthreads();  // everyone has the panel of keys in registers
-#pragma unroll
-  for (int j = 0; j < kKeys; ++j) {
-    *reinterpret_cast<float2*>(&shared.dkey[threadIdx.x / kWarp][j][2 * lane]) = tile.dkey[j];
-  }
-  __syncthreads();
-  const int j = threadIdx.x / kRowGranules;
-  const int col = threadIdx.x % kRowGranules * kGranule;
-  if (j >= keys || unit.col + col >= dim) {
-    return;
-  }
-  float sums[kGranule] = {};
-  if (!unit.first) {
-    const int64_t at = key_offset(call.dkey_sums, unit.span, unit.head, key + j);
-    add_sums(call.dkey_sums, at, unit.col + col, dim, sums);
-  }
-#pragma unroll
-  for (int warp = 0; warp < kWarps; ++warp) {
-    add_granule(&shared.dkey[warp][j][col], sums);
-  }
-  if (unit.last) {
-    weigh(shared, col, sums);
-    store_granule(call.dkey, shared.dkeys[key + j], unit.col + col, dim, sums);
-  } else {
-    const int64_t at = key_offset(call.dkey_sums, unit.span, unit.head, key + j);
-    store_granule(call.dkey_sums, at, unit.col + col, dim, sums);
-  }
-}
-
-// dquery of the unit: to its place, or as sums over the block's keys that wait for those of other
-// blocks.
-__device__ inline void write_queries(const Unit& unit, const Shared& shared) {
-  const GradientCall& call = unit.call;
-  const int64_t dim = call.problem.dim;
-  const int col = threadIdx.x % kRowGranules * kGranule;
-  if (unit.col + col >= dim) {
-    return;
-  }
-#pragma unroll 1
-  for (int i = threadIdx.x / kRowGranules; i < unit.queries; i += kThreads / kRowGranules) {
-    float sums[kGranule] = {};
-    add_granule(&shared.dquery[i][col], sums);
-    if (call.partial_dquery.data != nullptr) {
-      const Rows& rows = call.partial_dquery;
-      const int64_t row = unit.span.flat_row + unit.query + i;
-      const int64_t at = (shared.place.first >> call.key_shift) * rows.batch + row * rows.row +
-                         unit.head * rows.head;
-      store_granule(rows, at, unit.col + col, dim, sums);
-      if (col == 0) {
-        const int64_t chunks = (dim + kGradientFeatures - 1) / kGradientFeatures;
-        call.left_out[at / dim * chunks + unit.col / kGradientFeatures] =
-            float2{shared.left_out[i], static_cast<float>(shared.shifted_keys[i])};
-      }
-      continue;
+    for (int j = first; j < first + kGroup; ++j) {
+      load_pair(slice, static_cast<const T*>(problem.key.data) + slice.col + shared.keys[j],
+                tile.keys[j]);
     }
-    if (shared.shifted_keys[i] != unit.span.key_count) {
 #pragma unroll
-      for (int f = 0; f < kGranule; ++f) {
-        sums[f] += 0.25f * shared.left_out[i];
-      }
+    for (int j = first; j < first + kGroup; ++j) {
+      exponentiate<kGuarded<T>>(tile.keys[j], tile.bound);
     }
-    weigh(shared, col, sums);
-    store_granule(call.dquery, shared.dqueries[unit.query + i], unit.col + col, dim, sums);
-  }
-}
-
-// The factored form with as few groups of four keys as hold the tile.
-template <bool kQuery, bool kKey>
-__device__ __forceinline__ void add_factored(int queries, int keys, Shared& shared,
-                                             LaneTile& tile) {
-  if (keys > 12) {
-    add_factored<kQuery, kKey, 16>(queries, shared, tile);
-  } else if (keys > 8) {
-    add_factored<kQuery, kKey, 12>(queries, shared, tile);
-  } else if (keys > 4) {
-    add_factored<kQuery, kKey, 8>(queries, shared, tile);
-  } else {
-    add_factored<kQuery, kKey, 4>(queries, shared, tile);
-  }
-}
-
-// Everything that the unit's queries give. Sums of the score weights are continued in double.
-template <bool kQuery, bool kKey>
-__device__ inline void run_unit(const Unit& unit, Shared& shared) {
-  __syncthreads();
-  fill_queries(unit, shared);
-  __syncthreads();
-  const float query_bound = largest_of(shared.query_room);
-  const bool is_short = unit.call.problem.is_short;
-  const int lane = threadIdx.x % kWarp;
-  if (threadIdx.x < kWarp && !is_short) {
-    shared.query_extremes[lane] = extremes(shared.query, unit.queries);
-  }
-  const int first_key = shared.place.first;
-  const int end_key = static_cast<int>(
-      smaller<int64_t>(unit.span.key_count, first_key + (int64_t{1} << unit.call.key_shift)));
-  for (int key = first_key; key < end_key; key += kKeys) {
-    const int keys = smaller(kKeys, end_key - key);
-    __syncthreads();
-    float key_bound = reduce_warp<Maximum>(fill_keys(unit, key, keys, true, shared));
-    fill_dscores(unit, key, keys, shared);
-    if (lane == 0) {
-      shared.key_room[threadIdx.x / kWarp] = key_bound;
-    }
-    __syncthreads();
-    key_bound = largest_of(shared.key_room);
-    Route route = Route::kExact;
-    // A lone query waits for memory, not for arithmetic.
-    if (!unit.call.one_step && in_factored_range(query_bound, key_bound, kSmallestGradientSum) &&
-        (is_short || informative(shared.query_extremes[lane], extremes(shared.key, keys)))) {
-      route = Route::kFactored;
-    } else {
-      if (query_bound + key_bound < static_cast<float>(kSmallestMagnitudeSum) &&
-          !unit.call.problem.raw_scores) {  // whose s need not sum to 0
-        route = Route::kSmall;
-      }
-      __syncthreads();
-      fill_keys(unit, key, keys, false, shared);
-      if (route == Route::kSmall && static_cast<int>(threadIdx.x) < unit.queries) {
-        float left_out = shared.left_out[threadIdx.x];
-        for (int j = 0; j < keys; ++j) {
-          left_out += shared.dscores[threadIdx.x][j];
+    if constexpr (kGuarded<T>) {
+#pragma unroll
+      for (int f = 0; f < 2; ++f) {
+        float low = first > 0 ? shared.low[f][threadIdx.x] : INFINITY;
+        float high = first > 0 ? shared.high[f][threadIdx.x] : 0;
+#pragma unroll
+        for (int j = first; j < first + kGroup; ++j) {
+          low = fminf(low, tile.keys[j][f]);
+          high = fmaxf(high, tile.keys[j][f]);
         }
-        shared.left_out[threadIdx.x] = left_out;
-        shared.shifted_keys[threadIdx.x] += keys;
+        shared.low[f][threadIdx.x] = low;
+        shared.high[f][threadIdx.x] = high;
       }
-      __syncthreads();
     }
-    LaneTile tile{};
+  }
+  tile.bound = reduce_warp<Maximum>(tile.bound);
+  // One query waits for memory, not for arithmetic.
+  tile.factored = !slice.call.one_step && tile.bound <= FactoredRange<float>::kLargest;
+}
+
+// Whether a query of this exponential and magnitude meets the keys in the factored form: nothing
+// overflows, and of inputs that are not of 16 bits some feature can inform.
+template <class T>
+__device__ __forceinline__ bool is_factored(const KeyTile& tile, const Shared<T>& shared,
+                                            const float (&query)[2], float bound) {
+  if (!tile.factored || __any_sync(kAllLanes, !(bound <= FactoredRange<float>::kLargest))) {
+    return false;
+  }
+  if constexpr (kGuarded<T>) {
+    bool informs = false;
 #pragma unroll
-    for (int j = 0; j < kKeys; ++j) {
-      tile.key[j] = *reinterpret_cast<const float2*>(&shared.key[j][2 * lane]);
+    for (int f = 0; f < 2; ++f) {
+      informs |=
+          can_inform(query[f] * shared.low[f][threadIdx.x], query[f] * shared.high[f][threadIdx.x]);
     }
-    if (route == Route::kFactored) {
-      add_factored<kQuery, kKey>(unit.queries, keys, shared, tile);
-      tile.dweight.x *= -2.0f;  // tanh = -2h
-      tile.dweight.y *= -2.0f;
-    } else {
-      add_exact<kQuery, kKey>(unit, route == Route::kSmall, shared, tile);
-    }
-    if constexpr (kKey) {
-      shared.dweight[threadIdx.x].x += static_cast<double>(tile.dweight.x);
-      shared.dweight[threadIdx.x].y += static_cast<double>(tile.dweight.y);
-      if (unit.call.dkey.data != nullptr) {
-        write_keys(unit, key, keys, tile, shared);
+    return __any_sync(kAllLanes, informs) &&
+           __any_sync(kAllLanes, bound + tile.bound >= static_cast<float>(kSmallestGradientSum));
+  }
+  return true;
+}
+
+// What queries gather of a lane's features: h = -t / 2 times s for dweight, and h^2 - 1/4 =
+// -(1 - t^2) / 4 times s for each key, and for dquery. Of even keys and of odd ones apart for
+// dweight.
+struct Sums {
+  float dkeys[kKeys][2];
+  float dweight[2][2];
+};
+
+// Adds what a query gives with the keys of a tile, in the factored form, to a query's sums and
+// those of the keys.
+template <bool kQuery, bool kKey>
+__device__ __forceinline__ void add_factored(const KeyTile& tile, const float (&query)[2],
+                                             const float* dscores, float (&dquery)[2], Sums& sums) {
+#pragma unroll
+  for (int first = 0; first < kKeys && first < tile.count; first += kGroup) {
+    const float4 four = *reinterpret_cast<const float4*>(dscores + first);
+    const float s[kGroup] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int n = 0; n < kGroup; ++n) {
+      const int j = first + n;
+      float h[2];
+      factored_pair(query[0], query[1], tile.keys[j][0], tile.keys[j][1], h[0], h[1]);
+#pragma unroll
+      for (int f = 0; f < 2; ++f) {
+        const float slope = fmaf(h[f], h[f], -0.25f);
+        if constexpr (kQuery) {
+          dquery[f] = fmaf(s[n], slope, dquery[f]);
+        }
+        if constexpr (kKey) {
+          sums.dkeys[j][f] = fmaf(s[n], slope, sums.dkeys[j][f]);
+          sums.dweight[f][n % 2] = fmaf(s[n], h[f], sums.dweight[f][n % 2]);
+        }
       }
     }
   }
 }
 
-// The block's partial sums of dscore_weight, the warps' in their order. Waves after the first add
-// to what the ones before left, which the same block of each does in the order of the stream.
-__device__ inline void write_dweight(const GradientCall& call, int64_t head, int64_t col,
-                                     const Shared& shared) {
-  __syncthreads();
-  if (threadIdx.x < kGradientFeatures && col + threadIdx.x < call.problem.dim) {
-    double sum = 0;
-    for (int warp = 0; warp < kWarps; ++warp) {
-      const double2 pair = shared.dweight[warp * kWarp + threadIdx.x / 2];
-      sum += threadIdx.x % 2 == 0 ? pair.x : pair.y;
+// The same by products of a matrix A [16, 8] with a diagonal B [8, 8] on tensor cores, so that no
+// number meets that of another lane: lane 4 r + c has rows r, its first feature, and r + 8, its
+// second, at columns 2 c, an even key, and 2 c + 1, an odd key. B has s of the two, of which
+// `share` is the lane's.
+template <bool kQuery, bool kKey>
+__device__ __forceinline__ void add_factored(const KeyTile& tile, const float (&query)[2],
+                                             const __nv_bfloat16* dscores, float (&dquery)[2],
+                                             Sums& sums) {
+  const unsigned column = threadIdx.x / 4;
+  const unsigned half = column % 2 == 0 ? 0xffffu : 0xffff0000u;
+  const unsigned share = column / 2 == threadIdx.x % 4 ? half : 0;
+  float own[4] = {};
+#pragma unroll
+  for (int first = 0; first < kKeys && first < tile.count; first += kGroup) {
+    const uint2 words = *reinterpret_cast<const uint2*>(dscores + first);
+#pragma unroll
+    for (int j = first; j < first + kGroup; j += 2) {
+      const unsigned s = (j == first ? words.x : words.y) & share;
+      float even[2];
+      float odd[2];
+      factored_pair(query[0], query[1], tile.keys[j][0], tile.keys[j][1], even[0], even[1]);
+      factored_pair(query[0], query[1], tile.keys[j + 1][0], tile.keys[j + 1][1], odd[0], odd[1]);
+      const unsigned h[2] = {bfloat16_pair(even[0], odd[0]), bfloat16_pair(even[1], odd[1])};
+      const unsigned slopes[2] = {packed_slopes(h[0]), packed_slopes(h[1])};
+      if constexpr (kQuery) {
+        multiply(slopes, s, own);
+      }
+      if constexpr (kKey) {
+        float products[4] = {sums.dkeys[j][0], sums.dkeys[j + 1][0], sums.dkeys[j][1],
+                             sums.dkeys[j + 1][1]};
+        multiply(slopes, s, products);
+        sums.dkeys[j][0] = products[0];
+        sums.dkeys[j + 1][0] = products[1];
+        sums.dkeys[j][1] = products[2];
+        sums.dkeys[j + 1][1] = products[3];
+        multiply(h, s, *reinterpret_cast<float (*)[4]>(&sums.dweight));
+      }
     }
-    const int64_t row = int64_t{blockIdx.x} * call.problem.heads + head;
-    float& partial = call.partial_dweight[row * call.problem.dim + col + threadIdx.x];
-    if (call.problem.sequences.first_row > 0) {
-      sum += static_cast<double>(partial);
+  }
+  dquery[0] += own[0] + own[1];
+  dquery[1] += own[2] + own[3];
+}
+
+// The same for any magnitudes, from rows as they are.
+template <class T, bool kQuery, bool kKey>
+__device__ __forceinline__ void add_exact(const Slice& slice, const Shared<T>& shared, int count,
+                                          const float (&query)[2], int turn, float (&dquery)[2],
+                                          Sums& sums) {
+#pragma unroll
+  for (int j = 0; j < kKeys && j < count; ++j) {
+    const float s = as_float(shared.dscores[turn][j]);
+    float key[2];
+    load_pair(slice,
+              static_cast<const T*>(slice.call.problem.key.data) + slice.col + shared.keys[j], key);
+#pragma unroll
+    for (int f = 0; f < 2; ++f) {
+      const TanhSlope parts = exact_tanh(query[f] + key[f]);
+      if constexpr (kQuery) {
+        dquery[f] = fmaf(-s, parts.slope, dquery[f]);
+      }
+      if constexpr (kKey) {
+        sums.dkeys[j][f] = fmaf(-s, parts.slope, sums.dkeys[j][f]);
+        sums.dweight[f][j % 2] = fmaf(s, -0.5f * parts.tanh, sums.dweight[f][j % 2]);
+      }
     }
-    partial = static_cast<float>(sum);
   }
 }
 
-template <bool kQuery, bool kKey>
-__global__ void __launch_bounds__(kThreads, 3) gradient_kernel(const GradientCall call) {
-  __shared__ __align__(16) Shared shared;
+// Stores the tile's dkey, or what later waves of queries add to.
+template <class T>
+__device__ __forceinline__ void write_keys(const Slice& slice, const Shared<T>& shared, int count,
+                                           float (&dkeys)[kKeys][2]) {
+  const GradientCall& call = slice.call;
+  const bool first = slice.span.first_query == 0;
+  const bool last = slice.span.has_last_query;
+#pragma unroll
+  for (int j = 0; j < kKeys && j < count; ++j) {
+    float* const sums = static_cast<float*>(call.dkey_sums.data) + slice.col + shared.dkeys[j];
+    if (!first) {
+      float before[2];
+      load_pair(slice, sums, before);
+      dkeys[j][0] += before[0];
+      dkeys[j][1] += before[1];
+    }
+    if (last) {
+      store_pair(slice, static_cast<T*>(call.dkey.data) + slice.col + shared.dkeys[j],
+                 shared.weight[0][threadIdx.x] * dkeys[j][0],
+                 shared.weight[1][threadIdx.x] * dkeys[j][1]);
+    } else {
+      store_pair(slice, sums, dkeys[j][0], dkeys[j][1]);
+    }
+  }
+}
+
+// All that a tile of keys gives. Of the block's tiles the first starts the sums of queries, which
+// the last ends, unless other blocks have keys of the sequence too.
+template <class T, bool kQuery, bool kKey>
+__device__ __forceinline__ void run_tile(const Slice& slice, KeyTile& tile, bool starts, bool ends,
+                                         Shared<T>& shared) {
+  const GradientCall& call = slice.call;
+  const Problem& problem = call.problem;
+  const Span& span = slice.span;
+  const int lane = threadIdx.x;
+  const int own_key = tile.first + smaller(lane, tile.count - 1);
+  __syncthreads();
+  if (lane < kKeys) {
+    shared.keys[lane] = key_offset(problem.key, span, slice.head, own_key);
+    shared.dkeys[lane] = key_offset(call.dkey, span, slice.head, own_key);
+  }
+  __syncthreads();
+  load_keys<T>(slice, shared, tile);
+  Sums gathered{};
+  const float* dscores = &score_row(call.dscores, span, slice.head, 0)[own_key];
+  const Rows& rows = call.dquery_sums;
+  float* sums = static_cast<float*>(rows.data) + (tile.first >> call.key_shift) * rows.batch +
+                span.flat_row * rows.row + slice.head * rows.head + slice.col;
+  const T* query_row = static_cast<const T*>(problem.query.data) + slice.col +
+                       query_offset(problem.query, span, slice.head, 0);
+  T* dquery_row = static_cast<T*>(call.dquery.data) + slice.col +
+                  query_offset(call.dquery, span, slice.head, 0);
+  const int queries = span.query_count;
+#pragma unroll 1
+  for (int i = 0; i < queries; ++i) {
+    put(&shared.dscores[i % 2][lane], lane < tile.count ? *dscores : 0.0f);
+    float query[2];
+    load_pair(slice, query_row, query);
+    float dquery[2] = {};
+    if (kQuery && !starts) {
+      load_pair(slice, sums, dquery);
+    }
+    __syncthreads();
+    float exponentials[2] = {query[0], query[1]};
+    float bound = 0;
+    exponentiate<kGuarded<T>>(exponentials, bound);
+    if (is_factored(tile, shared, exponentials, bound)) {
+      add_factored<kQuery, kKey>(tile, exponentials, shared.dscores[i % 2], dquery, gathered);
+    } else {
+      add_exact<T, kQuery, kKey>(slice, shared, tile.count, query, i % 2, dquery, gathered);
+    }
+    if (kQuery && ends) {
+      store_pair(slice, dquery_row, shared.weight[0][threadIdx.x] * dquery[0],
+                 shared.weight[1][threadIdx.x] * dquery[1]);
+    } else if (kQuery) {
+      store_pair(slice, sums, dquery[0], dquery[1]);
+    }
+    if (kKey && (i % kFewQueries == kFewQueries - 1 || i == queries - 1)) {
+#pragma unroll
+      for (int f = 0; f < 2; ++f) {
+        float (&sums)[2] = gathered.dweight[f];
+        shared.dweight[f][lane] -= 2.0 * static_cast<double>(sums[0] + sums[1]);
+        sums[0] = sums[1] = 0;
+      }
+    }
+    dscores += call.dscores.rows.row;
+    query_row += problem.query.row;
+    dquery_row += call.dquery.row;
+    sums += rows.row;
+  }
+  if constexpr (kKey) {
+    if (call.dkey.data != nullptr) {
+      write_keys<T>(slice, shared, tile.count, gathered.dkeys);
+    }
+  }
+}
+
+// The block's partial sums of dscore_weight. Waves after the first add to what the ones before
+// left, which the same block of each does in the order of the stream.
+template <class T>
+__device__ inline void write_dweight(const Slice& slice, const Shared<T>& shared) {
+  const GradientCall& call = slice.call;
+  const int64_t row = int64_t{blockIdx.x} * call.problem.heads + slice.head;
+  for (int f = 0; f < 2 && slice.exists[f]; ++f) {
+    float& partial = call.partial_dweight[row * call.problem.dim + slice.col + f * kWarp];
+    const bool adds = call.problem.sequences.first_row > 0;
+    const double sum = shared.dweight[f][threadIdx.x];
+    partial = static_cast<float>(adds ? sum + static_cast<double>(partial) : sum);
+  }
+}
+
+template <class T, bool kQuery, bool kKey>
+__global__ void __launch_bounds__(kWarp, 12) gradient_kernel(const GradientCall call) {
+  __shared__ __align__(16) Shared<T> shared;
   find_place(call.problem.sequences, true, call.key_shift, shared.place);
   const Span& span = shared.place.span;
+  const int first = shared.place.first;
+  const Rows& weights = call.problem.score_weight;
+  const int64_t end = smaller<int64_t>(span.key_count, first + (int64_t{1} << call.key_shift));
+  const int keys = span.query_count > 0 ? static_cast<int>(end - first) : 0;
+  // Tiles of about as many keys each, in whole groups.
+  const int tiles = (keys + kKeys - 1) / kKeys;
+  const int step = tiles > 0 ? ((keys + tiles - 1) / tiles + kGroup - 1) / kGroup * kGroup : 1;
   for (int64_t head = blockIdx.z; head < call.problem.heads; head += gridDim.z) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      shared.queries = query_offsets(call.problem.query, span, head);
-      shared.dqueries = query_offsets(call.dquery, span, head);
-      shared.keys = key_offsets(call.problem.key, span, head);
-      shared.dkeys = key_offsets(call.dkey, span, head);
-      shared.first_dscores = score_row(call.dscores, span, head, 0);
-    }
-    for (int64_t col = int64_t{blockIdx.y} * kGradientFeatures; col < call.problem.dim;
-         col += int64_t{gridDim.y} * kGradientFeatures) {
-      __syncthreads();
-      shared.dweight[threadIdx.x] = double2{0, 0};
-      if (threadIdx.x < kGradientFeatures) {
-        const Rows& rows = call.problem.score_weight;
-        const int64_t feature = col + threadIdx.x;
-        shared.weight[threadIdx.x] =
-            feature < call.problem.dim ? 4 * load(rows, head * rows.head + feature * rows.col) : 0;
+    for (int64_t chunk = blockIdx.y; chunk * kGradientFeatures < call.problem.dim;
+         chunk += gridDim.y) {
+      Slice slice{call, span, head, chunk * kGradientFeatures + threadIdx.x, {}};
+#pragma unroll
+      for (int f = 0; f < 2; ++f) {
+        const int64_t col = slice.col + f * kWarp;
+        slice.exists[f] = col < call.problem.dim;
+        shared.weight[f][threadIdx.x] =
+            slice.exists[f] ? -4 * load(weights, head * weights.head + col) : 0.0f;
+        shared.dweight[f][threadIdx.x] = 0;
       }
-      for (int query = 0; query < span.query_count && !shared.place.is_empty(true);
-           query += kGradientQueries) {
-        const int queries = smaller(kGradientQueries, span.query_count - query);
-        const Unit unit{call,
-                        span,
-                        head,
-                        col,
-                        query,
-                        queries,
-                        span.first_query + query == 0,
-                        span.has_last_query && query + queries == span.query_count};
-        run_unit<kQuery, kKey>(unit, shared);
-        if constexpr (kQuery) {
-          __syncthreads();
-          write_queries(unit, shared);
-        }
+#pragma unroll 1
+      for (int key = 0; key < keys; key += step) {
+        KeyTile tile;
+        tile.first = first + key;
+        tile.count = smaller(step, keys - key);
+        run_tile<T, kQuery, kKey>(slice, tile, key == 0, !call.merges && key + step >= keys,
+                                  shared);
       }
       if (kKey && call.partial_dweight != nullptr) {
-        write_dweight(call, head, col, shared);
+        write_dweight(slice, shared);
       }
     }
   }
@@ -341,16 +396,28 @@ __global__ void __launch_bounds__(kThreads, 3) gradient_kernel(const GradientCal
 
 }  // namespace
 
-void launch_gradient(const GradientCall& call, cudaStream_t stream) {
+template <class T>
+static void launch_gradient_of(const GradientCall& call, cudaStream_t stream) {
   const bool query = call.dquery.data != nullptr;
   const bool key = call.dkey.data != nullptr || call.partial_dweight != nullptr;
-  const auto kernel = !key    ? gradient_kernel<true, false>
-                      : query ? gradient_kernel<true, true>
-                              : gradient_kernel<false, true>;
+  const auto kernel = !key    ? gradient_kernel<T, true, false>
+                      : query ? gradient_kernel<T, true, true>
+                              : gradient_kernel<T, false, true>;
   const Sequences& sequences = call.problem.sequences;
-  launch("gradients", kernel, tile_bound(key_rows(sequences), sequences.count, call.key_shift),
-         (call.problem.dim + kGradientFeatures - 1) / kGradientFeatures, call.problem.heads,
-         kThreads, call, stream);
+  launch("gradients", kernel, tile_count(sequences, true, call.key_shift),
+         (call.problem.dim + kGradientFeatures - 1) / kGradientFeatures, call.problem.heads, kWarp,
+         call, stream);
+}
+
+void launch_gradient(const GradientCall& call, cudaStream_t stream) {
+  switch (call.problem.key.dtype) {
+    case DType::kFloat16:
+      return launch_gradient_of<__half>(call, stream);
+    case DType::kBFloat16:
+      return launch_gradient_of<__nv_bfloat16>(call, stream);
+    default:
+      return launch_gradient_of<float>(call, stream);
+  }
 }
 
 }  // namespace cuda

@@ -41,7 +41,7 @@ void launch(const char* name, void (*kernel)(Call), int64_t x, int64_t y, int64_
 // Into how many blocks the work of one tile is divided, of at most so many pieces: as far as that
 // fills the device. Short sequences leave most of their tiles empty, so what counts is how many the
 // rows fill.
-inline int64_t share(int64_t full_tiles, int64_t heads, int64_t pieces) {
+inline int64_t blocks_of_tile(int64_t full_tiles, int64_t heads, int64_t pieces) {
   const int64_t blocks = std::max<int64_t>(full_tiles, 1) * std::max<int64_t>(heads, 1);
   return std::clamp<int64_t>(2 * processors() / blocks, 1, std::max<int64_t>(pieces, 1));
 }
@@ -52,9 +52,10 @@ void launch_pairs(const char* name, void (*kernel)(Call), int shift, int threads
                   cudaStream_t stream) {
   const Sequences& sequences = call.problem.sequences;
   const int64_t rows = sequences.last_row - sequences.first_row;
-  launch(name, kernel, tile_bound(rows, sequences.count, shift),
-         share(rows >> shift, call.problem.heads, ((sequences.key.longest - 1) >> shift) + 1),
-         call.problem.heads, threads, call, stream);
+  launch(
+      name, kernel, tile_count(sequences, false, shift),
+      blocks_of_tile(rows >> shift, call.problem.heads, ((sequences.key.longest - 1) >> shift) + 1),
+      call.problem.heads, threads, call, stream);
 }
 
 }  // namespace cuda

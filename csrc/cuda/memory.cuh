@@ -1,5 +1,5 @@
-// Where a block works, loads and stores of rows in any dtype, reductions over a warp, and
-// asynchronous copies: what only device code can do, while geometry.cuh is the host's too.
+// Where a block works, loads and stores of rows in any dtype, and reductions over a warp: what only
+// device code can do, while geometry.cuh is the host's too.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -30,8 +30,7 @@ struct Place {
 __device__ inline void find_place(const Sequences& sequences, bool by_key, int shift,
                                   Place& place) {
   if (threadIdx.x == 0) {
-    const Tile tile = by_key ? find_key_tile(sequences, shift, blockIdx.x)
-                             : find_query_tile(sequences, shift, blockIdx.x);
+    const Tile tile = find_tile(sequences, by_key, shift, blockIdx.x);
     place.span = span_of(sequences, tile.sequence);
     place.first = static_cast<int>(
         smaller<int64_t>(tile.first, by_key ? place.span.key_count : place.span.query_count));
@@ -39,12 +38,24 @@ __device__ inline void find_place(const Sequences& sequences, bool by_key, int s
   __syncthreads();
 }
 
+__device__ __forceinline__ float as_float(float value) { return value; }
+__device__ __forceinline__ float as_float(__half value) { return __half2float(value); }
+__device__ __forceinline__ float as_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+__device__ __forceinline__ void put(float* target, float value) { *target = value; }
+__device__ __forceinline__ void put(__half* target, float value) {
+  *target = __float2half_rn(value);
+}
+__device__ __forceinline__ void put(__nv_bfloat16* target, float value) {
+  *target = __float2bfloat16_rn(value);
+}
+
 __device__ inline float load(const Rows& rows, int64_t offset) {
   switch (rows.dtype) {
     case DType::kFloat16:
-      return __half2float(static_cast<const __half*>(rows.data)[offset]);
+      return as_float(static_cast<const __half*>(rows.data)[offset]);
     case DType::kBFloat16:
-      return __bfloat162float(static_cast<const __nv_bfloat16*>(rows.data)[offset]);
+      return as_float(static_cast<const __nv_bfloat16*>(rows.data)[offset]);
     default:
       return static_cast<const float*>(rows.data)[offset];
   }
@@ -53,13 +64,11 @@ __device__ inline float load(const Rows& rows, int64_t offset) {
 __device__ inline void store(const Rows& rows, int64_t offset, float value) {
   switch (rows.dtype) {
     case DType::kFloat16:
-      static_cast<__half*>(rows.data)[offset] = __float2half_rn(value);
-      break;
+      return put(static_cast<__half*>(rows.data) + offset, value);
     case DType::kBFloat16:
-      static_cast<__nv_bfloat16*>(rows.data)[offset] = __float2bfloat16_rn(value);
-      break;
+      return put(static_cast<__nv_bfloat16*>(rows.data) + offset, value);
     default:
-      static_cast<float*>(rows.data)[offset] = value;
+      return put(static_cast<float*>(rows.data) + offset, value);
   }
 }
 
@@ -121,7 +130,7 @@ __device__ __forceinline__ void load_granule(const Rows& rows, int64_t offset, i
   }
 #pragma unroll
   for (int n = 0; n < kGranule; ++n) {
-    values[n] = col + n < dim ? load(rows, offset + (col + n) * rows.col) : 0.0f;
+    values[n] = col + n < dim ? load(rows, offset + col + n) : 0.0f;
   }
 }
 
@@ -172,7 +181,7 @@ __device__ __forceinline__ void load_granules(const Rows& rows, const int64_t (&
   for (int n = 0; n < kRows; ++n) {
 #pragma unroll
     for (int f = 0; f < kGranule; ++f) {
-      values[n][f] = col + f < dim ? load(rows, offsets[n] + (col + f) * rows.col) : 0.0f;
+      values[n][f] = col + f < dim ? load(rows, offsets[n] + col + f) : 0.0f;
     }
   }
 }
@@ -207,7 +216,7 @@ __device__ __forceinline__ void store_granule(const Rows& rows, int64_t offset, 
 #pragma unroll
     for (int n = 0; n < kGranule; ++n) {
       if (col + n < dim) {
-        store(rows, offset + (col + n) * rows.col, values[n]);
+        store(rows, offset + col + n, values[n]);
       }
     }
     return;
@@ -220,49 +229,13 @@ __device__ __forceinline__ void store_granule(const Rows& rows, int64_t offset, 
     return;
   }
   unsigned words[kGranule / 2];
-  if (rows.dtype == DType::kBFloat16) {
 #pragma unroll
-    for (int n = 0; n < kGranule / 2; ++n) {
-      words[n] = bfloat16_pair(values[2 * n], values[2 * n + 1]);
-    }
-  } else {
-#pragma unroll
-    for (int n = 0; n < kGranule / 2; ++n) {
-      words[n] = float16_pair(values[2 * n], values[2 * n + 1]);
-    }
+  for (int n = 0; n < kGranule / 2; ++n) {
+    words[n] = rows.dtype == DType::kBFloat16 ? bfloat16_pair(values[2 * n], values[2 * n + 1])
+                                              : float16_pair(values[2 * n], values[2 * n + 1]);
   }
   __stwb(reinterpret_cast<uint4*>(static_cast<unsigned short*>(rows.data) + offset + col),
          uint4{words[0], words[1], words[2], words[3]});
-}
-
-// Starts to copy a whole granule into shared memory, past the registers.
-__device__ __forceinline__ void copy_async(Granule* target, const Rows& rows, int64_t offset) {
-  const bool wide = rows.dtype == DType::kFloat32;
-  const char* source = static_cast<const char*>(rows.data) + offset * (wide ? 4 : 2);
-#if defined(EMULATED_CUDA)
-  emulated_copy_async(target, source, wide ? 32 : 16);
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(target));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(source) : "memory");
-  if (wide) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address + 16), "l"(source + 16)
-                 : "memory");
-  }
-#else
-  target->low = *reinterpret_cast<const uint4*>(source);  // such copies came with sm_80
-  if (wide) {
-    target->high = *reinterpret_cast<const uint4*>(source + 16);
-  }
-#endif
-}
-
-// Waits for the copies that this thread started.
-__device__ __forceinline__ void wait_for_copies() {
-#if defined(EMULATED_CUDA)
-  emulated_wait_for_copies();
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
 }
 
 struct Sum {
@@ -281,24 +254,14 @@ struct Maximum {  // NaN if one is
   }
 };
 
-// Exponentials exp(2x) in place of a granule; `bound` becomes its largest |x| if that is larger.
-// Inputs of 16 bits do without what the roundings of the exponents amount to.
-__device__ __forceinline__ void exponentiate(bool is_short, float (&values)[kGranule],
-                                             float& bound) {
+// Exponentials exp(2x) in place of numbers; `bound` becomes their largest |x| if that is larger.
+// Inputs of 16 bits do without `kRefined`, which makes up for the roundings of the exponents.
+template <bool kRefined, int kCount>
+__device__ __forceinline__ void exponentiate(float (&values)[kCount], float& bound) {
 #pragma unroll
-  for (int f = 0; f < kGranule; ++f) {
+  for (int f = 0; f < kCount; ++f) {
     bound = Maximum::of(fabsf(values[f]), bound);
-  }
-  if (is_short) {
-#pragma unroll
-    for (int f = 0; f < kGranule; ++f) {
-      values[f] = fast_exp2(values[f] * kTwoLog2E);
-    }
-    return;
-  }
-#pragma unroll
-  for (int f = 0; f < kGranule; ++f) {
-    values[f] = factored_exponential(values[f]);
+    values[f] = kRefined ? factored_exponential(values[f]) : fast_exp2(values[f] * kTwoLog2E);
   }
 }
 

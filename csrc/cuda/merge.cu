@@ -12,30 +12,23 @@ constexpr int kThreads = 256;
 // dquery of one query from its partial sums, in the order of the keys.
 __global__ void __launch_bounds__(kThreads) merge_dquery_kernel(const GradientCall call) {
   const Problem& problem = call.problem;
-  const Tile found = find_query_tile(problem.sequences, 0, blockIdx.x);
-  const Span span = span_of(problem.sequences, found.sequence);
-  if (found.first >= span.query_count || span.key_count == 0) {
+  const Rows& sums = call.dquery_sums;
+  __shared__ Place place;
+  find_place(problem.sequences, false, 0, place);
+  const Span& span = place.span;
+  if (place.is_empty(false) || span.key_count == 0) {
     return;
   }
-  const int64_t rows = problem.sequences.last_row - problem.sequences.first_row;
-  const int64_t chunks = (problem.dim + kGradientFeatures - 1) / kGradientFeatures;
   for (int64_t head = blockIdx.y; head < problem.heads; head += gridDim.y) {
     for (int64_t col = threadIdx.x; col < problem.dim; col += kThreads) {
       float sum = 0;
-      float left_out = 0;
-      float shifted_keys = 0;
       for (int64_t split = 0; (split << call.key_shift) < span.key_count; ++split) {
-        const int64_t row = (split * rows + span.flat_row + found.first) * problem.heads + head;
-        const float2 left = call.left_out[row * chunks + col / kGradientFeatures];
-        sum += static_cast<const float*>(call.partial_dquery.data)[row * problem.dim + col];
-        left_out += left.x;
-        shifted_keys += left.y;
+        sum += load(sums, split * sums.batch + (span.flat_row + place.first) * sums.row +
+                              head * sums.head + col);
       }
-      const float shift = shifted_keys == static_cast<float>(span.key_count) ? 0.0f : left_out;
-      const float weight = load(problem.score_weight,
-                                head * problem.score_weight.head + col * problem.score_weight.col);
-      store(call.dquery, query_offset(call.dquery, span, head, found.first) + col,
-            weight * (4 * sum + shift));
+      const float weight = load(problem.score_weight, head * problem.score_weight.head + col);
+      store(call.dquery, query_offset(call.dquery, span, head, place.first) + col,
+            -4 * weight * sum);
     }
   }
 }
@@ -70,8 +63,7 @@ __global__ void __launch_bounds__(kThreads) merge_dweight_kernel(const MergeWeig
       sum += shares[n][lane];
     }
     const int64_t head = column / call.dim;
-    store(call.dscore_weight,
-          head * call.dscore_weight.head + column % call.dim * call.dscore_weight.col,
+    store(call.dscore_weight, head * call.dscore_weight.head + column % call.dim,
           static_cast<float>(sum));
   }
 }
@@ -80,8 +72,7 @@ __global__ void __launch_bounds__(kThreads) merge_dweight_kernel(const MergeWeig
 
 void launch_merge_dquery(const GradientCall& call, cudaStream_t stream) {
   const Sequences& sequences = call.problem.sequences;
-  launch("gradient of queries", merge_dquery_kernel,
-         tile_bound(sequences.last_row - sequences.first_row, sequences.count, 0),
+  launch("gradient of queries", merge_dquery_kernel, tile_count(sequences, false, 0),
          call.problem.heads, 1, kThreads, call, stream);
 }
 

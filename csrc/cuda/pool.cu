@@ -19,27 +19,16 @@ constexpr int kFeatures = kWarp * kGranule;  // a warp's at a time
 constexpr int kKeys = 2;                     // a warp's at a time, where scores are computed
 constexpr int kBranches = 4;                 // whose dscore_weight is summed at a time
 
-// Where a block works: its keys [first, end) of one head of a sequence.
-struct Part {
-  const PoolCall& call;
+// The keys of a sequence and head.
+struct Bag {
+  const Problem& problem;
   const Span& span;
   int64_t head;
-  int first;
-  int end;
 };
-
-__device__ inline int first_key(const Tile& found, const Span& span) {
-  return static_cast<int>(smaller<int64_t>(found.first, span.key_count));
-}
-
-__device__ inline int end_key(const Tile& found, const Span& span) {
-  return static_cast<int>(
-      smaller<int64_t>(found.first + (int64_t{1} << kPoolShift), span.key_count));
-}
 
 // Multiplies by 0, or by the scale of what is kept: feature d takes word d % 4 of Philox with the
 // counter (key position, d / 4, ~(2 head + factor), sequence), as on every backend.
-__device__ inline void drop_features(const Dropout& dropout, int factor, const Part& part, int key,
+__device__ inline void drop_features(const Dropout& dropout, int factor, const Bag& bag, int key,
                                      int64_t col, float (&factors)[kGranule]) {
   const auto threshold = static_cast<uint32_t>(ceil(dropout.threshold));
   const float scale = static_cast<float>(dropout.keep_scale);
@@ -47,8 +36,8 @@ __device__ inline void drop_features(const Dropout& dropout, int factor, const P
 #pragma unroll
   for (int group = 0; group < kGranule / 4; ++group) {
     uint32_t c[4] = {
-        static_cast<uint32_t>(part.span.position(key)), static_cast<uint32_t>(col / 4 + group),
-        ~static_cast<uint32_t>(2 * part.head + factor), static_cast<uint32_t>(part.span.number)};
+        static_cast<uint32_t>(bag.span.position(key)), static_cast<uint32_t>(col / 4 + group),
+        ~static_cast<uint32_t>(2 * bag.head + factor), static_cast<uint32_t>(bag.span.number)};
     PhiloxKey round_key = dropout.philox_key();
 #pragma unroll 1
     for (int round = 0; round < 10; ++round, round_key = next_key(round_key)) {
@@ -62,7 +51,7 @@ __device__ inline void drop_features(const Dropout& dropout, int factor, const P
 }
 
 // What dropout multiplies a granule of the hidden row by.
-__device__ __forceinline__ void feature_factors(const Part& part, int key, int64_t col,
+__device__ __forceinline__ void feature_factors(const Bag& bag, int key, int64_t col,
                                                 float (&factors)[kGranule]) {
 #pragma unroll
   for (int f = 0; f < kGranule; ++f) {
@@ -70,33 +59,33 @@ __device__ __forceinline__ void feature_factors(const Part& part, int key, int64
   }
 #pragma unroll
   for (int factor = 0; factor < 2; ++factor) {
-    const Dropout& dropout = part.call.feature_dropout[factor];
+    const Dropout& dropout = bag.problem.feature_dropout[factor];
     if (dropout.active) {
-      drop_features(dropout, factor, part, key, col, factors);
+      drop_features(dropout, factor, bag, key, col, factors);
     }
   }
 }
 
-__device__ __forceinline__ void load_branch(const Part& part, int64_t branch, int64_t col,
+__device__ __forceinline__ void load_branch(const Bag& bag, int64_t branch, int64_t col,
                                             float (&weights)[kGranule]) {
-  const Problem& problem = part.call.problem;
-  load_granule(problem.query, query_offset(problem.query, part.span, part.head, branch), col,
+  const Problem& problem = bag.problem;
+  load_granule(problem.query, query_offset(problem.query, bag.span, bag.head, branch), col,
                problem.dim, weights);
 }
 
 // Adds the products of the features from `col` on to the scores of the keys from `key` on.
-__device__ inline void add_products(const Part& part, int key, int64_t col, bool first,
+__device__ inline void add_products(const Bag& bag, const Scores& out, int key, int end,
+                                    int64_t col, bool first,
                                     const float (&hidden)[kKeys][kGranule]) {
-  const Scores& out = part.call.scores;
   const int lane = threadIdx.x % kWarp;
-  const bool writes = lane < kKeys && key + lane < part.end;
+  const bool writes = lane < kKeys && key + lane < end;
   float* target = nullptr;
   if (writes) {
-    target = &score_row(out, part.span, part.head, 0)[key + lane];
+    target = &score_row(out, bag.span, bag.head, 0)[key + lane];
   }
-  for (int branch = 0; branch < part.span.query_count; ++branch) {
+  for (int branch = 0; branch < bag.span.query_count; ++branch) {
     float weights[kGranule];
-    load_branch(part, branch, col, weights);
+    load_branch(bag, branch, col, weights);
     float own = 0;  // lane n gets the sum of key n
 #pragma unroll
     for (int n = 0; n < kKeys; ++n) {
@@ -109,28 +98,30 @@ __device__ inline void add_products(const Part& part, int key, int64_t col, bool
       own = lane == n ? sum : own;
     }
     if (writes) {
-      float& score = target[branch * out.query];
+      float& score = target[branch * out.rows.row];
       score = first ? own : score + own;
     }
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 4) pool_scores_kernel(const PoolCall call) {
+__global__ void __launch_bounds__(kThreads, 4) pool_scores_kernel(const InnerCall call) {
   const Problem& problem = call.problem;
-  const Tile found = find_key_tile(problem.sequences, kPoolShift, blockIdx.x);
-  const Span span = span_of(problem.sequences, found.sequence);
+  __shared__ Place place;
+  find_place(problem.sequences, true, kPoolShift, place);
+  const Span& span = place.span;
+  const int end = smaller(span.key_count, place.first + (1 << kPoolShift));
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   for (int64_t head = blockIdx.y; head < problem.heads; head += gridDim.y) {
-    const Part part{call, span, head, first_key(found, span), end_key(found, span)};
+    const Bag bag{problem, span, head};
 #pragma unroll 1
-    for (int key = part.first + warp * kKeys; key < part.end; key += kWarps * kKeys) {
+    for (int key = place.first + warp * kKeys; key < end; key += kWarps * kKeys) {
       int64_t keys[kKeys];
       int64_t gates[kKeys];
 #pragma unroll
       for (int n = 0; n < kKeys; ++n) {  // those past the end are repeated
-        keys[n] = key_offset(problem.key, span, head, smaller(key + n, part.end - 1));
-        gates[n] = key_offset(call.gate, span, head, smaller(key + n, part.end - 1));
+        keys[n] = key_offset(problem.key, span, head, smaller(key + n, end - 1));
+        gates[n] = key_offset(problem.gate, span, head, smaller(key + n, end - 1));
       }
       // Of no features there are scores, too: 0.
       for (int64_t begin = 0; begin == 0 || begin < problem.dim; begin += kFeatures) {
@@ -138,23 +129,23 @@ __global__ void __launch_bounds__(kThreads, 4) pool_scores_kernel(const PoolCall
         float hidden[kKeys][kGranule];
         load_granules(problem.key, keys, col, problem.dim, hidden);
         float gate[kKeys][kGranule];
-        if (call.gate.data != nullptr) {
-          load_granules(call.gate, gates, col, problem.dim, gate);
+        if (problem.gate.data != nullptr) {
+          load_granules(problem.gate, gates, col, problem.dim, gate);
         }
 #pragma unroll
         for (int n = 0; n < kKeys; ++n) {
           float factors[kGranule];
-          feature_factors(part, smaller(key + n, part.end - 1), col, factors);
+          feature_factors(bag, smaller(key + n, end - 1), col, factors);
 #pragma unroll
           for (int f = 0; f < kGranule; ++f) {
             float value = exact_tanh(hidden[n][f]).tanh;
-            if (call.gate.data != nullptr) {
+            if (problem.gate.data != nullptr) {
               value *= exact_sigmoid(gate[n][f]).sigmoid;
             }
             hidden[n][f] = value * factors[f];
           }
         }
-        add_products(part, key, col, begin == 0, hidden);
+        add_products(bag, call.out, key, end, col, begin == 0, hidden);
       }
     }
   }
@@ -167,19 +158,18 @@ struct HiddenGranule {
   float dgate[kGranule];
 };
 
-__device__ __forceinline__ void load_hidden(const Part& part, int key, int64_t col,
+__device__ __forceinline__ void load_hidden(const Bag& bag, int key, int64_t col,
                                             HiddenGranule& granule) {
-  const PoolCall& call = part.call;
-  const Problem& problem = call.problem;
-  const bool gated = call.gate.data != nullptr;
-  load_granule(problem.key, key_offset(problem.key, part.span, part.head, key), col, problem.dim,
+  const Problem& problem = bag.problem;
+  const bool gated = problem.gate.data != nullptr;
+  load_granule(problem.key, key_offset(problem.key, bag.span, bag.head, key), col, problem.dim,
                granule.dkey);
   if (gated) {
-    load_granule(call.gate, key_offset(call.gate, part.span, part.head, key), col, problem.dim,
+    load_granule(problem.gate, key_offset(problem.gate, bag.span, bag.head, key), col, problem.dim,
                  granule.dgate);
   }
   float factors[kGranule];
-  feature_factors(part, key, col, factors);
+  feature_factors(bag, key, col, factors);
 #pragma unroll
   for (int f = 0; f < kGranule; ++f) {
     const TanhSlope parts = exact_tanh(granule.dkey[f]);
@@ -193,7 +183,7 @@ __device__ __forceinline__ void load_hidden(const Part& part, int key, int64_t c
 }
 
 // Stores a granule of a row of dkey or dgate.
-__device__ __forceinline__ void write_row(const Part& part, const Rows& rows, int key, int64_t col,
+__device__ __forceinline__ void write_row(const Bag& bag, const Rows& rows, int key, int64_t col,
                                           const float (&dhidden)[kGranule],
                                           const float (&derivative)[kGranule]) {
   if (rows.data == nullptr) {
@@ -204,21 +194,21 @@ __device__ __forceinline__ void write_row(const Part& part, const Rows& rows, in
   for (int f = 0; f < kGranule; ++f) {
     values[f] = dhidden[f] * derivative[f];
   }
-  store_granule(rows, key_offset(rows, part.span, part.head, key), col, part.call.problem.dim,
-                values);
+  store_granule(rows, key_offset(rows, bag.span, bag.head, key), col, bag.problem.dim, values);
 }
 
 // A key's share of the sums of the branches from `branch` on, and with the first branches dkey and
 // dgate.
-__device__ __forceinline__ void add_key(const Part& part, int key, int64_t col, int branch,
+__device__ __forceinline__ void add_key(const GradientCall& call, const Bag& bag, int key,
+                                        int64_t col, int branch,
                                         float (&dweights)[kBranches][kGranule]) {
-  const PoolCall& call = part.call;
   HiddenGranule granule;
-  load_hidden(part, key, col, granule);
-  const float* s = &score_row(call.scores, part.span, part.head, 0)[key];
+  load_hidden(bag, key, col, granule);
+  const float* s = &score_row(call.dscores, bag.span, bag.head, 0)[key];
 #pragma unroll
   for (int n = 0; n < kBranches; ++n) {
-    const float own = branch + n < part.span.query_count ? s[(branch + n) * call.scores.query] : 0;
+    const float own =
+        branch + n < bag.span.query_count ? s[(branch + n) * call.dscores.rows.row] : 0;
 #pragma unroll
     for (int f = 0; f < kGranule; ++f) {
       dweights[n][f] = fmaf(own, granule.hidden[f], dweights[n][f]);
@@ -228,35 +218,37 @@ __device__ __forceinline__ void add_key(const Part& part, int key, int64_t col, 
     return;
   }
   float dhidden[kGranule] = {};
-  for (int n = 0; n < part.span.query_count; ++n) {
+  for (int n = 0; n < bag.span.query_count; ++n) {
     float weights[kGranule];
-    load_branch(part, n, col, weights);
-    const float own = s[n * call.scores.query];
+    load_branch(bag, n, col, weights);
+    const float own = s[n * call.dscores.rows.row];
 #pragma unroll
     for (int f = 0; f < kGranule; ++f) {
       dhidden[f] = fmaf(own, weights[f], dhidden[f]);
     }
   }
-  write_row(part, call.dkey, key, col, dhidden, granule.dkey);
-  write_row(part, call.dgate, key, col, dhidden, granule.dgate);
+  write_row(bag, call.dkey, key, col, dhidden, granule.dkey);
+  write_row(bag, call.dgate, key, col, dhidden, granule.dgate);
 }
 
-__global__ void __launch_bounds__(kThreads, 4) pool_gradient_kernel(const PoolCall call) {
+__global__ void __launch_bounds__(kThreads, 4) pool_gradient_kernel(const GradientCall call) {
   __shared__ float shares[kWarps][kBranches][kFeatures];
   const Problem& problem = call.problem;
-  const Tile found = find_key_tile(problem.sequences, kPoolShift, blockIdx.x);
-  const Span span = span_of(problem.sequences, found.sequence);
+  __shared__ Place place;
+  find_place(problem.sequences, true, kPoolShift, place);
+  const Span& span = place.span;
+  const int end = smaller(span.key_count, place.first + (1 << kPoolShift));
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   for (int64_t head = blockIdx.z; head < problem.heads; head += gridDim.z) {
-    const Part part{call, span, head, first_key(found, span), end_key(found, span)};
+    const Bag bag{problem, span, head};
     for (int64_t begin = int64_t{blockIdx.y} * kFeatures; begin < problem.dim;
          begin += int64_t{gridDim.y} * kFeatures) {
       for (int branch = 0; branch < span.query_count; branch += kBranches) {
         float dweights[kBranches][kGranule] = {};
 #pragma unroll 1
-        for (int key = part.first + warp; key < part.end; key += kWarps) {
-          add_key(part, key, begin + lane * kGranule, branch, dweights);
+        for (int key = place.first + warp; key < end; key += kWarps) {
+          add_key(call, bag, key, begin + lane * kGranule, branch, dweights);
         }
         if (call.partial_dweight == nullptr) {
           break;  // what remains are sums that nobody wants
@@ -289,17 +281,15 @@ __global__ void __launch_bounds__(kThreads, 4) pool_gradient_kernel(const PoolCa
 
 }  // namespace
 
-void launch_pool_scores(const PoolCall& call, cudaStream_t stream) {
+void launch_pool_scores(const InnerCall& call, cudaStream_t stream) {
   const Sequences& sequences = call.problem.sequences;
-  launch("scores of keys", pool_scores_kernel,
-         tile_bound(key_rows(sequences), sequences.count, kPoolShift), call.problem.heads, 1,
-         kThreads, call, stream);
+  launch("scores of keys", pool_scores_kernel, tile_count(sequences, true, kPoolShift),
+         call.problem.heads, 1, kThreads, call, stream);
 }
 
-void launch_pool_gradient(const PoolCall& call, cudaStream_t stream) {
+void launch_pool_gradient(const GradientCall& call, cudaStream_t stream) {
   const Sequences& sequences = call.problem.sequences;
-  launch("gradients of keys", pool_gradient_kernel,
-         tile_bound(key_rows(sequences), sequences.count, kPoolShift),
+  launch("gradients of keys", pool_gradient_kernel, tile_count(sequences, true, kPoolShift),
          (call.problem.dim + kFeatures - 1) / kFeatures, call.problem.heads, kThreads, call,
          stream);
 }

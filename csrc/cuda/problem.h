@@ -1,5 +1,5 @@
 // What the kernels are told: the geometry of the sequences, and where scores lie. Plain data,
-// filled by registration.cpp and read on the device.
+// filled by call.h and read on the device.
 #pragma once
 
 #include "../view.h"
@@ -20,47 +20,26 @@ struct Sequences {
   Side query;
   Side key;
   Integers key_lengths;
-  const int32_t* key_index = nullptr;  // [count, key.rows]: the keys that a mask leaves
-  const int32_t* key_count = nullptr;  // [count]: how many they are
-  int64_t first_row = 0;               // only queries first_row <= row < last_row are worked on
+  int32_t* key_index = nullptr;  // [count, key.rows]: the keys that a mask leaves
+  int32_t* key_count = nullptr;  // [count]: how many they are
+  int32_t* order = nullptr;      // [count]: those with most pairs first
+  int64_t first_row = 0;         // only queries first_row <= row < last_row are worked on
   int64_t last_row = 0;
 };
 
-// A number for each query and key: those of the keys of a query side by side, rows of queries
-// counted from Sequences::first_row; or `by_key`, where rows of queries count from the first of
-// their sequence, and keys have the places that they have in the key tensor or in dense weights.
+// A number for each query, the row, and key, the column: those of the keys of a query side by side,
+// rows of queries counted from Sequences::first_row; or `by_key`, where rows of queries count from
+// the first of their sequence, and keys have the places that they have in the key tensor or in
+// dense weights. Of float32 but for weights, which may be of the type of values.
 struct Scores {
-  float* data = nullptr;
+  Rows rows;
   bool by_key = false;
-  int64_t batch = 0;  // by sequence
-  int64_t query = 0;
-  int64_t key = 0;
-  int64_t begin = 0;  // by rows before a jagged sequence: as `key`, but 0 in dense weights
-  int64_t head = 0;
-};
-
-// Attention weights as the caller sees them: [B, H, max_seqlen_q, max_seqlen_k], or by key [Nk, H],
-// of more than one query [Nk, H, Nq].
-struct Weights {
-  Rows rows;  // row: query, col: key
-  bool by_key = false;
+  int64_t begin = 0;  // by rows before a jagged sequence: as rows.col, but 0 in dense weights
 };
 
 // What every kernel needs.
-struct Problem {
+struct Problem : Operands {
   Sequences sequences;
-  int64_t heads = 0;
-  int64_t dim = 0;
-  int64_t value_dim = 0;
-  Rows query;
-  Rows key;
-  Rows value;
-  Rows score_weight;  // head, col
-  Dropout dropout;
-  bool raw_scores = false;  // weights are the scores, and their gradient the scores'
-  // Whether all inputs are of 16 bits and the scores are not returned: roundings of the inputs
-  // exceed those of the factored form.
-  bool is_short = false;
 };
 
 }  // namespace cuda

@@ -97,6 +97,19 @@ __device__ __forceinline__ void multiply(const unsigned (&a)[4], const unsigned 
 #endif
 }
 
+// The same of one half of the columns and rows: [16, 8] = [16, 8] [8, 8].
+__device__ __forceinline__ void multiply(const unsigned (&a)[2], unsigned b, float (&sums)[4]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b));
+#else
+  multiply({a[0], a[1], 0, 0}, {b, 0}, sums);
+#endif
+}
+
 // The same of numbers in terms, the least first.
 template <int kLeft, int kRight>
 __device__ __forceinline__ void multiply_terms(const unsigned (&a)[kLeft][4],
@@ -120,6 +133,19 @@ __device__ __forceinline__ void multiply_terms(const unsigned (&a)[kLeft][4],
       sums[n] += own[n];
     }
   }
+}
+
+// h^2 - 1/4 of two h in bfloat16.
+__device__ __forceinline__ unsigned packed_slopes(unsigned h) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  unsigned slopes;
+  asm("fma.rn.bf16x2 %0, %1, %1, %2;" : "=r"(slopes) : "r"(h), "r"(0xbe80be80u));
+  return slopes;
+#else
+  const float low = __uint_as_float(h << 16);
+  const float high = __uint_as_float(h & 0xffff0000u);
+  return bfloat16_pair(fmaf(low, low, -0.25f), fmaf(high, high, -0.25f));
+#endif
 }
 
 }  // namespace cuda

@@ -2,8 +2,7 @@
 // through tiles of up to 32 keys. Their squares of 4 x 4 go to threads, and as there are more
 // threads than squares, each square to several, which share the features. So tiles are worked on
 // as large as they are, to the next multiple of 4. Features come in chunks through shared memory,
-// where each is exponentiated once, while the next chunk is copied: the raw rows by the thread that
-// will exponentiate them, so that it waits for its own copies and nothing else has to.
+// where each is exponentiated once, while the next chunk is loaded.
 #include "kernels.h"
 #include "launch.cuh"
 #include "memory.cuh"
@@ -45,6 +44,12 @@ struct ExactScore {
   }
 };
 
+// Whether roundings of the inputs exceed those of the factored form for any magnitudes that do not
+// overflow: of 16 bits, where scores are not returned.
+__device__ inline bool is_rough(const Problem& problem) {
+  return problem.is_short && !problem.raw_scores;
+}
+
 struct Shared {
   union {
     struct {
@@ -56,7 +61,6 @@ struct Shared {
     float sums[kSide * kSide][kThreads];
   };
   float informative;  // sum of |w| of features that can inform
-  Granule raw[kFillTurns][kThreads];
   float room[kThreads / kWarp];
 };
 
@@ -76,70 +80,73 @@ struct TileRows {
 
 __device__ __forceinline__ int place_of(int row) { return row % kSide * kSquares + row / kSide; }
 
-// What a thread fills: 8 columns of every 16th row of one panel.
+// What a thread fills: 8 columns of every 16th row of one panel. Past the last row that is
+// repeated.
 struct Filling {
   const Rows& rows;
   int64_t dim;
   int64_t offsets[kFillTurns];
   int side;
   int first;
-  int count;
+  int count;  // of rows, whole squares
   int col;
+  Granule raw[kFillTurns];  // of the next chunk
 };
 
 __device__ inline Filling filling(const TileRows& tile) {
   const int side = threadIdx.x / (kThreads / 2);
-  const int first = threadIdx.x % (kThreads / 2) / (kChunk / kGranule);
+  const int count = side == 0 ? tile.queries : tile.keys;
   Filling own{side == 0 ? tile.call.left : tile.call.right,
               tile.call.dim,
               {},
               side,
-              first,
-              side == 0 ? tile.queries : tile.keys,
-              static_cast<int>(threadIdx.x) % (kChunk / kGranule) * kGranule};
+              static_cast<int>(threadIdx.x) % (kThreads / 2) / (kChunk / kGranule),
+              (count + kSide - 1) / kSide * kSide,
+              static_cast<int>(threadIdx.x) % (kChunk / kGranule) * kGranule,
+              {}};
 #pragma unroll
   for (int n = 0; n < kFillTurns; ++n) {
-    const int row = smaller(first + n * kFillRows, own.count - 1);
-    own.offsets[n] =
-        own.col + (side == 0 ? query_offset(own.rows, tile.span, tile.head, tile.query + row)
-                             : key_offset(own.rows, tile.span, tile.head, tile.key + row));
+    const int row = smaller(own.first + n * kFillRows, count - 1);
+    own.offsets[n] = side == 0 ? query_offset(own.rows, tile.span, tile.head, tile.query + row)
+                               : key_offset(own.rows, tile.span, tile.head, tile.key + row);
   }
   return own;
 }
 
-__device__ __forceinline__ void start_copies(const Filling& own, int64_t chunk, Shared& shared) {
+// Loads raw rows, as far as whole granules of them are aligned.
+__device__ __forceinline__ void start_loads(int64_t chunk, Filling& own) {
   if (is_whole(own.rows, chunk + own.col, own.dim)) {
 #pragma unroll
     for (int n = 0; n < kFillTurns; ++n) {
       if (own.first + n * kFillRows < own.count) {
-        copy_async(&shared.raw[n][threadIdx.x], own.rows, own.offsets[n] + chunk);
+        own.raw[n] = load_raw(own.rows, own.offsets[n] + chunk + own.col);
       }
     }
   }
 }
 
-// Turns the chunk's raw rows into panels. Rows past the last, to a multiple of 4, and features past
-// the last count as 0.
+// Turns the chunk's raw rows into panels. Features past the last count as 0.
 template <class Rule>
-__device__ __forceinline__ void fill_panels(const Filling& own, int64_t chunk, bool is_short,
+__device__ __forceinline__ void fill_panels(const Filling& own, int64_t chunk, bool is_rough,
                                             Shared& shared, float& bound) {
-  wait_for_copies();
 #pragma unroll
   for (int n = 0; n < kFillTurns; ++n) {
     const int row = own.first + n * kFillRows;
-    if (row >= (own.count + kSide - 1) / kSide * kSide) {
+    if (row >= own.count) {
       break;
     }
-    float values[kGranule] = {};
-    if (row < own.count) {
-      if (is_whole(own.rows, chunk + own.col, own.dim)) {
-        unpack(own.rows.dtype, shared.raw[n][threadIdx.x], values);
-      } else {
-        load_granule(own.rows, own.offsets[n] - own.col, chunk + own.col, own.dim, values);
-      }
+    float values[kGranule];
+    if (is_whole(own.rows, chunk + own.col, own.dim)) {
+      unpack(own.rows.dtype, own.raw[n], values);
+    } else {
+      load_granule(own.rows, own.offsets[n], chunk + own.col, own.dim, values);
     }
     if constexpr (Rule::kExponential) {
-      exponentiate(is_short, values, bound);
+      if (is_rough) {
+        exponentiate<false>(values, bound);
+      } else {
+        exponentiate<true>(values, bound);
+      }
     }
     float* target = &shared.panels[own.side][place_of(row)][own.col];
 #pragma unroll
@@ -155,7 +162,7 @@ __device__ __forceinline__ void fill_weights(const TileRows& tile, int64_t chunk
   if (threadIdx.x < kChunk) {
     const int64_t col = chunk + threadIdx.x;
     const Rows& rows = tile.call.problem.score_weight;
-    float weight = col < tile.call.dim ? load(rows, tile.head * rows.head + col * rows.col) : 0.0f;
+    float weight = col < tile.call.dim ? load(rows, tile.head * rows.head + col) : 0.0f;
     shared.weight[threadIdx.x] = Rule::kExponential ? -2 * weight : weight;
     weight += __shfl_xor_sync(kAllLanes, weight, 1);
     weight += __shfl_xor_sync(kAllLanes, weight, 2);
@@ -203,7 +210,7 @@ __device__ inline WeightFacts weight_facts(const InnerCall& call, int64_t head, 
   float squares = 0;
   const Rows& rows = call.problem.score_weight;
   for (int64_t col = threadIdx.x; col < call.dim; col += kThreads) {
-    const float weight = load(rows, head * rows.head + col * rows.col);
+    const float weight = load(rows, head * rows.head + col);
     magnitudes += fabsf(weight);
     sum += weight;
     squares = fmaf(weight, weight, squares);
@@ -223,7 +230,7 @@ template <class Rule>
 __device__ __forceinline__ void add_scores(const TileRows& tile, const WeightFacts& facts,
                                            Shared& shared, float (&sums)[kSide][kSide],
                                            bool& trusted) {
-  const bool is_short = tile.call.problem.is_short;
+  const bool rough = is_rough(tile.call.problem);
   const int squares = tile.squares();
   const int key_squares = tile.key_squares();
   const int shares = smaller(kThreads / squares, kQuads);
@@ -235,7 +242,7 @@ __device__ __forceinline__ void add_scores(const TileRows& tile, const WeightFac
   const int end = share < shares ? begin + 4 * (kQuads / shares + (share < more ? 1 : 0)) : 0;
   const float* left = shared.panels[0][square / key_squares];
   const float* right = shared.panels[1][square % key_squares];
-  const Filling own = filling(tile);
+  Filling own = filling(tile);
   float bound = 0;
 #pragma unroll
   for (int n = 0; n < kSide * kSide; ++n) {
@@ -245,16 +252,16 @@ __device__ __forceinline__ void add_scores(const TileRows& tile, const WeightFac
   if (threadIdx.x == 0) {
     shared.informative = 0;
   }
-  start_copies(own, 0, shared);
+  start_loads(0, own);
   for (int64_t chunk = 0; chunk < tile.call.dim; chunk += kChunk) {
-    fill_panels<Rule>(own, chunk, is_short, shared, bound);
+    fill_panels<Rule>(own, chunk, rough, shared, bound);
     fill_weights<Rule>(tile, chunk, shared);
     __syncthreads();
     if (chunk + kChunk < tile.call.dim) {
-      start_copies(own, chunk + kChunk, shared);
+      start_loads(chunk + kChunk, own);
     }
     if constexpr (Rule::kExponential) {
-      if (!is_short && shared.informative <= facts.least) {
+      if (!rough && shared.informative <= facts.least) {
         add_informative(tile, shared);
       }
     }
@@ -277,7 +284,7 @@ __device__ __forceinline__ void add_scores(const TileRows& tile, const WeightFac
     if constexpr (Rule::kExponential) {
       // The constant joins the sums a chunk at a time, which keeps them as small as the score;
       // where that does not matter, it comes at the end.
-      if (!is_short) {
+      if (!rough) {
         float constant = 0;
         for (int d = begin; d < end; d += 4) {
           constant += shared.quad_weight[d / 4];
@@ -293,8 +300,8 @@ __device__ __forceinline__ void add_scores(const TileRows& tile, const WeightFac
   if constexpr (Rule::kExponential) {
     const float query_bound = reduce<Maximum, kThreads>(own.side == 0 ? bound : 0, shared.room);
     const float key_bound = reduce<Maximum, kThreads>(own.side == 1 ? bound : 0, shared.room);
-    trusted = (is_short || shared.informative > facts.least) &&
-              in_factored_range(query_bound, key_bound, kSmallestMagnitudeSum);
+    trusted = (rough || shared.informative > facts.least) &&
+              in_factored_range(query_bound, key_bound, rough ? 0 : kSmallestMagnitudeSum);
   }
 }
 
@@ -345,7 +352,7 @@ __global__ void __launch_bounds__(kThreads, 2) score_kernel(const InnerCall call
       if (!trusted) {
         add_scores<ExactScore>(tile, facts, shared, sums, trusted);
       }
-      write_sums(tile, trusted && call.problem.is_short ? facts.sum : 0, shared, sums);
+      write_sums(tile, trusted && is_rough(call.problem) ? facts.sum : 0, shared, sums);
     }
   }
 }

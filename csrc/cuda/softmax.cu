@@ -29,7 +29,7 @@ struct GradientRow {
   int64_t head;
   int i;
   int keys;
-  float shift;
+  float base;
   float scale;
   ScoreRow scores = score_row(call.scores, span, head, i);
   ScoreRow alpha = score_row(call.alpha, span, head, i);
@@ -51,7 +51,7 @@ __device__ inline float row_delta(const GradientRow& row, float (&room)[kRoom<kG
   float total = 0;
 #pragma unroll 2
   for (int j = threadIdx.x % kGroup; j < row.keys; j += kGroup) {
-    const float alpha = expf(row.scores[j] - row.shift) * row.scale;
+    const float alpha = expf(row.scores[j] - row.base) * row.scale;
     float dalpha = call.has_dalpha ? row.dalpha[j] : 0.0f;
     if (call.dweights.rows.data != nullptr) {
       dalpha += row.dweight(j);
@@ -105,7 +105,7 @@ __device__ inline void run_row(const SoftmaxGradientCall& call, const Span& span
                         head,
                         i,
                         keys,
-                        softmax_shift(load(call.stats, stats)),
+                        softmax_base(load(call.stats, stats)),
                         1 / load(call.stats, stats + 1)};
   const float delta = row_delta<kGroup>(row, room);
   const float rest = row_rest<kGroup>(row, delta, room);
@@ -139,11 +139,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 void launch_softmax_gradient(const SoftmaxGradientCall& call, cudaStream_t stream) {
   const Sequences& sequences = call.problem.sequences;
-  const int64_t rows = sequences.last_row - sequences.first_row;
   const int shift = call.few_rows ? kRowShift<kThreads> : kRowShift<kRowLanes>;
   launch("softmax gradient",
          call.few_rows ? softmax_gradient_kernel<kThreads> : softmax_gradient_kernel<kRowLanes>,
-         tile_bound(rows, sequences.count, shift), call.problem.heads, 1, kThreads, call, stream);
+         tile_count(sequences, false, shift), call.problem.heads, 1, kThreads, call, stream);
 }
 
 }  // namespace cuda

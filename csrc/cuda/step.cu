@@ -12,36 +12,28 @@ namespace {
 
 constexpr int kKeys = 4;  // a warp's at a time
 
-// What a warp multiplies: scores of queries and keys, or inner products of dcontext and values.
+// The sums of the 4 keys from `first` on, in all lanes; those past `keys` are repeated. Scores of
+// queries and keys, or inner products of dcontext and values.
 template <bool kScores>
-struct StepRows {
-  const Rows& left;
-  const Rows& right;
-  const Rows& weight;
-  int64_t dim;
-};
-
-// The sums of the 4 keys from `first` on, in all lanes; those past `keys` are repeated.
-template <bool kScores>
-__device__ __forceinline__ void step_sums(const StepRows<kScores>& rows, const Span& span,
-                                          int64_t head, int first, int keys, float (&sums)[kKeys]) {
-  const int lane = threadIdx.x % kWarp;
-  const int64_t query = query_offset(rows.left, span, head, 0);
+__device__ __forceinline__ void step_sums(const Rows& left, const Rows& right, const Rows& weight,
+                                          int64_t dim, const Span& span, int64_t head, int first,
+                                          int keys, float (&sums)[kKeys]) {
+  const int64_t query = query_offset(left, span, head, 0);
   int64_t offsets[kKeys];
 #pragma unroll
   for (int n = 0; n < kKeys; ++n) {
-    offsets[n] = key_offset(rows.right, span, head, smaller(first + n, keys - 1));
+    offsets[n] = key_offset(right, span, head, smaller(first + n, keys - 1));
     sums[n] = 0;
   }
 #pragma unroll 1
-  for (int64_t col = lane * kGranule; col < rows.dim; col += kWarp * kGranule) {
+  for (int64_t col = threadIdx.x % kWarp * kGranule; col < dim; col += kWarp * kGranule) {
     float a[kGranule];
     float w[kGranule];
     float b[kKeys][kGranule];
-    load_granules(rows.right, offsets, col, rows.dim, b);
-    load_granule(rows.left, query, col, rows.dim, a);
+    load_granules(right, offsets, col, dim, b);
+    load_granule(left, query, col, dim, a);
     if constexpr (kScores) {
-      load_granule(rows.weight, head * rows.weight.head, col, rows.dim, w);
+      load_granule(weight, head * weight.head, col, dim, w);
     }
 #pragma unroll
     for (int f = 0; f < kGranule; ++f) {
@@ -58,23 +50,20 @@ __device__ __forceinline__ void step_sums(const StepRows<kScores>& rows, const S
   }
 }
 
-constexpr int kInnerThreads = 128;
-constexpr int kInnerShift = 6;
+constexpr int kProductThreads = 128;
+constexpr int kProductShift = 6;
 
-template <bool kScores>
-__global__ void __launch_bounds__(kInnerThreads, 4) step_inner_kernel(const InnerCall call) {
-  constexpr int kWarps = kInnerThreads / kWarp;
+__global__ void __launch_bounds__(kProductThreads, 4) step_product_kernel(const InnerCall call) {
   __shared__ Place place;
-  find_place(call.problem.sequences, true, kInnerShift, place);
+  find_place(call.problem.sequences, true, kProductShift, place);
   const Span& span = place.span;
-  const int end = smaller(span.key_count, place.first + (1 << kInnerShift));
+  const int end = smaller(span.key_count, place.first + (1 << kProductShift));
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
-  const StepRows<kScores> rows{call.left, call.right, call.problem.score_weight, call.dim};
   for (int64_t head = blockIdx.y; head < call.problem.heads; head += gridDim.y) {
-    for (int key = place.first + warp * kKeys; key < end; key += kWarps * kKeys) {
+    for (int key = place.first + warp * kKeys; key < end; key += kProductThreads / kWarp * kKeys) {
       float sums[kKeys];
-      step_sums(rows, span, head, key, end, sums);
+      step_sums<false>(call.left, call.right, {}, call.dim, span, head, key, end, sums);
 #pragma unroll
       for (int n = 0; n < kKeys; ++n) {
         if (lane == n && key + n < end) {
@@ -96,7 +85,7 @@ struct Shared {
 };
 
 // A block's keys of one head, and a query.
-struct Part {
+struct KeyRange {
   const StepCall& call;
   const Span& span;
   int64_t head;
@@ -111,53 +100,58 @@ __device__ inline int64_t partial_row(const StepCall& call, const Span& span, in
   return (tile * span.query_count + query) * call.problem.heads + head;
 }
 
-__device__ inline void compute_scores(const Part& part, Shared& shared) {
-  const Problem& problem = part.call.problem;
-  const StepRows<true> rows{problem.query, problem.key, problem.score_weight, problem.dim};
+__device__ inline void compute_scores(const KeyRange& range, Shared& shared) {
+  const Problem& problem = range.call.problem;
   const int lane = threadIdx.x % kWarp;
 #pragma unroll 1
-  for (int key = threadIdx.x / kWarp * kKeys; key < part.keys; key += kWarps * kKeys) {
+  for (int key = threadIdx.x / kWarp * kKeys; key < range.keys; key += kWarps * kKeys) {
     float sums[kKeys];
-    step_sums(rows, part.span, part.head, part.first + key, part.first + part.keys, sums);
+    step_sums<true>(problem.query, problem.key, problem.score_weight, problem.dim, range.span,
+                    range.head, range.first + key, range.first + range.keys, sums);
 #pragma unroll
     for (int n = 0; n < kKeys; ++n) {
-      if (lane == n && key + n < part.keys) {
+      if (lane == n && key + n < range.keys) {
         shared.scores[key + n] = sums[n];
       }
     }
   }
 }
 
-// Scores of the block's keys, and their softmax: exponentials, after dropout, take their place.
+// Puts the scores of the block's keys in place, and out where they are asked for.
 template <bool kScored>
-__device__ inline SoftmaxPart score_part(const Part& part, Shared& shared) {
-  const StepCall& call = part.call;
-  const ScoreRow scores = score_row(call.scores, part.span, part.head, part.query);
-  if constexpr (kScored) {
-    for (int j = threadIdx.x; j < part.keys; j += kThreads) {
-      shared.scores[j] = scores[part.first + j];
+__device__ inline void find_scores(const KeyRange& range, Shared& shared) {
+  const ScoreRow scores = score_row(range.call.scores, range.span, range.head, range.query);
+  if constexpr (!kScored) {
+    compute_scores(range, shared);
+    __syncthreads();
+  }
+  if (kScored || range.call.scores.rows.data != nullptr) {
+    for (int j = threadIdx.x; j < range.keys; j += kThreads) {
+      if constexpr (kScored) {
+        shared.scores[j] = scores[range.first + j];
+      } else {
+        scores[range.first + j] = shared.scores[j];
+      }
     }
-  } else {
-    compute_scores(part, shared);
   }
   __syncthreads();
+}
+
+// The softmax of the block's scores: exponentials, after dropout, take their place.
+__device__ inline SoftmaxPart exponentiate_scores(const KeyRange& range, Shared& shared) {
   float largest = -INFINITY;
-  for (int j = threadIdx.x; j < part.keys; j += kThreads) {
+  for (int j = threadIdx.x; j < range.keys; j += kThreads) {
     largest = Maximum::of(largest, shared.scores[j]);
   }
   largest = reduce<Maximum, kThreads>(largest, shared.room);
-  const float shift = softmax_shift(largest);
+  const float base = softmax_base(largest);
   float total = 0;
 #pragma unroll 1
-  for (int j = threadIdx.x; j < part.keys; j += kThreads) {
-    const float score = shared.scores[j];
-    const float exponential = expf(score - shift);
+  for (int j = threadIdx.x; j < range.keys; j += kThreads) {
+    const float exponential = expf(shared.scores[j] - base);
     total += exponential;
-    if (!kScored && call.merges && call.scores.data != nullptr) {
-      scores[part.first + j] = score;
-    }
-    shared.scores[j] = exponential * dropout_factor(call.problem.dropout, part.span, part.head,
-                                                    part.query, part.first + j);
+    shared.scores[j] = exponential * dropout_factor(range.call.problem.dropout, range.span,
+                                                    range.head, range.query, range.first + j);
   }
   total = reduce<Sum, kThreads>(total, shared.room);
   return {largest, total};
@@ -165,33 +159,33 @@ __device__ inline SoftmaxPart score_part(const Part& part, Shared& shared) {
 
 // sum_j scores_j value_j for the 8 columns from `col` on. Threads with the same columns share the
 // keys, and the first of them gets the sum.
-__device__ inline void weigh_values(const Part& part, int64_t col, int share, int shares,
+__device__ inline void weigh_values(const KeyRange& range, int64_t col, int share, int shares,
                                     Shared& shared, float (&sums)[kGranule]) {
-  const Rows& value = part.call.problem.value;
-  const int64_t dim = part.call.problem.value_dim;
+  const Rows& value = range.call.problem.value;
+  const int64_t dim = range.call.problem.value_dim;
 #pragma unroll
   for (int f = 0; f < kGranule; ++f) {
     sums[f] = 0;
   }
   if (col < dim && share < shares) {
 #pragma unroll 1
-    for (int first = share; first < part.keys; first += kUnroll * shares) {
+    for (int first = share; first < range.keys; first += kUnroll * shares) {
       int64_t offsets[kUnroll];
 #pragma unroll
       for (int n = 0; n < kUnroll; ++n) {
-        const int j = smaller(first + n * shares, part.keys - 1);
-        offsets[n] = key_offset(value, part.span, part.head, part.first + j);
+        const int j = smaller(first + n * shares, range.keys - 1);
+        offsets[n] = key_offset(value, range.span, range.head, range.first + j);
       }
       float values[kUnroll][kGranule];
       load_granules(value, offsets, col, dim, values);
 #pragma unroll
       for (int n = 0; n < kUnroll; ++n) {
         const int j = first + n * shares;
-        const float weight = j < part.keys ? shared.scores[j] : 0.0f;
+        const float weight = j < range.keys ? shared.scores[j] : 0.0f;
 #pragma unroll
         for (int f = 0; f < kGranule; ++f) {
           // Not even the last value, which is loaded again, may turn nothing into NaN.
-          sums[f] = j < part.keys ? fmaf(weight, values[n][f], sums[f]) : sums[f];
+          sums[f] = j < range.keys ? fmaf(weight, values[n][f], sums[f]) : sums[f];
         }
       }
     }
@@ -216,12 +210,12 @@ __device__ inline void weigh_values(const Part& part, int64_t col, int share, in
   }
 }
 
-__device__ inline void write_values(const Part& part, int64_t col, float scale,
+__device__ inline void write_values(const KeyRange& range, int64_t col, float scale,
                                     const float (&sums)[kGranule]) {
-  const StepCall& call = part.call;
+  const StepCall& call = range.call;
   const int64_t dim = call.problem.value_dim;
-  const int64_t context = query_offset(call.context, part.span, part.head, part.query);
-  const int64_t partial = partial_row(call, part.span, blockIdx.x, part.head, part.query) * dim;
+  const int64_t context = query_offset(call.context, range.span, range.head, range.query);
+  const int64_t partial = partial_row(call, range.span, blockIdx.x, range.head, range.query) * dim;
 #pragma unroll
   for (int f = 0; f < kGranule; ++f) {
     if (col + f < dim && call.merges) {
@@ -232,13 +226,14 @@ __device__ inline void write_values(const Part& part, int64_t col, float scale,
   }
 }
 
-__device__ inline void write_stats(const Part& part, const SoftmaxPart& softmax) {
-  const StepCall& call = part.call;
+__device__ inline void write_stats(const KeyRange& range, const SoftmaxPart& softmax) {
+  const StepCall& call = range.call;
   if (call.merges) {
-    call.partial_stats[partial_row(call, part.span, blockIdx.x, part.head, part.query)] = softmax;
+    call.partial_stats[partial_row(call, range.span, blockIdx.x, range.head, range.query)] =
+        softmax;
     return;
   }
-  const int64_t stats = query_offset(call.stats, part.span, part.head, part.query);
+  const int64_t stats = query_offset(call.stats, range.span, range.head, range.query);
   store(call.stats, stats, softmax.largest);
   store(call.stats, stats + 1, softmax.total);
 }
@@ -262,12 +257,16 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const StepCall call) 
   for (int64_t row = blockIdx.y; row < problem.heads * queries; row += gridDim.y) {
     const int64_t head = kScored ? row % problem.heads : row;
     const int query = kScored ? static_cast<int>(row / problem.heads) : 0;
-    const Part part{call, span, head, query, first, keys};
+    const KeyRange range{call, span, head, query, first, keys};
     __syncthreads();
-    const SoftmaxPart softmax = score_part<kScored>(part, shared);
+    find_scores<kScored>(range, shared);
+    if (call.stats.data == nullptr) {
+      continue;
+    }
+    const SoftmaxPart softmax = exponentiate_scores(range, shared);
     const float scale = 1 / softmax.total;
     if (threadIdx.x == 0) {
-      write_stats(part, softmax);
+      write_stats(range, softmax);
     }
     if (call.weights.rows.data != nullptr && !call.merges) {
       for (int j = threadIdx.x; j < keys; j += kThreads) {
@@ -280,9 +279,9 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const StepCall call) 
     for (int start = 0; start < columns; start += kThreads) {
       const int64_t col = int64_t{start + column} * kGranule;
       float sums[kGranule];
-      weigh_values(part, col, share, shares, shared, sums);
+      weigh_values(range, col, share, shares, shared, sums);
       if (share == 0) {
-        write_values(part, col, scale, sums);
+        write_values(range, col, scale, sums);
       }
     }
   }
@@ -297,7 +296,7 @@ __global__ void __launch_bounds__(kThreads) step_merge_kernel(const StepCall cal
     return;
   }
   const Sequences& sequences = problem.sequences;
-  const int64_t begin = first_tile(sequences.key, n, 0, key_rows(sequences), call.key_shift);
+  const int64_t begin = first_tile(sequences, true, n, call.key_shift);
   const int64_t keys = int64_t{1} << call.key_shift;
   const int64_t end = begin + ((span.key_count + keys - 1) >> call.key_shift);
   for (int64_t row = blockIdx.y; row < problem.heads * span.query_count; row += gridDim.y) {
@@ -316,9 +315,9 @@ __global__ void __launch_bounds__(kThreads) step_merge_kernel(const StepCall cal
     for (int64_t col = threadIdx.x; col < problem.value_dim; col += kThreads) {
       float sum = 0;
       for (int64_t tile = begin; tile < end; ++tile) {
-        const int64_t part = partial_row(call, span, tile, head, query);
-        sum = fmaf(softmax_scale(call.partial_stats[part].largest, whole.largest),
-                   call.partial_sums[part * problem.value_dim + col], sum);
+        const int64_t number = partial_row(call, span, tile, head, query);
+        sum = fmaf(softmax_scale(call.partial_stats[number].largest, whole.largest),
+                   call.partial_sums[number * problem.value_dim + col], sum);
       }
       store(call.context, query_offset(call.context, span, head, query) + col, sum * scale);
     }
@@ -334,28 +333,20 @@ __global__ void __launch_bounds__(kThreads) step_merge_kernel(const StepCall cal
   }
 }
 
-void launch_inner(const char* name, void (*kernel)(InnerCall), const InnerCall& call,
-                  cudaStream_t stream) {
-  const Sequences& sequences = call.problem.sequences;
-  launch(name, kernel, tile_bound(key_rows(sequences), sequences.count, kInnerShift),
-         call.problem.heads, 1, kInnerThreads, call, stream);
-}
-
 }  // namespace
 
-void launch_step_scores(const InnerCall& call, cudaStream_t stream) {
-  launch_inner("scores of a step", step_inner_kernel<true>, call, stream);
-}
-
 void launch_step_product(const InnerCall& call, cudaStream_t stream) {
-  launch_inner("inner products of a step", step_inner_kernel<false>, call, stream);
+  const Sequences& sequences = call.problem.sequences;
+  launch("inner products of a step", step_product_kernel,
+         tile_count(sequences, true, kProductShift), call.problem.heads, 1, kProductThreads, call,
+         stream);
 }
 
 void launch_step(const StepCall& call, cudaStream_t stream) {
   const Sequences& sequences = call.problem.sequences;
   launch("step", call.scored ? step_kernel<true> : step_kernel<false>,
-         tile_bound(key_rows(sequences), sequences.count, call.key_shift), call.problem.heads, 1,
-         kThreads, call, stream);
+         tile_count(sequences, true, call.key_shift), call.problem.heads, 1, kThreads, call,
+         stream);
 }
 
 void launch_step_merge(const StepCall& call, cudaStream_t stream) {

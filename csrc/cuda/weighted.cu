@@ -24,12 +24,12 @@ struct Shared {
   RowOffsets rows;  // of what is summed
   RowOffsets out;
   unsigned alpha[kAlphaTerms][kRows][kLd];
-  float shift[kRows];  // of the softmax
+  float base[kRows];  // of the softmax
   float scale[kRows];
 };
 
-// A block's part: rows [first, first + count) of the output, sums over `inner` rows.
-struct Part {
+// What a block makes: rows [first, first + count) of the output, sums over `inner` rows.
+struct OutputTile {
   const WeightedCall& call;
   const Span& span;
   int64_t head;
@@ -40,33 +40,33 @@ struct Part {
 
 // Largest score and sum of exponentials of the block's queries.
 template <int kAlphaTerms>
-__device__ inline void softmax(const Part& part, Shared<kAlphaTerms>& shared) {
+__device__ inline void softmax(const OutputTile& tile, Shared<kAlphaTerms>& shared) {
   constexpr int kLanes = 8;  // that a row belongs to
-  const WeightedCall& call = part.call;
+  const WeightedCall& call = tile.call;
   const int lane = threadIdx.x % kLanes;
 #pragma unroll 1
-  for (int first = 0; first < part.count; first += kThreads / kLanes) {
+  for (int first = 0; first < tile.count; first += kThreads / kLanes) {
     const int row = first + threadIdx.x / kLanes;
-    const bool exists = row < part.count;
-    const int keys = exists ? part.inner : 0;
-    const ScoreRow scores = score_row(call.alpha, part.span, part.head, part.first + row);
+    const bool exists = row < tile.count;
+    const int keys = exists ? tile.inner : 0;
+    const ScoreRow scores = score_row(call.alpha, tile.span, tile.head, tile.first + row);
     float largest = -INFINITY;
     for (int j = lane; j < keys; j += kLanes) {
       largest = Maximum::of(largest, scores[j]);
     }
     largest = reduce_warp<Maximum, kLanes>(largest);
-    const float shift = softmax_shift(largest);
+    const float base = softmax_base(largest);
     float total = 0;
     for (int j = lane; j < keys; j += kLanes) {
-      total += expf(scores[j] - shift);
+      total += expf(scores[j] - base);
     }
     total = reduce_warp<Sum, kLanes>(total);
     if (lane == 0 && exists) {
-      shared.shift[row] = shift;
+      shared.base[row] = base;
       shared.scale[row] = 1 / total;
     }
     if (lane == 0 && exists && blockIdx.y == 0) {
-      const int64_t offset = query_offset(call.stats, part.span, part.head, part.first + row);
+      const int64_t offset = query_offset(call.stats, tile.span, tile.head, tile.first + row);
       store(call.stats, offset, largest);
       store(call.stats, offset + 1, total);
     }
@@ -75,28 +75,29 @@ __device__ inline void softmax(const Part& part, Shared<kAlphaTerms>& shared) {
 
 // alpha of a query and key j, after dropout; the first blocks of the query also return it.
 template <int kAlphaTerms>
-__device__ inline float softmax_weight(const Part& part, int row, int j,
+__device__ inline float softmax_weight(const OutputTile& tile, int row, int j,
                                        const Shared<kAlphaTerms>& shared) {
-  const WeightedCall& call = part.call;
-  const int i = part.first + row;
-  const float score = score_row(call.alpha, part.span, part.head, i)[j];
-  const float alpha = expf(score - shared.shift[row]) * shared.scale[row] *
-                      dropout_factor(call.problem.dropout, part.span, part.head, i, j);
+  const WeightedCall& call = tile.call;
+  const int i = tile.first + row;
+  const float score = score_row(call.alpha, tile.span, tile.head, i)[j];
+  const float alpha = expf(score - shared.base[row]) * shared.scale[row] *
+                      dropout_factor(call.problem.dropout, tile.span, tile.head, i, j);
   if (call.weights.rows.data != nullptr && blockIdx.y == 0) {
-    store(call.weights.rows, weight_offset(call.weights, part.span, part.head, i, j), alpha);
+    store(call.weights.rows, weight_offset(call.weights, tile.span, tile.head, i, j), alpha);
   }
   return alpha;
 }
 
 // Puts alpha of the rows that are summed next in place, 0 elsewhere.
 template <bool kByKey, int kAlphaTerms>
-__device__ __forceinline__ void fill(const Part& part, int begin, Shared<kAlphaTerms>& shared) {
-  const WeightedCall& call = part.call;
+__device__ __forceinline__ void fill(const OutputTile& tile, int begin,
+                                     Shared<kAlphaTerms>& shared) {
+  const WeightedCall& call = tile.call;
   // Neighbours read neighbouring keys.
   constexpr int kTogether = kByKey ? kRows : kThreads / (kStep / 2);
   const int first_row = kByKey ? threadIdx.x % kRows : threadIdx.x / (kStep / 2);
   const int first_pair = kByKey ? threadIdx.x / kRows : threadIdx.x % (kStep / 2);
-  const int pairs = (smaller(kInner, part.inner - begin) + kStep - 1) / kStep * (kStep / 2);
+  const int pairs = (smaller(kInner, tile.inner - begin) + kStep - 1) / kStep * (kStep / 2);
   for (int row = first_row; row < kRows; row += kTogether) {
 #pragma unroll 1
     for (int pair = first_pair; pair < pairs; pair += kThreads / kTogether) {
@@ -104,10 +105,10 @@ __device__ __forceinline__ void fill(const Part& part, int begin, Shared<kAlphaT
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int inner = begin + 2 * pair + half;
-        if (row < part.count && inner < part.inner) {
+        if (row < tile.count && inner < tile.inner) {
           alpha[half] = kByKey
-                            ? score_row(call.alpha, part.span, part.head, inner)[part.first + row]
-                            : softmax_weight(part, row, inner, shared);
+                            ? score_row(call.alpha, tile.span, tile.head, inner)[tile.first + row]
+                            : softmax_weight(tile, row, inner, shared);
         }
       }
       unsigned words[kAlphaTerms];
@@ -125,18 +126,18 @@ using Totals = float[kRows / kStep][kGranule][4];
 // Adds what 16 rows from `begin` on give: of column n of granule t, totals[.][t] have column n of
 // the product.
 template <bool kByKey, int kTerms>
-__device__ __forceinline__ void add_rows(const Part& part, int begin, int step, int64_t col,
+__device__ __forceinline__ void add_rows(const OutputTile& tile, int begin, int step, int64_t col,
                                          const Shared<kComputedTerms<kTerms>>& shared,
                                          Totals& totals) {
   constexpr int kAlphaTerms = kComputedTerms<kTerms>;
-  const WeightedCall& call = part.call;
+  const WeightedCall& call = tile.call;
   const int r = threadIdx.x % kWarp / 4;
   const int c = threadIdx.x % 4;
   float rows[4][kGranule];
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
     const int inner = begin + step + 2 * c + n / 2 * 8 + n % 2;
-    if (inner < part.inner) {
+    if (inner < tile.inner) {
       load_granule(call.rows, shared.rows[inner], col, call.problem.value_dim, rows[n]);
     } else {
 #pragma unroll
@@ -166,7 +167,7 @@ __device__ __forceinline__ void add_rows(const Part& part, int begin, int step, 
     }
 #pragma unroll
     for (int half = 0; half < kRows / kStep; ++half) {
-      if (half * kStep < part.count) {
+      if (half * kStep < tile.count) {
         multiply_terms(a[half], b, totals[half][t]);
       }
     }
@@ -174,29 +175,29 @@ __device__ __forceinline__ void add_rows(const Part& part, int begin, int step, 
 }
 
 // Adds to what earlier waves of queries left, and stores the result, or what later ones add to.
-__device__ __forceinline__ void gather(const Part& part, int64_t out, int row, int64_t col,
+__device__ __forceinline__ void gather(const OutputTile& tile, int64_t out, int row, int64_t col,
                                        float (&values)[kGranule]) {
-  const WeightedCall& call = part.call;
+  const WeightedCall& call = tile.call;
   const int64_t dim = call.problem.value_dim;
-  if (part.span.first_query > 0) {
-    add_sums(call.sums, key_offset(call.sums, part.span, part.head, row), col, dim, values);
+  if (tile.span.first_query > 0) {
+    add_sums(call.sums, key_offset(call.sums, tile.span, tile.head, row), col, dim, values);
   }
-  if (part.span.has_last_query) {
+  if (tile.span.has_last_query) {
     store_granule(call.out, out, col, dim, values);
   } else {
-    store_granule(call.sums, key_offset(call.sums, part.span, part.head, row), col, dim, values);
+    store_granule(call.sums, key_offset(call.sums, tile.span, tile.head, row), col, dim, values);
   }
 }
 
 template <bool kByKey>
-__device__ inline void write(const Part& part, const RowOffsets& out, int64_t first_col,
+__device__ inline void write(const OutputTile& tile, const RowOffsets& out, int64_t first_col,
                              const Totals& totals) {
-  const WeightedCall& call = part.call;
+  const WeightedCall& call = tile.call;
   const int64_t dim = call.problem.value_dim;
 #pragma unroll
   for (int n = 0; n < kRows / 8; ++n) {
     const int row = n * 8 + threadIdx.x % kWarp / 4;
-    if (row >= part.count) {
+    if (row >= tile.count) {
       break;
     }
 #pragma unroll
@@ -211,9 +212,9 @@ __device__ inline void write(const Part& part, const RowOffsets& out, int64_t fi
         values[t] = totals[n / 2][t][n % 2 * 2 + side];
       }
       if constexpr (kByKey) {
-        gather(part, out[part.first + row], part.first + row, col, values);
+        gather(tile, out[tile.first + row], tile.first + row, col, values);
       } else {
-        store_granule(call.out, out[part.first + row], col, dim, values);
+        store_granule(call.out, out[tile.first + row], col, dim, values);
       }
     }
   }
@@ -233,12 +234,12 @@ __global__ void __launch_bounds__(kThreads, 3) weighted_kernel(const WeightedCal
   const int rows = kByKey ? span.key_count : span.query_count;
   const int64_t warp_col = threadIdx.x / kWarp * kCols;
   for (int64_t head = blockIdx.z; head < call.problem.heads; head += gridDim.z) {
-    const Part part{call,
-                    span,
-                    head,
-                    first,
-                    smaller(kRows, rows - first),
-                    kByKey ? span.query_count : span.key_count};
+    const OutputTile tile{call,
+                          span,
+                          head,
+                          first,
+                          smaller(kRows, rows - first),
+                          kByKey ? span.query_count : span.key_count};
     int filled = -1;  // the first of the rows whose alpha is in place
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -247,27 +248,27 @@ __global__ void __launch_bounds__(kThreads, 3) weighted_kernel(const WeightedCal
       shared.out = kByKey ? key_offsets(call.out, span, head) : query_offsets(call.out, span, head);
     }
     if constexpr (!kByKey) {
-      softmax(part, shared);
+      softmax(tile, shared);
     }
     for (int64_t block_col = int64_t{blockIdx.y} * kCols * kWarps;
          block_col < larger<int64_t>(call.problem.value_dim, 1);
          block_col += int64_t{gridDim.y} * kCols * kWarps) {
       const int64_t col = block_col + warp_col;
       Totals totals = {};
-      for (int begin = 0; begin < part.inner; begin += kInner) {
+      for (int begin = 0; begin < tile.inner; begin += kInner) {
         if (begin != filled) {
           __syncthreads();
-          fill<kByKey>(part, begin, shared);
+          fill<kByKey>(tile, begin, shared);
           __syncthreads();
           filled = begin;
         }
-        const int steps = smaller(kInner, part.inner - begin);
+        const int steps = smaller(kInner, tile.inner - begin);
         for (int step = 0; step < steps && col < call.problem.value_dim; step += kStep) {
-          add_rows<kByKey, kTerms>(part, begin, step, col + threadIdx.x % kWarp / 4 * kGranule,
+          add_rows<kByKey, kTerms>(tile, begin, step, col + threadIdx.x % kWarp / 4 * kGranule,
                                    shared, totals);
         }
       }
-      write<kByKey>(part, shared.out, col, totals);
+      write<kByKey>(tile, shared.out, col, totals);
     }
   }
 }
@@ -276,13 +277,14 @@ __global__ void __launch_bounds__(kThreads, 3) weighted_kernel(const WeightedCal
 
 void launch_weighted(const WeightedCall& call, cudaStream_t stream) {
   const Sequences& sequences = call.problem.sequences;
-  const int64_t rows = call.by_key ? key_rows(sequences) : sequences.last_row - sequences.first_row;
+  const Range range = worked_on(sequences, call.by_key);
+  const int64_t rows = range.end - range.begin;
   const auto run = [&](auto by_key, auto by_query) {
     const int64_t columns = (call.problem.value_dim + kCols * kWarps - 1) / (kCols * kWarps);
     launch("weighted sums", call.by_key ? by_key : by_query,
-           tile_bound(rows, sequences.count, kRowShift),
-           share(rows >> kRowShift, call.problem.heads, columns), call.problem.heads, kThreads,
-           call, stream);
+           tile_count(sequences, call.by_key, kRowShift),
+           blocks_of_tile(rows >> kRowShift, call.problem.heads, columns), call.problem.heads,
+           kThreads, call, stream);
   };
   switch (terms_of(call.rows.dtype)) {
     case 1:

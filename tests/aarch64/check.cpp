@@ -1,22 +1,22 @@
-// The CPU kernels, called without PyTorch: results and gradients of csrc/cpu against plain loops.
-// kernels.py builds this for the machine at hand and for aarch64, which qemu emulates.
+// The CPU kernels, called without PyTorch: results and gradients of csrc/cpu
+// against plain loops. kernels.py builds this for the machine at hand and for
+// aarch64, which qemu emulates.
 #include <cstdio>
 #include <cstring>
 #include <exception>
 #include <memory>
 #include <random>
 
-#include "cpu/driver.h"
-#include "cpu/geometry.h"
-#include "cpu/isa.h"
+#include "cpu/call.h"
 #include "formula.h"
 
 using namespace attn_ext;
 
 namespace {
 
-// A type that tensors are stored in; epsilon is the distance from 1 to the next number. Inputs of
-// magnitude 1 are multiples of `grid` up to 2, which the type holds exactly.
+// A type that tensors are stored in; epsilon is the distance from 1 to the next
+// number. Inputs of magnitude 1 are multiples of `grid` up to 2, which the type
+// holds exactly.
 struct Storage {
   const char* name;
   DType dtype;
@@ -235,8 +235,8 @@ Inputs draw(const Case& c, const Setting& setting, const Storage& storage) {
   return in;
 }
 
-// Calls the kernels as csrc/registration.cpp does. Outputs start as NaN, or as 0 where rows belong
-// to nobody.
+// Calls the kernels as csrc/registration.cpp does. Outputs start as NaN, or as
+// 0 where rows belong to nobody.
 template <class T>
 class Attention {
  public:
@@ -264,43 +264,44 @@ class Attention {
 
   void run() {
     Problem problem = describe(case_.by_steps ? 1 : setting_.layout.query_rows, 0);
-    const Coverage coverage = describe_sequences(layout_, problem);
-    context.fill(coverage.queries ? NAN : 0);
-    stats_.fill(coverage.queries ? NAN : 0);
-    dquery.fill(coverage.queries ? NAN : 0);
-    dkey.fill(coverage.keys ? NAN : 0);
-    dvalue.fill(coverage.keys ? NAN : 0);
+    context.fill(problem.covers_queries ? NAN : 0);
+    stats_.fill(problem.covers_queries ? NAN : 0);
+    dquery.fill(problem.covers_queries ? NAN : 0);
+    dkey.fill(problem.covers_keys ? NAN : 0);
+    dvalue.fill(problem.covers_keys ? NAN : 0);
     weights.fill(0);
     for (Tensor* tensor : {&scores_, &dkey_sum_, &dvalue_sum_, &dscore_weight}) {
       tensor->fill(NAN);
     }
     if (case_.by_steps) {
-      run_steps(coverage);
+      run_steps(problem.covers_keys);
       return;
     }
-    run_forward<T>(forward_call(problem, 0));
-    BackwardCall<T> call = backward_call(problem, 0);
-    call.dquery = query_rows(dquery, case_.dim, 0);
-    set_key_side(call);
-    call.needs_scores = true;
-    run_backward<T>(call, false, weight_rows(dscore_weight));
+    run_forward(forward_arguments(problem, 0));
+    BackwardArguments arguments = backward_arguments(problem, 0);
+    arguments.dquery = query_rows(dquery, case_.dim, 0);
+    arguments.dscore_weight = weight_rows(dscore_weight);
+    set_key_side(arguments);
+    arguments.needs_scores = true;
+    run_backward(arguments);
   }
 
  private:
-  // As AttentionMemory does: keys are prepared once, each step leaves its scores' gradients and its
-  // weights, and one pass at the end takes those to the gradients of the key side.
-  void run_steps(const Coverage& coverage) {
+  // As AttentionMemory does: keys are prepared once, each step leaves its
+  // scores' gradients and its weights, and one pass at the end takes those to
+  // the gradients of the key side.
+  void run_steps(bool covers_keys) {
     const int64_t heads = case_.heads;
     const int64_t steps = setting_.longest_query;
     const int64_t key_batch = setting_.layout.key_batch;
     const int64_t keys = setting_.layout.key_rows;
     const int64_t of_step = key_batch * keys * heads;
     std::vector<T> exp_key(of_step * case_.dim), key_bound(of_step);
-    run_prepare<T>(key_rows(key_, case_.dim), {key_batch, keys, heads, case_.dim}, exp_key.data(),
-                   key_bound.data());
+    run_prepare(key_rows(key_, case_.dim), {key_batch, keys, heads, case_.dim}, exp_key.data(),
+                key_bound.data());
     Tensor dscores(compute_, steps * of_step), step_weights(compute_, steps * of_step);
-    dscores.fill(coverage.keys ? NAN : 0);
-    step_weights.fill(coverage.keys ? NAN : 0);
+    dscores.fill(covers_keys ? NAN : 0);
+    step_weights.fill(covers_keys ? NAN : 0);
     const auto prepared = [&](Problem problem) {
       problem.exp_key = key_rows(key_, case_.dim);
       problem.exp_key.data = exp_key.data();
@@ -309,32 +310,32 @@ class Attention {
       return problem;
     };
     for (int64_t step = 0; step < steps; ++step) {
-      Problem problem = prepared(describe(1, step));
-      describe_sequences(layout_, problem);
-      run_forward<T>(forward_call(problem, step));
-      BackwardCall<T> call = backward_call(problem, step);
-      call.dquery = query_rows(dquery, case_.dim, step);
-      call.step_dscores = dscores.rows(keys * heads, heads, 1, 0, step * of_step);
-      call.step_weights = step_weights.rows(keys * heads, heads, 1, 0, step * of_step);
-      call.needs_scores = true;
-      run_backward<T>(call, false, Rows{});
+      const Problem problem = prepared(describe(1, step));
+      run_forward(forward_arguments(problem, step));
+      BackwardArguments arguments = backward_arguments(problem, step);
+      arguments.dquery = query_rows(dquery, case_.dim, step);
+      arguments.step_dscores = dscores.rows(keys * heads, heads, 1, 0, step * of_step);
+      arguments.step_weights = step_weights.rows(keys * heads, heads, 1, 0, step * of_step);
+      arguments.needs_scores = true;
+      run_backward(arguments);
     }
-    Problem problem = prepared(describe(steps, 0));
-    describe_sequences(layout_, problem);
-    BackwardCall<T> call;
-    call.problem = &problem;
-    call.dcontext = query_rows(dcontext_, case_.value_dim, 0);
-    call.step_dscores = dscores.rows(keys * heads, heads, 1, of_step);
-    call.step_weights = step_weights.rows(keys * heads, heads, 1, of_step);
-    set_key_side(call);
-    call.needs_scores = true;
-    run_backward<T>(call, true, weight_rows(dscore_weight));
+    const Problem problem = prepared(describe(steps, 0));
+    BackwardArguments arguments;
+    arguments.problem = &problem;
+    arguments.dcontext = query_rows(dcontext_, case_.value_dim, 0);
+    arguments.dscore_weight = weight_rows(dscore_weight);
+    arguments.step_dscores = dscores.rows(keys * heads, heads, 1, of_step);
+    arguments.step_weights = step_weights.rows(keys * heads, heads, 1, of_step);
+    arguments.from_steps = true;
+    set_key_side(arguments);
+    arguments.needs_scores = true;
+    run_backward(arguments);
   }
 
   Problem describe(int64_t queries, int64_t first_query) {
-    layout_ = setting_.layout;
-    layout_.query_rows = queries;
     Problem problem;
+    problem.layout = setting_.layout;
+    problem.layout.query_rows = queries;
     problem.heads = case_.heads;
     problem.dim = case_.dim;
     problem.value_dim = case_.value_dim;
@@ -343,41 +344,42 @@ class Attention {
     problem.value = key_rows(value_, case_.value_dim);
     problem.score_weight = weight_rows(score_weight_);
     problem.is_short = is_short_;
+    problem.find_sequences();
     return problem;
   }
 
-  ForwardCall<T> forward_call(const Problem& problem, int64_t first_query) {
-    ForwardCall<T> call;
-    call.problem = &problem;
-    call.context = query_rows(context, case_.value_dim, first_query);
-    call.stats = query_rows(stats_, 2, first_query);
-    call.weights = pair_rows(weights, first_query);
-    call.scores = query_rows(scores_, setting_.longest_key, first_query);
-    call.keeps_scores = keeps_scores();
-    return call;
+  ForwardArguments forward_arguments(const Problem& problem, int64_t first_query) {
+    ForwardArguments arguments;
+    arguments.problem = &problem;
+    arguments.context = query_rows(context, case_.value_dim, first_query);
+    arguments.stats = query_rows(stats_, 2, first_query);
+    arguments.weights = pair_rows(weights, first_query);
+    arguments.scores = query_rows(scores_, setting_.longest_key, first_query);
+    arguments.keeps_scores = keeps_scores();
+    return arguments;
   }
 
-  BackwardCall<T> backward_call(const Problem& problem, int64_t first_query) {
-    BackwardCall<T> call;
-    call.problem = &problem;
-    call.dcontext = query_rows(dcontext_, case_.value_dim, first_query);
-    call.dweights = pair_rows(dweights_, first_query);
-    call.stats = query_rows(stats_, 2, first_query);
+  BackwardArguments backward_arguments(const Problem& problem, int64_t first_query) {
+    BackwardArguments arguments;
+    arguments.problem = &problem;
+    arguments.dcontext = query_rows(dcontext_, case_.value_dim, first_query);
+    arguments.dweights = pair_rows(dweights_, first_query);
+    arguments.stats = query_rows(stats_, 2, first_query);
     if (keeps_scores()) {
-      call.scores = query_rows(scores_, setting_.longest_key, first_query);
+      arguments.scores = query_rows(scores_, setting_.longest_key, first_query);
     }
-    return call;
+    return arguments;
   }
 
   // Else backward computes them again.
   bool keeps_scores() const { return case_.heads % 2 == 1; }
 
-  void set_key_side(BackwardCall<T>& call) {
-    call.dkey = key_rows(dkey, case_.dim);
-    call.dkey_sum = key_rows(dkey_sum_, case_.dim);
-    call.dvalue = key_rows(dvalue, case_.value_dim);
-    call.dvalue_sum = key_rows(dvalue_sum_, case_.value_dim);
-    call.needs_weights = true;
+  void set_key_side(BackwardArguments& arguments) {
+    arguments.dkey = key_rows(dkey, case_.dim);
+    arguments.dkey_sum = key_rows(dkey_sum_, case_.dim);
+    arguments.dvalue = key_rows(dvalue, case_.value_dim);
+    arguments.dvalue_sum = key_rows(dvalue_sum_, case_.value_dim);
+    arguments.needs_weights = true;
   }
 
   Rows query_rows(Tensor& tensor, int64_t columns, int64_t first) {
@@ -403,7 +405,6 @@ class Attention {
   const Setting& setting_;
   const Storage& compute_;
   const bool is_short_;
-  Layout layout_;
   Tensor query_, key_, value_, score_weight_, dcontext_, dweights_;
 
  public:
@@ -413,9 +414,10 @@ class Attention {
   Tensor stats_, scores_, dkey_sum_, dvalue_sum_;
 };
 
-// The error budget of tests/helpers.py: a multiple of the error that plain loops in the compute
-// type make, the larger one of two orders of summation, and some of the results' scale. The
-// multiple is one more for float64 there too.
+// The error budget of tests/helpers.py: a multiple of the error that plain
+// loops in the compute type make, the larger one of two orders of summation,
+// and some of the results' scale. The multiple is one more for float64 there
+// too.
 template <class T>
 bool within_budget(const char* name, const Storage& storage, const Tensor& actual,
                    const std::vector<long double>& exact, const std::vector<T>& eager,

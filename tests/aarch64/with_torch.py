@@ -90,7 +90,7 @@ def install(folder: Path, wheel: Path) -> Path:
     flags += [f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}{0:012x}"]
     flags += [f"-I{ROOT / 'csrc'}", f"-isystem{site / 'torch' / 'include'}"]
     objects = []
-    for source in [ROOT / "csrc" / "registration.cpp", *sorted(ROOT.glob("csrc/cpu/*.cpp"))]:
+    for source in sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]):
         objects.append(folder / f"{source.stem}.with_torch.o")
         run(COMPILER, *flags, "-c", source, "-o", objects[-1])
     libraries = [f"-L{site / 'torch' / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]

@@ -120,7 +120,7 @@ def test_gradients_that_a_step_of_scores_leaves(step: str):
         dscores[440:] = torch.nan
     query, value = torch.randn(3, 1, 2, 24), key[..., :5]
     inputs = query, key, value, torch.randn(2, 24)
-    rest = *layout, 290, 0.0, None, 4 + (2 if step == "jagged" else 1), 15, False
+    rest = *layout, 290, 0.0, None, 4 + (2 if step == "jagged" else 1), 15, False, "cuda"
     _, left, weights = torch.ops.attn_ext_cuda.additive_attention_step_backward(
         None, dscores, *inputs, None, None, torch.empty(0, 0, 0, 2), torch.empty(0), *rest
     )
@@ -223,9 +223,13 @@ def test_order_of_threads_changes_no_bit_of_a_pool(branches: int):
     ops = torch.ops.attn_ext_cuda
 
     def run(keep_scores: bool) -> list[torch.Tensor]:
-        context, weights, *kept = ops.additive_pool_forward(*inputs, *rest, keep_scores, False)
+        context, weights, *kept = ops.additive_pool_forward(
+            *inputs, *rest, keep_scores, False, "cuda"
+        )
         before = [tensor.clone() for tensor in kept]
-        gradients = ops.additive_pool_backward(context, weights, *inputs, *kept, *rest, 30, False)
+        gradients = ops.additive_pool_backward(
+            context, weights, *inputs, *kept, *rest, 30, False, "cuda"
+        )
         assert all(map(torch.equal, kept, before)), "backward writes to what forward left"
         return [context, weights, kept[0], *gradients]
 
@@ -278,10 +282,12 @@ def test_corrupt_offsets_stay_inside_the_tensors(side: str, offsets: tuple[int, 
     inputs = query, query, query, torch.ones(1, 24)
     ops = torch.ops.attn_ext_cuda
     context, weights, *kept = ops.additive_attention_forward(
-        *inputs, None, None, *rows, False, False
+        *inputs, None, None, *rows, False, False, "cuda"
     )
     assert context.isfinite().all() and weights.isfinite().all()
-    gradients = ops.additive_attention_backward(context, weights, *inputs, *kept, *rows, 15, False)
+    gradients = ops.additive_attention_backward(
+        context, weights, *inputs, *kept, *rows, 15, False, "cuda"
+    )
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert room[:guard].isnan().all() and room[guard + 20 :].isnan().all()
 
@@ -298,12 +304,14 @@ def test_corrupt_offsets_of_a_pool(keep_scores: bool, offsets: tuple[int, ...]):
     inputs = key, key, torch.ones(1, 5, 24), key
     rest = torch.tensor(offsets), None, None, 200, 0.1, 0.2, 0.3, torch.tensor([5]), 2
     ops = torch.ops.attn_ext_cuda
-    context, weights, stats, scores = ops.additive_pool_forward(*inputs, *rest, keep_scores, False)
+    context, weights, stats, scores = ops.additive_pool_forward(
+        *inputs, *rest, keep_scores, False, "cuda"
+    )
     assert context.isfinite().all() and weights.isfinite().all()
     assert scores.numel() == 1000 * keep_scores
     dcontext = torch.randn_like(context)
     gradients = ops.additive_pool_backward(
-        dcontext, weights, *inputs, stats, scores, *rest, 30, False
+        dcontext, weights, *inputs, stats, scores, *rest, 30, False, "cuda"
     )
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert room[:guard].isnan().all() and room[guard + 200 :].isnan().all()
@@ -319,10 +327,12 @@ def test_rows_without_any_sequence_belong_to_nobody(one_step: bool):
     rows = (None if one_step else offsets, offsets, None, None, 1 if one_step else 64, 64)
     dropout = 0.0, None, 2 if one_step else 1
     ops = torch.ops.attn_ext_cuda
-    forward = ops.additive_attention_forward(*inputs, None, None, *rows, *dropout, False, False)
+    forward = ops.additive_attention_forward(
+        *inputs, None, None, *rows, *dropout, False, False, "cuda"
+    )
     context, weights, *kept = forward
     gradients = ops.additive_attention_backward(
-        torch.randn_like(context), weights, *inputs, *kept, *rows, *dropout, 15, False
+        torch.randn_like(context), weights, *inputs, *kept, *rows, *dropout, 15, False, "cuda"
     )
     for result, like in zip(gradients, inputs, strict=True):
         assert result.shape == like.shape
@@ -331,7 +341,7 @@ def test_rows_without_any_sequence_belong_to_nobody(one_step: bool):
 
 def test_a_failed_launch_is_reported_once():
     """CUDA remembers an error until it is asked: the next call must not take it for its own."""
-    inputs = make_inputs("jagged")
+    inputs = make_inputs("padded")
     with environment(ATTN_EXT_EMULATED_FAILURE="1"):
         with pytest.raises(RuntimeError, match="scores: invalid configuration"):
             call(inputs, inputs.leaves, backend="cuda")

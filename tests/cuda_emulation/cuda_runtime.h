@@ -1,7 +1,6 @@
 // What csrc/cuda uses of CUDA, on the host: a test compiles the very same sources against this
 // header. The threads of a block are fibers that run one after the other up to the next barrier or
-// warp operation; copies that are asynchronous happen when they are waited for. What is read of
-// them before is NaN, and so is shared memory that the block has not written.
+// warp operation. Shared memory that the block has not written is NaN.
 #pragma once
 
 #include <cmath>
@@ -31,11 +30,11 @@ struct dim3 {
 struct float2 {
   float x, y;
 };
-struct alignas(16) double2 {
-  double x, y;
-};
 struct alignas(16) float4 {
   float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
 };
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
@@ -64,8 +63,6 @@ void barrier();
 // The bits of every lane of the warp.
 void exchange(uint32_t bits, uint32_t (&lanes)[32]);
 unsigned lane();
-void copy_later(void* target, const void* source, size_t bytes);
-void copy_now();
 // Whether the environment asks for launches that fail.
 bool fails();
 // What cudaGetLastError has to tell.
@@ -178,11 +175,6 @@ void __stwb(T* target, T value) {
   *target = value;
 }
 
-inline void emulated_copy_async(void* target, const void* source, size_t bytes) {
-  emulation::copy_later(target, source, bytes);
-}
-inline void emulated_wait_for_copies() { emulation::copy_now(); }
-
 template <class P>
 cudaError_t cudaLaunchKernel(void (*kernel)(P), dim3 grid, dim3 threads, void** parameters, size_t,
                              cudaStream_t) {
@@ -202,10 +194,6 @@ inline cudaError_t cudaGetLastError() {
   return error;
 }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration"; }
-inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
-  std::memset(data, value, bytes);
-  return cudaSuccess;
-}
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;

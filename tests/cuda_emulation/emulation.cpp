@@ -42,18 +42,11 @@ struct Warp {
   uint32_t lanes[2][kWarp] = {};
 };
 
-struct Copy {
-  void* target;
-  const void* source;
-  size_t bytes;
-};
-
 struct Fiber {
   uint3 place;
   jmp_buf state;
   bool started = false;
   bool ended = false;
-  std::vector<Copy> copies;
   std::vector<char> stack;
 };
 
@@ -152,7 +145,6 @@ void run_block(unsigned threads) {
     Fiber& fiber = *now.fibers[n];
     fiber.place = {n, 0, 0};
     fiber.ended = false;
-    fiber.copies.clear();
     ++now.warps[n / kWarp].barrier.live;
   }
   unsigned ended = 0;
@@ -200,24 +192,6 @@ void exchange(uint32_t bits, uint32_t (&lanes)[kWarp]) {
   shared[lane()] = bits;
   wait_at(warp.barrier);
   std::memcpy(lanes, shared, sizeof(lanes));
-}
-
-void copy_later(void* target, const void* source, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(target) % 16 != 0 ||
-      reinterpret_cast<uintptr_t>(source) % 16 != 0) {
-    std::fprintf(stderr, "emulated copy: its addresses are no multiples of 16\n");
-    std::abort();
-  }
-  // What is read before the wait is NaN.
-  std::memset(target, 0xff, bytes);
-  now.current->copies.push_back({target, source, bytes});
-}
-
-void copy_now() {
-  for (const Copy& copy : now.current->copies) {
-    std::memcpy(copy.target, copy.source, copy.bytes);
-  }
-  now.current->copies.clear();
 }
 
 bool fails() { return std::getenv("ATTN_EXT_EMULATED_FAILURE") != nullptr; }

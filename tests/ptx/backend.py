@@ -37,7 +37,7 @@ def _kernel(name: str):
             launch = importlib.import_module("attn_ext.triton_kernels.launch")
             return getattr(launch, name)(*own)
         if backend == "cuda":
-            return getattr(torch.ops.attn_ext_cuda, name)(*own)
+            return getattr(torch.ops.attn_ext_cuda, name)(*arguments)
         return by_cpu.call_boxed(keyset, *arguments)
 
     return kernel

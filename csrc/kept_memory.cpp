@@ -3,17 +3,34 @@
 #include <algorithm>
 #include <iterator>
 #include <mutex>
-#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+// Of PyTorch's stable ABI from 2.11 on, null in 2.10.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset,
+    int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorHandle* result,
+    int32_t layout, const uint8_t* opaque_metadata, int64_t opaque_metadata_size,
+    void (*deleter)(void* data, void* context), void* context);
 
 namespace attn_ext {
 
-#if defined(MADV_FREE)
+#if defined(MADV_FREE) && !defined(__SANITIZE_ADDRESS__)  // which would miss reads of kept memory
 
 namespace {
 
+// Bytes of the smallest tensor. malloc keeps smaller ones; of four with 7 MB it gave two back.
+constexpr size_t kSmallestKept = size_t{4} << 20;
 constexpr size_t kMostKept = size_t{1} << 30;  // bytes
 // Sizes are rounded up to this many bytes, so that batches of nearly equal size fit into the same.
 constexpr size_t kGranularity = size_t{2} << 20;
+
+struct Memory {
+  void* data;  // null: there is none
+  size_t bytes;
+};
 
 void unmap(Memory memory) { munmap(memory.data, memory.bytes); }
 
@@ -86,8 +103,7 @@ Memory map(size_t bytes) {
   return data == MAP_FAILED ? Memory{nullptr, 0} : Memory{data, bytes};
 }
 
-}  // namespace
-
+// At least `bytes` of undefined content, kept or new; none if the system has none left.
 Memory take_memory(size_t bytes) {
   Memory memory = cache().take(bytes);
   if (memory.data == nullptr) {
@@ -101,18 +117,50 @@ Memory take_memory(size_t bytes) {
   return memory;
 }
 
-void keep_memory(Memory memory) noexcept {
+// Keeps memory for a later call, which may be of another thread. Until then the kernel may use its
+// pages for something else.
+void keep_memory(void* data, void* bytes) {
+  const Memory memory{data, reinterpret_cast<size_t>(bytes)};
   if (!cache().keep(memory)) {
     unmap(memory);
   }
+}
+
+}  // namespace
+
+Tensor allocate_large(const Tensor& like, ScalarType dtype, bool zeros, bool deterministic) {
+  const std::vector<int64_t> sizes = sizes_of(like);
+  std::vector<int64_t> strides(sizes.size());
+  int64_t numbers = 1;
+  for (size_t axis = sizes.size(); axis-- > 0;) {
+    strides[axis] = numbers;
+    numbers *= sizes[axis];
+  }
+  const size_t size = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+  const size_t bytes = static_cast<size_t>(numbers) * size;
+  const bool may_be_kept = torch_from_blob != nullptr && !deterministic && bytes >= kSmallestKept;
+  const Memory memory = may_be_kept ? take_memory(bytes) : Memory{nullptr, 0};
+  if (memory.data == nullptr) {
+    return allocate(like, sizes, dtype, zeros);
+  }
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      torch_from_blob(memory.data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                      0, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                      aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(),
+                      nullptr, 0, keep_memory, reinterpret_cast<void*>(memory.bytes)));
+  Tensor result(handle);
+  return zeros ? torch::stable::zero_(result) : result;
 }
 
 void release_kept_memory() noexcept { cache().clear(); }
 
 #else
 
-Memory take_memory(size_t) { return {nullptr, 0}; }
-void keep_memory(Memory) noexcept {}
+Tensor allocate_large(const Tensor& like, ScalarType dtype, bool zeros, bool) {
+  return allocate(like, sizes_of(like), dtype, zeros);
+}
+
 void release_kept_memory() noexcept {}
 
 #endif

@@ -1,4 +1,5 @@
-// The keys that a mask leaves, so that no other kernel meets one; and the device itself.
+// What is found out about sequences before other kernels: the keys that a mask leaves, so that none
+// of them meets one, and the order of their work; and the device itself.
 #include "kernels.h"
 #include "launch.cuh"
 #include "memory.cuh"
@@ -44,18 +45,37 @@ __global__ void __launch_bounds__(kThreads) compact_mask_kernel(const MaskCall c
   }
 }
 
-}  // namespace
-
-void launch_compact_mask(const Mask& mask, int64_t count, int64_t rows, int32_t* key_index,
-                         int32_t* key_count, cudaStream_t stream) {
-  launch("mask", compact_mask_kernel, count, 1, 1, kThreads,
-         MaskCall{mask, rows, key_index, key_count}, stream);
+__device__ inline int64_t pairs_of(const Sequences& sequences, int64_t n) {
+  const Span span = span_of(sequences, n);
+  return int64_t{span.query_count} * span.key_count;
 }
 
-void clear(void* data, int64_t bytes, cudaStream_t stream) {
-  if (bytes > 0) {
-    check(cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), stream), "clearing a result");
+// The place of a sequence in the order, which is how many others have more pairs, a sequence a
+// block.
+__global__ void __launch_bounds__(kThreads) order_kernel(const Sequences sequences) {
+  __shared__ float room[kRoom<kThreads>];
+  const int64_t own = blockIdx.x;
+  const int64_t pairs = pairs_of(sequences, own);
+  float before = 0;
+  for (int64_t n = threadIdx.x; n < sequences.count; n += kThreads) {
+    const int64_t others = pairs_of(sequences, n);
+    before += others > pairs || (others == pairs && n < own) ? 1 : 0;
   }
+  before = reduce<Sum, kThreads>(before, room);
+  if (threadIdx.x == 0) {
+    sequences.order[static_cast<int>(before)] = static_cast<int32_t>(own);
+  }
+}
+
+}  // namespace
+
+void launch_order(const Sequences& sequences, cudaStream_t stream) {
+  launch("order", order_kernel, sequences.count, 1, 1, kThreads, sequences, stream);
+}
+
+void launch_compact_mask(const Mask& mask, const Sequences& sequences, cudaStream_t stream) {
+  launch("mask", compact_mask_kernel, sequences.count, 1, 1, kThreads,
+         MaskCall{mask, sequences.key.rows, sequences.key_index, sequences.key_count}, stream);
 }
 
 int64_t processors() {
