@@ -845,8 +845,8 @@ TRITON = [
     Defect(
         "triton-bound-of-half",
         "triton_kernels/scores.py",
-        "tl.maximum(bound, tl.abs(x))",
-        "tl.maximum(bound, tl.abs(tl.where((feature % 2 == 0)[None, :], x, 0.0)))",
+        "tl.reshape(tl.abs(x), (ROWS,",
+        "tl.reshape(tl.abs(tl.where((tl.arange(0, shape.FEATURES) % 2 == 0)[None, :], x, 0.0)), (ROWS,",
         "tests/test_triton.py::test_large_numbers_among_the_second_features_of_pairs",
         "Large numbers among the second features of pairs overflow: NaN.",
     ),
