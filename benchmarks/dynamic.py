@@ -30,6 +30,7 @@ import torch
 
 import attn_ext
 from attn_ext.triton_kernels import configurations
+from attn_ext.triton_kernels.forward import PROGRAMS
 from benchmarks.executed import MachineCode
 from benchmarks.workloads import WORKLOADS
 from tests.ptx import run_triton
@@ -226,7 +227,8 @@ def batch_blocks(launch: Launch, repeats: int) -> np.ndarray:
     if launch.order == "sorted":
         return slots
     if launch.name != "grad":
-        return slots[dealt(len(slots))] if len(slots) <= PROCESSORS * launch.resident else slots
+        at_once = len(slots) <= PROCESSORS * PROGRAMS.value
+        return slots[dealt(len(slots))] if at_once else slots
     # Its programs, as many as are resident, take one after the other.
     slots = slots[dealt(len(slots))]
     programs = PROCESSORS * launch.resident

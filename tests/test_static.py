@@ -219,14 +219,20 @@ def test_batch_of_a_sample_is_dealt_by_work():
     blocks = dynamic.batch_blocks(launch([8.0, 800.0, 400.0]), count)
     assert blocks.tolist() == [800.0] * count + [400.0] * count
     ramp = [float(i) for i in range(1000, 1000 + 2 * count + 1)]
-    assert dynamic.batch_blocks(launch(ramp, resident=2), 1).tolist() == ramp[::-1]
-    dealt = dynamic.batch_blocks(launch(ramp, resident=3), 1)
+    assert dynamic.batch_blocks(launch(ramp), 1).tolist() == ramp[::-1]
+    ramp = ramp[: count + 1]
+    dealt = dynamic.batch_blocks(launch(ramp), 1)
     assert sorted(dealt) == ramp
-    each = [dealt[p::count] for p in range(count)]
-    assert len(each[0]) == 3 and each[0][0] == min(slots[0] for slots in each)
-    assert np.ptp([slots.sum() for slots in each[1:]]) == 0
+    assert (dealt[0], dealt[count]) == (ramp[1], ramp[0])
     unsorted = dynamic.batch_blocks(launch([400.0, 800.0], name="bwd_scores"), 2)
     assert unsorted.tolist() == [400.0, 800.0] * 2
+
+
+def test_batches_are_dealt_as_kernels_deal(monkeypatch: pytest.MonkeyPatch):
+    """See tests/test_triton.py."""
+    monkeypatch.setattr(dynamic, "PROCESSORS", 4)
+    assert dynamic.dealt(9).tolist() == [3, 0, 1, 2, 4, 7, 6, 5, 8]
+    assert dynamic.dealt(8).tolist() == [0, 1, 2, 3, 7, 6, 5, 4]
 
 
 def test_predictions_are_the_slowest_of_three():

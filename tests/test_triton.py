@@ -17,6 +17,9 @@ import attn_ext
 if "triton" not in BACKEND_DEVICES:
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 configurations = pytest.importorskip("attn_ext.triton_kernels.configurations")
+rows = pytest.importorskip("attn_ext.triton_kernels.rows")
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 
 DEVICE = BACKEND_DEVICES["triton"]
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -25,6 +28,11 @@ pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 # interpreter's size.
 LONG = {"lengths_q": (3, 0, 2, 9), "lengths_k": (70, 4, 0, 33)}
 TILES = {"lengths_q": (3, 0, 2, 9), "lengths_k": (20, 4, 0, 13)}
+
+
+@triton.jit
+def dealt_kernel(places_ptr, count, processors):
+    tl.store(places_ptr + tl.program_id(0), rows.dealt(tl.program_id(0), count, processors))
 
 
 @pytest.fixture(autouse=True)
@@ -272,16 +280,14 @@ def test_what_a_call_launches():
 
 @pytest.mark.parametrize("tile", [16, 0], ids=["tiles", "sequences"])
 def test_the_largest_tiles_come_first(tile: int):
-    from attn_ext.triton_kernels.rows import order_kernel
-
     lengths_q, lengths_k = (3, 40, 0, 17, 5), (10, 5, 7, 30, 0)
     offsets = [
         torch.tensor([0, *itertools.accumulate(lengths)]) for lengths in (lengths_q, lengths_k)
     ]
-    rows, room, batch = sum(lengths_q) + 2, 12, len(lengths_q)  # two rows belong to nobody
+    all_rows, room, batch = sum(lengths_q) + 2, 12, len(lengths_q)  # two rows belong to nobody
     order = torch.full((2 * room + 1,), -1, dtype=torch.int32)
-    scalars = (batch + 1, room, batch, rows, sum(lengths_k), 30)
-    order_kernel[(batch + 1,)](order, *offsets, None, *scalars, TILE=tile, BLOCK=4, num_warps=1)
+    scalars = (batch + 1, room, batch, all_rows, sum(lengths_k), 30)
+    rows.order_kernel[(batch + 1,)](order, *offsets, None, *scalars, TILE=tile, BLOCK=4, num_warps=1)
     work = {
         (b, n): (min(q, tile) if tile else q) * k
         for b, (q, k) in enumerate(zip((*lengths_q, 2), (*lengths_k, 0)))
@@ -291,3 +297,19 @@ def test_the_largest_tiles_come_first(tile: int):
     assert order[-1] == len(work) == len(set(found)) and set(found) == set(work)
     amounts = [work[pair] for pair in found]
     assert amounts == sorted(amounts, reverse=True)
+
+
+
+def test_work_is_dealt_to_all_alike():
+    """To and fro; those who get one more have the smallest of the first turn."""
+    expected = {
+        (1, 3): [0, 1, 2],
+        (4, 3): [2, 1, 0],
+        (4, 8): [0, 1, 2, 3, 7, 6, 5, 4],
+        (4, 9): [3, 0, 1, 2, 4, 7, 6, 5, 8],
+        (4, 14): [2, 3, 0, 1, 5, 4, 7, 6, 10, 11, 8, 9, 13, 12],
+    }
+    for (processors, count), places in expected.items():
+        found = torch.empty(count, dtype=torch.int32)
+        dealt_kernel[(count,)](found, count, processors)
+        assert found.tolist() == places

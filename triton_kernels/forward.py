@@ -178,7 +178,8 @@ def additive_attention_fwd_kernel(
         if tl.program_id(0) >= tiles:
             return
         tile = tl.program_id(0)
-        if tiles <= PROGRAMS * processors:  # else the next tile is for whoever is done first
+        # Else the next tile is for whoever is done first.
+        if tiles * H * parts <= PROGRAMS * processors:
             tile = dealt(tile, tiles, processors)
         sequence = tl.load(order_ptr + 2 * tile)
         first_query = tl.load(order_ptr + 2 * tile + 1).to(tl.int64) * BLOCK_Q

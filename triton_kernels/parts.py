@@ -29,6 +29,7 @@ def bit_of(block, part):
 @triton.jit
 def present_parts(rows, BLOCK: tl.constexpr):
     """Those that so many rows need: a set of bits, which for all but the last are their sizes."""
+    tl.static_assert(BLOCK <= 8 * GROUP)  # a part would be of more than one group at least
     groups = tl.minimum(tl.cdiv(rows, GROUP), BLOCK // GROUP).to(tl.int32)
     return tl.where(groups == BLOCK // GROUP, 2 * groups - 1, groups)
 
