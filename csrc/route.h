@@ -54,6 +54,9 @@ constexpr double kLargestWeightSum = 3.5;
 constexpr double kSmallestMagnitudeSum = 0.25;
 // The same for gradients: that of the weights is a sum of tanh itself, and may cancel.
 constexpr double kSmallestGradientSum = 0.5;
+// And for gradients of inputs of 16 bits, beside whose roundings the form's error is small for
+// long.
+constexpr double kSmallestRoughSum = 1e-4;
 
 // exp(2 |q + k|) from which tanh counts as saturated (|q + k| = 1), and up to which as small (1/4).
 constexpr double kSaturatedProduct = 7.38905610;

@@ -35,6 +35,13 @@ def test_magnitudes_in_low_precision(backend: str, layout: str, scale: float, dt
     check(inputs, backend)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+def test_gradients_of_next_to_nothing(backend: str, dtype: torch.dtype):
+    """Of score weights they are sums of tanh, which the factored form has to about 1e-7."""
+    sizes = {"lengths_q": (7,), "lengths_k": (9,), "features": 20}
+    check(make_inputs("padded", scale=1e-6, dtype=dtype, **sizes), backend)
+
+
 @pytest.mark.parametrize("scale", [0.1, 1.0], ids=named("scale"))
 @pytest.mark.parametrize("features", [64, 256], ids=named("D"))
 @pytest.mark.parametrize("layout", ["padded", "one_step"])

@@ -65,12 +65,17 @@ WHOLE_SEQUENCE_PAIRS = 1 << 14
 MOST_ORDERED = 1024
 
 
-def score_tiles(rows: int, processors: int, dim: int) -> Tiles:
+def score_tiles(
+    rows: int, processors: int, dim: int, value_dim: int, value_dtype: torch.dtype
+) -> Tiles:
     """For so many queries, of all heads."""
     tiles = SCORES if rows >= 2 * SCORES.queries * processors else SCORES_FEW
     if -dim % tiles.features > dim // 8:  # too much would be computed for features that are not
         tiles = replace(tiles, features=tiles.features // 2)
-    return tiles
+    # 512 of float32 would take more shared memory than two programs have on most GPUs.
+    widest = 256 if value_dtype == torch.float32 else tiles.value_features
+    there_are = max(16, 1 << (value_dim - 1).bit_length())
+    return replace(tiles, value_features=min(tiles.value_features, widest, there_are))
 
 
 def pair_tiles(dtype: torch.dtype) -> Tiles:

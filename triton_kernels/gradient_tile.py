@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .arithmetic import as_float32, exp_twice, factored_pair, tanh_and_derivative
 from .bf16_sums import add_packed, diagonal_share, packed, packed_slopes
-from .route import SMALLEST_GRADIENT_SUM, in_factored_range
+from .route import SMALLEST_GRADIENT_SUM, SMALLEST_ROUGH_SUM, in_factored_range
 
 TILE_ROWS = tl.constexpr(4)  # what one load of score gradients serves
 
@@ -243,11 +243,11 @@ def packed_halves(even, odd, y):
 
 
 @triton.jit
-def halves_and_slopes(x, y, EXACT: tl.constexpr, options):
+def halves_and_slopes(x, y, options):
     """``h`` and ``h^2 - 1/4`` of both features."""
     if options.DIRECT:
-        tanh0, slope0 = tanh_and_derivative(x[0] + y[0], EXACT, options.USE_PTX)
-        tanh1, slope1 = tanh_and_derivative(x[1] + y[1], EXACT, options.USE_PTX)
+        tanh0, slope0 = tanh_and_derivative(x[0] + y[0], True, options.USE_PTX)
+        tanh1, slope1 = tanh_and_derivative(x[1] + y[1], True, options.USE_PTX)
         return (-0.5 * tanh0, -0.5 * tanh1), (-0.25 * slope0, -0.25 * slope1)
     else:
         h0, h1 = factored_pair(x[0], x[1], y[0], y[1], options.USE_PTX)
@@ -259,7 +259,6 @@ def add_column(
     item, rows, groups, y, dscores_ptr, drow, dweight, share, TILES: tl.constexpr, options
 ):
     """The sums with what a column adds to them, and those of the column alone."""
-    BF16: tl.constexpr = item.dscores_ptr.dtype.element_ty == tl.bfloat16
     group_rows, used = groups
     dcol = zero_sums(options)
     next_drow = ()
@@ -281,7 +280,7 @@ def add_column(
                 if options.PACKED:
                     h = packed_halves(rows[2 * tile], rows[2 * tile + 1], y)
                 else:
-                    h, slope = halves_and_slopes(rows[tile], y, not BF16, options)
+                    h, slope = halves_and_slopes(rows[tile], y, options)
                 if item.dweight_ptr is not None:
                     dweight = add_products(dweight, s, h, options)
                 if options.PACKED:  # only now: that saves some moves of registers
@@ -354,8 +353,8 @@ def tile_gradients(item, first_row, row_tiles, is_right, col_bound, TILES: tl.co
     columns = item.cols.attended
     end = item.extent
     if not options.DIRECT:
-        # To what rounds score gradients to bfloat16 the fractions' absolute error does not matter.
-        is_right &= in_factored_range(row_bound, col_bound, 0.0 if BF16 else SMALLEST_GRADIENT_SUM)
+        SMALLEST_SUM: tl.constexpr = SMALLEST_ROUGH_SUM if BF16 else SMALLEST_GRADIENT_SUM
+        is_right &= in_factored_range(row_bound, col_bound, SMALLEST_SUM)
         columns = tl.where(is_right, columns, 0)
         end = tl.where(is_right, end, 0)
     is_first = first_row == item.begin_row

@@ -138,7 +138,9 @@ def _forward(
     """
     query, key, value, score_weight = inputs
     heads, rows_q = problem.heads, problem.all_rows_q
-    tiles = configurations.score_tiles(rows_q * heads, processors(query), problem.dim)
+    tiles = configurations.score_tiles(
+        rows_q * heads, processors(query), problem.dim, problem.value_dim, value.dtype
+    )
     segment = configurations.segment(problem.max_k)
     single = problem.max_k <= segment
     grid_tiles = problem.tiles("q", tiles.queries)

@@ -1,8 +1,9 @@
 """A tile's rows in parts, of which those are computed that there are rows for.
 
-A thread has sums of every fourth query and every fourth key of a tile, and of one in PAIRS pairs
-of features. On both sides a tile has parts, of a half, a quarter, an eighth and an eighth of the
-groups of four rows, of which those are computed that add up to as many groups as there are.
+A thread has sums of every fourth query and every fourth key of a tile, and of one or two of the
+pairs of features of a turn. On both sides a tile has parts, of a half, a quarter, an eighth and an
+eighth of the groups of four rows, of which those are computed that add up to as many groups as
+there are.
 """
 
 import triton
@@ -29,7 +30,8 @@ def bit_of(block, part):
 @triton.jit
 def present_parts(rows, BLOCK: tl.constexpr):
     """Those that so many rows need: a set of bits, which for all but the last are their sizes."""
-    tl.static_assert(BLOCK <= 8 * GROUP)  # a part would be of more than one group at least
+    # The smallest part of a larger tile has two groups, which make no odd number of groups.
+    tl.static_assert(BLOCK <= 8 * GROUP)
     groups = tl.minimum(tl.cdiv(rows, GROUP), BLOCK // GROUP).to(tl.int32)
     return tl.where(groups == BLOCK // GROUP, 2 * groups - 1, groups)
 

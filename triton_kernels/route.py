@@ -19,6 +19,8 @@ LARGEST_WEIGHT_SUM = tl.constexpr(3.5)
 # scores, and in the gradient of score weights, which is a sum of tanh.
 SMALLEST_MAGNITUDE_SUM = tl.constexpr(0.25)
 SMALLEST_GRADIENT_SUM = tl.constexpr(0.5)
+# And in gradients of bfloat16, to which score gradients are rounded.
+SMALLEST_ROUGH_SUM = tl.constexpr(1e-4)
 # |q + k| up to which tanh counts as nearly 0, and from which as nearly 1.
 SMALL_MAGNITUDE = tl.constexpr(0.25)
 SATURATED_MAGNITUDE = tl.constexpr(1.0)

@@ -92,7 +92,7 @@ def dealt(number, count, processors):
     """The place in a descending order of ``count`` for multiprocessor ``number % processors``.
 
     They take turns from the first to the last and back, so that each gets about as much. Those that
-    get one more than others, in the last turn, are the last of the first.
+    take one more in the last turn take the smallest of the first.
     """
     turn = number // processors
     place = number - turn * processors

@@ -28,7 +28,7 @@ from .route import (
     in_factored_range,
 )
 
-VECTOR = tl.constexpr(4)  # features that a thread loads next to each other, at least
+VECTOR = tl.constexpr(4)  # features next to each other, which mostly one thread loads
 SAMPLED_FEATURES = tl.constexpr(16)  # of a block that is looked at for informative ones
 SAMPLED_BLOCKS = tl.constexpr(4)
 # Features after which half of their score weights is taken from sums of fractions.
@@ -220,6 +220,8 @@ def factored_scores(pairs, scores_ptr, first_key, shape):
     Returns:
         whether magnitudes are such that the scores are right.
     """
+    tl.static_assert(shape.FEATURES % (2 * shape.PAIRS) == 0)
+    tl.static_assert(not shape.RAW or CENTRED_FEATURES % shape.FEATURES == 0)
     QUERIES: tl.constexpr = parts_of(shape.QUERIES)
     KEYS: tl.constexpr = parts_of(shape.KEYS)
     present_q = present_parts(pairs.length_q - pairs.first_query, shape.QUERIES)

@@ -21,7 +21,6 @@ struct Layout {
   int64_t max_queries = 0;  // bounds on jagged lengths
   int64_t max_keys = 0;
 
-  int64_t longest_query() const { return query_offsets.data != nullptr ? max_queries : query_rows; }
   int64_t longest_key() const { return key_offsets.data != nullptr ? max_keys : key_rows; }
 };
 

@@ -74,8 +74,10 @@ inline Scores dense_scores(const Tensor& tensor) {
 class Call {
  public:
   explicit Call(const Inputs& given) : inputs(given), device_(given.key) {
-    inputs.query = usable("query", given.query);
     inputs.key = usable("key", given.key);
+    inputs.query = inputs.pools ? inputs.key : usable("query", given.query);
+    STD_TORCH_CHECK(inputs.query.scalar_type() == inputs.key.scalar_type(),
+                    "attn_ext: query: expected key's dtype, got another");
     inputs.value = usable("value", given.value);
     inputs.score_weight = usable("score_weight", given.score_weight);
     if (given.gate.has_value()) {

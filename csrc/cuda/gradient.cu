@@ -53,7 +53,8 @@ struct Shared {
   float high[2][kWarp];
 };
 
-// Inputs of 16 bits err more than the factored form does, if nothing overflows.
+// Inputs of 16 bits err more than the factored form does, if nothing overflows and keys are not
+// next to nothing.
 template <class T>
 constexpr bool kGuarded = sizeof(T) == 4;
 
@@ -115,7 +116,8 @@ __device__ __forceinline__ void load_keys(const Slice& slice, Shared<T>& shared,
   }
   tile.bound = reduce_warp<Maximum>(tile.bound);
   // One query waits for memory, not for arithmetic.
-  tile.factored = !slice.call.one_step && tile.bound <= FactoredRange<float>::kLargest;
+  tile.factored = !slice.call.one_step && tile.bound <= FactoredRange<float>::kLargest &&
+                  (kGuarded<T> || tile.bound >= static_cast<float>(kSmallestRoughSum));
 }
 
 // Whether a query of this exponential and magnitude meets the keys in the factored form: nothing

@@ -121,6 +121,9 @@ int gradient_shift(const Call& call, bool wants_query, int64_t rows) {
   return std::min(shift, whole);
 }
 
+// The most queries that a gradient of keys sums in one go: the roundings of more would add up.
+constexpr int64_t kMostQueries = 4096;
+
 // The gradients of queries, keys and score weights, and of gates, from those of scores.
 class GradientPhase {
  public:
@@ -224,7 +227,8 @@ Incoming usable_incoming(Incoming incoming) {
   }
   if (incoming.dweights.has_value()) {
     STD_TORCH_CHECK(incoming.dweights->scalar_type() != ScalarType::Double,
-                    "attn_ext: dweights: backend 'cuda' takes no float64");
+                    "attn_ext: dweights: backend 'cuda' expects float32, float16 or bfloat16, got "
+                    "float64; use backend='reference'");
   }
   return incoming;
 }
@@ -287,9 +291,11 @@ struct Cuda {
     const bool raw = call.problem.raw_scores;
     const bool has_dcontext = incoming.dcontext.has_value() && !raw;
     const bool by_key = inputs.scores_by_key();
-    const bool kept = incoming.scores.dim() > 1;
-    const int64_t rows =
-        by_key || kept ? std::max<int64_t>(call.query_rows(), 1) : call.wave_rows(2);
+    const bool is_long = call.problem.sequences.query.longest > kMostQueries;
+    const bool kept = incoming.scores.dim() > 1 && !is_long;
+    const int64_t rows = by_key || kept
+                             ? std::max<int64_t>(call.query_rows(), 1)
+                             : std::min(call.wave_rows(2), is_long ? kMostQueries : INT64_MAX);
     const int64_t waves = (call.query_rows() + rows - 1) / rows;
     const bool wants_value = incoming.grad_mask & kGradValue;
     GradientPhase phase(call, incoming.grad_mask, waves, rows);

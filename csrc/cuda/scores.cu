@@ -127,7 +127,7 @@ __device__ __forceinline__ void start_loads(int64_t chunk, Filling& own) {
 
 // Turns the chunk's raw rows into panels. Features past the last count as 0.
 template <class Rule>
-__device__ __forceinline__ void fill_panels(const Filling& own, int64_t chunk, bool is_rough,
+__device__ __forceinline__ void fill_panels(const Filling& own, int64_t chunk, bool rough,
                                             Shared& shared, float& bound) {
 #pragma unroll
   for (int n = 0; n < kFillTurns; ++n) {
@@ -142,7 +142,7 @@ __device__ __forceinline__ void fill_panels(const Filling& own, int64_t chunk, b
       load_granule(own.rows, own.offsets[n], chunk + own.col, own.dim, values);
     }
     if constexpr (Rule::kExponential) {
-      if (is_rough) {
+      if (rough) {
         exponentiate<false>(values, bound);
       } else {
         exponentiate<true>(values, bound);

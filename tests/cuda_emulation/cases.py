@@ -271,14 +271,15 @@ def test_memory_of_many_steps(layout: str):
     ids=["falling", "wild", "beyond", "late", "later"],
 )
 @pytest.mark.parametrize("side", ["cu_seqlens_q", "cu_seqlens_k"])
-def test_corrupt_offsets_stay_inside_the_tensors(side: str, offsets: tuple[int, ...]):
+@pytest.mark.parametrize("count", [20, 200], ids=["in_order", "as_they_come"])
+def test_corrupt_offsets_stay_inside_the_tensors(count: int, side: str, offsets: tuple[int, ...]):
     """Nobody reads them first on a GPU. What lies around the tensors is NaN, so seen if read."""
     good = torch.tensor([0, 7, 9, 20])
     layout = {"cu_seqlens_q": good, "cu_seqlens_k": good, side: torch.tensor(offsets)}
     rows = (layout["cu_seqlens_q"], layout["cu_seqlens_k"], None, None, 20, 20, 0.0, None, 1)
     guard = 1000
-    room = torch.full((20 + 2 * guard, 1, 24), torch.nan)
-    query = room[guard : guard + 20][None].normal_()
+    room = torch.full((count + 2 * guard, 1, 24), torch.nan)
+    query = room[guard : guard + count][None].normal_()
     inputs = query, query, query, torch.ones(1, 24)
     ops = torch.ops.attn_ext_cuda
     context, weights, *kept = ops.additive_attention_forward(
@@ -289,7 +290,7 @@ def test_corrupt_offsets_stay_inside_the_tensors(side: str, offsets: tuple[int, 
         context, weights, *inputs, *kept, *rows, 15, False, "cuda"
     )
     assert all(gradient.isfinite().all() for gradient in gradients)
-    assert room[:guard].isnan().all() and room[guard + 20 :].isnan().all()
+    assert room[:guard].isnan().all() and room[guard + count :].isnan().all()
 
 
 @pytest.mark.parametrize(
