@@ -108,7 +108,8 @@ def test_resources(arch: str):
 
 def is_exact(block: list) -> bool:
     """Whether machine code computes tanh itself: an exponential and a reciprocal for each."""
-    return {"MUFU.EX2", "MUFU.RCP"} <= {instruction.name for instruction in block}
+    names = Counter(instruction.name for instruction in block)
+    return names["MUFU.EX2"] >= names["MUFU.RCP"] > 0
 
 
 def factored_loops(arch: str, name: str, mark: str) -> list:
@@ -131,21 +132,21 @@ def slots(counts) -> float:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_issue_slots_of_the_main_loops(arch: str):
-    """Forward at most 4.2, without exponentials and loads; backward in bfloat16 at most 7.9 with
-    those of its query."""
+    """Forward at most 4.2, without exponentials and loads; backward with those of its query."""
     (scores,) = factored_loops(arch, "scores.cu", "score_kernel")
-    (gradients,) = factored_loops(arch, "gradient.cu", "gradient_kernelI13__nv_bfloat16Lb1ELb1E")
     assert scores.mufu == scores.names["MUFU.RCP"]
     assert slots(scores) <= 4.2
-    assert slots(gradients) <= 7.9
     assert not scores.global_loads
+    for dtype, most in (("13__nv_bfloat16", 7.8), ("6__half", 9.2), ("f", 10.1)):
+        (gradients,) = factored_loops(arch, "gradient.cu", f"gradient_kernelI{dtype}Lb1ELb1E")
+        assert slots(gradients) <= most, dtype
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_sixteen_bytes_a_load(arch: str):
     """Rows of aligned tensors."""
     for name, mangled, kernel in kernels_of(arch, "scores.cu"):
-        assert kernel.total.widths["LDG"][16] >= 4, (name, mangled)
+        assert kernel.total.widths["LDG"][16] >= 24, (name, mangled)
     for name, mangled, kernel in kernels_of(arch, "step.cu"):
         if name in ("step_kernel", "step_product_kernel"):
             assert kernel.total.widths["LDG"][16] >= 8, (name, mangled)

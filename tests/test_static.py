@@ -93,12 +93,10 @@ def kernels(rows) -> list[dict]:
 
 @pytest.mark.nightly
 def test_nothing_spills_where_the_time_goes(kernels):
-    """Between loops forward may, which takes all the registers there are, and the gradients of
-    queries alone have two of them too few."""
+    """Forward, which takes all the registers there are, may between loops."""
     assert kernels
     assert [row for row in kernels if row["loop_spills"]] == []
-    assert {row["kernel"] for row in kernels if row["spills"]} <= {"fwd", "grad"}
-    assert max(row["spills"] for row in kernels if row["kernel"] == "grad") <= 6
+    assert {row["kernel"] for row in kernels if row["spills"]} <= {"fwd"}
     assert max(row["spills"] for row in kernels) < 300
 
 
@@ -132,8 +130,7 @@ def test_scores_cost_no_more_than_in_attention(kernels, regime):
         return [row["element"]["slots"] for row in rows if row["element"]]
 
     assert slots("scores")
-    # Returned scores are centred as they are summed.
-    assert max(slots("scores")) <= 1.02 * max(slots("forward"))
+    assert max(slots("scores")) <= 1.01 * max(slots("forward"))
 
 
 @pytest.mark.nightly

@@ -161,7 +161,10 @@ def additive_attention_grad_kernel(
     )
     lane = tl.arange(0, BLOCK_D)
     programs = tl.num_programs(0)
-    for turn in range(tl.cdiv(items - tl.program_id(0), programs)):
+    turns = tl.cdiv(items - tl.program_id(0), programs)
+    if not WHOLE_SEQUENCES:  # known, so that there is no loop: each program has one item
+        turns = 1
+    for turn in range(turns):
         number = tl.program_id(0) + turn * programs
         if order_ptr is not None:
             number = dealt(number, items, processors)

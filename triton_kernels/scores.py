@@ -228,10 +228,10 @@ def factored_scores(pairs, scores_ptr, first_key, shape):
     present_k = present_parts(pairs.length - first_key, shape.KEYS)
     # Past the last row it is repeated, which there always is.
     query = pairs.first_query + rows_of_parts(present_q, shape.QUERIES)
-    query_rows = pairs.query_ptr + tl.minimum(query, pairs.length_q - 1) * pairs.stride_qt
+    query_rows = tl.minimum(query, pairs.length_q - 1) * pairs.stride_qt
     key = first_key + rows_of_parts(present_k, shape.KEYS)
-    key_rows = pairs.key_ptr + tl.minimum(key, pairs.length - 1) * pairs.stride_kt
-    weights_ptr = pairs.score_weight_ptr
+    key_rows = tl.minimum(key, pairs.length - 1) * pairs.stride_kt
+    query_ptr, key_ptr, weights_ptr = pairs.query_ptr, pairs.key_ptr, pairs.score_weight_ptr
     sums = ()
     for i in tl.static_range(len(KEYS)):
         row = ()
@@ -253,11 +253,13 @@ def factored_scores(pairs, scores_ptr, first_key, shape):
     for chunk in range(0, shape.D, CHUNK):
         for begin in range(chunk, tl.minimum(chunk + CHUNK, shape.D), shape.FEATURES):
             count = shape.D - begin
-            a0, a1, query_bound = exponentials(query_rows, count, query_bound, False, shape)
-            b0, b1, key_bound = exponentials(key_rows, count, key_bound, True, shape)
+            rows = query_ptr + query_rows
+            a0, a1, query_bound = exponentials(rows, count, query_bound, False, shape)
+            rows = key_ptr + key_rows
+            b0, b1, key_bound = exponentials(rows, count, key_bound, True, shape)
             w0, w1 = weights_of_pairs(weights_ptr, count, shape)
-            query_rows += shape.FEATURES
-            key_rows += shape.FEATURES
+            query_ptr += shape.FEATURES
+            key_ptr += shape.FEATURES
             weights_ptr += shape.FEATURES
             if GUARDED:
                 for turn in tl.static_range(len(w0)):

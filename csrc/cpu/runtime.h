@@ -37,7 +37,8 @@ class Buffer {
   void fit(int64_t count) {
     if (count > count_) {
       free_aligned(data_);
-      data_ = nullptr;  // should there be no more
+      data_ = nullptr;  // nothing is held if there is no memory
+      count_ = 0;
       data_ = static_cast<T*>(allocate_aligned(static_cast<size_t>(count) * sizeof(T)));
       count_ = count;
     }

@@ -146,9 +146,9 @@ class Call {
     }
   }
 
-  // Whether sequences of several queries are so many, and may be of so different lengths, that
-  // those with most work had better come first; and yet so alike that it makes few blocks for
-  // nothing to give each as many tiles as the longest could have.
+  // Whether sequences are taken in the order of their work: where their lengths may differ, and at
+  // most half of the blocks have no tile, as each sequence then gets as many as the longest could
+  // have.
   bool wants_order() const {
     constexpr int kShift = 5;        // of most tiles
     constexpr int64_t kMost = 1024;  // each is compared with all

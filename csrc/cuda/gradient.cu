@@ -326,9 +326,9 @@ __device__ __forceinline__ void run_tile(const Slice& slice, KeyTile& tile, bool
     if (kKey && (i % kFewQueries == kFewQueries - 1 || i == queries - 1)) {
 #pragma unroll
       for (int f = 0; f < 2; ++f) {
-        float (&sums)[2] = gathered.dweight[f];
-        shared.dweight[f][lane] -= 2.0 * static_cast<double>(sums[0] + sums[1]);
-        sums[0] = sums[1] = 0;
+        float (&own)[2] = gathered.dweight[f];
+        shared.dweight[f][lane] -= 2.0 * static_cast<double>(own[0] + own[1]);
+        own[0] = own[1] = 0;
       }
     }
     dscores += call.dscores.rows.row;
@@ -396,10 +396,8 @@ __global__ void __launch_bounds__(kWarp, 12) gradient_kernel(const GradientCall 
   }
 }
 
-}  // namespace
-
 template <class T>
-static void launch_gradient_of(const GradientCall& call, cudaStream_t stream) {
+void launch_gradient_of(const GradientCall& call, cudaStream_t stream) {
   const bool query = call.dquery.data != nullptr;
   const bool key = call.dkey.data != nullptr || call.partial_dweight != nullptr;
   const auto kernel = !key    ? gradient_kernel<T, true, false>
@@ -410,6 +408,8 @@ static void launch_gradient_of(const GradientCall& call, cudaStream_t stream) {
          (call.problem.dim + kGradientFeatures - 1) / kGradientFeatures, call.problem.heads, kWarp,
          call, stream);
 }
+
+}  // namespace
 
 void launch_gradient(const GradientCall& call, cudaStream_t stream) {
   switch (call.problem.key.dtype) {
