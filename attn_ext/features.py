@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .checks import check_beside_key, mismatch, runs_eagerly, shape_of
-from .layout import KeySide, QuerySide, row_text, without_nesting
+from .layout import KeySide, QuerySide, row_text
+from .nested import without_nesting
 
 
 def check_feature_weight(feature_weight: Tensor, keys: KeySide) -> Tensor:
@@ -33,7 +34,7 @@ def check_features(
     if not queries.is_one_step:
         expected = f"None unless query is (B, {row_text(keys.has_heads)}), one query a sequence"
         raise mismatch("features", expected, f"a {type(features).__name__}")
-    features = keys.checked("features", without_nesting("features", features, keys))
+    features = keys.checked("features", without_nesting("features", features, keys.cu_seqlens_k))
     jagged = keys.cu_seqlens_k is not None
     shape = (*keys.key.shape[1 if jagged else 0 : 2], feature_weight.size(0))
     if features.shape != shape:

@@ -5,7 +5,7 @@ score weights ``[H, D]``. A jagged side has ``Bq`` (``Bk``) = 1 and offsets; a p
 per sequence. Below this file nothing is validated again.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from .checks import (
     check_bound,
     check_device,
     check_floating,
-    check_index,
     check_offsets,
     check_padding,
     check_tensor,
@@ -25,6 +24,7 @@ from .checks import (
     shape_of,
     wrong_type,
 )
+from .nested import Nest, nested_like, unwrap, unwrap_like
 
 DENSE_WEIGHTS, JAGGED_WEIGHTS = 1, 2  # 0: no weights are returned
 RAW = 4  # added to these: scores instead, as they are before the softmax
@@ -79,42 +79,6 @@ class KeySide(NamedTuple):
         bound = _bound_of_unread(self.cu_seqlens_k, self.key.size(1), need_exact=True)
         return self._replace(max_seqlen_k=bound)
 
-    def select(self, index: Tensor) -> "KeySide":
-        """The sequences ``index`` ``(B',)``, in that order.
-
-        Keys are copied unless those sequences are known, on the host, to lie side by side.
-        """
-        _check_sequences(index, self)
-        run = _run_of(index)
-        cu, longest = self.cu_seqlens_k, self.max_seqlen_k
-        if cu is None:
-            axis, rows = 0, index if run is None else run
-        elif run is None:
-            axis, (rows, cu, longest) = 1, _rows_of_sequences(cu, index, self.key.size(1))
-        else:
-            bounds = cu[run.start : run.stop + 1]
-            axis, rows = 1, slice(int(bounds[0]), int(bounds[-1]))
-            cu, longest = bounds - bounds[0], int(bounds.diff().max())
-
-        def taken(tensor: Tensor | None, axis: int = axis) -> Any:
-            if tensor is None:
-                return None
-            if isinstance(rows, slice):
-                return tensor.narrow(axis, rows.start, rows.stop - rows.start)
-            return tensor.index_select(axis, rows)
-
-        return self._replace(
-            key=taken(self.key),
-            value=taken(self.value),
-            cu_seqlens_k=cu,
-            key_lengths=taken(self.key_lengths),
-            key_padding_mask=taken(self.key_padding_mask),
-            max_seqlen_k=longest,
-            batch_size=index.size(0),
-            exp_key=taken(self.exp_key),
-            key_bound=taken(self.key_bound),
-        )
-
     def detached(self) -> "KeySide":
         """The same as constants, to which no gradient flows."""
         key, value, score_weight = (tensor.detach() for tensor in self[:3])
@@ -152,7 +116,7 @@ class QuerySide(NamedTuple):
                 context = context.squeeze(axis)
         elif axes:
             context = context.squeeze(axes)  # at once: every view costs a microsecond
-        return context if self.nested is None else _nested_like(context, self.nested)
+        return context if self.nested is None else nested_like(context, self.nested)
 
     def restore_weights(self, weights: Tensor, layout: int) -> Tensor:
         """Shape internal weights, ``[B, H, Tq, Tk]`` or ``[total_k, H]``, as the caller's."""
@@ -187,11 +151,11 @@ def check_key_side(
         need_max: the exact longest sequence is needed.
         scores_only: no values are weighed.
     """
-    key, nest = _unwrap("key", key)
+    key, nest = unwrap("key", key)
     if scores_only:
         value = key.new_empty((*key.shape[:-1], 0))
     else:
-        value = _unwrap_like("value", value, nest)
+        value = unwrap_like("value", value, nest)
     cu_seqlens_k, max_seqlen_k = _offsets("key", nest, cu_seqlens_k, max_seqlen_k)
     for name, tensor in (("key", key), ("value", value), ("score_weight", score_weight)):
         check_beside_key(name, tensor, key)
@@ -239,7 +203,7 @@ def check_query_side(
     need_max: bool = False,
 ) -> QuerySide:
     """Check queries against an already checked key side."""
-    values, nest = _unwrap("query", query)
+    values, nest = unwrap("query", query)
     cu_seqlens_q, max_seqlen_q = _offsets("query", nest, cu_seqlens_q, max_seqlen_q)
     nested, query = (None if nest is None else query), keys.checked("query", values)
     is_jagged = cu_seqlens_q is not None
@@ -290,43 +254,6 @@ def clear_ignored(
     ignored = _ignored(rows.size(-2), rows.device, cu_seqlens, lengths, padding_mask)
     # On CPUs where() takes two thirds of masked_fill's time.
     return rows if ignored is None else torch.where(ignored.unsqueeze(-1), 0, rows)
-
-
-def _check_sequences(index: Tensor, keys: KeySide) -> None:
-    """Numbers of sequences."""
-    check_tensor("index", index)
-    check_index("index", index, keys.key.device)
-    if index.dim() != 1:
-        raise mismatch("index", "shape (B',)", shape_of(index))
-    if can_read_values(index) and index.numel():
-        smallest, largest = (int(extreme) for extreme in index.aminmax())
-        if smallest < 0 or largest >= keys.batch_size:
-            expected = f"numbers of sequences, from 0 to {keys.batch_size - 1}"
-            raise mismatch("index", expected, str(smallest if smallest < 0 else largest))
-
-
-def _run_of(index: Tensor) -> slice | None:
-    """Which consecutive sequences an index means, if it does and the host may know."""
-    if not can_read_values(index) or index.numel() == 0:
-        return None
-    first = int(index[0])
-    run = slice(first, first + index.numel())
-    return run if index.tolist() == list(range(run.start, run.stop)) else None
-
-
-def _rows_of_sequences(cu: Tensor, index: Tensor, total: int) -> tuple[Tensor, Tensor, int]:
-    """Numbers of the jagged rows of some sequences, the offsets of what they make up, the longest.
-
-    On an accelerator it synchronises once.
-    """
-    bounds = cu.clamp(0, total)  # corrupt offsets stay inside the rows
-    lengths = bounds.diff().clamp(min=0).index_select(0, index)
-    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(cu.dtype)
-    longest = lengths.amax() if index.size(0) else offsets[-1]
-    count, longest = torch.stack((offsets[-1], longest.to(cu.dtype))).tolist()
-    shifts = bounds.index_select(0, index) - offsets[:-1]
-    numbers = torch.arange(count, device=cu.device, dtype=cu.dtype)
-    return numbers + shifts.repeat_interleave(lengths, output_size=count), offsets, longest
 
 
 def _ignored(
@@ -402,7 +329,7 @@ def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 
 
 def _offsets(
-    name: str, nest: "_Nest | None", cu: Tensor | None, max_seqlen: int | None
+    name: str, nest: Nest | None, cu: Tensor | None, max_seqlen: int | None
 ) -> tuple[Tensor | None, int | None]:
     """Those that were given, or those of a nested tensor."""
     if nest is None:
@@ -438,68 +365,3 @@ def _bound_of_unread(cu: Tensor, rows: int, need_exact: bool) -> int:
         # The one host synchronisation, for the shape of weights; corrupt offsets do not blow it up.
         return int(cu.diff().max().clamp(0, rows).item())
     return rows + 1
-
-
-class _Nest(NamedTuple):
-    """The offsets of a nested tensor, and its longest row where that is known on the host."""
-
-    offsets: Tensor
-    max_seqlen: int | None
-
-
-def _unwrap(name: str, tensor: Tensor) -> tuple[Tensor, _Nest | None]:
-    """A nested tensor's values and offsets; any other tensor as it is."""
-    check_tensor(name, tensor)
-    if not tensor.is_nested:
-        return tensor, None
-    if tensor.layout != torch.jagged:
-        raise mismatch(name, "a nested tensor of layout=torch.jagged", f"layout {tensor.layout}")
-    nested: Any = tensor  # of a class that PyTorch does not make public
-    if nested._ragged_idx != 1:
-        raise mismatch(name, "a nested tensor ragged in axis 1", f"axis {nested._ragged_idx}")
-    if nested.lengths() is not None:
-        expected = "a nested tensor without holes (rebuild it with torch.nested.nested_tensor)"
-        raise mismatch(name, expected, "one with lengths() set")
-    return nested.values(), _Nest(nested.offsets(), nested._maybe_max_seqlen)
-
-
-def without_nesting(name: str, tensor: Tensor, keys: KeySide) -> Tensor:
-    """A tensor with a row a key; of a nested one the values."""
-    values, nest = _unwrap(name, tensor)
-    if nest is not None:
-        if keys.cu_seqlens_k is None:
-            raise mismatch(name, "a dense tensor, as key is", "a nested one")
-        _check_same_offsets(name, keys.cu_seqlens_k, nest.offsets)
-    return values
-
-
-def values_like(name: str, tensor: Tensor, key: Tensor) -> Tensor:
-    """The values of a tensor that must be nested as key is."""
-    return _unwrap_like(name, tensor, _unwrap("key", key)[1])
-
-
-def _unwrap_like(name: str, tensor: Tensor, nest: _Nest | None) -> Tensor:
-    values, own = _unwrap(name, tensor)
-    if (own is None) != (nest is None):
-        expected, got = ("dense", "nested") if nest is None else ("nested", "dense")
-        raise mismatch(name, f"a {expected} tensor, as key is", f"a {got} one")
-    if own is not None and nest is not None:
-        _check_same_offsets(name, nest.offsets, own.offsets)
-    return values
-
-
-def _check_same_offsets(name: str, ours: Tensor, theirs: Tensor) -> None:
-    same = ours is theirs or ours.shape == theirs.shape
-    if same and ours is not theirs and can_read_values(ours):
-        same = torch.equal(ours, theirs)
-    if not same:
-        raise mismatch(name, "a nested tensor with key's offsets", "other offsets")
-
-
-def _nested_like(values: Tensor, like: Any) -> Tensor:
-    return torch.nested.nested_tensor_from_jagged(
-        values,
-        offsets=like.offsets(),
-        min_seqlen=like._maybe_min_seqlen,
-        max_seqlen=like._maybe_max_seqlen,
-    )

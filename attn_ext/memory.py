@@ -18,6 +18,7 @@ from .checks import (
 from .features import added_to_keys, check_feature_weight, check_features
 from .functional import attend, score
 from .layout import RAW, KeySide, QuerySide
+from .selection import select_sequences
 from .steps import Steps
 
 
@@ -184,7 +185,7 @@ class AttentionMemory:
         """
         selected = object.__new__(type(self))
         selected.__dict__.update(self.__dict__)
-        selected._prepare(self._checked_keys().select(index))
+        selected._prepare(select_sequences(self._checked_keys(), index))
         return selected
 
     def _check_query(self, query: Tensor) -> QuerySide:

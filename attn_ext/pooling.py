@@ -22,6 +22,7 @@ from .checks import (
     shape_of,
 )
 from .layout import KeySide
+from .nested import values_like
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -113,7 +114,7 @@ def check_pool_side(
 
 def _check_gate(gate: Tensor, key: Tensor, keys: KeySide) -> Tensor:
     """The gate in the internal form."""
-    rows = keys.checked("gate", layout.values_like("gate", gate, key))
+    rows = keys.checked("gate", values_like("gate", gate, key))
     of_key = key.values() if key.is_nested else key
     if rows.shape != of_key.shape:
         raise mismatch("gate", f"shape {shape_of(of_key)}, as key", shape_of(rows))

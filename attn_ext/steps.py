@@ -74,12 +74,10 @@ class Steps:
     ) -> tuple[Tensor, Tensor]:
         """Context and weights of one query a sequence, in the internal form."""
         tensors = (query, token) if features is None else (query, token, features)
-        keys, backend = self.keys, self.choice["backend"]
-        keeps_scores = (
+        keeps_scores = (  # always where a gradient may be asked for: they are a number a key
             torch.is_grad_enabled()
             and any(tensor.requires_grad for tensor in tensors)
             and not weights_layout & RAW
-            and ops.keeps_scores(query, keys.key, keys.value, None, keys.max_seqlen_k, backend)
         )
         options = dropout_p, seed, weights_layout, keeps_scores
         return _Attend.apply(query, token, features, self, *options)

@@ -43,8 +43,8 @@ PYTHON = [
     Defect(
         "pool-gate-dtype",
         "attn_ext/pooling.py",
-        'rows = keys.checked("gate", layout.values_like("gate", gate, key))',
-        'rows = layout.values_like("gate", gate, key)',
+        'rows = keys.checked("gate", values_like("gate", gate, key))',
+        'rows = values_like("gate", gate, key)',
         "tests/test_pool.py::test_autocast_and_determinism",
         "Pooling with a gate under autocast is an error.",
     ),
@@ -58,8 +58,8 @@ PYTHON = [
     ),
     Defect(
         "memory-select-prepared",
-        "attn_ext/layout.py",
-        "            exp_key=taken(self.exp_key),\n            key_bound=taken(self.key_bound),\n",
+        "attn_ext/selection.py",
+        "        exp_key=taken(keys.exp_key),\n        key_bound=taken(keys.key_bound),\n",
         "",
         "tests/test_attention_memory_family.py::test_select",
         "A chosen part of a memory attends to the keys of other sequences.",
@@ -98,7 +98,7 @@ PYTHON = [
     ),
     Defect(
         "layout-nested-offsets",
-        "attn_ext/layout.py",
+        "attn_ext/nested.py",
         "        same = torch.equal(ours, theirs)\n",
         "        same = ours.shape == theirs.shape\n",
         "tests/test_errors.py",
