@@ -6,15 +6,16 @@ are convolutions of earlier weights; of coverage (See, Liu and Manning 2017, "Ge
 their sum.
 """
 
-import contextlib
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import autograd
 from .checks import check_beside_key, mismatch, runs_eagerly, shape_of
-from .layout import KeySide, QuerySide, row_text
+from .layout import RAW, KeySide, QuerySide, row_text
 from .nested import without_nesting
+from .ops import GRADS
 
 
 def check_feature_weight(feature_weight: Tensor, keys: KeySide) -> Tensor:
@@ -63,10 +64,10 @@ def with_features(
     feature_weight: Tensor | None,
     queries: QuerySide,
     backend: str,
-) -> contextlib.AbstractContextManager[KeySide]:
+) -> KeySide:
     """Keys with what features add to them, where both arguments are given."""
     if features is None and feature_weight is None:
-        return contextlib.nullcontext(keys)
+        return keys
     if features is None or feature_weight is None:
         missing, given = "features", "feature_weight"
         if features is not None:
@@ -76,34 +77,88 @@ def with_features(
     return added_to_keys(keys, check_features(features, weight, keys, queries), weight, backend)
 
 
-@contextlib.contextmanager
-def added_to_keys(
-    keys: KeySide, features: Tensor, feature_weight: Tensor, backend: str
-) -> Iterator[KeySide]:
-    """Keys with the term in them. Attention keeps for backward what they were made of, not them."""
-    shifted = shifted_keys(keys.key, features, feature_weight)
-    with_term = keys.with_key(shifted)
+def added_to_keys(keys: KeySide, features: Tensor, feature_weight: Tensor, backend: str) -> KeySide:
+    """Keys with the term in them, or beside them where :func:`attend_with_term` is to add it."""
     # The reference may be differentiated twice.
     if backend == "reference" or not torch.is_grad_enabled() or not runs_eagerly():
-        yield with_term
-        return
-    parts = {"key": keys.key, "features": features, "feature_weight": feature_weight}
-    parts = {name: tensor.detach() for name, tensor in parts.items()}
-    versions = {name: t._version for name, t in parts.items() if not t.is_inference()}
-    place = shifted.data_ptr(), shifted.shape
+        return keys.with_key(shifted_keys(keys.key, features, feature_weight))
+    return keys.with_key(keys.key)._replace(features=features, feature_weight=feature_weight)
 
-    def leave_out(saved: Tensor) -> Tensor | None:
-        return None if (saved.data_ptr(), saved.shape) == place else saved
 
-    def make_again(saved: Tensor | None) -> Tensor:
-        if saved is not None:
-            return saved
-        for name, version in versions.items():
-            if parts[name]._version != version:
-                message = f"attn_ext: {name} was modified in place before the backward pass"
-                raise RuntimeError(message)
-        with torch.no_grad():
-            return shifted_keys(*parts.values())
+def attend_with_term(**arguments: Any) -> tuple[Tensor, Tensor]:
+    """Context and weights of the forward op, of keys that have their term beside them."""
+    return _Attend.apply(*(arguments.pop(name) for name in _INPUTS), arguments)
 
-    with torch.autograd.graph.saved_tensors_hooks(leave_out, make_again):
-        yield with_term
+
+_INPUTS = ("query", "key", "value", "score_weight", "features", "feature_weight")
+_OTHER_TENSORS = ("cu_seqlens_k", "key_lengths", "key_padding_mask", "dropout_seed")
+
+
+class _Attend(torch.autograd.Function):
+    """Keeps for backward what the keys are made of, which is less than they are."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, score_weight, features, feature_weight, options):
+        options = options | {"keep_scores": not options["weights_layout"] & RAW}
+        context, weights, *kept = autograd.forward(
+            **options,
+            query=query,
+            key=shifted_keys(key, features, feature_weight),
+            value=value,
+            score_weight=score_weight,
+        )
+        others = [options.pop(name) for name in _OTHER_TENSORS]
+        ctx.save_for_backward(
+            query, key, value, score_weight, features, feature_weight, *kept, *others
+        )
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return context, weights
+
+    @staticmethod
+    def backward(ctx, dcontext, dweights):
+        if dcontext is None and dweights is None:
+            return (None,) * 7
+        query, key, value, score_weight, features, feature_weight, *more = ctx.saved_tensors
+        stats, scores, *others = more
+        wanted = dict(zip(_INPUTS, ctx.needs_input_grad))
+        mask = sum(GRADS[name] for name in _INPUTS[:4] if wanted[name])
+        if wanted["features"] or wanted["feature_weight"]:
+            mask |= GRADS["key"]
+        dquery, dkey, dvalue, dscore_weight = autograd.backward(
+            **ctx.options,
+            **dict(zip(_OTHER_TENSORS, others)),
+            dcontext=dcontext,
+            dweights=dweights if ctx.options["weights_layout"] else None,
+            query=query,
+            key=shifted_keys(key, features, feature_weight),
+            value=value,
+            score_weight=score_weight,
+            stats=stats,
+            scores=scores,
+            grad_mask=mask,
+        )
+        dfeatures, dfeature_weight = None, None
+        if wanted["features"]:
+            dfeatures = features_gradient(dkey, features, feature_weight)
+        if wanted["feature_weight"]:
+            dfeature_weight = feature_weight_gradient(dkey, features).view_as(feature_weight)
+            dfeature_weight = dfeature_weight.to(feature_weight.dtype)
+        gradients = (dquery, dkey, dvalue, dscore_weight, dfeatures, dfeature_weight)
+        return *(g if needed else None for g, needed in zip(gradients, wanted.values())), None
+
+
+def features_gradient(dkey: Tensor, features: Tensor, feature_weight: Tensor) -> Tensor:
+    """Of the features of a term, given that of the keys that it is in."""
+    weight = feature_weight.to(dkey.dtype).flatten(1)  # [F, H * D]
+    return (_rows(dkey, weight.size(1)) @ weight.t()).view(features.shape)
+
+
+def feature_weight_gradient(dkey: Tensor, features: Tensor) -> Tensor:
+    """Of the feature weight as ``[F, H * D]``."""
+    return _rows(features, features.size(2)).t() @ _rows(dkey, dkey.size(2) * dkey.size(3))
+
+
+def _rows(tensor: Tensor, width: int) -> Tensor:
+    """``[Bk * Nk, width]``; vmap of a backward pass knows no flatten()."""
+    return tensor.reshape(tensor.size(0) * tensor.size(1), width)

@@ -13,7 +13,7 @@ from .checks import (
     mismatch,
     resolve_deterministic,
 )
-from .features import with_features
+from .features import attend_with_term, with_features
 from .layout import KeySide, QuerySide
 
 if TYPE_CHECKING:
@@ -178,8 +178,8 @@ def additive_attention(
     dropout_p = check_probability("dropout_p", dropout_p)
     deterministic = resolve_deterministic(deterministic)
     backend = backends.choose(backend, queries.query.device, queries.query.dtype)
-    with with_features(keys, features, feature_weight, queries, backend) as keys:
-        return attend(queries, keys, dropout_p, need_weights, deterministic, backend)
+    keys = with_features(keys, features, feature_weight, queries, backend)
+    return attend(queries, keys, dropout_p, need_weights, deterministic, backend)
 
 
 def additive_scores(
@@ -273,8 +273,8 @@ def additive_scores(
     queries = layout.check_query_side(query, keys, cu_seqlens_q, max_seqlen_q, need_max=True)
     deterministic = resolve_deterministic(deterministic)
     backend = backends.choose(backend, queries.query.device, queries.query.dtype)
-    with with_features(keys, features, feature_weight, queries, backend) as keys:
-        return score(queries, keys, deterministic, backend)
+    keys = with_features(keys, features, feature_weight, queries, backend)
+    return score(queries, keys, deterministic, backend)
 
 
 def score(queries: QuerySide, keys: KeySide, deterministic: bool, backend: str) -> Tensor:
@@ -314,7 +314,8 @@ def _call(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The op's context and weights, in the internal form."""
-    context, weights, *_ = autograd.forward(
+    call = autograd.forward if keys.features is None else attend_with_term
+    context, weights, *_ = call(
         **(queries._asdict() | keys._asdict()),
         dropout_p=dropout_p,
         dropout_seed=seed,

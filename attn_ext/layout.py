@@ -45,6 +45,8 @@ class KeySide(NamedTuple):
     autocast: bool  # whether key and value were cast
     exp_key: Tensor | None = None  # what a backend prepared of the keys, for a memory's steps
     key_bound: Tensor | None = None
+    features: Tensor | None = None  # [Bk, Nk, F]: key + features @ feature_weight is attended to
+    feature_weight: Tensor | None = None  # [F, H, D]
 
     def checked(self, name: str, tensor: Tensor) -> Tensor:
         """Another tensor of the call, in the dtype of key, to which autocast takes it."""

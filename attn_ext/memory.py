@@ -1,7 +1,5 @@
 """Attention for decoders that attend step by step, with the key side prepared once."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any, Literal, NoReturn, overload
 
 import torch
@@ -143,8 +141,8 @@ class AttentionMemory:
             weights_layout = layout.weights_layout(queries, self._keys) if need_weights else 0
             context, weights = self._step(queries, features, self._dropout_p, weights_layout)
             return queries.restore(context, weights, weights_layout)
-        with self._keys_of_call(features, need_weights) as keys:
-            return attend(queries, keys, self._dropout_p, need_weights, **self._choice)
+        keys = self._keys_of_call(features, need_weights)
+        return attend(queries, keys, self._dropout_p, need_weights, **self._choice)
 
     def scores(self, query: Tensor, *, features: Tensor | None = None) -> Tensor:
         """Score without attending, as :func:`attn_ext.additive_scores`.
@@ -165,8 +163,7 @@ class AttentionMemory:
             weights_layout = layout.weights_layout(queries, self._keys)
             _, scores = self._step(queries, features, 0.0, weights_layout | RAW)
             return queries.restore_weights(scores, weights_layout)
-        with self._keys_of_call(features, True) as keys:
-            return score(queries, keys, **self._choice)
+        return score(queries, self._keys_of_call(features, True), **self._choice)
 
     def select(self, index: Tensor) -> "AttentionMemory":
         """A memory of some of the sequences, in any order, left out or repeated.
@@ -216,16 +213,13 @@ class AttentionMemory:
         self._steps.check_unchanged()
         return self._keys
 
-    @contextlib.contextmanager
-    def _keys_of_call(self, features: Tensor | None, need_weights: bool) -> Iterator[KeySide]:
+    def _keys_of_call(self, features: Tensor | None, need_weights: bool) -> KeySide:
         """The key side of a step that computes all its gradients itself."""
         keys = self._checked_keys()
         keys = keys.with_exact_bound() if need_weights else keys
         if features is None or self._feature_weight is None:
-            yield keys
-            return
-        with added_to_keys(keys, features, self._feature_weight, self._choice["backend"]) as keys:
-            yield keys
+            return keys
+        return added_to_keys(keys, features, self._feature_weight, self._choice["backend"])
 
     def _step(
         self, queries: QuerySide, features: Tensor | None, dropout_p: float, weights_layout: int

@@ -58,8 +58,8 @@ def additive_attention(
     queries = layout.check_query_side(query, keys, cu_seqlens_q, max_seqlen_q, need_weights)
     dropout_p = check_probability("dropout_p", dropout_p)
     seed = draw_seed(query.device) if dropout_p > 0 else None
-    with with_features(keys, features, feature_weight, queries, "reference") as keys:
-        return attend(queries, keys, dropout_p, seed, need_weights)
+    keys = with_features(keys, features, feature_weight, queries, "reference")
+    return attend(queries, keys, dropout_p, seed, need_weights)
 
 
 def draw_seed(device: torch.device) -> Tensor:

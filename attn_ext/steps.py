@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import autograd, ops
 from .checks import operations_are_recorded
-from .features import shifted_keys
+from .features import feature_weight_gradient, features_gradient, shifted_keys
 from .layout import DENSE_WEIGHTS, JAGGED_WEIGHTS, RAW, KeySide
 from .ops import GRADS
 
@@ -165,6 +165,7 @@ class _Collect(torch.autograd.Function):
             more_dkey, more_dscore_weight, dfeature_weight = records.sums
             dkey = _add(dkey, more_dkey, steps.keys.key)
             dscore_weight = _add(dscore_weight, more_dscore_weight, steps.keys.score_weight)
+            dfeature_weight = dfeature_weight.view_as(steps.feature_weight)
             dfeature_weight = dfeature_weight.to(steps.feature_weight.dtype)
         gradients = (dkey, dvalue, dscore_weight, dfeature_weight)
         needs = ctx.needs_input_grad[:4]
@@ -306,23 +307,15 @@ def _featured_step_gradients(
         dquery, dkey, _, dscore_weight = autograd.backward(
             **given | of_scores, **keys._asdict(), grad_mask=mask
         )
-    weight = feature_weight.flatten(1)  # [F, H * D]
-    if needs_key:
-        rows = dkey.flatten(0, 1).flatten(1)  # [Bk * Nk, H * D]
     if collects:
         records = steps.records()
         records.featured.append(_record(steps, given, dscores, weights))
-        if not records.sums:
-            wide = ops.compute_dtype(dkey.dtype)
-            shapes = dkey, steps.keys.score_weight, feature_weight
-            records.sums = [torch.zeros_like(tensor, dtype=wide) for tensor in shapes]
-        sums = records.sums
-        sums[0] += dkey
-        if needs_score_weight:
-            sums[1] += dscore_weight
-        wide_rows, wide_features = rows.to(sums[2].dtype), features.to(sums[2].dtype)
-        sums[2].view_as(weight).addmm_(wide_features.flatten(0, 1).t(), wide_rows)
-    dfeatures = None
-    if needs_features:
-        dfeatures = (rows @ weight.to(rows.dtype).t()).view(features.shape)
+        wide = ops.compute_dtype(dkey.dtype)
+        dfeature_weight = feature_weight_gradient(dkey.to(wide), features.to(wide))
+        terms = dkey, dscore_weight, dfeature_weight
+        if records.sums:
+            records.sums = [total.add_(term) for total, term in zip(records.sums, terms)]
+        else:
+            records.sums = [term.to(wide, copy=True) for term in terms]
+    dfeatures = features_gradient(dkey, features, feature_weight) if needs_features else None
     return dquery if needs_query else None, dfeatures

@@ -158,18 +158,59 @@ def test_autocast_inside_of_which_a_memory_was_not_made():
         assert torch.equal(memory.attend(key[:, 0], features=terms), expected)
 
 
-@pytest.mark.parametrize("name", ["key", "features", "feature_weight"])
-def test_modified_before_backward_is_an_error(name: str):
+@pytest.mark.parametrize(
+    "name",
+    ["query", "key", "value", "score_weight", "features", "feature_weight", "key_lengths"],
+)
+@pytest.mark.parametrize("in_memory", [False, True], ids=["call", "memory"])
+def test_modified_before_backward_is_an_error(name: str, in_memory: bool):
     """Also where autograd itself keeps none of them, as nothing but the query needs a gradient."""
-    parts = {"key": torch.randn(2, 5, 4), "features": torch.randn(2, 5, 3)}
-    parts["feature_weight"] = torch.randn(3, 4)
-    query = torch.randn(2, 4, requires_grad=True)
-    context = additive_attention(
-        query, value=torch.randn(2, 5, 4), score_weight=torch.ones(4), **parts
-    )
-    parts[name].add_(1)
-    with pytest.raises(RuntimeError, match=f"{name} was modified in place"):
+    tensors = {"key": torch.randn(2, 5, 4), "value": torch.randn(2, 5, 3)}
+    tensors |= {"score_weight": torch.ones(4), "feature_weight": torch.randn(3, 4)}
+    if name == "key_lengths":  # beside which a copy of the features is kept
+        tensors[name] = torch.tensor([3, 4])
+    source = torch.randn(2, 4, requires_grad=True)
+    query, features = source * 1, torch.randn(2, 5, 3)
+    if in_memory:
+        context = AttentionMemory(**tensors).attend(query, features=features)
+    else:
+        context = additive_attention(query, features=features, **tensors)
+    {"query": query, "features": features, **tensors}[name].detach().sub_(1)
+    with pytest.raises(RuntimeError, match="modified"):
         context.sum().backward()
+
+
+def test_what_is_kept_passes_the_hooks_of_the_caller():
+    """Those of checkpoint() and save_on_cpu(); the keys with the term in them are not kept."""
+    query, key, weight = torch.randn(2, 4, requires_grad=True), torch.randn(2, 50, 4), torch.ones(4)
+    parts = {"features": torch.randn(2, 50, 3), "feature_weight": torch.randn(3, 4)}
+    kept = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        additive_attention(query, key, key, weight, backend="cpu", **parts)
+    given = {t.data_ptr() for t in (query, key, weight, *parts.values())}
+    assert given <= set(kept)
+    assert sum(pointer not in given for pointer in kept) == 2  # statistics and scores
+
+
+@pytest.mark.parametrize("in_memory", [False, True], ids=["call", "memory"])
+def test_batch_of_incoming_gradients(in_memory: bool):
+    key, query = torch.randn(2, 5, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)
+    features, feature_weight = torch.randn(2, 5, 3, requires_grad=True), torch.randn(3, 4)
+    feature_weight.requires_grad_()
+    arguments, given = (key, key, torch.ones(4)), {"feature_weight": feature_weight}
+    if in_memory:
+        context = AttentionMemory(*arguments, **given).attend(query, features=features)
+    else:
+        context = additive_attention(query, *arguments, features=features, **given)
+    leaves, incoming = (query, key, features, feature_weight), torch.randn(3, *context.shape)
+    batch = torch.autograd.grad(context, leaves, incoming, True, is_grads_batched=True)
+    each = (torch.autograd.grad(context, leaves, one, retain_graph=True) for one in incoming)
+    torch.testing.assert_close(batch, tuple(torch.stack(column) for column in zip(*each)))
 
 
 def test_inference_mode(backend: str):
