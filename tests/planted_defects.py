@@ -75,8 +75,8 @@ PYTHON = [
     Defect(
         "features-score-weight",
         "attn_ext/steps.py",
-        "            sums[1] += dscore_weight\n",
-        "            pass\n",
+        "terms = dkey, dscore_weight, dfeature_weight\n",
+        "terms = dkey, 0 * dscore_weight, dfeature_weight\n",
         "tests/test_features.py::test_memory",
         "Steps with features leave no gradient of the score weight.",
     ),
