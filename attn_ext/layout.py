@@ -5,7 +5,7 @@ score weights ``[H, D]``. A jagged side has ``Bq`` (``Bk``) = 1 and offsets; a p
 per sequence. Below this file nothing is validated again.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -133,6 +133,16 @@ def weights_layout(queries: QuerySide, keys: KeySide) -> int:
     """The internal layout of returned weights: jagged only for one step over jagged keys."""
     jagged = queries.is_one_step and keys.cu_seqlens_k is not None
     return JAGGED_WEIGHTS if jagged else DENSE_WEIGHTS
+
+
+def has_longest_axis(query: Tensor, cu_seqlens_q: Tensor | None, key: Tensor) -> bool:
+    """Whether weights have an axis for the longest sequence of keys, by what is not checked yet.
+
+    Those of one query a jagged sequence have a row for each key instead, and need no bound.
+    """
+    if cu_seqlens_q is not None or not (isinstance(query, Tensor) and isinstance(key, Tensor)):
+        return True
+    return query.is_nested or query.dim() != key.dim() - key.is_nested
 
 
 def check_key_side(
@@ -365,5 +375,6 @@ def _bound_of_unread(cu: Tensor, rows: int, need_exact: bool) -> int:
     """
     if need_exact and cu.size(0) > 1:
         # The one host synchronisation, for the shape of weights; corrupt offsets do not blow it up.
-        return int(cu.diff().max().clamp(0, rows).item())
+        longest: Any = cu.diff().max().clamp(0, rows).item()  # int() of it ends torch.export
+        return longest
     return rows + 1

@@ -141,7 +141,7 @@ class AttentionMemory:
             weights_layout = layout.weights_layout(queries, self._keys) if need_weights else 0
             context, weights = self._step(queries, features, self._dropout_p, weights_layout)
             return queries.restore(context, weights, weights_layout)
-        keys = self._keys_of_call(features, need_weights)
+        keys = self._keys_of_call(queries, features, need_weights)
         return attend(queries, keys, self._dropout_p, need_weights, **self._choice)
 
     def scores(self, query: Tensor, *, features: Tensor | None = None) -> Tensor:
@@ -163,7 +163,7 @@ class AttentionMemory:
             weights_layout = layout.weights_layout(queries, self._keys)
             _, scores = self._step(queries, features, 0.0, weights_layout | RAW)
             return queries.restore_weights(scores, weights_layout)
-        return score(queries, self._keys_of_call(features, True), **self._choice)
+        return score(queries, self._keys_of_call(queries, features, True), **self._choice)
 
     def select(self, index: Tensor) -> "AttentionMemory":
         """A memory of some of the sequences, in any order, left out or repeated.
@@ -213,10 +213,13 @@ class AttentionMemory:
         self._steps.check_unchanged()
         return self._keys
 
-    def _keys_of_call(self, features: Tensor | None, need_weights: bool) -> KeySide:
+    def _keys_of_call(
+        self, queries: QuerySide, features: Tensor | None, need_weights: bool
+    ) -> KeySide:
         """The key side of a step that computes all its gradients itself."""
         keys = self._checked_keys()
-        keys = keys.with_exact_bound() if need_weights else keys
+        if need_weights and layout.weights_layout(queries, keys) == layout.DENSE_WEIGHTS:
+            keys = keys.with_exact_bound()
         if features is None or self._feature_weight is None:
             return keys
         return added_to_keys(keys, features, self._feature_weight, self._choice["backend"])

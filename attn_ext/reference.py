@@ -53,7 +53,7 @@ def additive_attention(
         max_seqlen_k,
         key_padding_mask,
         key_lengths,
-        need_weights,
+        need_weights and layout.has_longest_axis(query, cu_seqlens_q, key),
     )
     queries = layout.check_query_side(query, keys, cu_seqlens_q, max_seqlen_q, need_weights)
     dropout_p = check_probability("dropout_p", dropout_p)

@@ -306,6 +306,25 @@ def test_export(model: Model, tmp_path):
         torch.testing.assert_close(loaded(*inputs), model(*inputs))
 
 
+@pytest.mark.parametrize("steps", [None, 2], ids=["one_step", "several"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_jagged_weights(steps: int | None, strict: bool):
+    """A bound on the longest sequence is a number that the program itself computes."""
+
+    class Weights(nn.Module):
+        def forward(self, query: Tensor, key: Tensor, offsets: Tensor):
+            weight = torch.ones(key.size(1))
+            return attn_ext.additive_attention(
+                query, key, key, weight, cu_seqlens_k=offsets, need_weights=True
+            )
+
+    query = torch.randn(2, 4) if steps is None else torch.randn(2, steps, 4)
+    inputs = query, torch.randn(7, 4), torch.tensor([0, 3, 7])
+    program = torch.export.export(Weights(), inputs, strict=strict).module()
+    offsets = torch.tensor([0, 5, 7])
+    torch.testing.assert_close(program(*inputs[:2], offsets), Weights()(*inputs[:2], offsets))
+
+
 @pytest.mark.nightly  # half a minute of a C++ compiler; what is exported is the same above
 def test_ahead_of_time(model: Model, tmp_path):
     package = str(tmp_path / "model.pt2")
