@@ -10,8 +10,7 @@
 #include "geometry.cuh"
 #include "kernels.h"
 
-namespace attn_ext {
-namespace cuda {
+namespace attn_ext::cuda {
 
 // Bytes of scores that are held at a time; tests make do with less.
 #ifndef ATTN_EXT_CUDA_WAVE_BYTES
@@ -170,5 +169,4 @@ class Call {
   int64_t query_rows_ = 0;
 };
 
-}  // namespace cuda
-}  // namespace attn_ext
+}  // namespace attn_ext::cuda

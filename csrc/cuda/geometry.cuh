@@ -6,8 +6,7 @@
 
 #include "problem.h"
 
-namespace attn_ext {
-namespace cuda {
+namespace attn_ext::cuda {
 
 template <class T>
 __device__ __forceinline__ T smaller(T a, T b) {
@@ -217,5 +216,4 @@ __device__ inline float dropout_factor(const Dropout& dropout, const Span& span,
   return kept ? static_cast<float>(dropout.keep_scale) : 0.0f;
 }
 
-}  // namespace cuda
-}  // namespace attn_ext
+}  // namespace attn_ext::cuda

@@ -12,8 +12,7 @@
 #include "launch.cuh"
 #include "product.cuh"
 
-namespace attn_ext {
-namespace cuda {
+namespace attn_ext::cuda {
 namespace {
 
 constexpr int kKeys = kGradientKeys;  // a tile's, at most
@@ -422,5 +421,4 @@ void launch_gradient(const GradientCall& call, cudaStream_t stream) {
   }
 }
 
-}  // namespace cuda
-}  // namespace attn_ext
+}  // namespace attn_ext::cuda

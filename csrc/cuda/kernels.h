@@ -6,8 +6,7 @@
 
 #include "problem.h"
 
-namespace attn_ext {
-namespace cuda {
+namespace attn_ext::cuda {
 
 // out = sum_d w_d tanh(left_id + right_jd) of queries and keys, or the inner products of dcontext
 // and values.
@@ -103,5 +102,4 @@ void launch_order(const Sequences& sequences, cudaStream_t stream);
 // Multiprocessors of the current device.
 int64_t processors();
 
-}  // namespace cuda
-}  // namespace attn_ext
+}  // namespace attn_ext::cuda

@@ -10,8 +10,7 @@
 #include "geometry.cuh"
 #include "kernels.h"
 
-namespace attn_ext {
-namespace cuda {
+namespace attn_ext::cuda {
 
 constexpr int64_t kMostGridRows = 65535;   // of a grid's y and z axes; kernels loop over the rest
 constexpr int64_t kMostParameters = 4096;  // bytes, on every architecture
@@ -58,5 +57,4 @@ void launch_pairs(const char* name, void (*kernel)(Call), int shift, int threads
       call.problem.heads, threads, call, stream);
 }
 
-}  // namespace cuda
-}  // namespace attn_ext
+}  // namespace attn_ext::cuda

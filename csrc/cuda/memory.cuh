@@ -8,8 +8,7 @@
 
 #include "geometry.cuh"
 
-namespace attn_ext {
-namespace cuda {
+namespace attn_ext::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
@@ -298,5 +297,4 @@ __device__ __forceinline__ float reduce(float value, float (&room)[kRoom<kThread
   return value;
 }
 
-}  // namespace cuda
-}  // namespace attn_ext
+}  // namespace attn_ext::cuda

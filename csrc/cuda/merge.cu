@@ -3,8 +3,7 @@
 #include "launch.cuh"
 #include "memory.cuh"
 
-namespace attn_ext {
-namespace cuda {
+namespace attn_ext::cuda {
 namespace {
 
 constexpr int kThreads = 256;
@@ -84,5 +83,4 @@ void launch_merge_dweight(const float* partial, int64_t tiles, int64_t heads, in
          stream);
 }
 
-}  // namespace cuda
-}  // namespace attn_ext
+}  // namespace attn_ext::cuda

@@ -4,8 +4,7 @@
 
 #include "../view.h"
 
-namespace attn_ext {
-namespace cuda {
+namespace attn_ext::cuda {
 
 // The rows of all queries, or of all keys: jagged by offsets, else `rows` for each sequence. Rows
 // are numbered through all sequences.
@@ -42,5 +41,4 @@ struct Problem : Operands {
   Sequences sequences;
 };
 
-}  // namespace cuda
-}  // namespace attn_ext
+}  // namespace attn_ext::cuda

@@ -4,8 +4,7 @@
 #include "launch.cuh"
 #include "product.cuh"
 
-namespace attn_ext {
-namespace cuda {
+namespace attn_ext::cuda {
 namespace {
 
 constexpr int kThreads = 128;
@@ -117,5 +116,4 @@ void launch_product(const InnerCall& call, cudaStream_t stream) {
                kTileShift, kThreads, call, stream);
 }
 
-}  // namespace cuda
-}  // namespace attn_ext
+}  // namespace attn_ext::cuda

@@ -6,8 +6,7 @@
 
 #include "memory.cuh"
 
-namespace attn_ext {
-namespace cuda {
+namespace attn_ext::cuda {
 
 inline int terms_of(DType dtype) {
   return dtype == DType::kBFloat16 ? 1 : dtype == DType::kFloat16 ? 2 : 3;
@@ -148,5 +147,4 @@ __device__ __forceinline__ unsigned packed_slopes(unsigned h) {
 #endif
 }
 
-}  // namespace cuda
-}  // namespace attn_ext
+}  // namespace attn_ext::cuda

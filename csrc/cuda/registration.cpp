@@ -9,8 +9,7 @@
 #define ATTN_EXT_CUDA_KEY CUDA
 #endif
 
-namespace attn_ext {
-namespace cuda {
+namespace attn_ext::cuda {
 namespace {
 
 constexpr int64_t kPartialBytes = int64_t{1} << 28;  // of sums of queries over some of the keys
@@ -372,8 +371,7 @@ struct Cuda {
 };
 
 }  // namespace
-}  // namespace cuda
-}  // namespace attn_ext
+}  // namespace attn_ext::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(attn_ext_cuda, ATTN_EXT_CUDA_KEY, m) {
   attn_ext::Operations<attn_ext::cuda::Cuda>::implement(m);

@@ -7,8 +7,7 @@
 #include "launch.cuh"
 #include "memory.cuh"
 
-namespace attn_ext {
-namespace cuda {
+namespace attn_ext::cuda {
 namespace {
 
 constexpr int kThreads = 256;
@@ -363,5 +362,4 @@ void launch_scores(const InnerCall& call, cudaStream_t stream) {
   launch_pairs("scores", score_kernel, kTileShift, kThreads, call, stream);
 }
 
-}  // namespace cuda
-}  // namespace attn_ext
+}  // namespace attn_ext::cuda

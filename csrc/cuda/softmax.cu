@@ -9,8 +9,7 @@
 #include "launch.cuh"
 #include "memory.cuh"
 
-namespace attn_ext {
-namespace cuda {
+namespace attn_ext::cuda {
 namespace {
 
 constexpr int kThreads = 128;
@@ -145,5 +144,4 @@ void launch_softmax_gradient(const SoftmaxGradientCall& call, cudaStream_t strea
          tile_count(sequences, false, shift), call.problem.heads, 1, kThreads, call, stream);
 }
 
-}  // namespace cuda
-}  // namespace attn_ext
+}  // namespace attn_ext::cuda

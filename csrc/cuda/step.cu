@@ -6,8 +6,7 @@
 #include "launch.cuh"
 #include "memory.cuh"
 
-namespace attn_ext {
-namespace cuda {
+namespace attn_ext::cuda {
 namespace {
 
 constexpr int kKeys = 4;  // a warp's at a time
@@ -354,5 +353,4 @@ void launch_step_merge(const StepCall& call, cudaStream_t stream) {
          call.problem.heads * call.problem.sequences.query.longest, 1, kThreads, call, stream);
 }
 
-}  // namespace cuda
-}  // namespace attn_ext
+}  // namespace attn_ext::cuda

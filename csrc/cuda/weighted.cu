@@ -5,8 +5,7 @@
 #include "launch.cuh"
 #include "product.cuh"
 
-namespace attn_ext {
-namespace cuda {
+namespace attn_ext::cuda {
 namespace {
 
 constexpr int kThreads = 128;
@@ -296,5 +295,4 @@ void launch_weighted(const WeightedCall& call, cudaStream_t stream) {
   }
 }
 
-}  // namespace cuda
-}  // namespace attn_ext
+}  // namespace attn_ext::cuda
