@@ -4,7 +4,7 @@
 
 #include <cuda_runtime.h>
 
-#include "problem.h"
+#include "kernels.h"
 
 namespace attn_ext::cuda {
 

@@ -23,7 +23,7 @@ static_assert(kGradientFeatures == 2 * kWarp && kKeys <= kWarp);
 
 // A warp's keys of one sequence and head, and its features: a lane has `col` and `col` + 32.
 struct Slice {
-  const GradientCall& call;
+  const BackwardCall& call;
   const Span& span;
   int64_t head;
   int64_t col;
@@ -85,13 +85,12 @@ __device__ __forceinline__ void store_pair(const Slice& slice, T* row, float fir
 
 template <class T>
 __device__ __forceinline__ void load_keys(const Slice& slice, Shared<T>& shared, KeyTile& tile) {
-  const Problem& problem = slice.call.problem;
   tile.bound = 0;
 #pragma unroll
   for (int first = 0; first < kKeys && first < tile.count; first += kGroup) {
 #pragma unroll
     for (int j = first; j < first + kGroup; ++j) {
-      load_pair(slice, static_cast<const T*>(problem.key.data) + slice.col + shared.keys[j],
+      load_pair(slice, static_cast<const T*>(slice.call.key.data) + slice.col + shared.keys[j],
                 tile.keys[j]);
     }
 #pragma unroll
@@ -115,7 +114,7 @@ __device__ __forceinline__ void load_keys(const Slice& slice, Shared<T>& shared,
   }
   tile.bound = reduce_warp<Maximum>(tile.bound);
   // One query waits for memory, not for arithmetic.
-  tile.factored = !slice.call.one_step && tile.bound <= FactoredRange<float>::kLargest &&
+  tile.factored = !slice.call.few_queries && tile.bound <= FactoredRange<float>::kLargest &&
                   (kGuarded<T> || tile.bound >= static_cast<float>(kSmallestRoughSum));
 }
 
@@ -229,8 +228,7 @@ __device__ __forceinline__ void add_exact(const Slice& slice, const Shared<T>& s
   for (int j = 0; j < kKeys && j < count; ++j) {
     const float s = as_float(shared.dscores[turn][j]);
     float key[2];
-    load_pair(slice,
-              static_cast<const T*>(slice.call.problem.key.data) + slice.col + shared.keys[j], key);
+    load_pair(slice, static_cast<const T*>(slice.call.key.data) + slice.col + shared.keys[j], key);
 #pragma unroll
     for (int f = 0; f < 2; ++f) {
       const TanhSlope parts = exact_tanh(query[f] + key[f]);
@@ -249,7 +247,7 @@ __device__ __forceinline__ void add_exact(const Slice& slice, const Shared<T>& s
 template <class T>
 __device__ __forceinline__ void write_keys(const Slice& slice, const Shared<T>& shared, int count,
                                            float (&dkeys)[kKeys][2]) {
-  const GradientCall& call = slice.call;
+  const BackwardCall& call = slice.call;
   const bool first = slice.span.first_query == 0;
   const bool last = slice.span.has_last_query;
 #pragma unroll
@@ -276,14 +274,13 @@ __device__ __forceinline__ void write_keys(const Slice& slice, const Shared<T>& 
 template <class T, bool kQuery, bool kKey>
 __device__ __forceinline__ void run_tile(const Slice& slice, KeyTile& tile, bool starts, bool ends,
                                          Shared<T>& shared) {
-  const GradientCall& call = slice.call;
-  const Problem& problem = call.problem;
+  const BackwardCall& call = slice.call;
   const Span& span = slice.span;
   const int lane = threadIdx.x;
   const int own_key = tile.first + smaller(lane, tile.count - 1);
   __syncthreads();
   if (lane < kKeys) {
-    shared.keys[lane] = key_offset(problem.key, span, slice.head, own_key);
+    shared.keys[lane] = key_offset(call.key, span, slice.head, own_key);
     shared.dkeys[lane] = key_offset(call.dkey, span, slice.head, own_key);
   }
   __syncthreads();
@@ -293,8 +290,8 @@ __device__ __forceinline__ void run_tile(const Slice& slice, KeyTile& tile, bool
   const Rows& rows = call.dquery_sums;
   float* sums = static_cast<float*>(rows.data) + (tile.first >> call.key_shift) * rows.batch +
                 span.flat_row * rows.row + slice.head * rows.head + slice.col;
-  const T* query_row = static_cast<const T*>(problem.query.data) + slice.col +
-                       query_offset(problem.query, span, slice.head, 0);
+  const T* query_row = static_cast<const T*>(call.query.data) + slice.col +
+                       query_offset(call.query, span, slice.head, 0);
   T* dquery_row = static_cast<T*>(call.dquery.data) + slice.col +
                   query_offset(call.dquery, span, slice.head, 0);
   const int queries = span.query_count;
@@ -331,7 +328,7 @@ __device__ __forceinline__ void run_tile(const Slice& slice, KeyTile& tile, bool
       }
     }
     dscores += call.dscores.rows.row;
-    query_row += problem.query.row;
+    query_row += call.query.row;
     dquery_row += call.dquery.row;
     sums += rows.row;
   }
@@ -346,36 +343,35 @@ __device__ __forceinline__ void run_tile(const Slice& slice, KeyTile& tile, bool
 // left, which the same block of each does in the order of the stream.
 template <class T>
 __device__ inline void write_dweight(const Slice& slice, const Shared<T>& shared) {
-  const GradientCall& call = slice.call;
-  const int64_t row = int64_t{blockIdx.x} * call.problem.heads + slice.head;
+  const BackwardCall& call = slice.call;
+  const int64_t row = int64_t{blockIdx.x} * call.heads + slice.head;
   for (int f = 0; f < 2 && slice.exists[f]; ++f) {
-    float& partial = call.partial_dweight[row * call.problem.dim + slice.col + f * kWarp];
-    const bool adds = call.problem.sequences.first_row > 0;
+    float& partial = call.partial_dweight[row * call.dim + slice.col + f * kWarp];
+    const bool adds = call.sequences.first_row > 0;
     const double sum = shared.dweight[f][threadIdx.x];
     partial = static_cast<float>(adds ? sum + static_cast<double>(partial) : sum);
   }
 }
 
 template <class T, bool kQuery, bool kKey>
-__global__ void __launch_bounds__(kWarp, 12) gradient_kernel(const GradientCall call) {
+__global__ void __launch_bounds__(kWarp, 12) gradient_kernel(const BackwardCall call) {
   __shared__ __align__(16) Shared<T> shared;
-  find_place(call.problem.sequences, true, call.key_shift, shared.place);
+  find_place(call.sequences, true, call.key_shift, shared.place);
   const Span& span = shared.place.span;
   const int first = shared.place.first;
-  const Rows& weights = call.problem.score_weight;
+  const Rows& weights = call.score_weight;
   const int64_t end = smaller<int64_t>(span.key_count, first + (int64_t{1} << call.key_shift));
   const int keys = span.query_count > 0 ? static_cast<int>(end - first) : 0;
   // Tiles of about as many keys each, in whole groups.
   const int tiles = (keys + kKeys - 1) / kKeys;
   const int step = tiles > 0 ? ((keys + tiles - 1) / tiles + kGroup - 1) / kGroup * kGroup : 1;
-  for (int64_t head = blockIdx.z; head < call.problem.heads; head += gridDim.z) {
-    for (int64_t chunk = blockIdx.y; chunk * kGradientFeatures < call.problem.dim;
-         chunk += gridDim.y) {
+  for (int64_t head = blockIdx.z; head < call.heads; head += gridDim.z) {
+    for (int64_t chunk = blockIdx.y; chunk * kGradientFeatures < call.dim; chunk += gridDim.y) {
       Slice slice{call, span, head, chunk * kGradientFeatures + threadIdx.x, {}};
 #pragma unroll
       for (int f = 0; f < 2; ++f) {
         const int64_t col = slice.col + f * kWarp;
-        slice.exists[f] = col < call.problem.dim;
+        slice.exists[f] = col < call.dim;
         shared.weight[f][threadIdx.x] =
             slice.exists[f] ? -4 * load(weights, head * weights.head + col) : 0.0f;
         shared.dweight[f][threadIdx.x] = 0;
@@ -396,22 +392,21 @@ __global__ void __launch_bounds__(kWarp, 12) gradient_kernel(const GradientCall 
 }
 
 template <class T>
-void launch_gradient_of(const GradientCall& call, cudaStream_t stream) {
+void launch_gradient_of(const BackwardCall& call, cudaStream_t stream) {
   const bool query = call.dquery.data != nullptr;
   const bool key = call.dkey.data != nullptr || call.partial_dweight != nullptr;
   const auto kernel = !key    ? gradient_kernel<T, true, false>
                       : query ? gradient_kernel<T, true, true>
                               : gradient_kernel<T, false, true>;
-  const Sequences& sequences = call.problem.sequences;
+  const Sequences& sequences = call.sequences;
   launch("gradients", kernel, tile_count(sequences, true, call.key_shift),
-         (call.problem.dim + kGradientFeatures - 1) / kGradientFeatures, call.problem.heads, kWarp,
-         call, stream);
+         (call.dim + kGradientFeatures - 1) / kGradientFeatures, call.heads, kWarp, call, stream);
 }
 
 }  // namespace
 
-void launch_gradient(const GradientCall& call, cudaStream_t stream) {
-  switch (call.problem.key.dtype) {
+void launch_gradient(const BackwardCall& call, cudaStream_t stream) {
+  switch (call.key.dtype) {
     case DType::kFloat16:
       return launch_gradient_of<__half>(call, stream);
     case DType::kBFloat16:

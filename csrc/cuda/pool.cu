@@ -20,7 +20,7 @@ constexpr int kBranches = 4;                 // whose dscore_weight is summed at
 
 // The keys of a sequence and head.
 struct Bag {
-  const Problem& problem;
+  const ForwardCall& call;
   const Span& span;
   int64_t head;
 };
@@ -58,7 +58,7 @@ __device__ __forceinline__ void feature_factors(const Bag& bag, int key, int64_t
   }
 #pragma unroll
   for (int factor = 0; factor < 2; ++factor) {
-    const Dropout& dropout = bag.problem.feature_dropout[factor];
+    const Dropout& dropout = bag.call.feature_dropout[factor];
     if (dropout.active) {
       drop_features(dropout, factor, bag, key, col, factors);
     }
@@ -67,9 +67,9 @@ __device__ __forceinline__ void feature_factors(const Bag& bag, int key, int64_t
 
 __device__ __forceinline__ void load_branch(const Bag& bag, int64_t branch, int64_t col,
                                             float (&weights)[kGranule]) {
-  const Problem& problem = bag.problem;
-  load_granule(problem.query, query_offset(problem.query, bag.span, bag.head, branch), col,
-               problem.dim, weights);
+  const ForwardCall& call = bag.call;
+  load_granule(call.query, query_offset(call.query, bag.span, bag.head, branch), col, call.dim,
+               weights);
 }
 
 // Adds the products of the features from `col` on to the scores of the keys from `key` on.
@@ -103,33 +103,32 @@ __device__ inline void add_products(const Bag& bag, const Scores& out, int key, 
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 4) pool_scores_kernel(const InnerCall call) {
-  const Problem& problem = call.problem;
+__global__ void __launch_bounds__(kThreads, 4) pool_scores_kernel(const ForwardCall call) {
   __shared__ Place place;
-  find_place(problem.sequences, true, kPoolShift, place);
+  find_place(call.sequences, true, kPoolShift, place);
   const Span& span = place.span;
   const int end = smaller(span.key_count, place.first + (1 << kPoolShift));
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
-  for (int64_t head = blockIdx.y; head < problem.heads; head += gridDim.y) {
-    const Bag bag{problem, span, head};
+  for (int64_t head = blockIdx.y; head < call.heads; head += gridDim.y) {
+    const Bag bag{call, span, head};
 #pragma unroll 1
     for (int key = place.first + warp * kKeys; key < end; key += kWarps * kKeys) {
       int64_t keys[kKeys];
       int64_t gates[kKeys];
 #pragma unroll
       for (int n = 0; n < kKeys; ++n) {  // those past the end are repeated
-        keys[n] = key_offset(problem.key, span, head, smaller(key + n, end - 1));
-        gates[n] = key_offset(problem.gate, span, head, smaller(key + n, end - 1));
+        keys[n] = key_offset(call.key, span, head, smaller(key + n, end - 1));
+        gates[n] = key_offset(call.gate, span, head, smaller(key + n, end - 1));
       }
       // Of no features there are scores, too: 0.
-      for (int64_t begin = 0; begin == 0 || begin < problem.dim; begin += kFeatures) {
+      for (int64_t begin = 0; begin == 0 || begin < call.dim; begin += kFeatures) {
         const int64_t col = begin + lane * kGranule;
         float hidden[kKeys][kGranule];
-        load_granules(problem.key, keys, col, problem.dim, hidden);
+        load_granules(call.key, keys, col, call.dim, hidden);
         float gate[kKeys][kGranule];
-        if (problem.gate.data != nullptr) {
-          load_granules(problem.gate, gates, col, problem.dim, gate);
+        if (call.gate.data != nullptr) {
+          load_granules(call.gate, gates, col, call.dim, gate);
         }
 #pragma unroll
         for (int n = 0; n < kKeys; ++n) {
@@ -138,13 +137,13 @@ __global__ void __launch_bounds__(kThreads, 4) pool_scores_kernel(const InnerCal
 #pragma unroll
           for (int f = 0; f < kGranule; ++f) {
             float value = exact_tanh(hidden[n][f]).tanh;
-            if (problem.gate.data != nullptr) {
+            if (call.gate.data != nullptr) {
               value *= exact_sigmoid(gate[n][f]).sigmoid;
             }
             hidden[n][f] = value * factors[f];
           }
         }
-        add_products(bag, call.out, key, end, col, begin == 0, hidden);
+        add_products(bag, call.scores, key, end, col, begin == 0, hidden);
       }
     }
   }
@@ -159,12 +158,12 @@ struct HiddenGranule {
 
 __device__ __forceinline__ void load_hidden(const Bag& bag, int key, int64_t col,
                                             HiddenGranule& granule) {
-  const Problem& problem = bag.problem;
-  const bool gated = problem.gate.data != nullptr;
-  load_granule(problem.key, key_offset(problem.key, bag.span, bag.head, key), col, problem.dim,
+  const ForwardCall& call = bag.call;
+  const bool gated = call.gate.data != nullptr;
+  load_granule(call.key, key_offset(call.key, bag.span, bag.head, key), col, call.dim,
                granule.dkey);
   if (gated) {
-    load_granule(problem.gate, key_offset(problem.gate, bag.span, bag.head, key), col, problem.dim,
+    load_granule(call.gate, key_offset(call.gate, bag.span, bag.head, key), col, call.dim,
                  granule.dgate);
   }
   float factors[kGranule];
@@ -193,12 +192,12 @@ __device__ __forceinline__ void write_row(const Bag& bag, const Rows& rows, int 
   for (int f = 0; f < kGranule; ++f) {
     values[f] = dhidden[f] * derivative[f];
   }
-  store_granule(rows, key_offset(rows, bag.span, bag.head, key), col, bag.problem.dim, values);
+  store_granule(rows, key_offset(rows, bag.span, bag.head, key), col, bag.call.dim, values);
 }
 
 // A key's share of the sums of the branches from `branch` on, and with the first branches dkey and
 // dgate.
-__device__ __forceinline__ void add_key(const GradientCall& call, const Bag& bag, int key,
+__device__ __forceinline__ void add_key(const BackwardCall& call, const Bag& bag, int key,
                                         int64_t col, int branch,
                                         float (&dweights)[kBranches][kGranule]) {
   HiddenGranule granule;
@@ -230,18 +229,17 @@ __device__ __forceinline__ void add_key(const GradientCall& call, const Bag& bag
   write_row(bag, call.dgate, key, col, dhidden, granule.dgate);
 }
 
-__global__ void __launch_bounds__(kThreads, 4) pool_gradient_kernel(const GradientCall call) {
+__global__ void __launch_bounds__(kThreads, 4) pool_gradient_kernel(const BackwardCall call) {
   __shared__ float shares[kWarps][kBranches][kFeatures];
-  const Problem& problem = call.problem;
   __shared__ Place place;
-  find_place(problem.sequences, true, kPoolShift, place);
+  find_place(call.sequences, true, kPoolShift, place);
   const Span& span = place.span;
   const int end = smaller(span.key_count, place.first + (1 << kPoolShift));
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
-  for (int64_t head = blockIdx.z; head < problem.heads; head += gridDim.z) {
-    const Bag bag{problem, span, head};
-    for (int64_t begin = int64_t{blockIdx.y} * kFeatures; begin < problem.dim;
+  for (int64_t head = blockIdx.z; head < call.heads; head += gridDim.z) {
+    const Bag bag{call, span, head};
+    for (int64_t begin = int64_t{blockIdx.y} * kFeatures; begin < call.dim;
          begin += int64_t{gridDim.y} * kFeatures) {
       for (int branch = 0; branch < span.query_count; branch += kBranches) {
         float dweights[kBranches][kGranule] = {};
@@ -262,15 +260,15 @@ __global__ void __launch_bounds__(kThreads, 4) pool_gradient_kernel(const Gradie
         for (int n = threadIdx.x; n < kBranches * kFeatures; n += kThreads) {
           const int row = branch + n / kFeatures;
           const int64_t col = begin + n % kFeatures;
-          if (row < span.query_count && col < problem.dim) {
+          if (row < span.query_count && col < call.dim) {
             float sum = 0;
 #pragma unroll
             for (int share = 0; share < kWarps; ++share) {
               sum += shares[share][n / kFeatures][n % kFeatures];
             }
             const int64_t partial =
-                (int64_t{blockIdx.x} * problem.heads + head) * span.query_count + row;
-            call.partial_dweight[partial * problem.dim + col] = sum;
+                (int64_t{blockIdx.x} * call.heads + head) * span.query_count + row;
+            call.partial_dweight[partial * call.dim + col] = sum;
           }
         }
       }
@@ -280,17 +278,16 @@ __global__ void __launch_bounds__(kThreads, 4) pool_gradient_kernel(const Gradie
 
 }  // namespace
 
-void launch_pool_scores(const InnerCall& call, cudaStream_t stream) {
-  const Sequences& sequences = call.problem.sequences;
-  launch("scores of keys", pool_scores_kernel, tile_count(sequences, true, kPoolShift),
-         call.problem.heads, 1, kThreads, call, stream);
+void launch_pool_scores(const ForwardCall& call, cudaStream_t stream) {
+  const Sequences& sequences = call.sequences;
+  launch("scores of keys", pool_scores_kernel, tile_count(sequences, true, kPoolShift), call.heads,
+         1, kThreads, call, stream);
 }
 
-void launch_pool_gradient(const GradientCall& call, cudaStream_t stream) {
-  const Sequences& sequences = call.problem.sequences;
+void launch_pool_gradient(const BackwardCall& call, cudaStream_t stream) {
+  const Sequences& sequences = call.sequences;
   launch("gradients of keys", pool_gradient_kernel, tile_count(sequences, true, kPoolShift),
-         (call.problem.dim + kFeatures - 1) / kFeatures, call.problem.heads, kThreads, call,
-         stream);
+         (call.dim + kFeatures - 1) / kFeatures, call.heads, kThreads, call, stream);
 }
 
 }  // namespace attn_ext::cuda

@@ -23,7 +23,7 @@ static_assert(kThreads == kRowLanes << kRowShift<kRowLanes>);
 
 // A row of the gradient.
 struct GradientRow {
-  const SoftmaxGradientCall& call;
+  const BackwardCall& call;
   const Span& span;
   int64_t head;
   int i;
@@ -32,20 +32,20 @@ struct GradientRow {
   float scale;
   ScoreRow scores = score_row(call.scores, span, head, i);
   ScoreRow alpha = score_row(call.alpha, span, head, i);
-  ScoreRow dalpha = score_row(call.dalpha, span, head, i);
+  ScoreRow dalpha = score_row(call.dscores, span, head, i);
 
   __device__ float dweight(int64_t j) const {
     return load(call.dweights.rows, weight_offset(call.dweights, span, head, i, j));
   }
   __device__ float factor(int64_t j) const {
-    return dropout_factor(call.problem.dropout, span, head, i, j);
+    return dropout_factor(call.dropout, span, head, i, j);
   }
 };
 
 // alpha of every key, g' in place of g, and delta.
 template <int kGroup>
 __device__ inline float row_delta(const GradientRow& row, float (&room)[kRoom<kGroup>]) {
-  const SoftmaxGradientCall& call = row.call;
+  const BackwardCall& call = row.call;
   float weighted = 0;
   float total = 0;
 #pragma unroll 2
@@ -88,10 +88,10 @@ __device__ inline float row_rest(const GradientRow& row, float delta,
 }
 
 template <int kGroup>
-__device__ inline void run_row(const SoftmaxGradientCall& call, const Span& span, int64_t head,
-                               int i, int keys, float (&room)[kRoom<kGroup>]) {
+__device__ inline void run_row(const BackwardCall& call, const Span& span, int64_t head, int i,
+                               int keys, float (&room)[kRoom<kGroup>]) {
   const int lane = threadIdx.x % kGroup;
-  if (call.problem.raw_scores) {
+  if (call.raw_scores) {
     const GradientRow row{call, span, head, i, keys, 0, 0};
     for (int j = lane; j < keys; j += kGroup) {
       row.dalpha[j] = row.dweight(j);
@@ -118,10 +118,10 @@ __device__ inline void run_row(const SoftmaxGradientCall& call, const Span& span
 
 template <int kGroup>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    softmax_gradient_kernel(const SoftmaxGradientCall call) {
+    softmax_gradient_kernel(const BackwardCall call) {
   __shared__ float room[kRoom<kGroup>];
   __shared__ Place place;
-  find_place(call.problem.sequences, false, kRowShift<kGroup>, place);
+  find_place(call.sequences, false, kRowShift<kGroup>, place);
   const Span& span = place.span;
   if (place.is_empty(false) || span.key_count == 0) {
     return;
@@ -129,19 +129,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   // Threads without a row go along with those that have one.
   const int i = place.first + threadIdx.x / kGroup;
   const int keys = i < span.query_count ? span.key_count : 0;
-  for (int64_t head = blockIdx.y; head < call.problem.heads; head += gridDim.y) {
+  for (int64_t head = blockIdx.y; head < call.heads; head += gridDim.y) {
     run_row<kGroup>(call, span, head, smaller(i, span.query_count - 1), keys, room);
   }
 }
 
 }  // namespace
 
-void launch_softmax_gradient(const SoftmaxGradientCall& call, cudaStream_t stream) {
-  const Sequences& sequences = call.problem.sequences;
-  const int shift = call.few_rows ? kRowShift<kThreads> : kRowShift<kRowLanes>;
+void launch_softmax_gradient(const BackwardCall& call, cudaStream_t stream) {
+  const Sequences& sequences = call.sequences;
+  const int shift = call.few_queries ? kRowShift<kThreads> : kRowShift<kRowLanes>;
   launch("softmax gradient",
-         call.few_rows ? softmax_gradient_kernel<kThreads> : softmax_gradient_kernel<kRowLanes>,
-         tile_count(sequences, false, shift), call.problem.heads, 1, kThreads, call, stream);
+         call.few_queries ? softmax_gradient_kernel<kThreads> : softmax_gradient_kernel<kRowLanes>,
+         tile_count(sequences, false, shift), call.heads, 1, kThreads, call, stream);
 }
 
 }  // namespace attn_ext::cuda

@@ -52,21 +52,21 @@ __device__ __forceinline__ void step_sums(const Rows& left, const Rows& right, c
 constexpr int kProductThreads = 128;
 constexpr int kProductShift = 6;
 
-__global__ void __launch_bounds__(kProductThreads, 4) step_product_kernel(const InnerCall call) {
+__global__ void __launch_bounds__(kProductThreads, 4) step_product_kernel(const BackwardCall call) {
   __shared__ Place place;
-  find_place(call.problem.sequences, true, kProductShift, place);
+  find_place(call.sequences, true, kProductShift, place);
   const Span& span = place.span;
   const int end = smaller(span.key_count, place.first + (1 << kProductShift));
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
-  for (int64_t head = blockIdx.y; head < call.problem.heads; head += gridDim.y) {
+  for (int64_t head = blockIdx.y; head < call.heads; head += gridDim.y) {
     for (int key = place.first + warp * kKeys; key < end; key += kProductThreads / kWarp * kKeys) {
       float sums[kKeys];
-      step_sums<false>(call.left, call.right, {}, call.dim, span, head, key, end, sums);
+      step_sums<false>(call.dcontext, call.value, {}, call.value_dim, span, head, key, end, sums);
 #pragma unroll
       for (int n = 0; n < kKeys; ++n) {
         if (lane == n && key + n < end) {
-          score_row(call.out, span, head, 0)[key + n] = sums[n];
+          score_row(call.dscores, span, head, 0)[key + n] = sums[n];
         }
       }
     }
@@ -96,17 +96,17 @@ struct KeyRange {
 // The number of a partial result.
 __device__ inline int64_t partial_row(const StepCall& call, const Span& span, int64_t tile,
                                       int64_t head, int query) {
-  return (tile * span.query_count + query) * call.problem.heads + head;
+  return (tile * span.query_count + query) * call.heads + head;
 }
 
 __device__ inline void compute_scores(const KeyRange& range, Shared& shared) {
-  const Problem& problem = range.call.problem;
+  const StepCall& call = range.call;
   const int lane = threadIdx.x % kWarp;
 #pragma unroll 1
   for (int key = threadIdx.x / kWarp * kKeys; key < range.keys; key += kWarps * kKeys) {
     float sums[kKeys];
-    step_sums<true>(problem.query, problem.key, problem.score_weight, problem.dim, range.span,
-                    range.head, range.first + key, range.first + range.keys, sums);
+    step_sums<true>(call.query, call.key, call.score_weight, call.dim, range.span, range.head,
+                    range.first + key, range.first + range.keys, sums);
 #pragma unroll
     for (int n = 0; n < kKeys; ++n) {
       if (lane == n && key + n < range.keys) {
@@ -149,8 +149,8 @@ __device__ inline SoftmaxPart exponentiate_scores(const KeyRange& range, Shared&
   for (int j = threadIdx.x; j < range.keys; j += kThreads) {
     const float exponential = expf(shared.scores[j] - base);
     total += exponential;
-    shared.scores[j] = exponential * dropout_factor(range.call.problem.dropout, range.span,
-                                                    range.head, range.query, range.first + j);
+    shared.scores[j] = exponential * dropout_factor(range.call.dropout, range.span, range.head,
+                                                    range.query, range.first + j);
   }
   total = reduce<Sum, kThreads>(total, shared.room);
   return {largest, total};
@@ -160,8 +160,8 @@ __device__ inline SoftmaxPart exponentiate_scores(const KeyRange& range, Shared&
 // keys, and the first of them gets the sum.
 __device__ inline void weigh_values(const KeyRange& range, int64_t col, int share, int shares,
                                     Shared& shared, float (&sums)[kGranule]) {
-  const Rows& value = range.call.problem.value;
-  const int64_t dim = range.call.problem.value_dim;
+  const Rows& value = range.call.value;
+  const int64_t dim = range.call.value_dim;
 #pragma unroll
   for (int f = 0; f < kGranule; ++f) {
     sums[f] = 0;
@@ -212,7 +212,7 @@ __device__ inline void weigh_values(const KeyRange& range, int64_t col, int shar
 __device__ inline void write_values(const KeyRange& range, int64_t col, float scale,
                                     const float (&sums)[kGranule]) {
   const StepCall& call = range.call;
-  const int64_t dim = call.problem.value_dim;
+  const int64_t dim = call.value_dim;
   const int64_t context = query_offset(call.context, range.span, range.head, range.query);
   const int64_t partial = partial_row(call, range.span, blockIdx.x, range.head, range.query) * dim;
 #pragma unroll
@@ -240,22 +240,21 @@ __device__ inline void write_stats(const KeyRange& range, const SoftmaxPart& sof
 template <bool kScored>
 __global__ void __launch_bounds__(kThreads, 2) step_kernel(const StepCall call) {
   __shared__ __align__(16) Shared shared;
-  const Problem& problem = call.problem;
   __shared__ Place place;
-  find_place(problem.sequences, true, call.key_shift, place);
+  find_place(call.sequences, true, call.key_shift, place);
   const Span& span = place.span;
   if (place.is_empty(true)) {
     return;
   }
   const int first = place.first;
   const int keys = static_cast<int>(smaller<int64_t>(1 << call.key_shift, span.key_count - first));
-  const int columns = larger(static_cast<int>((problem.value_dim + kGranule - 1) / kGranule), 1);
+  const int columns = larger(static_cast<int>((call.value_dim + kGranule - 1) / kGranule), 1);
   const int shares = larger(kThreads / columns, 1);
   const int queries = kScored ? span.query_count : 1;
   // A head's queries are one block's, so that values come from the L2 cache for all but the first.
-  for (int64_t row = blockIdx.y; row < problem.heads * queries; row += gridDim.y) {
-    const int64_t head = kScored ? row % problem.heads : row;
-    const int query = kScored ? static_cast<int>(row / problem.heads) : 0;
+  for (int64_t row = blockIdx.y; row < call.heads * queries; row += gridDim.y) {
+    const int64_t head = kScored ? row % call.heads : row;
+    const int query = kScored ? static_cast<int>(row / call.heads) : 0;
     const KeyRange range{call, span, head, query, first, keys};
     __syncthreads();
     find_scores<kScored>(range, shared);
@@ -288,19 +287,18 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const StepCall call) 
 
 // Joins the partial softmaxes of a sequence in the order of their keys.
 __global__ void __launch_bounds__(kThreads) step_merge_kernel(const StepCall call) {
-  const Problem& problem = call.problem;
   const int64_t n = blockIdx.x;
-  const Span span = span_of(problem.sequences, n);
+  const Span span = span_of(call.sequences, n);
   if (span.key_count == 0) {
     return;
   }
-  const Sequences& sequences = problem.sequences;
+  const Sequences& sequences = call.sequences;
   const int64_t begin = first_tile(sequences, true, n, call.key_shift);
   const int64_t keys = int64_t{1} << call.key_shift;
   const int64_t end = begin + ((span.key_count + keys - 1) >> call.key_shift);
-  for (int64_t row = blockIdx.y; row < problem.heads * span.query_count; row += gridDim.y) {
-    const int64_t head = row % problem.heads;
-    const int query = static_cast<int>(row / problem.heads);
+  for (int64_t row = blockIdx.y; row < call.heads * span.query_count; row += gridDim.y) {
+    const int64_t head = row % call.heads;
+    const int query = static_cast<int>(row / call.heads);
     SoftmaxPart whole{-INFINITY, 0};
     for (int64_t tile = begin; tile < end; ++tile) {
       whole = merge_softmax(whole, call.partial_stats[partial_row(call, span, tile, head, query)]);
@@ -311,12 +309,12 @@ __global__ void __launch_bounds__(kThreads) step_merge_kernel(const StepCall cal
       store(call.stats, stats, whole.largest);
       store(call.stats, stats + 1, whole.total);
     }
-    for (int64_t col = threadIdx.x; col < problem.value_dim; col += kThreads) {
+    for (int64_t col = threadIdx.x; col < call.value_dim; col += kThreads) {
       float sum = 0;
       for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t number = partial_row(call, span, tile, head, query);
         sum = fmaf(softmax_scale(call.partial_stats[number].largest, whole.largest),
-                   call.partial_sums[number * problem.value_dim + col], sum);
+                   call.partial_sums[number * call.value_dim + col], sum);
       }
       store(call.context, query_offset(call.context, span, head, query) + col, sum * scale);
     }
@@ -327,30 +325,28 @@ __global__ void __launch_bounds__(kThreads) step_merge_kernel(const StepCall cal
       const float score = score_row(call.scores, span, head, query)[j];
       store(call.weights.rows, weight_offset(call.weights, span, head, query, j),
             softmax_scale(score, whole.largest) * scale *
-                dropout_factor(problem.dropout, span, head, query, j));
+                dropout_factor(call.dropout, span, head, query, j));
     }
   }
 }
 
 }  // namespace
 
-void launch_step_product(const InnerCall& call, cudaStream_t stream) {
-  const Sequences& sequences = call.problem.sequences;
+void launch_step_product(const BackwardCall& call, cudaStream_t stream) {
+  const Sequences& sequences = call.sequences;
   launch("inner products of a step", step_product_kernel,
-         tile_count(sequences, true, kProductShift), call.problem.heads, 1, kProductThreads, call,
-         stream);
+         tile_count(sequences, true, kProductShift), call.heads, 1, kProductThreads, call, stream);
 }
 
 void launch_step(const StepCall& call, cudaStream_t stream) {
-  const Sequences& sequences = call.problem.sequences;
-  launch("step", call.scored ? step_kernel<true> : step_kernel<false>,
-         tile_count(sequences, true, call.key_shift), call.problem.heads, 1, kThreads, call,
-         stream);
+  const Sequences& sequences = call.sequences;
+  launch("step", call.keys_alone ? step_kernel<true> : step_kernel<false>,
+         tile_count(sequences, true, call.key_shift), call.heads, 1, kThreads, call, stream);
 }
 
 void launch_step_merge(const StepCall& call, cudaStream_t stream) {
-  launch("merge of a step", step_merge_kernel, call.problem.sequences.count,
-         call.problem.heads * call.problem.sequences.query.longest, 1, kThreads, call, stream);
+  launch("merge of a step", step_merge_kernel, call.sequences.count,
+         call.heads * call.sequences.query.longest, 1, kThreads, call, stream);
 }
 
 }  // namespace attn_ext::cuda
