@@ -105,7 +105,6 @@ class Call : public BackwardCall {
   }
 
   cudaStream_t stream() const { return device_.stream(); }
-  bool one_step() const { return few_queries && !keys_alone; }
   // Whether rows of queries, or of keys, may belong to nobody, and so must be cleared.
   bool leaves_rows() const { return leaves_rows_; }
   int64_t query_rows() const { return query_rows_; }

@@ -47,13 +47,10 @@ struct ForwardCall : Operands {
   Rows context;
   Rows stats;      // of the softmax: largest score, sum of exponentials
   Scores weights;  // alpha after dropout
-};
-
-// Of one query a sequence, or of the few of pooling. Without stats scores are all that is wanted.
-struct StepCall : ForwardCall {
-  int key_shift = 0;                     // a block has 2^key_shift keys
+  // Of kernels whose blocks have 2^key_shift keys:
+  int key_shift = 0;
   bool merges = false;                   // whether a sequence may have more than one block
-  float* partial_sums = nullptr;         // then: [blocks, queries, heads, value_dim]
+  float* partial_sums = nullptr;         // [blocks, queries, heads, value_dim] of few queries
   SoftmaxPart* partial_stats = nullptr;  // [blocks, queries, heads]
 };
 
@@ -70,8 +67,6 @@ struct BackwardCall : ForwardCall {
   Rows dscore_weight;
   Rows dkey_sums;  // float32, where dkey gathers over waves
   Rows dvalue_sums;
-  int key_shift = 0;                 // a block of gradients has 2^key_shift keys
-  bool merges = false;               // whether a sequence may have more than one block
   Rows dquery_sums;                  // [blocks, rows of the wave, heads, dim], float32, where
                                      // sequences may have more than kGradientKeys
   float* partial_dweight = nullptr;  // [blocks, heads, branches, dim], gathers over waves
@@ -82,14 +77,12 @@ struct BackwardCall : ForwardCall {
 // Scores of all pairs of queries and keys; inner products of all dcontext with values.
 void launch_scores(const ForwardCall& call, cudaStream_t stream);
 void launch_product(const BackwardCall& call, cudaStream_t stream);
-void launch_step_product(const BackwardCall& call, cudaStream_t stream);  // of one query a sequence
 
-void launch_pool_scores(const ForwardCall& call, cudaStream_t stream);  // of hidden rows: pool.cu
-
-// Scores, softmax and context, and the last two from the parts of blocks.
+// Scores, softmax and context of few queries, and the last two from the parts of blocks. Without
+// stats scores are all that is wanted.
 constexpr int kMostStepShift = 10;  // of key_shift
-void launch_step(const StepCall& call, cudaStream_t stream);
-void launch_step_merge(const StepCall& call, cudaStream_t stream);
+void launch_step(const ForwardCall& call, cudaStream_t stream);
+void launch_step_merge(const ForwardCall& call, cudaStream_t stream);
 
 // context_i = sum_j alpha_ij value_j, where alpha is the softmax of scores, which is computed here.
 void launch_context(const ForwardCall& call, cudaStream_t stream);

@@ -23,12 +23,11 @@ int shift_for(int64_t count) {
   return shift;
 }
 
-// Every sequence's only query: scores, softmax and weighted sum in one kernel, or two if there are
-// too few sequences for a block each. Pooling has few queries, whose scores are there.
-void run_step(Call& call, bool scores_alone) {
+// Every sequence's few queries: scores, softmax and weighted sum in one kernel, or two if there are
+// too few sequences for a block each.
+void run_step(Call& call, ForwardCall step) {
   constexpr int kFewestShift = 6;
   const int64_t processors = cuda::processors();
-  StepCall step{call};
   const int whole = shift_for(call.longest_key());
   int shift = kMostStepShift - 1;
   if (call.sequences.count * call.heads < 2 * processors) {
@@ -36,11 +35,7 @@ void run_step(Call& call, bool scores_alone) {
     shift = std::clamp(shift_for(keys), kFewestShift, kMostStepShift);
   }
   step.key_shift = std::min(whole, shift);
-  if (scores_alone) {
-    step.stats = {};
-    return launch_step(step, call.stream());
-  }
-  step.merges = step.key_shift < whole;
+  step.merges = step.key_shift < whole && step.stats.data != nullptr;
   if (step.merges) {
     const int64_t parts = tile_count(call.sequences, true, step.key_shift) * call.heads *
                           call.sequences.query.longest;
@@ -55,13 +50,12 @@ void run_step(Call& call, bool scores_alone) {
 
 // Of the wave's queries.
 void compute_scores(Call& call) {
-  if (call.keys_alone) {
-    launch_pool_scores(call, call.stream());
-  } else if (call.few_queries) {
-    run_step(call, true);
-  } else {
-    launch_scores(call, call.stream());
+  if (!call.few_queries) {
+    return launch_scores(call, call.stream());
   }
+  ForwardCall step{call};
+  step.stats = {};
+  run_step(call, step);
 }
 
 // A gradient, without elements unless it is wanted.
@@ -136,10 +130,21 @@ Gradients allocate_gradients(Call& call, int64_t grad_mask, int64_t waves, int64
 }
 
 // alpha and s of the wave's queries.
-void gradient_of_scores(const Call& call) {
+void gradient_of_scores(Call& call) {
   if (call.has_dalpha) {
-    const auto run = call.one_step() ? launch_step_product : launch_product;
-    run(call, call.stream());
+    if (call.few_queries && !call.keys_alone) {
+      ForwardCall step{call};
+      // Products with values are scores without a query.
+      step.query = {};
+      step.key = call.value;
+      step.score_weight = call.dcontext;
+      step.dim = call.value_dim;
+      step.scores = call.dscores;
+      step.stats = {};
+      run_step(call, step);
+    } else {
+      launch_product(call, call.stream());
+    }
   }
   launch_softmax_gradient(call, call.stream());
 }
@@ -193,10 +198,7 @@ struct Cuda {
     call.context = rows_of(context);
     call.stats = rows_of(stats);
     if (call.few_queries) {
-      if (call.keys_alone) {
-        compute_scores(call);
-      }
-      run_step(call, false);
+      run_step(call, {call});
     }
     for (int64_t first = 0; !call.few_queries && first < call.query_rows(); first += rows) {
       call.begin_wave(first, rows);
