@@ -140,11 +140,13 @@ __device__ __forceinline__ bool is_factored(const KeyTile& tile, const Shared<T>
 }
 
 // What queries gather of a lane's features: h = -t / 2 times s for dweight, and h^2 - 1/4 =
-// -(1 - t^2) / 4 times s for each key, and for dquery. Of even keys and of odd ones apart for
-// dweight.
+// -(1 - t^2) / 4 times s for each key, and for dquery. In fours as products on tensor cores have
+// them: of the first feature for an even key, then for an odd one, and so of the second feature.
 struct Sums {
-  float dkeys[kKeys][2];
-  float dweight[2][2];
+  float dkeys[kKeys / 2][4];
+  float dweight[4];
+
+  __device__ __forceinline__ float& dkey(int j, int f) { return dkeys[j / 2][2 * f + j % 2]; }
 };
 
 // Adds what a query gives with the keys of a tile, in the factored form, to a query's sums and
@@ -168,8 +170,9 @@ __device__ __forceinline__ void add_factored(const KeyTile& tile, const float (&
           dquery[f] = fmaf(s[n], slope, dquery[f]);
         }
         if constexpr (kKey) {
-          sums.dkeys[j][f] = fmaf(s[n], slope, sums.dkeys[j][f]);
-          sums.dweight[f][n % 2] = fmaf(s[n], h[f], sums.dweight[f][n % 2]);
+          float& dweight = sums.dweight[2 * f + n % 2];
+          sums.dkey(j, f) = fmaf(s[n], slope, sums.dkey(j, f));
+          dweight = fmaf(s[n], h[f], dweight);
         }
       }
     }
@@ -204,14 +207,8 @@ __device__ __forceinline__ void add_factored(const KeyTile& tile, const float (&
         multiply(slopes, s, own);
       }
       if constexpr (kKey) {
-        float products[4] = {sums.dkeys[j][0], sums.dkeys[j + 1][0], sums.dkeys[j][1],
-                             sums.dkeys[j + 1][1]};
-        multiply(slopes, s, products);
-        sums.dkeys[j][0] = products[0];
-        sums.dkeys[j + 1][0] = products[1];
-        sums.dkeys[j][1] = products[2];
-        sums.dkeys[j + 1][1] = products[3];
-        multiply(h, s, *reinterpret_cast<float (*)[4]>(&sums.dweight));
+        multiply(slopes, s, sums.dkeys[j / 2]);
+        multiply(h, s, sums.dweight);
       }
     }
   }
@@ -236,8 +233,9 @@ __device__ __forceinline__ void add_exact(const Slice& slice, const Shared<T>& s
         dquery[f] = fmaf(-s, parts.slope, dquery[f]);
       }
       if constexpr (kKey) {
-        sums.dkeys[j][f] = fmaf(-s, parts.slope, sums.dkeys[j][f]);
-        sums.dweight[f][j % 2] = fmaf(s, -0.5f * parts.tanh, sums.dweight[f][j % 2]);
+        float& dweight = sums.dweight[2 * f + j % 2];
+        sums.dkey(j, f) = fmaf(-s, parts.slope, sums.dkey(j, f));
+        dweight = fmaf(s, -0.5f * parts.tanh, dweight);
       }
     }
   }
@@ -246,25 +244,23 @@ __device__ __forceinline__ void add_exact(const Slice& slice, const Shared<T>& s
 // Stores the tile's dkey, or what later waves of queries add to.
 template <class T>
 __device__ __forceinline__ void write_keys(const Slice& slice, const Shared<T>& shared, int count,
-                                           float (&dkeys)[kKeys][2]) {
+                                           Sums& gathered) {
   const BackwardCall& call = slice.call;
-  const bool first = slice.span.first_query == 0;
-  const bool last = slice.span.has_last_query;
 #pragma unroll
   for (int j = 0; j < kKeys && j < count; ++j) {
     float* const sums = static_cast<float*>(call.dkey_sums.data) + slice.col + shared.dkeys[j];
-    if (!first) {
+    float own[2] = {gathered.dkey(j, 0), gathered.dkey(j, 1)};
+    if (slice.span.first_query > 0) {
       float before[2];
       load_pair(slice, sums, before);
-      dkeys[j][0] += before[0];
-      dkeys[j][1] += before[1];
+      own[0] += before[0];
+      own[1] += before[1];
     }
-    if (last) {
+    if (slice.span.has_last_query) {
       store_pair(slice, static_cast<T*>(call.dkey.data) + slice.col + shared.dkeys[j],
-                 shared.weight[0][threadIdx.x] * dkeys[j][0],
-                 shared.weight[1][threadIdx.x] * dkeys[j][1]);
+                 shared.weight[0][threadIdx.x] * own[0], shared.weight[1][threadIdx.x] * own[1]);
     } else {
-      store_pair(slice, sums, dkeys[j][0], dkeys[j][1]);
+      store_pair(slice, sums, own[0], own[1]);
     }
   }
 }
@@ -322,7 +318,7 @@ __device__ __forceinline__ void run_tile(const Slice& slice, KeyTile& tile, bool
     if (kKey && (i % kFewQueries == kFewQueries - 1 || i == queries - 1)) {
 #pragma unroll
       for (int f = 0; f < 2; ++f) {
-        float (&own)[2] = gathered.dweight[f];
+        float* const own = &gathered.dweight[2 * f];
         shared.dweight[f][lane] -= 2.0 * static_cast<double>(own[0] + own[1]);
         own[0] = own[1] = 0;
       }
@@ -334,7 +330,7 @@ __device__ __forceinline__ void run_tile(const Slice& slice, KeyTile& tile, bool
   }
   if constexpr (kKey) {
     if (call.dkey.data != nullptr) {
-      write_keys<T>(slice, shared, tile.count, gathered.dkeys);
+      write_keys<T>(slice, shared, tile.count, gathered);
     }
   }
 }

@@ -1,6 +1,7 @@
 // Hidden rows of pooling: h = tanh(k), or with a gate tanh(k) sigmoid(g), and their derivatives.
 #pragma once
 
+#include "kernels.h"
 #include "memory.cuh"
 
 namespace attn_ext::cuda {

@@ -181,21 +181,7 @@ __device__ __forceinline__ void add_rows(const OutputTile& tile, int begin, int 
   }
 }
 
-// Adds to what earlier waves of queries left, and stores the result, or what later ones add to.
-__device__ __forceinline__ void gather(const OutputTile& tile, int64_t out, int row, int64_t col,
-                                       float (&values)[kGranule]) {
-  const WeightedCall& call = tile.call;
-  const int64_t dim = call.value_dim;
-  if (tile.span.first_query > 0) {
-    add_sums(call.sums, key_offset(call.sums, tile.span, tile.head, row), col, dim, values);
-  }
-  if (tile.span.has_last_query) {
-    store_granule(call.out, out, col, dim, values);
-  } else {
-    store_granule(call.sums, key_offset(call.sums, tile.span, tile.head, row), col, dim, values);
-  }
-}
-
+// Stores the sums. Those by key add to what earlier waves of queries left, and wait for later ones.
 template <bool kByKey>
 __device__ inline void write(const OutputTile& tile, const RowOffsets& out, int64_t first_col,
                              const Totals& totals) {
@@ -218,10 +204,15 @@ __device__ inline void write(const OutputTile& tile, const RowOffsets& out, int6
       for (int t = 0; t < kGranule; ++t) {
         values[t] = totals[n / 2][t][n % 2 * 2 + side];
       }
-      if constexpr (kByKey) {
-        gather(tile, out[tile.first + row], tile.first + row, col, values);
+      const int number = tile.first + row;
+      if (kByKey && tile.span.first_query > 0) {
+        add_sums(call.sums, key_offset(call.sums, tile.span, tile.head, number), col, dim, values);
+      }
+      if (kByKey && !tile.span.has_last_query) {
+        const int64_t sums = key_offset(call.sums, tile.span, tile.head, number);
+        store_granule(call.sums, sums, col, dim, values);
       } else {
-        store_granule(call.out, out[tile.first + row], col, dim, values);
+        store_granule(call.out, out[number], col, dim, values);
       }
     }
   }
