@@ -131,34 +131,31 @@ Gradients allocate_gradients(Call& call, int64_t grad_mask, int64_t waves, int64
 
 // alpha and s of the wave's queries.
 void gradient_of_scores(Call& call) {
-  if (call.has_dalpha) {
-    if (call.few_queries && !call.keys_alone) {
-      ForwardCall step{call};
-      // Products with values are scores without a query.
-      step.query = {};
-      step.key = call.value;
-      step.score_weight = call.dcontext;
-      step.dim = call.value_dim;
-      step.scores = call.dscores;
-      step.stats = {};
-      run_step(call, step);
-    } else {
-      launch_product(call, call.stream());
-    }
+  if (call.has_dalpha && call.few_queries && !call.keys_alone) {
+    ForwardCall step{call};  // products with values are scores without a query
+    step.query = {};
+    step.key = call.value;
+    step.score_weight = call.dcontext;
+    step.dim = call.value_dim;
+    step.scores = call.dscores;
+    step.stats = {};
+    run_step(call, step);
+  } else if (call.has_dalpha) {
+    launch_product(call, call.stream());
   }
   launch_softmax_gradient(call, call.stream());
 }
 
 // From s and alpha of the wave's queries.
 void run_gradients(const Call& call) {
-  if (call.keys_alone) {
-    launch_pool_gradient(call, call.stream());
-  } else if (call.dquery.data != nullptr || call.dkey.data != nullptr ||
-             call.partial_dweight != nullptr) {
-    launch_gradient(call, call.stream());
-    if (call.merges && call.dquery.data != nullptr) {
-      launch_merge_dquery(call, call.stream());
-    }
+  const bool wants_query = call.dquery.data != nullptr;
+  if (wants_query || call.dkey.data != nullptr || call.dgate.data != nullptr ||
+      call.partial_dweight != nullptr) {
+    const auto run = call.keys_alone ? launch_pool_gradient : launch_gradient;
+    run(call, call.stream());
+  }
+  if (wants_query && call.merges) {
+    launch_merge_dquery(call, call.stream());
   }
   if (call.dvalue.data != nullptr && call.dcontext.data != nullptr) {
     launch_value_gradient(call, call.stream());

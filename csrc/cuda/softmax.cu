@@ -35,21 +35,34 @@ struct GradientRow {
   ScoreRow dalpha = score_row(call.dscores, span, head, i);
 
   __device__ float dweight(int64_t j) const {
-    return load(call.dweights.rows, weight_offset(call.dweights, span, head, i, j));
+    return load(call.dweights.rows, score_offsets(call.dweights, span, head, i)[j]);
   }
   __device__ float factor(int64_t j) const {
     return dropout_factor(call.dropout, span, head, i, j);
   }
 };
 
+// sum alpha value / sum alpha over the keys, of terms alpha and value.
+template <int kGroup, class Terms>
+__device__ __forceinline__ float mean(int keys, float (&room)[kRoom<kGroup>], const Terms& terms) {
+  float weighted = 0;
+  float total = 0;
+#pragma unroll 2
+  for (int j = threadIdx.x % kGroup; j < keys; j += kGroup) {
+    const float2 term = terms(j);
+    weighted += term.x * term.y;
+    total += term.x;
+  }
+  weighted = reduce<Sum, kGroup>(weighted, room);
+  total = reduce<Sum, kGroup>(total, room);
+  return weighted / total;
+}
+
 // alpha of every key, g' in place of g, and delta.
 template <int kGroup>
 __device__ inline float row_delta(const GradientRow& row, float (&room)[kRoom<kGroup>]) {
   const BackwardCall& call = row.call;
-  float weighted = 0;
-  float total = 0;
-#pragma unroll 2
-  for (int j = threadIdx.x % kGroup; j < row.keys; j += kGroup) {
+  return mean<kGroup>(row.keys, room, [&](int j) {
     const float alpha = expf(row.scores[j] - row.base) * row.scale;
     float dalpha = call.has_dalpha ? row.dalpha[j] : 0.0f;
     if (call.dweights.rows.data != nullptr) {
@@ -59,12 +72,8 @@ __device__ inline float row_delta(const GradientRow& row, float (&room)[kRoom<kG
     dalpha = factor > 0 ? dalpha * factor : 0.0f;
     row.alpha[j] = alpha;
     row.dalpha[j] = dalpha;
-    weighted += alpha * dalpha;
-    total += alpha;
-  }
-  weighted = reduce<Sum, kGroup>(weighted, room);
-  total = reduce<Sum, kGroup>(total, room);
-  return weighted / total;
+    return make_float2(alpha, dalpha);
+  });
 }
 
 // The sum of s over a row is 0. Where one weight is nearly 1 all of s is small differences, and
@@ -73,16 +82,8 @@ __device__ inline float row_delta(const GradientRow& row, float (&room)[kRoom<kG
 template <int kGroup>
 __device__ inline float row_rest(const GradientRow& row, float delta,
                                  float (&room)[kRoom<kGroup>]) {
-  float weighted = 0;
-  float total = 0;
-#pragma unroll 2
-  for (int j = threadIdx.x % kGroup; j < row.keys; j += kGroup) {
-    weighted += row.alpha[j] * (row.dalpha[j] - delta);
-    total += row.alpha[j];
-  }
-  weighted = reduce<Sum, kGroup>(weighted, room);
-  total = reduce<Sum, kGroup>(total, room);
-  const float rest = weighted / total;
+  const float rest = mean<kGroup>(
+      row.keys, room, [&](int j) { return make_float2(row.alpha[j], row.dalpha[j] - delta); });
   const float visible = 0x1p-50f * fabsf(delta);
   return isfinite(rest) && fabsf(rest) > visible ? rest : 0.0f;
 }

@@ -284,7 +284,7 @@ __device__ inline void attend(const KeyRange& range, Shared& shared) {
   if (call.weights.rows.data != nullptr && !call.merges) {
     for (int j = threadIdx.x; j < range.keys; j += kThreads) {
       store(call.weights.rows,
-            weight_offset(call.weights, range.span, range.head, range.query, range.first + j),
+            score_offsets(call.weights, range.span, range.head, range.query)[range.first + j],
             shared.scores[j] * scale);
     }
   }
@@ -367,7 +367,7 @@ __global__ void __launch_bounds__(kThreads) step_merge_kernel(const ForwardCall 
     }
     for (int64_t j = threadIdx.x; j < span.key_count; j += kThreads) {
       const float score = score_row(call.scores, span, head, query)[j];
-      store(call.weights.rows, weight_offset(call.weights, span, head, query, j),
+      store(call.weights.rows, score_offsets(call.weights, span, head, query)[j],
             softmax_scale(score, whole.largest) * scale *
                 dropout_factor(call.dropout, span, head, query, j));
     }

@@ -90,7 +90,7 @@ __device__ inline float softmax_weight(const OutputTile& tile, int row, int j,
   const float alpha = expf(score - shared.base[row]) * shared.scale[row] *
                       dropout_factor(call.dropout, tile.span, tile.head, i, j);
   if (call.weights.rows.data != nullptr && blockIdx.y == 0) {
-    store(call.weights.rows, weight_offset(call.weights, tile.span, tile.head, i, j), alpha);
+    store(call.weights.rows, score_offsets(call.weights, tile.span, tile.head, i)[j], alpha);
   }
   return alpha;
 }
