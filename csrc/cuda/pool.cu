@@ -17,14 +17,6 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kFeatures = kWarp * kGranule;  // a warp's at a time
 constexpr int kBranches = 4;                 // whose dscore_weight is summed at a time
 
-// A row of score weights.
-__device__ __forceinline__ void load_branch(const Bag& bag, int64_t branch, int64_t col,
-                                            float (&weights)[kGranule]) {
-  const ForwardCall& call = bag.call;
-  load_granule(call.query, query_offset(call.query, bag.span, bag.head, branch), col, call.dim,
-               weights);
-}
-
 // Stores a granule of a row of dkey or dgate.
 __device__ __forceinline__ void write_row(const Bag& bag, const Rows& rows, int key, int64_t col,
                                           const float (&dhidden)[kGranule],
@@ -68,7 +60,8 @@ __device__ __forceinline__ void add_key(const BackwardCall& call, const Bag& bag
   float dhidden[kGranule] = {};
   for (int n = 0; n < bag.span.query_count; ++n) {
     float weights[kGranule];
-    load_branch(bag, n, col, weights);
+    load_granule(call.query, query_offset(call.query, bag.span, bag.head, n), col, call.dim,
+                 weights);
     const float own = s[n * call.dscores.rows.row];
 #pragma unroll
     for (int f = 0; f < kGranule; ++f) {
