@@ -354,11 +354,9 @@ __global__ void __launch_bounds__(kWarp, 12) gradient_kernel(const BackwardCall 
   __shared__ __align__(16) Shared<T> shared;
   find_place(call.sequences, true, call.key_shift, shared.place);
   const Span& span = shared.place.span;
-  const int first = shared.place.first;
   const Rows& weights = call.score_weight;
-  const int64_t end = smaller<int64_t>(span.key_count, first + (int64_t{1} << call.key_shift));
-  const int keys = span.query_count > 0 ? static_cast<int>(end - first) : 0;
-  // Tiles of about as many keys each, in whole groups.
+  const int keys = span.query_count > 0 ? shared.place.count : 0;
+  // Panels of about as many keys each, in whole groups.
   const int panels = (keys + kKeys - 1) / kKeys;
   const int step = panels > 0 ? ((keys + panels - 1) / panels + kGroup - 1) / kGroup * kGroup : 1;
   for (int64_t head = blockIdx.z; head < call.heads; head += gridDim.z) {
@@ -375,7 +373,7 @@ __global__ void __launch_bounds__(kWarp, 12) gradient_kernel(const BackwardCall 
 #pragma unroll 1
       for (int key = 0; key < keys; key += step) {
         KeyPanel panel;
-        panel.first = first + key;
+        panel.first = shared.place.first + key;
         panel.count = smaller(step, keys - key);
         run_panel<T, kQuery, kKey>(slice, panel, key == 0, !call.merges && key + step >= keys,
                                    shared);

@@ -15,15 +15,12 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 // Features that are loaded at once: 16 bytes of a 16-bit type, twice 16 of float.
 constexpr int kGranule = 8;
 
-// Where a block works: its sequence, and the first row of its tile. One thread finds it for all,
-// and as it is in shared memory it takes no registers.
+// Where a block works: its sequence, and the rows of its tile. One thread finds it for all, and as
+// it is in shared memory it takes no registers.
 struct Place {
   Span span;
   int first;
-
-  __device__ bool is_empty(bool by_key) const {
-    return first >= (by_key ? span.key_count : span.query_count);
-  }
+  int count;
 };
 
 __device__ inline void find_place(const Sequences& sequences, bool by_key, int shift,
@@ -31,8 +28,10 @@ __device__ inline void find_place(const Sequences& sequences, bool by_key, int s
   if (threadIdx.x == 0) {
     const Tile tile = find_tile(sequences, by_key, shift, blockIdx.x);
     place.span = span_of(sequences, tile.sequence);
-    place.first = static_cast<int>(
-        smaller<int64_t>(tile.first, by_key ? place.span.key_count : place.span.query_count));
+    const int64_t rows = by_key ? place.span.key_count : place.span.query_count;
+    const int64_t first = smaller(tile.first, rows);
+    place.first = static_cast<int>(first);
+    place.count = static_cast<int>(smaller(int64_t{1} << shift, rows - first));
   }
   __syncthreads();
 }

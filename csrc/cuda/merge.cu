@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kThreads) merge_dquery_kernel(const BackwardCa
   __shared__ Place place;
   find_place(call.sequences, false, 0, place);
   const Span& span = place.span;
-  if (place.is_empty(false) || span.key_count == 0) {
+  if (place.count == 0 || span.key_count == 0) {
     return;
   }
   for (int64_t head = blockIdx.y; head < call.heads; head += gridDim.y) {

@@ -77,7 +77,6 @@ __global__ void __launch_bounds__(kThreads, 4) pool_gradient_kernel(const Backwa
   __shared__ Place place;
   find_place(call.sequences, true, kPoolShift, place);
   const Span& span = place.span;
-  const int end = smaller(span.key_count, place.first + (1 << kPoolShift));
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   for (int64_t head = blockIdx.z; head < call.heads; head += gridDim.z) {
@@ -87,8 +86,8 @@ __global__ void __launch_bounds__(kThreads, 4) pool_gradient_kernel(const Backwa
       for (int branch = 0; branch < span.query_count; branch += kBranches) {
         float dweights[kBranches][kGranule] = {};
 #pragma unroll 1
-        for (int key = place.first + warp; key < end; key += kWarps) {
-          add_key(call, bag, key, begin + lane * kGranule, branch, dweights);
+        for (int n = warp; n < place.count; n += kWarps) {
+          add_key(call, bag, place.first + n, begin + lane * kGranule, branch, dweights);
         }
         if (call.partial_dweight == nullptr) {
           break;  // what remains are sums that nobody wants

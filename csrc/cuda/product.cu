@@ -59,12 +59,12 @@ __global__ void __launch_bounds__(kThreads, 3) product_kernel(const BackwardCall
   __shared__ __align__(16) float shared[kWarps][kTile][kLd];
   __shared__ Place place;
   find_place(call.sequences, false, kTileShift, place);
-  if (place.is_empty(false)) {
+  if (place.count == 0) {
     return;
   }
   const Span& span = place.span;
   const int query = place.first;
-  const int queries = smaller(kTile, span.query_count - query);
+  const int queries = place.count;
   const int r = threadIdx.x % kWarp / 4;
   for (int64_t head = blockIdx.z; head < call.heads; head += gridDim.z) {
     int64_t left[4];

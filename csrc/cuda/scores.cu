@@ -331,18 +331,16 @@ __global__ void __launch_bounds__(kThreads, 2) score_kernel(const ForwardCall ca
   __shared__ __align__(16) Shared shared;
   __shared__ Place place;
   find_place(call.sequences, false, kTileShift, place);
-  if (place.is_empty(false)) {
+  if (place.count == 0) {
     return;
   }
   const Span& span = place.span;
-  const int first = place.first;
-  const int queries = smaller(kTile, span.query_count - first);
   for (int64_t head = blockIdx.z; head < call.heads; head += gridDim.z) {
     const WeightFacts facts = weight_facts(call, head, shared);
     for (int64_t key = int64_t{blockIdx.y} * kTile; key < span.key_count;
          key += int64_t{gridDim.y} * kTile) {
       const int keys = static_cast<int>(smaller<int64_t>(kTile, span.key_count - key));
-      const TileRows tile{call, span, head, first, static_cast<int>(key), queries, keys};
+      const TileRows tile{call, span, head, place.first, static_cast<int>(key), place.count, keys};
       float sums[kSide][kSide];
       bool trusted = false;
       if (facts.fit) {

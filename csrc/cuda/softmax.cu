@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   __shared__ Place place;
   find_place(call.sequences, false, kRowShift<kGroup>, place);
   const Span& span = place.span;
-  if (place.is_empty(false) || span.key_count == 0) {
+  if (place.count == 0 || span.key_count == 0) {
     return;
   }
   // Threads without a row go along with those that have one.

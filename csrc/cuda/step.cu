@@ -308,17 +308,15 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const ForwardCall cal
   __shared__ Place place;
   find_place(call.sequences, true, call.key_shift, place);
   const Span& span = place.span;
-  if (place.is_empty(true)) {
+  if (place.count == 0) {
     return;
   }
-  const int first = place.first;
-  const int keys = static_cast<int>(smaller<int64_t>(1 << call.key_shift, span.key_count - first));
   // A head's queries are one block's, so that values come from the L2 cache for all but the first.
   for (int64_t head = blockIdx.y; head < call.heads; head += gridDim.y) {
     __syncthreads();
-    compute_scores<kPools>({{call, span, head}, 0, first, keys}, shared);
+    compute_scores<kPools>({{call, span, head}, 0, place.first, place.count}, shared);
     for (int query = 0; query < span.query_count; ++query) {
-      const KeyRange range{{call, span, head}, query, first, keys};
+      const KeyRange range{{call, span, head}, query, place.first, place.count};
       __syncthreads();
       move_scores(range, shared);
       if (call.stats.data != nullptr) {

@@ -118,11 +118,11 @@ __device__ __forceinline__ void fill(const OutputTile& tile, int begin,
                             : softmax_weight(tile, row, inner, shared);
         }
       }
-      unsigned words[kAlphaTerms];
-      split(alpha[0], alpha[1], words);
+      unsigned words[kAlphaTerms][1];
+      split(alpha[0], alpha[1], words, 0);
 #pragma unroll
       for (int p = 0; p < kAlphaTerms; ++p) {
-        shared.alpha[p][row][pair] = words[p];
+        shared.alpha[p][row][pair] = words[p][0];
       }
     }
   }
@@ -165,12 +165,7 @@ __device__ __forceinline__ void add_rows(const OutputTile& tile, int begin, int 
     unsigned b[kTerms][2];
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      unsigned words[kTerms];
-      split(rows[2 * n][t], rows[2 * n + 1][t], words);
-#pragma unroll
-      for (int p = 0; p < kTerms; ++p) {
-        b[p][n] = words[p];
-      }
+      split(rows[2 * n][t], rows[2 * n + 1][t], b, n);
     }
 #pragma unroll
     for (int half = 0; half < kRows / kStep; ++half) {
@@ -225,19 +220,13 @@ __global__ void __launch_bounds__(kThreads, 3) weighted_kernel(const WeightedCal
   find_place(call.sequences, kByKey, kRowShift, place);
   const Span& span = place.span;
   // Rows that sum nothing were cleared before (Call::leaves_rows).
-  if (place.is_empty(kByKey) || span.query_count == 0 || span.key_count == 0) {
+  if (place.count == 0 || span.query_count == 0 || span.key_count == 0) {
     return;
   }
-  const int first = place.first;
-  const int rows = kByKey ? span.key_count : span.query_count;
   const int64_t warp_col = threadIdx.x / kWarp * kCols;
   for (int64_t head = blockIdx.z; head < call.heads; head += gridDim.z) {
-    const OutputTile tile{call,
-                          span,
-                          head,
-                          first,
-                          smaller(kRows, rows - first),
-                          kByKey ? span.query_count : span.key_count};
+    const OutputTile tile{call,        span,        head,
+                          place.first, place.count, kByKey ? span.query_count : span.key_count};
     int filled = -1;  // the first of the rows whose alpha is in place
     __syncthreads();
     if (threadIdx.x == 0) {
