@@ -32,20 +32,13 @@ __global__ void __launch_bounds__(kThreads) merge_dquery_kernel(const BackwardCa
   }
 }
 
-// Warps of a block of the next kernel.
-__host__ __device__ inline int share_count(int64_t partial_rows) {
-  return partial_rows < 1             ? 1
-         : partial_rows < kMostShares ? static_cast<int>(partial_rows)
-                                      : kMostShares;
-}
-
 // A block sums 32 features' partial sums in double: a feature a lane, and each warp an interleaved
 // share of the blocks that left them. The shares are then added in the warps' order.
 __global__ void __launch_bounds__(kThreads) merge_dweight_kernel(const BackwardCall call) {
   __shared__ double shares[kMostShares][kWarp];
   const int lane = threadIdx.x % kWarp;
   const int share = threadIdx.x / kWarp;
-  const int count = share_count(call.partial_rows);
+  const int64_t count = smaller<int64_t>(call.partial_rows, kMostShares);
   const int64_t column = int64_t{blockIdx.x} * kWarp + lane;
   const int64_t columns = call.heads * call.branches * call.dim;
   double sum = 0;
@@ -75,8 +68,9 @@ void launch_merge_dquery(const BackwardCall& call, cudaStream_t stream) {
 
 void launch_merge_dweight(const BackwardCall& call, cudaStream_t stream) {
   const int64_t columns = call.heads * call.branches * call.dim;
+  const int64_t shares = std::clamp<int64_t>(call.partial_rows, 1, kMostShares);
   launch("gradient of score weights", merge_dweight_kernel, (columns + kWarp - 1) / kWarp, 1, 1,
-         share_count(call.partial_rows) * kWarp, call, stream);
+         static_cast<int>(shares) * kWarp, call, stream);
 }
 
 }  // namespace attn_ext::cuda

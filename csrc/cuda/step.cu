@@ -34,8 +34,8 @@ __device__ __forceinline__ void find_rows(const Rows& rows, const Bag& bag, int 
 
 // Makes of keys tanh(q + k), or in pooling hidden rows; without a query they stay as they are.
 template <bool kPools, int kKeys>
-__device__ __forceinline__ void make_rows(const Bag& bag, int first, int last, int64_t col,
-                                          float (&rows)[kKeys][kGranule]) {
+__device__ __forceinline__ void make_rows(const Bag& bag, int64_t query, int first, int last,
+                                          int64_t col, float (&rows)[kKeys][kGranule]) {
   const ForwardCall& call = bag.call;
   if constexpr (kPools) {
     float gates[kKeys][kGranule];
@@ -53,24 +53,23 @@ __device__ __forceinline__ void make_rows(const Bag& bag, int first, int last, i
       }
     }
   } else if (call.query.data != nullptr) {
-    float query[kGranule];
-    load_granule(call.query, query_offset(call.query, bag.span, bag.head, 0), col, call.dim, query);
+    float own[kGranule];
+    load_granule(call.query, query, col, call.dim, own);
 #pragma unroll
     for (int n = 0; n < kKeys * kGranule; ++n) {
       float& value = rows[n / kGranule][n % kGranule];
-      value = exact_tanh(query[n % kGranule] + value).tanh;
+      value = exact_tanh(own[n % kGranule] + value).tanh;
     }
   }
 }
 
-// Adds a granule's share of the sums of each key with a row of weights.
-template <bool kPools, int kKeys>
-__device__ __forceinline__ void add_products(const Bag& bag, int row, int64_t col,
-                                             const float (&rows)[kKeys][kGranule],
+// Adds a granule's share of the sums of each key with the row of weights at `offset`.
+template <int kKeys>
+__device__ __forceinline__ void add_products(const Rows& weight_rows, int64_t offset, int64_t col,
+                                             int64_t dim, const float (&rows)[kKeys][kGranule],
                                              float (&sums)[kKeys]) {
-  const Rows& source = kPools ? bag.call.query : bag.call.score_weight;
   float weights[kGranule];
-  load_granule(source, query_offset(source, bag.span, bag.head, row), col, bag.call.dim, weights);
+  load_granule(weight_rows, offset, col, dim, weights);
 #pragma unroll
   for (int f = 0; f < kGranule; ++f) {
 #pragma unroll
@@ -98,6 +97,9 @@ template <bool kPools>
 __device__ __forceinline__ void score_keys(const Bag& bag, int first, int last, float* target,
                                            int64_t stride) {
   const ForwardCall& call = bag.call;
+  const int64_t query = query_offset(call.query, bag.span, bag.head, 0);
+  const Rows& weight_rows = kPools ? call.query : call.score_weight;
+  const RowOffsets weights = query_offsets(weight_rows, bag.span, bag.head);
   int64_t offsets[kKeys<kPools>];
   find_rows(call.key, bag, first, last, offsets);
   float sums[kKeys<kPools>] = {};
@@ -107,13 +109,13 @@ __device__ __forceinline__ void score_keys(const Bag& bag, int first, int last, 
     const int64_t col = begin + threadIdx.x % kWarp * kGranule;
     float rows[kKeys<kPools>][kGranule];
     load_granules(call.key, offsets, col, call.dim, rows);
-    make_rows<kPools>(bag, first, last, col, rows);
+    make_rows<kPools>(bag, query, first, last, col, rows);
     if constexpr (!kPools) {
-      add_products<kPools>(bag, 0, col, rows, sums);
+      add_products(weight_rows, weights.first, col, call.dim, rows, sums);
     }
     for (int branch = 0; kPools && branch < bag.span.query_count; ++branch) {
       float products[kKeys<kPools>] = {};
-      add_products<kPools>(bag, branch, col, rows, products);
+      add_products(weight_rows, weights[branch], col, call.dim, rows, products);
       const float own = own_sum(products);
       if (target != nullptr) {
         float& score = target[branch * stride];
