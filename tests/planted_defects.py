@@ -929,8 +929,8 @@ CUDA = [
     Defect(
         "cuda-kept-scores",
         "csrc/cuda/registration.cpp",
-        "kept ? view(incoming.scores) : alpha",
-        "alpha",
+        "kept ? view(incoming.scores) : call.alpha",
+        "call.alpha",
         "tests/test_hard_cases.py",
         "Backward takes for scores what happened to be in its own buffer.",
     ),
@@ -953,7 +953,7 @@ CUDA = [
     Defect(
         "cuda-merge-heads",
         "csrc/cuda/step.cu",
-        "(tile * span.query_count + query) * call.problem.heads + head",
+        "(tile * span.query_count + query) * call.heads + head",
         "tile * span.query_count + query + head",
         "tests/cuda_emulation/cases.py",
         "A long sequence of one query and several heads gets a wrong context.",
@@ -961,7 +961,7 @@ CUDA = [
     Defect(
         "cuda-dweight-waves",
         "csrc/cuda/gradient.cu",
-        "call.problem.sequences.first_row > 0",
+        "call.sequences.first_row > 0",
         "false",
         "tests/test_additive_attention.py::test_dtypes tests/test_dropout.py",
         "dscore_weight lacks the queries of all waves but the last.",
@@ -977,8 +977,8 @@ CUDA = [
     Defect(
         "cuda-mask-count",
         "csrc/cuda/sequences.cu",
-        "call.key_count[blockIdx.x] = next + count;",
-        "call.key_count[blockIdx.x] = next;",
+        "sequences.key_count[blockIdx.x] = next + count;",
+        "sequences.key_count[blockIdx.x] = next;",
         "tests/cuda_emulation/cases.py",
         "The last of more than 255 keys beside a mask do not count.",
     ),

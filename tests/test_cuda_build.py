@@ -36,12 +36,10 @@ RESOURCES = {
     "gradient_kernel": (32, 12),
     "merge_dquery_kernel": (256, 40),
     "merge_dweight_kernel": (256, 32),
-    "step_product_kernel": (128, 16),
     "step_kernel": (256, 16),
     "step_merge_kernel": (256, 24),
     "compact_mask_kernel": (256, 48),
     "order_kernel": (256, 32),
-    "pool_scores_kernel": (128, 16),
     "pool_gradient_kernel": (128, 16),
 }
 STATIC_SHARED = 48 << 10  # bytes that a kernel may have without asking for more
@@ -148,12 +146,11 @@ def test_sixteen_bytes_a_load(arch: str):
     for name, mangled, kernel in kernels_of(arch, "scores.cu"):
         assert kernel.total.widths["LDG"][16] >= 24, (name, mangled)
     for name, mangled, kernel in kernels_of(arch, "step.cu"):
-        if name in ("step_kernel", "step_product_kernel"):
+        if name == "step_kernel":
             assert kernel.total.widths["LDG"][16] >= 8, (name, mangled)
     for name, mangled, kernel in kernels_of(arch, "pool.cu"):
         assert kernel.total.widths["LDG"][16] >= 6, (name, mangled)
-        if name == "pool_gradient_kernel":
-            assert kernel.total.widths["STG"][16] >= 6, (name, mangled)
+        assert kernel.total.widths["STG"][16] >= 6, (name, mangled)
 
 
 @pytest.fixture(scope="module")

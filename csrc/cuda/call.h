@@ -10,8 +10,7 @@
 #include "geometry.cuh"
 #include "kernels.h"
 
-namespace attn_ext {
-namespace cuda {
+namespace attn_ext::cuda {
 
 // Bytes of scores that are held at a time; tests make do with less.
 #ifndef ATTN_EXT_CUDA_WAVE_BYTES
@@ -41,11 +40,15 @@ class Device {
   cudaStream_t stream_ = nullptr;
 };
 
-// The tensor, or a copy whose features lie next to each other, as kernels take them.
-inline Tensor usable(const char* name, const Tensor& tensor) {
+inline void check_dtype(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.scalar_type() != ScalarType::Double, "attn_ext: ", name,
                   ": backend 'cuda' expects float32, float16 or bfloat16, got float64; use "
                   "backend='reference'");
+}
+
+// The tensor, or a copy whose features lie next to each other, as kernels take them.
+inline Tensor usable(const char* name, const Tensor& tensor) {
+  check_dtype(name, tensor);
   const int64_t last = tensor.dim() - 1;
   return tensor.stride(last) == 1 || tensor.size(last) < 2 ? tensor
                                                            : torch::stable::contiguous(tensor);
@@ -71,7 +74,8 @@ inline Scores dense_scores(const Tensor& tensor) {
   return {view(tensor, 0, tensor.stride(1), tensor.stride(2), 1), false, 0};
 }
 
-class Call {
+// An operation under way: what it was given, what its kernels are told, and buffers of theirs.
+class Call : public BackwardCall {
  public:
   explicit Call(const Inputs& given) : inputs(given), device_(given.key) {
     inputs.key = usable("key", given.key);
@@ -83,39 +87,60 @@ class Call {
     if (given.gate.has_value()) {
       inputs.gate = usable("gate", *given.gate);
     }
-    describe_operands(inputs, problem);
+    describe_operands(inputs, *this);
+    few_queries = inputs.scores_by_key();
     describe_sequences();
   }
 
+  Call(const Inputs& given, const Incoming& incoming) : Call(given) {
+    if (incoming.dcontext.has_value() && !raw_scores) {
+      dcontext = rows_of(hold(usable("dcontext", *incoming.dcontext)));
+      has_dalpha = incoming.grad_mask & ~kGradValue;
+    }
+    if (incoming.dweights.has_value()) {
+      check_dtype("dweights", *incoming.dweights);
+      dweights = weight_scores(*incoming.dweights, inputs.by_key());
+    }
+    stats = rows_of(incoming.stats);
+  }
+
   cudaStream_t stream() const { return device_.stream(); }
-  bool one_step() const { return inputs.scores_by_key() && !inputs.pools; }
   // Whether rows of queries, or of keys, may belong to nobody, and so must be cleared.
   bool leaves_rows() const { return leaves_rows_; }
   int64_t query_rows() const { return query_rows_; }
-  int64_t longest_key() const { return problem.sequences.key.longest; }
+  int64_t longest_key() const { return sequences.key.longest; }
 
   Tensor floats(const std::vector<int64_t>& sizes, bool zeros = false) const {
     return allocate(inputs.key, sizes, ScalarType::Float, zeros);
   }
 
+  // A tensor that lasts as long as the call.
+  const Tensor& hold(const Tensor& tensor) {
+    held_.push_back(tensor);
+    return held_.back();
+  }
+
+  template <class T>
+  T* room(const std::vector<int64_t>& sizes, ScalarType dtype) {
+    return static_cast<T*>(hold(allocate(inputs.key, sizes, dtype)).data_ptr());
+  }
+
   // Queries whose `buffers` rows of scores are held at a time.
   int64_t wave_rows(int64_t buffers) const {
-    const int64_t row = std::max<int64_t>(problem.heads * longest_key() * 4 * buffers, 1);
+    const int64_t row = std::max<int64_t>(heads * longest_key() * 4 * buffers, 1);
     return std::max<int64_t>(std::min(query_rows_, kWaveBytes / row), 1);
   }
 
   void begin_wave(int64_t first, int64_t rows) {
-    problem.sequences.first_row = first;
-    problem.sequences.last_row = std::min(first + rows, query_rows_);
+    sequences.first_row = first;
+    sequences.last_row = std::min(first + rows, query_rows_);
   }
 
   Inputs inputs;
-  Problem problem;
 
  private:
   void describe_sequences() {
     const SequenceArguments& arguments = inputs.sequences;
-    Sequences& sequences = problem.sequences;
     const bool jagged_queries = arguments.cu_seqlens_q.has_value();
     const int64_t queries = inputs.query_rows();
     const int64_t keys = inputs.key.size(1);
@@ -130,18 +155,16 @@ class Call {
     query_rows_ = jagged_queries ? queries : sequences.count * queries;
     begin_wave(0, query_rows_);
     if (arguments.key_padding_mask.has_value()) {
-      const Mask mask = mask_of(*arguments.key_padding_mask, sequences.count, keys);
-      key_index_ = allocate(inputs.key, {sequences.count * (keys + 1)}, ScalarType::Int);
-      sequences.key_index = static_cast<int32_t*>(key_index_->data_ptr());
+      sequences.mask = mask_of(*arguments.key_padding_mask, sequences.count, keys);
+      sequences.key_index = room<int32_t>({sequences.count * (keys + 1)}, ScalarType::Int);
       sequences.key_count = sequences.key_index + sequences.count * keys;
-      launch_compact_mask(mask, sequences, stream());
+      launch_compact_mask(sequences, stream());
     }
     leaves_rows_ = jagged_queries || arguments.cu_seqlens_k.has_value() ||
                    arguments.key_lengths.has_value() || arguments.key_padding_mask.has_value() ||
                    queries == 0 || keys == 0;
     if (wants_order()) {
-      order_ = allocate(inputs.key, {sequences.count}, ScalarType::Int);
-      sequences.order = static_cast<int32_t*>(order_->data_ptr());
+      sequences.order = room<int32_t>({sequences.count}, ScalarType::Int);
       launch_order(sequences, stream());
     }
   }
@@ -152,8 +175,7 @@ class Call {
   bool wants_order() const {
     constexpr int kShift = 5;        // of most tiles
     constexpr int64_t kMost = 1024;  // each is compared with all
-    const Sequences& sequences = problem.sequences;
-    if (!leaves_rows_ || inputs.scores_by_key() || sequences.count < 2 || sequences.count > kMost) {
+    if (!leaves_rows_ || few_queries || sequences.count < 2 || sequences.count > kMost) {
       return false;
     }
     const auto few = [&](bool by_key) {
@@ -164,11 +186,9 @@ class Call {
   }
 
   Device device_;
-  OptionalTensor key_index_;
-  OptionalTensor order_;
+  std::vector<Tensor> held_;
   bool leaves_rows_ = false;
   int64_t query_rows_ = 0;
 };
 
-}  // namespace cuda
-}  // namespace attn_ext
+}  // namespace attn_ext::cuda

@@ -4,10 +4,9 @@
 
 #include <cuda_runtime.h>
 
-#include "problem.h"
+#include "kernels.h"
 
-namespace attn_ext {
-namespace cuda {
+namespace attn_ext::cuda {
 
 template <class T>
 __device__ __forceinline__ T smaller(T a, T b) {
@@ -174,37 +173,28 @@ __device__ inline int64_t key_offset(const Rows& rows, const Span& span, int64_t
   return key_offsets(rows, span, head)[j];
 }
 
-// Where the scores of query i start.
-__device__ inline int64_t row_of_scores(const Scores& scores, const Span& span, int64_t head,
-                                        int64_t i) {
+// Offsets of the scores, or of the weights, of query i, by key.
+__device__ inline RowOffsets score_offsets(const Scores& scores, const Span& span, int64_t head,
+                                           int64_t i) {
   const Rows& rows = scores.rows;
-  return head * rows.head + (scores.by_key
-                                 ? span.number * rows.batch + span.key_begin * scores.begin +
-                                       (span.first_query + i) * rows.row
-                                 : (span.flat_row + i) * rows.row);
+  const int64_t row = scores.by_key ? span.number * rows.batch + span.key_begin * scores.begin +
+                                          (span.first_query + i) * rows.row
+                                    : (span.flat_row + i) * rows.row;
+  return {head * rows.head + row, rows.col, scores.by_key ? span.key_index : nullptr};
 }
 
 // The scores of query i, in float32.
 struct ScoreRow {
   float* data;
-  int64_t stride;
-  const int32_t* index;
+  RowOffsets offsets;
 
-  __device__ float& operator[](int64_t j) const {
-    return data[(index != nullptr ? index[j] : j) * stride];
-  }
+  __device__ float& operator[](int j) const { return data[offsets[j]]; }
 };
 
 __device__ inline ScoreRow score_row(const Scores& scores, const Span& span, int64_t head,
                                      int64_t i) {
-  return {static_cast<float*>(scores.rows.data) + row_of_scores(scores, span, head, i),
-          scores.rows.col, scores.by_key ? span.key_index : nullptr};
-}
-
-// Where the weight of query i and key j is, of any type.
-__device__ inline int64_t weight_offset(const Scores& weights, const Span& span, int64_t head,
-                                        int64_t i, int64_t j) {
-  return row_of_scores(weights, span, head, i) + span.position(j) * weights.rows.col;
+  const RowOffsets offsets = score_offsets(scores, span, head, i);
+  return {static_cast<float*>(scores.rows.data) + offsets.first, {0, offsets.step, offsets.index}};
 }
 
 // The factor that dropout gives the weight of query i and key j.
@@ -217,5 +207,4 @@ __device__ inline float dropout_factor(const Dropout& dropout, const Span& span,
   return kept ? static_cast<float>(dropout.keep_scale) : 0.0f;
 }
 
-}  // namespace cuda
-}  // namespace attn_ext
+}  // namespace attn_ext::cuda

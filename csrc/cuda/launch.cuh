@@ -10,8 +10,7 @@
 #include "geometry.cuh"
 #include "kernels.h"
 
-namespace attn_ext {
-namespace cuda {
+namespace attn_ext::cuda {
 
 constexpr int64_t kMostGridRows = 65535;   // of a grid's y and z axes; kernels loop over the rest
 constexpr int64_t kMostParameters = 4096;  // bytes, on every architecture
@@ -50,13 +49,11 @@ inline int64_t blocks_of_tile(int64_t full_tiles, int64_t heads, int64_t pieces)
 template <class Call>
 void launch_pairs(const char* name, void (*kernel)(Call), int shift, int threads, const Call& call,
                   cudaStream_t stream) {
-  const Sequences& sequences = call.problem.sequences;
+  const Sequences& sequences = call.sequences;
   const int64_t rows = sequences.last_row - sequences.first_row;
-  launch(
-      name, kernel, tile_count(sequences, false, shift),
-      blocks_of_tile(rows >> shift, call.problem.heads, ((sequences.key.longest - 1) >> shift) + 1),
-      call.problem.heads, threads, call, stream);
+  launch(name, kernel, tile_count(sequences, false, shift),
+         blocks_of_tile(rows >> shift, call.heads, ((sequences.key.longest - 1) >> shift) + 1),
+         call.heads, threads, call, stream);
 }
 
-}  // namespace cuda
-}  // namespace attn_ext
+}  // namespace attn_ext::cuda

@@ -8,23 +8,19 @@
 
 #include "geometry.cuh"
 
-namespace attn_ext {
-namespace cuda {
+namespace attn_ext::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 // Features that are loaded at once: 16 bytes of a 16-bit type, twice 16 of float.
 constexpr int kGranule = 8;
 
-// Where a block works: its sequence, and the first row of its tile. One thread finds it for all,
-// and as it is in shared memory it takes no registers.
+// Where a block works: its sequence, and the rows of its tile. One thread finds it for all, and as
+// it is in shared memory it takes no registers.
 struct Place {
   Span span;
   int first;
-
-  __device__ bool is_empty(bool by_key) const {
-    return first >= (by_key ? span.key_count : span.query_count);
-  }
+  int count;
 };
 
 __device__ inline void find_place(const Sequences& sequences, bool by_key, int shift,
@@ -32,8 +28,10 @@ __device__ inline void find_place(const Sequences& sequences, bool by_key, int s
   if (threadIdx.x == 0) {
     const Tile tile = find_tile(sequences, by_key, shift, blockIdx.x);
     place.span = span_of(sequences, tile.sequence);
-    place.first = static_cast<int>(
-        smaller<int64_t>(tile.first, by_key ? place.span.key_count : place.span.query_count));
+    const int64_t rows = by_key ? place.span.key_count : place.span.query_count;
+    const int64_t first = smaller(tile.first, rows);
+    place.first = static_cast<int>(first);
+    place.count = static_cast<int>(smaller(int64_t{1} << shift, rows - first));
   }
   __syncthreads();
 }
@@ -121,46 +119,8 @@ __device__ inline bool is_whole(const Rows& rows, int64_t col, int64_t dim) {
   return rows.vectors && col + kGranule <= dim;
 }
 
-// Columns [col, col + kGranule) of the row at `offset`, 0 from `dim` on.
-__device__ __forceinline__ void load_granule(const Rows& rows, int64_t offset, int64_t col,
-                                             int64_t dim, float (&values)[kGranule]) {
-  if (is_whole(rows, col, dim)) {
-    unpack(rows.dtype, load_raw(rows, offset + col), values);
-    return;
-  }
-#pragma unroll
-  for (int n = 0; n < kGranule; ++n) {
-    values[n] = col + n < dim ? load(rows, offset + col + n) : 0.0f;
-  }
-}
-
-__device__ __forceinline__ void add_granule(const float* source, float (&values)[kGranule]) {
-#pragma unroll
-  for (int f = 0; f < kGranule; f += 4) {
-    const float4 four = *reinterpret_cast<const float4*>(source + f);
-    values[f] += four.x;
-    values[f + 1] += four.y;
-    values[f + 2] += four.z;
-    values[f + 3] += four.w;
-  }
-}
-
-// Adds columns [col, col + kGranule) of a row of float32 sums, without gaps, that the same kernel
-// writes: not by __ldg, which may only read what no thread writes meanwhile.
-__device__ __forceinline__ void add_sums(const Rows& sums, int64_t offset, int64_t col, int64_t dim,
-                                         float (&values)[kGranule]) {
-  const float* source = static_cast<const float*>(sums.data) + offset + col;
-  if (is_whole(sums, col, dim)) {
-    add_granule(source, values);
-    return;
-  }
-#pragma unroll
-  for (int n = 0; n < kGranule; ++n) {
-    values[n] += col + n < dim ? source[n] : 0.0f;
-  }
-}
-
-// The same granule of several rows, whose loads are all under way before the first is used.
+// Columns [col, col + kGranule) of the rows at `offsets`, 0 from `dim` on. All loads are under way
+// before the first is used.
 template <int kRows>
 __device__ __forceinline__ void load_granules(const Rows& rows, const int64_t (&offsets)[kRows],
                                               int64_t col, int64_t dim,
@@ -183,6 +143,22 @@ __device__ __forceinline__ void load_granules(const Rows& rows, const int64_t (&
     for (int f = 0; f < kGranule; ++f) {
       values[n][f] = col + f < dim ? load(rows, offsets[n] + col + f) : 0.0f;
     }
+  }
+}
+
+__device__ __forceinline__ void load_granule(const Rows& rows, int64_t offset, int64_t col,
+                                             int64_t dim, float (&values)[kGranule]) {
+  const int64_t offsets[1] = {offset};
+  load_granules(rows, offsets, col, dim, reinterpret_cast<float (&)[1][kGranule]>(values));
+}
+
+// Adds columns [col, col + kGranule) of a row that the same kernel writes: not by __ldg, which may
+// only read what no thread writes meanwhile.
+__device__ __forceinline__ void add_sums(const Rows& sums, int64_t offset, int64_t col, int64_t dim,
+                                         float (&values)[kGranule]) {
+#pragma unroll
+  for (int n = 0; n < kGranule; ++n) {
+    values[n] += col + n < dim ? load(sums, offset + col + n) : 0.0f;
   }
 }
 
@@ -298,5 +274,4 @@ __device__ __forceinline__ float reduce(float value, float (&room)[kRoom<kThread
   return value;
 }
 
-}  // namespace cuda
-}  // namespace attn_ext
+}  // namespace attn_ext::cuda

@@ -4,8 +4,7 @@
 #include "launch.cuh"
 #include "product.cuh"
 
-namespace attn_ext {
-namespace cuda {
+namespace attn_ext::cuda {
 namespace {
 
 constexpr int kThreads = 128;
@@ -17,23 +16,23 @@ constexpr int kLd = kTile + 4;
 
 // The sums of this warp's features.
 template <int kTerms>
-__device__ __forceinline__ void add_features(const InnerCall& call, const int64_t (&left)[4],
+__device__ __forceinline__ void add_features(const BackwardCall& call, const int64_t (&left)[4],
                                              const int64_t (&right)[4], int queries, int keys,
                                              float (&sums)[2][4][4]) {
   const int r = threadIdx.x % kWarp / 4;
   const int64_t first = threadIdx.x / kWarp * kFeatures;
 #pragma unroll 1
-  for (int64_t begin = first; begin < call.dim; begin += kWarps * kFeatures) {
+  for (int64_t begin = first; begin < call.value_dim; begin += kWarps * kFeatures) {
     const int64_t col = begin + threadIdx.x % 4 * kGranule;
     unsigned a[4][kTerms][kGranule / 2];
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-      load_terms(call.left, left[n], col, call.dim, 8 * n + r < queries, a[n]);
+      load_terms(call.dcontext, left[n], col, call.value_dim, 8 * n + r < queries, a[n]);
     }
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       unsigned b[kTerms][kGranule / 2];
-      load_terms(call.right, right[n], col, call.dim, 8 * n + r < keys, b);
+      load_terms(call.value, right[n], col, call.value_dim, 8 * n + r < keys, b);
       // The order of features does not matter as long as both sides have the same.
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
@@ -56,22 +55,22 @@ __device__ __forceinline__ void add_features(const InnerCall& call, const int64_
 }
 
 template <int kTerms>
-__global__ void __launch_bounds__(kThreads, 3) product_kernel(const InnerCall call) {
+__global__ void __launch_bounds__(kThreads, 3) product_kernel(const BackwardCall call) {
   __shared__ __align__(16) float shared[kWarps][kTile][kLd];
   __shared__ Place place;
-  find_place(call.problem.sequences, false, kTileShift, place);
-  if (place.is_empty(false)) {
+  find_place(call.sequences, false, kTileShift, place);
+  if (place.count == 0) {
     return;
   }
   const Span& span = place.span;
   const int query = place.first;
-  const int queries = smaller(kTile, span.query_count - query);
+  const int queries = place.count;
   const int r = threadIdx.x % kWarp / 4;
-  for (int64_t head = blockIdx.z; head < call.problem.heads; head += gridDim.z) {
+  for (int64_t head = blockIdx.z; head < call.heads; head += gridDim.z) {
     int64_t left[4];
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-      left[n] = query_offset(call.left, span, head, query + 8 * n + r);
+      left[n] = query_offset(call.dcontext, span, head, query + 8 * n + r);
     }
     for (int64_t key = int64_t{blockIdx.y} * kTile; key < span.key_count;
          key += int64_t{gridDim.y} * kTile) {
@@ -79,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, 3) product_kernel(const InnerCall ca
       int64_t right[4];
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        right[n] = key_offset(call.right, span, head,
+        right[n] = key_offset(call.value, span, head,
                               static_cast<int>(key) + smaller(8 * n + r, keys - 1));
       }
       float sums[2][4][4] = {};
@@ -100,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, 3) product_kernel(const InnerCall ca
         for (int warp = 0; warp < kWarps; ++warp) {
           sum += shared[warp][i][j];
         }
-        score_row(call.out, span, head, query + i)[key + j] = sum;
+        score_row(call.dscores, span, head, query + i)[key + j] = sum;
       }
     }
   }
@@ -108,8 +107,8 @@ __global__ void __launch_bounds__(kThreads, 3) product_kernel(const InnerCall ca
 
 }  // namespace
 
-void launch_product(const InnerCall& call, cudaStream_t stream) {
-  const int terms = std::max(terms_of(call.left.dtype), terms_of(call.right.dtype));
+void launch_product(const BackwardCall& call, cudaStream_t stream) {
+  const int terms = std::max(terms_of(call.dcontext.dtype), terms_of(call.value.dtype));
   launch_pairs("inner products",
                terms == 1   ? product_kernel<1>
                : terms == 2 ? product_kernel<2>
@@ -117,5 +116,4 @@ void launch_product(const InnerCall& call, cudaStream_t stream) {
                kTileShift, kThreads, call, stream);
 }
 
-}  // namespace cuda
-}  // namespace attn_ext
+}  // namespace attn_ext::cuda

@@ -6,8 +6,7 @@
 
 #include "memory.cuh"
 
-namespace attn_ext {
-namespace cuda {
+namespace attn_ext::cuda {
 
 inline int terms_of(DType dtype) {
   return dtype == DType::kBFloat16 ? 1 : dtype == DType::kFloat16 ? 2 : 3;
@@ -17,13 +16,15 @@ inline int terms_of(DType dtype) {
 template <int kTerms>
 constexpr int kComputedTerms = kTerms < 2 ? 2 : kTerms;
 
-template <int kTerms>
-__device__ __forceinline__ void split(float low, float high, unsigned (&words)[kTerms]) {
+// Terms of two neighbours, in words [.][n].
+template <int kTerms, int kWords>
+__device__ __forceinline__ void split(float low, float high, unsigned (&words)[kTerms][kWords],
+                                      int n) {
 #pragma unroll
   for (int p = 0; p < kTerms; ++p) {
-    words[p] = bfloat16_pair(low, high);
-    low -= __uint_as_float(words[p] << 16);
-    high -= __uint_as_float(words[p] & 0xffff0000u);
+    words[p][n] = bfloat16_pair(low, high);
+    low -= __uint_as_float(words[p][n] << 16);
+    high -= __uint_as_float(words[p][n] & 0xffff0000u);
   }
 }
 
@@ -49,12 +50,7 @@ __device__ __forceinline__ void load_terms(const Rows& rows, int64_t offset, int
   }
 #pragma unroll
   for (int n = 0; n < kGranule / 2; ++n) {
-    unsigned pair[kTerms];
-    split(values[2 * n], values[2 * n + 1], pair);
-#pragma unroll
-    for (int p = 0; p < kTerms; ++p) {
-      words[p][n] = pair[p];
-    }
+    split(values[2 * n], values[2 * n + 1], words, n);
   }
 }
 
@@ -148,5 +144,4 @@ __device__ __forceinline__ unsigned packed_slopes(unsigned h) {
 #endif
 }
 
-}  // namespace cuda
-}  // namespace attn_ext
+}  // namespace attn_ext::cuda

@@ -7,8 +7,7 @@
 #include "launch.cuh"
 #include "memory.cuh"
 
-namespace attn_ext {
-namespace cuda {
+namespace attn_ext::cuda {
 namespace {
 
 constexpr int kThreads = 256;
@@ -46,8 +45,8 @@ struct ExactScore {
 
 // Whether roundings of the inputs exceed those of the factored form for any magnitudes that do not
 // overflow: of 16 bits, where scores are not returned.
-__device__ inline bool is_rough(const Problem& problem) {
-  return problem.is_short && !problem.raw_scores;
+__device__ inline bool is_rough(const ForwardCall& call) {
+  return call.is_short && !call.raw_scores;
 }
 
 struct Shared {
@@ -66,7 +65,7 @@ struct Shared {
 
 // One tile of queries and keys.
 struct TileRows {
-  const InnerCall& call;
+  const ForwardCall& call;
   const Span& span;
   int64_t head;
   int query;
@@ -96,7 +95,7 @@ struct Filling {
 __device__ inline Filling filling(const TileRows& tile) {
   const int side = threadIdx.x / (kThreads / 2);
   const int count = side == 0 ? tile.queries : tile.keys;
-  Filling own{side == 0 ? tile.call.left : tile.call.right,
+  Filling own{side == 0 ? tile.call.query : tile.call.key,
               tile.call.dim,
               {},
               side,
@@ -161,7 +160,7 @@ template <class Rule>
 __device__ __forceinline__ void fill_weights(const TileRows& tile, int64_t chunk, Shared& shared) {
   if (threadIdx.x < kChunk) {
     const int64_t col = chunk + threadIdx.x;
-    const Rows& rows = tile.call.problem.score_weight;
+    const Rows& rows = tile.call.score_weight;
     float weight = col < tile.call.dim ? load(rows, tile.head * rows.head + col) : 0.0f;
     shared.weight[threadIdx.x] = Rule::kExponential ? -2 * weight : weight;
     weight += __shfl_xor_sync(kAllLanes, weight, 1);
@@ -204,11 +203,11 @@ struct WeightFacts {
   float sum;    // of w
 };
 
-__device__ inline WeightFacts weight_facts(const InnerCall& call, int64_t head, Shared& shared) {
+__device__ inline WeightFacts weight_facts(const ForwardCall& call, int64_t head, Shared& shared) {
   float magnitudes = 0;
   float sum = 0;
   float squares = 0;
-  const Rows& rows = call.problem.score_weight;
+  const Rows& rows = call.score_weight;
   for (int64_t col = threadIdx.x; col < call.dim; col += kThreads) {
     const float weight = load(rows, head * rows.head + col);
     magnitudes += fabsf(weight);
@@ -230,7 +229,7 @@ template <class Rule>
 __device__ __forceinline__ void add_scores(const TileRows& tile, const WeightFacts& facts,
                                            Shared& shared, float (&sums)[kSide][kSide],
                                            bool& trusted) {
-  const bool rough = is_rough(tile.call.problem);
+  const bool rough = is_rough(tile.call);
   const int squares = tile.squares();
   const int key_squares = tile.key_squares();
   const int shares = smaller(kThreads / squares, kQuads);
@@ -314,7 +313,7 @@ __device__ inline void write_sums(const TileRows& tile, float constant, Shared& 
     shared.sums[n][threadIdx.x] = sums[n / kSide][n % kSide];
   }
   __syncthreads();
-  const Scores& out = tile.call.out;
+  const Scores& out = tile.call.scores;
   const int squares = tile.squares();
   const int used = smaller(kThreads / squares, kQuads) * squares;
   const int j = threadIdx.x % kTile;
@@ -328,22 +327,20 @@ __device__ inline void write_sums(const TileRows& tile, float constant, Shared& 
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 2) score_kernel(const InnerCall call) {
+__global__ void __launch_bounds__(kThreads, 2) score_kernel(const ForwardCall call) {
   __shared__ __align__(16) Shared shared;
   __shared__ Place place;
-  find_place(call.problem.sequences, false, kTileShift, place);
-  if (place.is_empty(false)) {
+  find_place(call.sequences, false, kTileShift, place);
+  if (place.count == 0) {
     return;
   }
   const Span& span = place.span;
-  const int first = place.first;
-  const int queries = smaller(kTile, span.query_count - first);
-  for (int64_t head = blockIdx.z; head < call.problem.heads; head += gridDim.z) {
+  for (int64_t head = blockIdx.z; head < call.heads; head += gridDim.z) {
     const WeightFacts facts = weight_facts(call, head, shared);
     for (int64_t key = int64_t{blockIdx.y} * kTile; key < span.key_count;
          key += int64_t{gridDim.y} * kTile) {
       const int keys = static_cast<int>(smaller<int64_t>(kTile, span.key_count - key));
-      const TileRows tile{call, span, head, first, static_cast<int>(key), queries, keys};
+      const TileRows tile{call, span, head, place.first, static_cast<int>(key), place.count, keys};
       float sums[kSide][kSide];
       bool trusted = false;
       if (facts.fit) {
@@ -352,16 +349,15 @@ __global__ void __launch_bounds__(kThreads, 2) score_kernel(const InnerCall call
       if (!trusted) {
         add_scores<ExactScore>(tile, facts, shared, sums, trusted);
       }
-      write_sums(tile, trusted && is_rough(call.problem) ? facts.sum : 0, shared, sums);
+      write_sums(tile, trusted && is_rough(call) ? facts.sum : 0, shared, sums);
     }
   }
 }
 
 }  // namespace
 
-void launch_scores(const InnerCall& call, cudaStream_t stream) {
+void launch_scores(const ForwardCall& call, cudaStream_t stream) {
   launch_pairs("scores", score_kernel, kTileShift, kThreads, call, stream);
 }
 
-}  // namespace cuda
-}  // namespace attn_ext
+}  // namespace attn_ext::cuda

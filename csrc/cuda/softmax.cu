@@ -9,8 +9,7 @@
 #include "launch.cuh"
 #include "memory.cuh"
 
-namespace attn_ext {
-namespace cuda {
+namespace attn_ext::cuda {
 namespace {
 
 constexpr int kThreads = 128;
@@ -24,7 +23,7 @@ static_assert(kThreads == kRowLanes << kRowShift<kRowLanes>);
 
 // A row of the gradient.
 struct GradientRow {
-  const SoftmaxGradientCall& call;
+  const BackwardCall& call;
   const Span& span;
   int64_t head;
   int i;
@@ -33,24 +32,37 @@ struct GradientRow {
   float scale;
   ScoreRow scores = score_row(call.scores, span, head, i);
   ScoreRow alpha = score_row(call.alpha, span, head, i);
-  ScoreRow dalpha = score_row(call.dalpha, span, head, i);
+  ScoreRow dalpha = score_row(call.dscores, span, head, i);
 
   __device__ float dweight(int64_t j) const {
-    return load(call.dweights.rows, weight_offset(call.dweights, span, head, i, j));
+    return load(call.dweights.rows, score_offsets(call.dweights, span, head, i)[j]);
   }
   __device__ float factor(int64_t j) const {
-    return dropout_factor(call.problem.dropout, span, head, i, j);
+    return dropout_factor(call.dropout, span, head, i, j);
   }
 };
+
+// sum alpha value / sum alpha over the keys, of terms alpha and value.
+template <int kGroup, class Terms>
+__device__ __forceinline__ float mean(int keys, float (&room)[kRoom<kGroup>], const Terms& terms) {
+  float weighted = 0;
+  float total = 0;
+#pragma unroll 2
+  for (int j = threadIdx.x % kGroup; j < keys; j += kGroup) {
+    const float2 term = terms(j);
+    weighted += term.x * term.y;
+    total += term.x;
+  }
+  weighted = reduce<Sum, kGroup>(weighted, room);
+  total = reduce<Sum, kGroup>(total, room);
+  return weighted / total;
+}
 
 // alpha of every key, g' in place of g, and delta.
 template <int kGroup>
 __device__ inline float row_delta(const GradientRow& row, float (&room)[kRoom<kGroup>]) {
-  const SoftmaxGradientCall& call = row.call;
-  float weighted = 0;
-  float total = 0;
-#pragma unroll 2
-  for (int j = threadIdx.x % kGroup; j < row.keys; j += kGroup) {
+  const BackwardCall& call = row.call;
+  return mean<kGroup>(row.keys, room, [&](int j) {
     const float alpha = expf(row.scores[j] - row.base) * row.scale;
     float dalpha = call.has_dalpha ? row.dalpha[j] : 0.0f;
     if (call.dweights.rows.data != nullptr) {
@@ -60,12 +72,8 @@ __device__ inline float row_delta(const GradientRow& row, float (&room)[kRoom<kG
     dalpha = factor > 0 ? dalpha * factor : 0.0f;
     row.alpha[j] = alpha;
     row.dalpha[j] = dalpha;
-    weighted += alpha * dalpha;
-    total += alpha;
-  }
-  weighted = reduce<Sum, kGroup>(weighted, room);
-  total = reduce<Sum, kGroup>(total, room);
-  return weighted / total;
+    return make_float2(alpha, dalpha);
+  });
 }
 
 // The sum of s over a row is 0. Where one weight is nearly 1 all of s is small differences, and
@@ -74,25 +82,17 @@ __device__ inline float row_delta(const GradientRow& row, float (&room)[kRoom<kG
 template <int kGroup>
 __device__ inline float row_rest(const GradientRow& row, float delta,
                                  float (&room)[kRoom<kGroup>]) {
-  float weighted = 0;
-  float total = 0;
-#pragma unroll 2
-  for (int j = threadIdx.x % kGroup; j < row.keys; j += kGroup) {
-    weighted += row.alpha[j] * (row.dalpha[j] - delta);
-    total += row.alpha[j];
-  }
-  weighted = reduce<Sum, kGroup>(weighted, room);
-  total = reduce<Sum, kGroup>(total, room);
-  const float rest = weighted / total;
+  const float rest = mean<kGroup>(
+      row.keys, room, [&](int j) { return make_float2(row.alpha[j], row.dalpha[j] - delta); });
   const float visible = 0x1p-50f * fabsf(delta);
   return isfinite(rest) && fabsf(rest) > visible ? rest : 0.0f;
 }
 
 template <int kGroup>
-__device__ inline void run_row(const SoftmaxGradientCall& call, const Span& span, int64_t head,
-                               int i, int keys, float (&room)[kRoom<kGroup>]) {
+__device__ inline void run_row(const BackwardCall& call, const Span& span, int64_t head, int i,
+                               int keys, float (&room)[kRoom<kGroup>]) {
   const int lane = threadIdx.x % kGroup;
-  if (call.problem.raw_scores) {
+  if (call.raw_scores) {
     const GradientRow row{call, span, head, i, keys, 0, 0};
     for (int j = lane; j < keys; j += kGroup) {
       row.dalpha[j] = row.dweight(j);
@@ -119,31 +119,30 @@ __device__ inline void run_row(const SoftmaxGradientCall& call, const Span& span
 
 template <int kGroup>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    softmax_gradient_kernel(const SoftmaxGradientCall call) {
+    softmax_gradient_kernel(const BackwardCall call) {
   __shared__ float room[kRoom<kGroup>];
   __shared__ Place place;
-  find_place(call.problem.sequences, false, kRowShift<kGroup>, place);
+  find_place(call.sequences, false, kRowShift<kGroup>, place);
   const Span& span = place.span;
-  if (place.is_empty(false) || span.key_count == 0) {
+  if (place.count == 0 || span.key_count == 0) {
     return;
   }
   // Threads without a row go along with those that have one.
   const int i = place.first + threadIdx.x / kGroup;
   const int keys = i < span.query_count ? span.key_count : 0;
-  for (int64_t head = blockIdx.y; head < call.problem.heads; head += gridDim.y) {
+  for (int64_t head = blockIdx.y; head < call.heads; head += gridDim.y) {
     run_row<kGroup>(call, span, head, smaller(i, span.query_count - 1), keys, room);
   }
 }
 
 }  // namespace
 
-void launch_softmax_gradient(const SoftmaxGradientCall& call, cudaStream_t stream) {
-  const Sequences& sequences = call.problem.sequences;
-  const int shift = call.few_rows ? kRowShift<kThreads> : kRowShift<kRowLanes>;
+void launch_softmax_gradient(const BackwardCall& call, cudaStream_t stream) {
+  const Sequences& sequences = call.sequences;
+  const int shift = call.few_queries ? kRowShift<kThreads> : kRowShift<kRowLanes>;
   launch("softmax gradient",
-         call.few_rows ? softmax_gradient_kernel<kThreads> : softmax_gradient_kernel<kRowLanes>,
-         tile_count(sequences, false, shift), call.problem.heads, 1, kThreads, call, stream);
+         call.few_queries ? softmax_gradient_kernel<kThreads> : softmax_gradient_kernel<kRowLanes>,
+         tile_count(sequences, false, shift), call.heads, 1, kThreads, call, stream);
 }
 
-}  // namespace cuda
-}  // namespace attn_ext
+}  // namespace attn_ext::cuda

@@ -1,78 +1,13 @@
-// One query a sequence, bound by memory: every key and value is read once, 16 bytes a load. A warp
-// takes 4 keys at a time, its lanes the features; tanh is exact everywhere, as there is time for
-// it. Long sequences are split over blocks, whose partial softmaxes are merged in order. Pooling,
-// whose few queries are the same for all sequences, has its scores computed before (pool.cu).
+// One query a sequence, or the few of pooling, bound by memory: every key and value is read once,
+// 16 bytes a load. A warp takes some keys at a time, its lanes the features; tanh is exact
+// everywhere, as there is time for it. Long sequences are split over blocks, whose partial
+// softmaxes are merged in order.
+#include "hidden.cuh"
 #include "kernels.h"
 #include "launch.cuh"
-#include "memory.cuh"
 
-namespace attn_ext {
-namespace cuda {
+namespace attn_ext::cuda {
 namespace {
-
-constexpr int kKeys = 4;  // a warp's at a time
-
-// The sums of the 4 keys from `first` on, in all lanes; those past `keys` are repeated. Scores of
-// queries and keys, or inner products of dcontext and values.
-template <bool kScores>
-__device__ __forceinline__ void step_sums(const Rows& left, const Rows& right, const Rows& weight,
-                                          int64_t dim, const Span& span, int64_t head, int first,
-                                          int keys, float (&sums)[kKeys]) {
-  const int64_t query = query_offset(left, span, head, 0);
-  int64_t offsets[kKeys];
-#pragma unroll
-  for (int n = 0; n < kKeys; ++n) {
-    offsets[n] = key_offset(right, span, head, smaller(first + n, keys - 1));
-    sums[n] = 0;
-  }
-#pragma unroll 1
-  for (int64_t col = threadIdx.x % kWarp * kGranule; col < dim; col += kWarp * kGranule) {
-    float a[kGranule];
-    float w[kGranule];
-    float b[kKeys][kGranule];
-    load_granules(right, offsets, col, dim, b);
-    load_granule(left, query, col, dim, a);
-    if constexpr (kScores) {
-      load_granule(weight, head * weight.head, col, dim, w);
-    }
-#pragma unroll
-    for (int f = 0; f < kGranule; ++f) {
-#pragma unroll
-      for (int n = 0; n < kKeys; ++n) {
-        sums[n] = kScores ? fmaf(w[f], exact_tanh(a[f] + b[n][f]).tanh, sums[n])
-                          : fmaf(a[f], b[n][f], sums[n]);
-      }
-    }
-  }
-#pragma unroll
-  for (int n = 0; n < kKeys; ++n) {
-    sums[n] = reduce_warp<Sum>(sums[n]);
-  }
-}
-
-constexpr int kProductThreads = 128;
-constexpr int kProductShift = 6;
-
-__global__ void __launch_bounds__(kProductThreads, 4) step_product_kernel(const InnerCall call) {
-  __shared__ Place place;
-  find_place(call.problem.sequences, true, kProductShift, place);
-  const Span& span = place.span;
-  const int end = smaller(span.key_count, place.first + (1 << kProductShift));
-  const int lane = threadIdx.x % kWarp;
-  const int warp = threadIdx.x / kWarp;
-  for (int64_t head = blockIdx.y; head < call.problem.heads; head += gridDim.y) {
-    for (int key = place.first + warp * kKeys; key < end; key += kProductThreads / kWarp * kKeys) {
-      float sums[kKeys];
-      step_sums<false>(call.left, call.right, {}, call.dim, span, head, key, end, sums);
-#pragma unroll
-      for (int n = 0; n < kKeys; ++n) {
-        if (lane == n && key + n < end) {
-          score_row(call.out, span, head, 0)[key + n] = sums[n];
-        }
-      }
-    }
-  }
-}
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
@@ -84,57 +19,159 @@ struct Shared {
   float room[kWarps];
 };
 
+template <bool kPools>
+constexpr int kKeys = kPools ? 2 : 4;  // a warp's at a time
+
+// Offsets of the keys from `first` on; those past the last are repeated.
+template <int kKeys>
+__device__ __forceinline__ void find_rows(const Rows& rows, const Bag& bag, int first, int last,
+                                          int64_t (&offsets)[kKeys]) {
+#pragma unroll
+  for (int n = 0; n < kKeys; ++n) {
+    offsets[n] = key_offset(rows, bag.span, bag.head, smaller(first + n, last));
+  }
+}
+
+// Makes of keys tanh(q + k), or in pooling hidden rows; without a query they stay as they are.
+template <bool kPools, int kKeys>
+__device__ __forceinline__ void make_rows(const Bag& bag, int64_t query, int first, int last,
+                                          int64_t col, float (&rows)[kKeys][kGranule]) {
+  const ForwardCall& call = bag.call;
+  if constexpr (kPools) {
+    float gates[kKeys][kGranule];
+    if (call.gate.data != nullptr) {
+      int64_t offsets[kKeys];
+      find_rows(call.gate, bag, first, last, offsets);
+      load_granules(call.gate, offsets, col, call.dim, gates);
+    }
+#pragma unroll
+    for (int n = 0; n < kKeys; ++n) {
+      const HiddenGranule made = hidden_of(bag, smaller(first + n, last), col, rows[n], gates[n]);
+#pragma unroll
+      for (int f = 0; f < kGranule; ++f) {
+        rows[n][f] = made.hidden[f];
+      }
+    }
+  } else if (call.query.data != nullptr) {
+    float own[kGranule];
+    load_granule(call.query, query, col, call.dim, own);
+#pragma unroll
+    for (int n = 0; n < kKeys * kGranule; ++n) {
+      float& value = rows[n / kGranule][n % kGranule];
+      value = exact_tanh(own[n % kGranule] + value).tanh;
+    }
+  }
+}
+
+// Adds a granule's share of the sums of each key with the row of weights at `offset`.
+template <int kKeys>
+__device__ __forceinline__ void add_products(const Rows& weight_rows, int64_t offset, int64_t col,
+                                             int64_t dim, const float (&rows)[kKeys][kGranule],
+                                             float (&sums)[kKeys]) {
+  float weights[kGranule];
+  load_granule(weight_rows, offset, col, dim, weights);
+#pragma unroll
+  for (int f = 0; f < kGranule; ++f) {
+#pragma unroll
+    for (int n = 0; n < kKeys; ++n) {
+      sums[n] = fmaf(weights[f], rows[n][f], sums[n]);
+    }
+  }
+}
+
+// Sums over all lanes, of key n for lane n.
+template <int kKeys>
+__device__ __forceinline__ float own_sum(const float (&sums)[kKeys]) {
+  float own = 0;
+#pragma unroll
+  for (int n = 0; n < kKeys; ++n) {
+    const float sum = reduce_warp<Sum>(sums[n]);
+    own = static_cast<int>(threadIdx.x) % kWarp == n ? sum : own;
+  }
+  return own;
+}
+
+// The scores of the keys from `first` on, for lane n of key n in `target`; those of the branches of
+// pooling lie `stride` apart.
+template <bool kPools>
+__device__ __forceinline__ void score_keys(const Bag& bag, int first, int last, float* target,
+                                           int64_t stride) {
+  const ForwardCall& call = bag.call;
+  const int64_t query = query_offset(call.query, bag.span, bag.head, 0);
+  const Rows& weight_rows = kPools ? call.query : call.score_weight;
+  const RowOffsets weights = query_offsets(weight_rows, bag.span, bag.head);
+  int64_t offsets[kKeys<kPools>];
+  find_rows(call.key, bag, first, last, offsets);
+  float sums[kKeys<kPools>] = {};
+  // Of no features there are scores, too: 0.
+#pragma unroll 1
+  for (int64_t begin = 0; begin == 0 || begin < call.dim; begin += kWarp * kGranule) {
+    const int64_t col = begin + threadIdx.x % kWarp * kGranule;
+    float rows[kKeys<kPools>][kGranule];
+    load_granules(call.key, offsets, col, call.dim, rows);
+    make_rows<kPools>(bag, query, first, last, col, rows);
+    if constexpr (!kPools) {
+      add_products(weight_rows, weights.first, col, call.dim, rows, sums);
+    }
+    for (int branch = 0; kPools && branch < bag.span.query_count; ++branch) {
+      float products[kKeys<kPools>] = {};
+      add_products(weight_rows, weights[branch], col, call.dim, rows, products);
+      const float own = own_sum(products);
+      if (target != nullptr) {
+        float& score = target[branch * stride];
+        score = begin == 0 ? own : score + own;
+      }
+    }
+  }
+  if constexpr (!kPools) {
+    const float own = own_sum(sums);
+    if (target != nullptr) {
+      *target = own;
+    }
+  }
+}
+
 // A block's keys of one head, and a query.
-struct KeyRange {
-  const StepCall& call;
-  const Span& span;
-  int64_t head;
+struct KeyRange : Bag {
   int query;
   int first;
   int keys;
 };
 
 // The number of a partial result.
-__device__ inline int64_t partial_row(const StepCall& call, const Span& span, int64_t tile,
+__device__ inline int64_t partial_row(const ForwardCall& call, const Span& span, int64_t tile,
                                       int64_t head, int query) {
-  return (tile * span.query_count + query) * call.problem.heads + head;
+  return (tile * span.query_count + query) * call.heads + head;
 }
 
+// Scores of the block's keys: of one query in place, of several in memory.
+template <bool kPools>
 __device__ inline void compute_scores(const KeyRange& range, Shared& shared) {
-  const Problem& problem = range.call.problem;
+  const ScoreRow scores = score_row(range.call.scores, range.span, range.head, 0);
   const int lane = threadIdx.x % kWarp;
 #pragma unroll 1
-  for (int key = threadIdx.x / kWarp * kKeys; key < range.keys; key += kWarps * kKeys) {
-    float sums[kKeys];
-    step_sums<true>(problem.query, problem.key, problem.score_weight, problem.dim, range.span,
-                    range.head, range.first + key, range.first + range.keys, sums);
-#pragma unroll
-    for (int n = 0; n < kKeys; ++n) {
-      if (lane == n && key + n < range.keys) {
-        shared.scores[key + n] = sums[n];
-      }
+  for (int key = threadIdx.x / kWarp * kKeys<kPools>; key < range.keys;
+       key += kWarps * kKeys<kPools>) {
+    float* target = nullptr;
+    if (lane < kKeys<kPools> && key + lane < range.keys) {
+      target = range.span.query_count > 1 ? &scores[range.first + key + lane]
+                                          : &shared.scores[key + lane];
     }
+    score_keys<kPools>(range, range.first + key, range.first + range.keys - 1, target,
+                       range.call.scores.rows.row);
   }
 }
 
-// Puts the scores of the block's keys in place, and out where they are asked for.
-template <bool kScored>
-__device__ inline void find_scores(const KeyRange& range, Shared& shared) {
+// Puts a query's scores in place, or where only there they are, out.
+__device__ inline void move_scores(const KeyRange& range, Shared& shared) {
   const ScoreRow scores = score_row(range.call.scores, range.span, range.head, range.query);
-  if constexpr (!kScored) {
-    compute_scores(range, shared);
-    __syncthreads();
-  }
-  if (kScored || range.call.scores.rows.data != nullptr) {
-    for (int j = threadIdx.x; j < range.keys; j += kThreads) {
-      if constexpr (kScored) {
-        shared.scores[j] = scores[range.first + j];
-      } else {
-        scores[range.first + j] = shared.scores[j];
-      }
+  for (int j = threadIdx.x; j < range.keys; j += kThreads) {
+    if (range.span.query_count > 1) {
+      shared.scores[j] = scores[range.first + j];
+    } else {
+      scores[range.first + j] = shared.scores[j];
     }
   }
-  __syncthreads();
 }
 
 // The softmax of the block's scores: exponentials, after dropout, take their place.
@@ -150,8 +187,8 @@ __device__ inline SoftmaxPart exponentiate_scores(const KeyRange& range, Shared&
   for (int j = threadIdx.x; j < range.keys; j += kThreads) {
     const float exponential = expf(shared.scores[j] - base);
     total += exponential;
-    shared.scores[j] = exponential * dropout_factor(range.call.problem.dropout, range.span,
-                                                    range.head, range.query, range.first + j);
+    shared.scores[j] = exponential * dropout_factor(range.call.dropout, range.span, range.head,
+                                                    range.query, range.first + j);
   }
   total = reduce<Sum, kThreads>(total, shared.room);
   return {largest, total};
@@ -161,8 +198,8 @@ __device__ inline SoftmaxPart exponentiate_scores(const KeyRange& range, Shared&
 // keys, and the first of them gets the sum.
 __device__ inline void weigh_values(const KeyRange& range, int64_t col, int share, int shares,
                                     Shared& shared, float (&sums)[kGranule]) {
-  const Rows& value = range.call.problem.value;
-  const int64_t dim = range.call.problem.value_dim;
+  const Rows& value = range.call.value;
+  const int64_t dim = range.call.value_dim;
 #pragma unroll
   for (int f = 0; f < kGranule; ++f) {
     sums[f] = 0;
@@ -212,8 +249,8 @@ __device__ inline void weigh_values(const KeyRange& range, int64_t col, int shar
 
 __device__ inline void write_values(const KeyRange& range, int64_t col, float scale,
                                     const float (&sums)[kGranule]) {
-  const StepCall& call = range.call;
-  const int64_t dim = call.problem.value_dim;
+  const ForwardCall& call = range.call;
+  const int64_t dim = call.value_dim;
   const int64_t context = query_offset(call.context, range.span, range.head, range.query);
   const int64_t partial = partial_row(call, range.span, blockIdx.x, range.head, range.query) * dim;
 #pragma unroll
@@ -227,7 +264,7 @@ __device__ inline void write_values(const KeyRange& range, int64_t col, float sc
 }
 
 __device__ inline void write_stats(const KeyRange& range, const SoftmaxPart& softmax) {
-  const StepCall& call = range.call;
+  const ForwardCall& call = range.call;
   if (call.merges) {
     call.partial_stats[partial_row(call, range.span, blockIdx.x, range.head, range.query)] =
         softmax;
@@ -238,70 +275,74 @@ __device__ inline void write_stats(const KeyRange& range, const SoftmaxPart& sof
   store(call.stats, stats + 1, softmax.total);
 }
 
-template <bool kScored>
-__global__ void __launch_bounds__(kThreads, 2) step_kernel(const StepCall call) {
+// Softmax and context of a query from its scores, or the block's part of them.
+__device__ inline void attend(const KeyRange& range, Shared& shared) {
+  const ForwardCall& call = range.call;
+  const SoftmaxPart softmax = exponentiate_scores(range, shared);
+  const float scale = 1 / softmax.total;
+  if (threadIdx.x == 0) {
+    write_stats(range, softmax);
+  }
+  if (call.weights.rows.data != nullptr && !call.merges) {
+    for (int j = threadIdx.x; j < range.keys; j += kThreads) {
+      store(call.weights.rows,
+            score_offsets(call.weights, range.span, range.head, range.query)[range.first + j],
+            shared.scores[j] * scale);
+    }
+  }
+  const int columns = larger(static_cast<int>((call.value_dim + kGranule - 1) / kGranule), 1);
+  const int shares = larger(kThreads / columns, 1);
+  const int share = shares > 1 ? threadIdx.x / columns : 0;
+  const int column = shares > 1 ? threadIdx.x % columns : threadIdx.x;
+  for (int start = 0; start < columns; start += kThreads) {
+    const int64_t col = int64_t{start + column} * kGranule;
+    float sums[kGranule];
+    weigh_values(range, col, share, shares, shared, sums);
+    if (share == 0) {
+      write_values(range, col, scale, sums);
+    }
+  }
+}
+
+template <bool kPools>
+__global__ void __launch_bounds__(kThreads, 2) step_kernel(const ForwardCall call) {
   __shared__ __align__(16) Shared shared;
-  const Problem& problem = call.problem;
   __shared__ Place place;
-  find_place(problem.sequences, true, call.key_shift, place);
+  find_place(call.sequences, true, call.key_shift, place);
   const Span& span = place.span;
-  if (place.is_empty(true)) {
+  if (place.count == 0) {
     return;
   }
-  const int first = place.first;
-  const int keys = static_cast<int>(smaller<int64_t>(1 << call.key_shift, span.key_count - first));
-  const int columns = larger(static_cast<int>((problem.value_dim + kGranule - 1) / kGranule), 1);
-  const int shares = larger(kThreads / columns, 1);
-  const int queries = kScored ? span.query_count : 1;
   // A head's queries are one block's, so that values come from the L2 cache for all but the first.
-  for (int64_t row = blockIdx.y; row < problem.heads * queries; row += gridDim.y) {
-    const int64_t head = kScored ? row % problem.heads : row;
-    const int query = kScored ? static_cast<int>(row / problem.heads) : 0;
-    const KeyRange range{call, span, head, query, first, keys};
+  for (int64_t head = blockIdx.y; head < call.heads; head += gridDim.y) {
     __syncthreads();
-    find_scores<kScored>(range, shared);
-    if (call.stats.data == nullptr) {
-      continue;
-    }
-    const SoftmaxPart softmax = exponentiate_scores(range, shared);
-    const float scale = 1 / softmax.total;
-    if (threadIdx.x == 0) {
-      write_stats(range, softmax);
-    }
-    if (call.weights.rows.data != nullptr && !call.merges) {
-      for (int j = threadIdx.x; j < keys; j += kThreads) {
-        store(call.weights.rows, weight_offset(call.weights, span, head, query, first + j),
-              shared.scores[j] * scale);
-      }
-    }
-    const int share = shares > 1 ? threadIdx.x / columns : 0;
-    const int column = shares > 1 ? threadIdx.x % columns : threadIdx.x;
-    for (int start = 0; start < columns; start += kThreads) {
-      const int64_t col = int64_t{start + column} * kGranule;
-      float sums[kGranule];
-      weigh_values(range, col, share, shares, shared, sums);
-      if (share == 0) {
-        write_values(range, col, scale, sums);
+    compute_scores<kPools>({{call, span, head}, 0, place.first, place.count}, shared);
+    for (int query = 0; query < span.query_count; ++query) {
+      const KeyRange range{{call, span, head}, query, place.first, place.count};
+      __syncthreads();
+      move_scores(range, shared);
+      if (call.stats.data != nullptr) {
+        __syncthreads();
+        attend(range, shared);
       }
     }
   }
 }
 
 // Joins the partial softmaxes of a sequence in the order of their keys.
-__global__ void __launch_bounds__(kThreads) step_merge_kernel(const StepCall call) {
-  const Problem& problem = call.problem;
+__global__ void __launch_bounds__(kThreads) step_merge_kernel(const ForwardCall call) {
   const int64_t n = blockIdx.x;
-  const Span span = span_of(problem.sequences, n);
+  const Span span = span_of(call.sequences, n);
   if (span.key_count == 0) {
     return;
   }
-  const Sequences& sequences = problem.sequences;
+  const Sequences& sequences = call.sequences;
   const int64_t begin = first_tile(sequences, true, n, call.key_shift);
   const int64_t keys = int64_t{1} << call.key_shift;
   const int64_t end = begin + ((span.key_count + keys - 1) >> call.key_shift);
-  for (int64_t row = blockIdx.y; row < problem.heads * span.query_count; row += gridDim.y) {
-    const int64_t head = row % problem.heads;
-    const int query = static_cast<int>(row / problem.heads);
+  for (int64_t row = blockIdx.y; row < call.heads * span.query_count; row += gridDim.y) {
+    const int64_t head = row % call.heads;
+    const int query = static_cast<int>(row / call.heads);
     SoftmaxPart whole{-INFINITY, 0};
     for (int64_t tile = begin; tile < end; ++tile) {
       whole = merge_softmax(whole, call.partial_stats[partial_row(call, span, tile, head, query)]);
@@ -312,12 +353,12 @@ __global__ void __launch_bounds__(kThreads) step_merge_kernel(const StepCall cal
       store(call.stats, stats, whole.largest);
       store(call.stats, stats + 1, whole.total);
     }
-    for (int64_t col = threadIdx.x; col < problem.value_dim; col += kThreads) {
+    for (int64_t col = threadIdx.x; col < call.value_dim; col += kThreads) {
       float sum = 0;
       for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t number = partial_row(call, span, tile, head, query);
         sum = fmaf(softmax_scale(call.partial_stats[number].largest, whole.largest),
-                   call.partial_sums[number * problem.value_dim + col], sum);
+                   call.partial_sums[number * call.value_dim + col], sum);
       }
       store(call.context, query_offset(call.context, span, head, query) + col, sum * scale);
     }
@@ -326,33 +367,23 @@ __global__ void __launch_bounds__(kThreads) step_merge_kernel(const StepCall cal
     }
     for (int64_t j = threadIdx.x; j < span.key_count; j += kThreads) {
       const float score = score_row(call.scores, span, head, query)[j];
-      store(call.weights.rows, weight_offset(call.weights, span, head, query, j),
+      store(call.weights.rows, score_offsets(call.weights, span, head, query)[j],
             softmax_scale(score, whole.largest) * scale *
-                dropout_factor(problem.dropout, span, head, query, j));
+                dropout_factor(call.dropout, span, head, query, j));
     }
   }
 }
 
 }  // namespace
 
-void launch_step_product(const InnerCall& call, cudaStream_t stream) {
-  const Sequences& sequences = call.problem.sequences;
-  launch("inner products of a step", step_product_kernel,
-         tile_count(sequences, true, kProductShift), call.problem.heads, 1, kProductThreads, call,
-         stream);
+void launch_step(const ForwardCall& call, cudaStream_t stream) {
+  launch("step", call.keys_alone ? step_kernel<true> : step_kernel<false>,
+         tile_count(call.sequences, true, call.key_shift), call.heads, 1, kThreads, call, stream);
 }
 
-void launch_step(const StepCall& call, cudaStream_t stream) {
-  const Sequences& sequences = call.problem.sequences;
-  launch("step", call.scored ? step_kernel<true> : step_kernel<false>,
-         tile_count(sequences, true, call.key_shift), call.problem.heads, 1, kThreads, call,
-         stream);
+void launch_step_merge(const ForwardCall& call, cudaStream_t stream) {
+  launch("merge of a step", step_merge_kernel, call.sequences.count,
+         call.heads * call.sequences.query.longest, 1, kThreads, call, stream);
 }
 
-void launch_step_merge(const StepCall& call, cudaStream_t stream) {
-  launch("merge of a step", step_merge_kernel, call.problem.sequences.count,
-         call.problem.heads * call.problem.sequences.query.longest, 1, kThreads, call, stream);
-}
-
-}  // namespace cuda
-}  // namespace attn_ext
+}  // namespace attn_ext::cuda

@@ -5,8 +5,7 @@
 #include "launch.cuh"
 #include "product.cuh"
 
-namespace attn_ext {
-namespace cuda {
+namespace attn_ext::cuda {
 namespace {
 
 constexpr int kThreads = 128;
@@ -18,6 +17,14 @@ constexpr int kInner = 128;            // rows whose alpha is in place at a time
 constexpr int kCols = 8 * kGranule;    // a warp's: 8 lanes have a granule each
 constexpr int kLd = kInner / 2 + 4;    // words; so that 8 rows' 16 bytes lie in different banks
 static_assert(kRows == 2 * kStep && kInner % kStep == 0);
+
+// out_i = sum_j alpha_ij rows_j, or by key out_j = sum_i alpha_ij rows_i.
+struct WeightedCall : ForwardCall {
+  Scores alpha;  // by query: the scores
+  Rows rows;
+  Rows out;
+  Rows sums;  // by key: float32, where out gathers over waves
+};
 
 template <int kAlphaTerms>
 struct Shared {
@@ -81,9 +88,9 @@ __device__ inline float softmax_weight(const OutputTile& tile, int row, int j,
   const int i = tile.first + row;
   const float score = score_row(call.alpha, tile.span, tile.head, i)[j];
   const float alpha = expf(score - shared.base[row]) * shared.scale[row] *
-                      dropout_factor(call.problem.dropout, tile.span, tile.head, i, j);
+                      dropout_factor(call.dropout, tile.span, tile.head, i, j);
   if (call.weights.rows.data != nullptr && blockIdx.y == 0) {
-    store(call.weights.rows, weight_offset(call.weights, tile.span, tile.head, i, j), alpha);
+    store(call.weights.rows, score_offsets(call.weights, tile.span, tile.head, i)[j], alpha);
   }
   return alpha;
 }
@@ -111,11 +118,11 @@ __device__ __forceinline__ void fill(const OutputTile& tile, int begin,
                             : softmax_weight(tile, row, inner, shared);
         }
       }
-      unsigned words[kAlphaTerms];
-      split(alpha[0], alpha[1], words);
+      unsigned words[kAlphaTerms][1];
+      split(alpha[0], alpha[1], words, 0);
 #pragma unroll
       for (int p = 0; p < kAlphaTerms; ++p) {
-        shared.alpha[p][row][pair] = words[p];
+        shared.alpha[p][row][pair] = words[p][0];
       }
     }
   }
@@ -138,7 +145,7 @@ __device__ __forceinline__ void add_rows(const OutputTile& tile, int begin, int 
   for (int n = 0; n < 4; ++n) {
     const int inner = begin + step + 2 * c + n / 2 * 8 + n % 2;
     if (inner < tile.inner) {
-      load_granule(call.rows, shared.rows[inner], col, call.problem.value_dim, rows[n]);
+      load_granule(call.rows, shared.rows[inner], col, call.value_dim, rows[n]);
     } else {
 #pragma unroll
       for (int t = 0; t < kGranule; ++t) {
@@ -158,12 +165,7 @@ __device__ __forceinline__ void add_rows(const OutputTile& tile, int begin, int 
     unsigned b[kTerms][2];
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      unsigned words[kTerms];
-      split(rows[2 * n][t], rows[2 * n + 1][t], words);
-#pragma unroll
-      for (int p = 0; p < kTerms; ++p) {
-        b[p][n] = words[p];
-      }
+      split(rows[2 * n][t], rows[2 * n + 1][t], b, n);
     }
 #pragma unroll
     for (int half = 0; half < kRows / kStep; ++half) {
@@ -174,26 +176,12 @@ __device__ __forceinline__ void add_rows(const OutputTile& tile, int begin, int 
   }
 }
 
-// Adds to what earlier waves of queries left, and stores the result, or what later ones add to.
-__device__ __forceinline__ void gather(const OutputTile& tile, int64_t out, int row, int64_t col,
-                                       float (&values)[kGranule]) {
-  const WeightedCall& call = tile.call;
-  const int64_t dim = call.problem.value_dim;
-  if (tile.span.first_query > 0) {
-    add_sums(call.sums, key_offset(call.sums, tile.span, tile.head, row), col, dim, values);
-  }
-  if (tile.span.has_last_query) {
-    store_granule(call.out, out, col, dim, values);
-  } else {
-    store_granule(call.sums, key_offset(call.sums, tile.span, tile.head, row), col, dim, values);
-  }
-}
-
+// Stores the sums. Those by key add to what earlier waves of queries left, and wait for later ones.
 template <bool kByKey>
 __device__ inline void write(const OutputTile& tile, const RowOffsets& out, int64_t first_col,
                              const Totals& totals) {
   const WeightedCall& call = tile.call;
-  const int64_t dim = call.problem.value_dim;
+  const int64_t dim = call.value_dim;
 #pragma unroll
   for (int n = 0; n < kRows / 8; ++n) {
     const int row = n * 8 + threadIdx.x % kWarp / 4;
@@ -211,10 +199,15 @@ __device__ inline void write(const OutputTile& tile, const RowOffsets& out, int6
       for (int t = 0; t < kGranule; ++t) {
         values[t] = totals[n / 2][t][n % 2 * 2 + side];
       }
-      if constexpr (kByKey) {
-        gather(tile, out[tile.first + row], tile.first + row, col, values);
+      const int number = tile.first + row;
+      if (kByKey && tile.span.first_query > 0) {
+        add_sums(call.sums, key_offset(call.sums, tile.span, tile.head, number), col, dim, values);
+      }
+      if (kByKey && !tile.span.has_last_query) {
+        const int64_t sums = key_offset(call.sums, tile.span, tile.head, number);
+        store_granule(call.sums, sums, col, dim, values);
       } else {
-        store_granule(call.out, out[tile.first + row], col, dim, values);
+        store_granule(call.out, out[number], col, dim, values);
       }
     }
   }
@@ -224,22 +217,16 @@ template <bool kByKey, int kTerms>
 __global__ void __launch_bounds__(kThreads, 3) weighted_kernel(const WeightedCall call) {
   __shared__ __align__(16) Shared<kComputedTerms<kTerms>> shared;
   __shared__ Place place;
-  find_place(call.problem.sequences, kByKey, kRowShift, place);
+  find_place(call.sequences, kByKey, kRowShift, place);
   const Span& span = place.span;
   // Rows that sum nothing were cleared before (Call::leaves_rows).
-  if (place.is_empty(kByKey) || span.query_count == 0 || span.key_count == 0) {
+  if (place.count == 0 || span.query_count == 0 || span.key_count == 0) {
     return;
   }
-  const int first = place.first;
-  const int rows = kByKey ? span.key_count : span.query_count;
   const int64_t warp_col = threadIdx.x / kWarp * kCols;
-  for (int64_t head = blockIdx.z; head < call.problem.heads; head += gridDim.z) {
-    const OutputTile tile{call,
-                          span,
-                          head,
-                          first,
-                          smaller(kRows, rows - first),
-                          kByKey ? span.query_count : span.key_count};
+  for (int64_t head = blockIdx.z; head < call.heads; head += gridDim.z) {
+    const OutputTile tile{call,        span,        head,
+                          place.first, place.count, kByKey ? span.query_count : span.key_count};
     int filled = -1;  // the first of the rows whose alpha is in place
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -251,7 +238,7 @@ __global__ void __launch_bounds__(kThreads, 3) weighted_kernel(const WeightedCal
       softmax(tile, shared);
     }
     for (int64_t block_col = int64_t{blockIdx.y} * kCols * kWarps;
-         block_col < larger<int64_t>(call.problem.value_dim, 1);
+         block_col < larger<int64_t>(call.value_dim, 1);
          block_col += int64_t{gridDim.y} * kCols * kWarps) {
       const int64_t col = block_col + warp_col;
       Totals totals = {};
@@ -263,7 +250,7 @@ __global__ void __launch_bounds__(kThreads, 3) weighted_kernel(const WeightedCal
           filled = begin;
         }
         const int steps = smaller(kInner, tile.inner - begin);
-        for (int step = 0; step < steps && col < call.problem.value_dim; step += kStep) {
+        for (int step = 0; step < steps && col < call.value_dim; step += kStep) {
           add_rows<kByKey, kTerms>(tile, begin, step, col + threadIdx.x % kWarp / 4 * kGranule,
                                    shared, totals);
         }
@@ -273,28 +260,28 @@ __global__ void __launch_bounds__(kThreads, 3) weighted_kernel(const WeightedCal
   }
 }
 
-}  // namespace
-
+template <bool kByKey>
 void launch_weighted(const WeightedCall& call, cudaStream_t stream) {
-  const Sequences& sequences = call.problem.sequences;
-  const Range range = worked_on(sequences, call.by_key);
-  const int64_t rows = range.end - range.begin;
-  const auto run = [&](auto by_key, auto by_query) {
-    const int64_t columns = (call.problem.value_dim + kCols * kWarps - 1) / (kCols * kWarps);
-    launch("weighted sums", call.by_key ? by_key : by_query,
-           tile_count(sequences, call.by_key, kRowShift),
-           blocks_of_tile(rows >> kRowShift, call.problem.heads, columns), call.problem.heads,
-           kThreads, call, stream);
-  };
-  switch (terms_of(call.rows.dtype)) {
-    case 1:
-      return run(weighted_kernel<true, 1>, weighted_kernel<false, 1>);
-    case 2:
-      return run(weighted_kernel<true, 2>, weighted_kernel<false, 2>);
-    default:
-      return run(weighted_kernel<true, 3>, weighted_kernel<false, 3>);
-  }
+  const Range range = worked_on(call.sequences, kByKey);
+  const int64_t tiles = (range.end - range.begin) >> kRowShift;
+  const int64_t columns = (call.value_dim + kCols * kWarps - 1) / (kCols * kWarps);
+  const int terms = terms_of(call.rows.dtype);
+  launch("weighted sums",
+         terms == 1   ? weighted_kernel<kByKey, 1>
+         : terms == 2 ? weighted_kernel<kByKey, 2>
+                      : weighted_kernel<kByKey, 3>,
+         tile_count(call.sequences, kByKey, kRowShift), blocks_of_tile(tiles, call.heads, columns),
+         call.heads, kThreads, call, stream);
 }
 
-}  // namespace cuda
-}  // namespace attn_ext
+}  // namespace
+
+void launch_context(const ForwardCall& call, cudaStream_t stream) {
+  launch_weighted<false>({call, call.scores, call.value, call.context, {}}, stream);
+}
+
+void launch_value_gradient(const BackwardCall& call, cudaStream_t stream) {
+  launch_weighted<true>({call, call.alpha, call.dcontext, call.dvalue, call.dvalue_sums}, stream);
+}
+
+}  // namespace attn_ext::cuda
