@@ -8,31 +8,25 @@
 namespace attn_ext {
 namespace {
 
-Layout layout_of(const Inputs& inputs) {
+Problem describe(const Inputs& inputs) {
   const Tensor& key = inputs.key;
-  const SequenceArguments& arguments = inputs.sequences;
-  Layout layout;
+  Problem problem;
+  describe_operands(inputs, problem);
+  Layout& layout = problem.layout;
   layout.query_batch = inputs.query_batch();
   layout.query_rows = inputs.query_rows();
   layout.key_batch = key.size(0);
   layout.key_rows = key.size(1);
-  layout.query_offsets = integers_of(arguments.cu_seqlens_q);
-  layout.key_offsets = integers_of(arguments.cu_seqlens_k);
-  layout.key_lengths = integers_of(arguments.key_lengths);
+  layout.query_offsets = integers_of(inputs.cu_seqlens_q);
+  layout.key_offsets = integers_of(inputs.cu_seqlens_k);
+  layout.key_lengths = integers_of(inputs.key_lengths);
   STD_TORCH_CHECK(layout.key_lengths.data == nullptr || layout.key_lengths.size == key.size(0),
                   "attn_ext: key_lengths has another batch size than key");
-  if (arguments.key_padding_mask.has_value()) {
-    layout.mask = mask_of(*arguments.key_padding_mask, key.size(0), key.size(1));
+  if (inputs.key_padding_mask.has_value()) {
+    layout.mask = mask_of(*inputs.key_padding_mask, key.size(0), key.size(1));
   }
-  layout.max_queries = arguments.max_seqlen_q;
-  layout.max_keys = arguments.max_seqlen_k;
-  return layout;
-}
-
-Problem describe(const Inputs& inputs) {
-  Problem problem;
-  describe_operands(inputs, problem);
-  problem.layout = layout_of(inputs);
+  layout.max_queries = inputs.max_seqlen_q;
+  layout.max_keys = inputs.max_seqlen_k;
   if (inputs.pools) {
     problem.weight_rows = inputs.query_rows();
   }
@@ -41,15 +35,15 @@ Problem describe(const Inputs& inputs) {
     problem.exp_key = rows_of(*inputs.exp_key);
     problem.key_bound = rows_of(*inputs.key_bound);
   }
-  problem.weights_by_key = inputs.by_key();
-  problem.scores_by_key = inputs.scores_by_key();
+  problem.weights_layout = inputs.by_key() ? PairLayout::kByKey : PairLayout::kDense;
+  problem.scores_layout = inputs.scores_by_key() ? PairLayout::kByKey : PairLayout::kByQuery;
   problem.find_sequences();
   return problem;
 }
 
 // Whether forward computes a score for every number of what is kept.
 bool fills_scores(const Problem& problem) {
-  if (problem.scores_by_key) {
+  if (problem.scores_layout == PairLayout::kByKey) {
     return problem.covers_keys;
   }
   const auto& sequences = problem.sequences;
@@ -120,17 +114,22 @@ Gradients gradients(const Inputs& inputs, const Problem& problem, BackwardArgume
   return {dquery, dkey.result, dvalue.result, dscore_weight, dgate.result};
 }
 
+// A view of scores that forward keeps, without data where it kept none.
+Rows score_rows(const Inputs& inputs, const Tensor& scores) {
+  return scores.dim() > 1 && inputs.scores_by_key() ? key_score_rows(scores) : wanted_rows(scores);
+}
+
 // The incoming gradients and what forward left.
-BackwardArguments arguments_of(const Incoming& incoming, bool by_key) {
+BackwardArguments arguments_of(const Inputs& inputs, const Incoming& incoming) {
   BackwardArguments arguments;
   if (incoming.dcontext.has_value()) {
     arguments.dcontext = rows_of(*incoming.dcontext);
   }
   if (incoming.dweights.has_value()) {
-    arguments.dweights = weight_rows(*incoming.dweights, by_key);
+    arguments.dweights = weight_rows(*incoming.dweights, inputs.by_key());
   }
   arguments.stats = rows_of(incoming.stats);
-  arguments.scores = wanted_rows(incoming.scores);
+  arguments.scores = score_rows(inputs, incoming.scores);
   return arguments;
 }
 
@@ -153,11 +152,11 @@ struct Cpu {
     arguments.context = rows_of(context);
     arguments.stats = rows_of(stats);
     if (has_weights) {
-      arguments.weights = weight_rows(weights, problem.weights_by_key);
+      arguments.weights = weight_rows(weights, inputs.by_key());
     }
     if (keep_scores || (has_weights && !problem.raw_scores)) {
       scores = allocate(key, inputs.of_scores(), compute, keep_scores && !fills_scores(problem));
-      arguments.scores = rows_of(scores);
+      arguments.scores = score_rows(inputs, scores);
     }
     arguments.keeps_scores = keep_scores;
     run_forward(arguments);
@@ -165,8 +164,7 @@ struct Cpu {
   }
 
   static Gradients backward(const Inputs& inputs, const Incoming& incoming) {
-    return gradients(inputs, describe(inputs), arguments_of(incoming, inputs.by_key()),
-                     incoming.grad_mask);
+    return gradients(inputs, describe(inputs), arguments_of(inputs, incoming), incoming.grad_mask);
   }
 
   static std::tuple<Tensor, Tensor, Tensor> step_backward(const Inputs& inputs,
@@ -175,9 +173,9 @@ struct Cpu {
     const ScalarType compute = compute_type(inputs.key);
     Tensor dscores = allocate(inputs.key, inputs.of_keys(), compute, !problem.covers_keys);
     Tensor weights = allocate(inputs.key, inputs.of_keys(), compute, !problem.covers_keys);
-    BackwardArguments arguments = arguments_of(incoming, inputs.by_key());
-    arguments.step_dscores = rows_of(dscores);
-    arguments.step_weights = rows_of(weights);
+    BackwardArguments arguments = arguments_of(inputs, incoming);
+    arguments.step_dscores = key_score_rows(dscores);
+    arguments.step_weights = key_score_rows(weights);
     arguments.needs_scores = incoming.grad_mask & (kGradKey | kGradScoreWeight);
     const Gradients result = gradients(inputs, problem, arguments, incoming.grad_mask & kGradQuery);
     return {result.query, dscores, weights};
@@ -188,8 +186,8 @@ struct Cpu {
                                    int64_t grad_mask) {
     BackwardArguments arguments;
     arguments.dcontext = step_rows_of(dcontext);
-    arguments.step_dscores = step_score_rows_of(dscores);
-    arguments.step_weights = step_score_rows_of(weights);
+    arguments.step_dscores = key_score_rows(dscores, 1);
+    arguments.step_weights = key_score_rows(weights, 1);
     arguments.from_steps = true;
     return gradients(inputs, describe(inputs), arguments, grad_mask);
   }

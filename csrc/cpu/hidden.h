@@ -118,29 +118,22 @@ class FeatureMask {
   }
 
  private:
-  static constexpr int kGroups = 16;  // of four features, whose rounds are vectors of operations
-  static constexpr int kBlock = 4 * kGroups;
+  static constexpr int kBlock = 4 * kPhiloxGroup;
 
   template <class T>
   void multiply(const Dropout& dropout, uint32_t number, int64_t position, int64_t begin,
                 int64_t count, T* row) const {
-    uint32_t c[4][kGroups];
-    for (int n = 0; n < kGroups; ++n) {
-      c[0][n] = static_cast<uint32_t>(position);
-      c[1][n] = static_cast<uint32_t>(begin / 4 + n);
-      c[2][n] = number;
-      c[3][n] = static_cast<uint32_t>(sequence_);
+    uint32_t words[4][kPhiloxGroup];
+    for (int n = 0; n < kPhiloxGroup; ++n) {
+      words[0][n] = static_cast<uint32_t>(position);
+      words[1][n] = static_cast<uint32_t>(begin / 4 + n);
+      words[2][n] = number;
+      words[3][n] = static_cast<uint32_t>(sequence_);
     }
-    PhiloxKey key = dropout.philox_key();
-    for (int round = 0; round < 10; ++round, key = next_key(key)) {
-      for (int n = 0; n < kGroups; ++n) {
-        philox_round(c[0][n], c[1][n], c[2][n], c[3][n], key);
-      }
-    }
-    const auto threshold = static_cast<uint32_t>(__builtin_ceil(dropout.threshold));
+    make_philox_words(words, dropout.philox_key());
     const T scale = static_cast<T>(dropout.keep_scale);
     for (int64_t n = 0; n < count; ++n) {
-      row[n] = (c[n % 4][n / 4] >> 8) >= threshold ? row[n] * scale : T(0);
+      row[n] = keeps_word(words[n % 4][n / 4], dropout) ? row[n] * scale : T(0);
     }
   }
 
@@ -220,8 +213,7 @@ class HiddenScores {
         source_(problem, sequence, head, problem.dim, scratch),
         room_(kTileCols, problem.dim, scratch),
         weights_(panel_of<T>(query_rows(problem.query, sequence, head), query, queries, 0,
-                             problem.dim, scratch.take<T>(queries * steps_of<T>(dim_) * kStep<T>),
-                             room_.copy)) {}
+                             problem.dim, PanelRoom<T>(queries, problem.dim, scratch))) {}
 
   // scores[i * ld + j] = w_i . h_j for keys first + j, j < keys.
   void compute(int64_t first, int64_t keys, T* scores, int64_t ld) {
@@ -271,9 +263,9 @@ class HiddenGradient {
         sequence_(call.problem->sequences[unit.sequence]),
         steps_(steps_of<T>(item.cols)),
         source_(*call.problem, sequence_, unit.head, item.cols, scratch),
-        room_(unit.query_count, item.cols, scratch),
         weights_(panel_of<T>(query_rows(call.problem->query, sequence_, unit.head), 0,
-                             unit.query_count, item.col, item.cols, room_.data, room_.copy)),
+                             unit.query_count, item.col, item.cols,
+                             PanelRoom<T>(unit.query_count, item.cols, scratch))),
         hidden_(scratch.take<T>(kHiddenTile * columns())),
         dhidden_(scratch.take<T>(kHiddenTile * columns())),
         dkey_(scratch.take<T>(columns())),
@@ -328,13 +320,8 @@ class HiddenGradient {
 
   void write(const Rows& gradient, int64_t j, const T* row) const {
     if (gradient.data != nullptr) {
-      const RowSource target = key_rows(gradient, sequence_, unit_.head);
-      const int64_t offset = target.offset(j) + item_.col;
-      if (call_.streams) {
-        stream_row<T>(gradient.data, target.dtype, offset, item_.cols, row);
-      } else {
-        write_row<T>(gradient.data, target.dtype, offset, 1, item_.cols, row);
-      }
+      write_columns<T>(key_rows(gradient, sequence_, unit_.head), j, item_.col, item_.cols, row,
+                       call_.streams);
     }
   }
 
@@ -356,7 +343,6 @@ class HiddenGradient {
   const Sequence& sequence_;
   const int64_t steps_;
   const HiddenSource<T> source_;
-  const PanelRoom<T> room_;
   const Panel<T> weights_;
   T* const hidden_;   // [kHiddenTile, columns]
   T* const dhidden_;  // the same

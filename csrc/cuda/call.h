@@ -114,7 +114,7 @@ class Call {
 
  private:
   void describe_sequences() {
-    const SequenceArguments& arguments = inputs.sequences;
+    const Inputs& arguments = inputs;
     Sequences& sequences = problem.sequences;
     const bool jagged_queries = arguments.cu_seqlens_q.has_value();
     const int64_t queries = inputs.query_rows();
