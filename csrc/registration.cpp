@@ -52,25 +52,6 @@ bool fills_scores(const Problem& problem) {
          });
 }
 
-// Key-side gradients that gather over several waves do so in the compute type.
-struct KeyGradient {
-  Tensor result;
-  OptionalTensor sums;
-
-  KeyGradient(bool wanted, const Tensor& like, bool gathers, bool zeros, bool deterministic)
-      : result(wanted ? allocate_large(like, like.scalar_type(), zeros, deterministic)
-                      : nothing(like, like.scalar_type())) {
-    if (wanted && gathers && like.scalar_type() != compute_type(like)) {
-      sums = allocate_large(like, compute_type(like), false, deterministic);
-    }
-  }
-
-  void set(Rows& target, Rows& gathered) const {
-    target = wanted_rows(result);
-    gathered = sums.has_value() ? rows_of(*sums) : target;
-  }
-};
-
 // Numbers of keys and values from which their gradients, 16 MiB in float32, are streamed: more than
 // a core's share of most caches.
 constexpr int64_t kSmallestStreamed = int64_t{1} << 22;
@@ -80,38 +61,45 @@ Gradients gradients(const Inputs& inputs, const Problem& problem, BackwardArgume
                     int64_t grad_mask) {
   const auto& [query, key, value, score_weight] =
       std::tie(inputs.query, inputs.key, inputs.value, inputs.score_weight);
-  const bool wants_query = grad_mask & kGradQuery;
-  const bool wants_key = grad_mask & kGradKey;
-  const bool wants_value = grad_mask & kGradValue;
-  const bool wants_weight = grad_mask & kGradScoreWeight;
-  const bool wants_gate = inputs.gate.has_value() && (grad_mask & kGradGate);
-  const bool deterministic = inputs.deterministic;
+  if (!inputs.gate.has_value()) {
+    grad_mask &= ~kGradGate;
+  }
+  // A gradient and its view, without elements unless it is wanted.
+  const auto gradient = [&](const Tensor& like, int64_t bit, bool zeros, Rows& rows) {
+    Tensor result = grad_mask & bit
+                        ? allocate_large(like, like.scalar_type(), zeros, inputs.deterministic)
+                        : nothing(like, like.scalar_type());
+    rows = wanted_rows(result);
+    return result;
+  };
+  // What a key-side gradient that gathers over several waves does so in: the compute type.
+  const auto gathers = [&](const Tensor& like, const Rows& result, Rows& rows) {
+    OptionalTensor sums;
+    if (result.data != nullptr && like.scalar_type() != compute_type(like) && !inputs.pools) {
+      sums = allocate_large(like, compute_type(like), false, inputs.deterministic);
+    }
+    rows = sums.has_value() ? rows_of(*sums) : result;
+    return sums;
+  };
   const bool has_dcontext = arguments.dcontext.data != nullptr;
-  const bool gathers = !inputs.pools;
   const bool leaves_keys = !problem.covers_keys;
-  Tensor dquery = wants_query ? allocate_large(query, query.scalar_type(), !problem.covers_queries,
-                                               deterministic)
-                              : nothing(query, query.scalar_type());
-  Tensor dscore_weight =
-      wants_weight ? allocate(score_weight, sizes_of(score_weight), score_weight.scalar_type())
-                   : nothing(score_weight, score_weight.scalar_type());
-  const KeyGradient dkey(wants_key, key, gathers, leaves_keys, deterministic);
-  const KeyGradient dvalue(wants_value, value, gathers, leaves_keys || !has_dcontext,
-                           deterministic);
-  const KeyGradient dgate(wants_gate, inputs.gate.value_or(key), false, leaves_keys, deterministic);
-  Rows no_sums;
-  arguments.dquery = wanted_rows(dquery);
-  arguments.dscore_weight = wants_weight ? score_weight_rows(dscore_weight) : Rows{};
-  dkey.set(arguments.dkey, arguments.dkey_sum);
-  dvalue.set(arguments.dvalue, arguments.dvalue_sum);
-  dgate.set(arguments.dgate, no_sums);
+  Tensor dquery = gradient(query, kGradQuery, !problem.covers_queries, arguments.dquery);
+  Tensor dkey = gradient(key, kGradKey, leaves_keys, arguments.dkey);
+  Tensor dvalue = gradient(value, kGradValue, leaves_keys || !has_dcontext, arguments.dvalue);
+  Tensor dgate = gradient(inputs.gate.value_or(key), kGradGate, leaves_keys, arguments.dgate);
+  const OptionalTensor dkey_sum = gathers(key, arguments.dkey, arguments.dkey_sum);
+  const OptionalTensor dvalue_sum = gathers(value, arguments.dvalue, arguments.dvalue_sum);
+  Tensor dscore_weight = nothing(score_weight, score_weight.scalar_type());
+  if (grad_mask & kGradScoreWeight) {
+    dscore_weight = allocate(score_weight, sizes_of(score_weight), score_weight.scalar_type());
+    arguments.dscore_weight = score_weight_rows(dscore_weight);
+  }
   arguments.problem = &problem;
-  arguments.needs_scores =
-      arguments.needs_scores || wants_query || wants_key || wants_weight || wants_gate;
-  arguments.needs_weights = wants_value && has_dcontext;
+  arguments.needs_scores |= (grad_mask & ~kGradValue) != 0;
+  arguments.needs_weights = (grad_mask & kGradValue) && has_dcontext;
   arguments.streams = key.numel() + value.numel() >= kSmallestStreamed;
   run_backward(arguments);
-  return {dquery, dkey.result, dvalue.result, dscore_weight, dgate.result};
+  return {dquery, dkey, dvalue, dscore_weight, dgate};
 }
 
 // A view of scores that forward keeps, without data where it kept none.
@@ -201,14 +189,6 @@ std::tuple<Tensor, Tensor> additive_attention_prepare(const Tensor& key) {
   return {exp_key, key_bound};
 }
 
-std::string cpu_isa_name() { return cpu_isa(); }
-
-std::string cpu_isa_names() { return cpu_isas(); }
-
-void cpu_use_isa(const std::string& name) { use_cpu_isa(name); }
-
-void cpu_empty_cache() { release_kept_memory(); }
-
 }  // namespace
 }  // namespace attn_ext
 
@@ -220,10 +200,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(attn_ext, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attn_ext, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", TORCH_BOX(&attn_ext::cpu_isa_name));
-  m.impl("cpu_isas", TORCH_BOX(&attn_ext::cpu_isa_names));
-  m.impl("cpu_use_isa", TORCH_BOX(&attn_ext::cpu_use_isa));
-  m.impl("cpu_empty_cache", TORCH_BOX(&attn_ext::cpu_empty_cache));
+  m.impl("cpu_isa", TORCH_BOX(&attn_ext::cpu_isa));
+  m.impl("cpu_isas", TORCH_BOX(&attn_ext::cpu_isas));
+  m.impl("cpu_use_isa", TORCH_BOX(&attn_ext::use_cpu_isa));
+  m.impl("cpu_empty_cache", TORCH_BOX(&attn_ext::release_kept_memory));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attn_ext, CPU, m) {

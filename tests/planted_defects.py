@@ -591,8 +591,8 @@ CPU = [
     Defect(
         "pool-mask-position",
         "csrc/cpu/hidden.h",
-        "mask_.apply<T>(key_.position(j), begin, count, row);",
-        "mask_.apply<T>(j, begin, count, row);",
+        "number, key_.position(j), begin + c,",
+        "number, j, begin + c,",
         "tests/test_pool.py::test_dropout",
         "Which features are dropped depends on the padding mask.",
     ),

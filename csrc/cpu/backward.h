@@ -247,9 +247,6 @@ void value_item(const BackwardCall<T>& call, const UnitBlock& range) {
   weigh_rows<T>({rows.alpha(0), 1, unit.ld}, range.key_count, dcontext, unit.query,
                 unit.query_count, dim, sums, room);
   const RowSource target = unit.last ? result : gathered;
-  if (rows_in_place<T>(target, range.key, dim) == sums.data) {
-    return;
-  }
   for (int64_t j = 0; j < range.key_count; ++j) {
     write_columns<T>(target, range.key + j, 0, dim, sums.data + j * sums.row, streams);
   }

@@ -115,7 +115,7 @@ template <class T>
 const Kernels<T>& kernels();
 
 // Name of the kernels in use: "avx512", "avx2" or "portable".
-const char* cpu_isa();
+std::string cpu_isa();
 
 // Names of those that this machine can run, best first, with ", " between.
 std::string cpu_isas();

@@ -71,43 +71,6 @@ void drop_row(const Dropout& dropout, const Sequence& sequence, int64_t head, in
   }
 }
 
-// Running softmax of a block of queries: largest score, sum of exponentials, weighted sum of
-// values.
-template <class T>
-struct RunningSoftmax {
-  T* largest;
-  T* total;
-  Sums<T> sums;  // hold nothing yet until the first keys are weighed
-  int64_t columns;
-
-  RunningSoftmax(int64_t queries, int64_t value_dim, Sums<T> sums, Scratch& scratch)
-      : largest(scratch.take<T>(queries)),
-        total(scratch.take<T>(queries)),
-        sums(sums),
-        columns(steps_of<T>(value_dim) * kStep<T>) {
-    for (int64_t i = 0; i < queries; ++i) {
-      largest[i] = static_cast<T>(-__builtin_inf());
-      total[i] = 0;
-    }
-  }
-
-  // Turns a row of new scores into exponentials and rescales what was summed before.
-  void include(int64_t i, T* scores, int64_t ld) {
-    const T chunk = largest_of_row(scores, ld);
-    const T next = chunk > largest[i] ? chunk : largest[i];
-    const T shift = shift_of(next);
-    if (next > largest[i]) {
-      const T scale = exp_nonpositive_scalar<T>(largest[i] - shift);
-      total[i] *= scale;
-      if (sums.adds) {
-        scale_row(sums.data + i * sums.row, columns, scale);
-      }
-      largest[i] = next;
-    }
-    total[i] += exponentiate_row(scores, ld, shift, T(1));
-  }
-};
-
 // sums = scalars x rows first + k, k < inner, of `source`, or added to what they hold. One result
 // reads each row once, where it lies. Many read packed rows, whose steps do not compete for the
 // same cache sets.
@@ -137,9 +100,7 @@ void write_context(const ForwardCall<T>& call, const Sequence& sequence, int64_t
     scale_row(sum, steps_of<T>(problem.value_dim) * kStep<T>, scale);
   }
   const RowSource context = query_rows(call.context, sequence, head);
-  if (rows_in_place<T>(context, query, problem.value_dim) != sum) {
-    write_columns<T>(context, query, 0, problem.value_dim, sum);
-  }
+  write_columns<T>(context, query, 0, problem.value_dim, sum);
 }
 
 // Turns the scores of one query, waiting in call.scores, into weights.
@@ -160,12 +121,16 @@ void finish_weights(const ForwardCall<T>& call, const Sequence& sequence, int64_
   }
 }
 
+// Running softmax of a block of queries: largest score, sum of exponentials, weighted sum of
+// values.
 template <class T>
 struct ForwardBlock {
   const ForwardCall<T>& call;
   const ForwardItem& item;
   const Sequence& sequence;
-  RunningSoftmax<T> softmax;
+  T* largest;
+  T* total;
+  Sums<T> sums;  // hold nothing yet until the first keys are weighed
   int64_t ld;
   T* scores;
 
@@ -173,10 +138,14 @@ struct ForwardBlock {
       : call(call),
         item(item),
         sequence(call.problem->sequences[item.sequence]),
-        softmax(item.query_count, call.problem->value_dim, room_for_sums(call, item, scratch),
-                scratch),
+        largest(scratch.take<T>(item.query_count)),
+        total(scratch.take<T>(item.query_count)),
+        sums(room_for_sums(call, item, scratch)),
         ld(round_up(smaller(item.key_count, kKeyChunk), kLanes<T>)),
-        scores(scratch.take<T>(item.query_count * ld)) {}
+        scores(scratch.take<T>(item.query_count * ld)) {
+    pad_row<T>(largest, 0, item.query_count, static_cast<T>(-__builtin_inf()));
+    pad_row<T>(total, 0, item.query_count, 0);
+  }
 
   // Among the partial sums, in the context itself, or in scratch.
   static Sums<T> room_for_sums(const ForwardCall<T>& call, const ForwardItem& item,
@@ -199,6 +168,23 @@ struct ForwardBlock {
     return item.key_count == sequence.key_count && item.key_count <= kKeyChunk;
   }
 
+  // Turns a row of new scores into exponentials and rescales what was summed before.
+  void include(int64_t i, T* row, int64_t count) {
+    const T chunk = largest_of_row(row, count);
+    const T next = chunk > largest[i] ? chunk : largest[i];
+    const T shift = shift_of(next);
+    if (next > largest[i]) {
+      const T scale = exp_nonpositive_scalar<T>(largest[i] - shift);
+      total[i] *= scale;
+      if (sums.adds) {
+        const int64_t columns = steps_of<T>(call.problem->value_dim) * kStep<T>;
+        scale_row(sums.data + i * sums.row, columns, scale);
+      }
+      largest[i] = next;
+    }
+    total[i] += exponentiate_row(row, count, shift, T(1));
+  }
+
   // Softmax of the block's scores for `count` keys from `first`.
   void normalise(int64_t first, int64_t count) {
     const int64_t padded = round_up(count, kLanes<T>);
@@ -211,9 +197,9 @@ struct ForwardBlock {
             count, row);
       }
       pad_row<T>(row, count, padded, static_cast<T>(-__builtin_inf()));
-      softmax.include(i, row, padded);
+      include(i, row, padded);
       if (one_chunk()) {
-        scale_row(row, padded, 1 / softmax.total[i]);
+        scale_row(row, padded, 1 / total[i]);
       }
       drop_row<T>(call.problem->dropout, sequence, item.head, query, first, count, row);
     }
@@ -235,18 +221,16 @@ struct ForwardBlock {
       write_rows(0, item.key_count);
     }
     for (int64_t i = 0; i < item.query_count; ++i) {
-      const T largest = softmax.largest[i];
-      const T total = softmax.total[i];
       if (finishes && !one_chunk()) {
-        finish_weights<T>(call, sequence, item.head, item.query + i, largest, total, chunk);
+        finish_weights<T>(call, sequence, item.head, item.query + i, largest[i], total[i], chunk);
       }
       if (item.partial >= 0) {
         T* stat = call.partial_stats + 2 * (item.partial + i);
-        stat[0] = largest;
-        stat[1] = total;
+        stat[0] = largest[i];
+        stat[1] = total[i];
       } else {
-        write_context<T>(call, sequence, item.head, item.query + i, largest, total,
-                         one_chunk() ? T(1) : 1 / total, softmax.sums.data + i * softmax.sums.row);
+        write_context<T>(call, sequence, item.head, item.query + i, largest[i], total[i],
+                         one_chunk() ? T(1) : 1 / total[i], sums.data + i * sums.row);
       }
     }
   }
@@ -273,12 +257,11 @@ void forward_item_by(const ForwardCall<T>& call, const ForwardItem& item) {
     }
     block.normalise(first, count);
     weigh_rows<T>({block.scores, block.ld, 1}, item.query_count, value, first, count,
-                  problem.value_dim, block.softmax.sums, value_room);
+                  problem.value_dim, block.sums, value_room);
   }
-  if (problem.raw_scores) {
-    return;
+  if (!problem.raw_scores) {
+    block.write_results(scratch);
   }
-  block.write_results(scratch);
 }
 
 template <class T>

@@ -125,7 +125,7 @@ class GradientBlock {
   void run_tile(int64_t first, int64_t keys) {
     keys_.take(first, keys);
     key_bound_ = keys_.bound(0, keys);
-    const bool informative = call_.problem->is_short || informative_(keys_.exponentials, keys);
+    const bool informative = call_.problem->is_short || informative_(keys_);
     if (wants_keys()) {
       pad_row<T>(dkey_, 0, keys * sums_row_, 0);
     }
@@ -248,24 +248,21 @@ class GradientBlock {
 
   // Where the item's part of row j of a gradient is computed: in place if it has the compute type.
   T* result_row(const RowSource& target, int64_t j) const {
-    return target.dtype == kDTypeOf<T> ? target.at<T>(j, item_.col) : row_;
+    return target.has_vectors<T>() ? target.at<T>(j, item_.col) : row_;
   }
 
-  void write_result(const RowSource& target, int64_t j, const T* row) const {
-    if (row == row_) {
-      write_columns<T>(target, j, item_.col, item_.cols, row);
-    }
-  }
-
+  // To dquery, or to partial rows of it.
   void write_queries() {
-    const RowSource target = query_rows(call_.dquery, sequence_, unit_.head);
+    const int64_t row = padded_columns(call_.problem->dim);
+    const RowSource target =
+        item_.dquery_partial < 0
+            ? query_rows(call_.dquery, sequence_, unit_.head)
+            : RowSource{call_.partial_dquery, kDTypeOf<T>, item_.dquery_partial * row, row, 1,
+                        -unit_.query,         nullptr};
     for (int64_t i = 0; i < unit_.query_count; ++i) {
-      const bool partial = item_.dquery_partial >= 0;
-      T* row = partial ? call_.partial_dquery + item_.col +
-                             (item_.dquery_partial + i) * padded_columns(call_.problem->dim)
-                       : result_row(target, unit_.query + i);
-      final_row(dquery_ + i * sums_row_, shift_of_query(i), row);
-      write_result(target, unit_.query + i, row);
+      T* result = result_row(target, unit_.query + i);
+      final_row(dquery_ + i * sums_row_, shift_of_query(i), result);
+      write_columns<T>(target, unit_.query + i, item_.col, item_.cols, result);
     }
   }
 
@@ -281,7 +278,7 @@ class GradientBlock {
           row_[c] += before[c];
         }
       }
-      write_result(target, first + j, row);
+      write_columns<T>(target, first + j, item_.col, item_.cols, row);
     }
   }
 

@@ -95,53 +95,6 @@ ATTN_EXT_INLINE HiddenParts<T> hidden_parts(Vec<T> x, Vec<T> g) {
           slope < T(kVanishingSlope) ? Vec<T>{} : slope, power * r, closed ? Vec<T>{} : y * r * r};
 }
 
-// Which entries of the hidden rows of one head of one sequence dropout keeps: feature d takes word
-// d % 4 of Philox with the counter (key position, d / 4, ~(2 head + factor), sequence).
-class FeatureMask {
- public:
-  FeatureMask(const Problem& problem, const Sequence& sequence, int64_t head)
-      : dropout_(problem.feature_dropout), sequence_(sequence.number), head_(head) {}
-
-  bool active() const { return dropout_[0].active || dropout_[1].active; }
-
-  // Multiplies the features of the key at `position` that begin with `begin`, a multiple of 4, by 0
-  // or by the scale of what is kept.
-  template <class T>
-  void apply(int64_t position, int64_t begin, int64_t count, T* row) const {
-    for (int factor = 0; factor < 2; ++factor) {
-      for (int64_t c = 0; dropout_[factor].active && c < count; c += kBlock) {
-        const uint32_t number = ~static_cast<uint32_t>(2 * head_ + factor);
-        multiply<T>(dropout_[factor], number, position, begin + c, smaller(kBlock, count - c),
-                    row + c);
-      }
-    }
-  }
-
- private:
-  static constexpr int kBlock = 4 * kPhiloxGroup;
-
-  template <class T>
-  void multiply(const Dropout& dropout, uint32_t number, int64_t position, int64_t begin,
-                int64_t count, T* row) const {
-    uint32_t words[4][kPhiloxGroup];
-    for (int n = 0; n < kPhiloxGroup; ++n) {
-      words[0][n] = static_cast<uint32_t>(position);
-      words[1][n] = static_cast<uint32_t>(begin / 4 + n);
-      words[2][n] = number;
-      words[3][n] = static_cast<uint32_t>(sequence_);
-    }
-    make_philox_words(words, dropout.philox_key());
-    const T scale = static_cast<T>(dropout.keep_scale);
-    for (int64_t n = 0; n < count; ++n) {
-      row[n] = keeps_word(words[n % 4][n / 4], dropout) ? row[n] * scale : T(0);
-    }
-  }
-
-  const Dropout* dropout_;
-  int64_t sequence_;
-  int64_t head_;
-};
-
 // The keys and gates of one head of one sequence.
 template <class T>
 class HiddenSource {
@@ -150,7 +103,9 @@ class HiddenSource {
                Scratch& scratch)
       : key_(key_rows(problem.key, sequence, head)),
         gate_(key_rows(problem.gate, sequence, head)),
-        mask_(problem, sequence, head),
+        dropout_(problem.feature_dropout),
+        sequence_(sequence.number),
+        head_(head),
         key_copy_(scratch.take<T>(round_up(columns, kLanes<T>))),
         gate_copy_(scratch.take<T>(round_up(columns, kLanes<T>))) {}
 
@@ -172,14 +127,38 @@ class HiddenSource {
     }
   }
 
-  // Drops features of a hidden row of key j, or of its gradient.
-  ATTN_EXT_INLINE void drop(int64_t j, int64_t begin, int64_t count, T* row) const {
-    if (mask_.active()) {
-      mask_.apply<T>(key_.position(j), begin, count, row);
+  // Drops features of a hidden row of key j, or of its gradient, that begin with `begin`, a
+  // multiple of 4: feature d takes word d % 4 of Philox with the counter (key position, d / 4, ~(2
+  // head + factor), sequence).
+  void drop(int64_t j, int64_t begin, int64_t count, T* row) const {
+    for (int factor = 0; factor < 2; ++factor) {
+      for (int64_t c = 0; dropout_[factor].active && c < count; c += kBlock) {
+        const uint32_t number = ~static_cast<uint32_t>(2 * head_ + factor);
+        drop_block(dropout_[factor], number, key_.position(j), begin + c,
+                   smaller(kBlock, count - c), row + c);
+      }
     }
   }
 
  private:
+  static constexpr int kBlock = 4 * kPhiloxGroup;
+
+  void drop_block(const Dropout& dropout, uint32_t number, int64_t position, int64_t begin,
+                  int64_t count, T* row) const {
+    uint32_t words[4][kPhiloxGroup];
+    for (int n = 0; n < kPhiloxGroup; ++n) {
+      words[0][n] = static_cast<uint32_t>(position);
+      words[1][n] = static_cast<uint32_t>(begin / 4 + n);
+      words[2][n] = number;
+      words[3][n] = static_cast<uint32_t>(sequence_);
+    }
+    make_philox_words(words, dropout.philox_key());
+    const T scale = static_cast<T>(dropout.keep_scale);
+    for (int64_t n = 0; n < count; ++n) {
+      row[n] = keeps_word(words[n % 4][n / 4], dropout) ? row[n] * scale : T(0);
+    }
+  }
+
   static const T* whole_vectors(const RowSource& source, int64_t j, int64_t begin, int64_t count,
                                 T* copy) {
     const T* row = row_values<T>(source, j, begin, count, copy);
@@ -196,8 +175,10 @@ class HiddenSource {
   }
 
   RowSource key_;
-  RowSource gate_;  // data is null without
-  FeatureMask mask_;
+  RowSource gate_;          // data is null without
+  const Dropout* dropout_;  // of tanh and of the gate
+  int64_t sequence_;
+  int64_t head_;
   T* key_copy_;
   T* gate_copy_;
 };

@@ -66,7 +66,7 @@ const Isa& chosen_isa() {
 
 }  // namespace
 
-const char* cpu_isa() { return chosen_isa().name; }
+std::string cpu_isa() { return chosen_isa().name; }
 
 std::string cpu_isas() {
   std::string names;

@@ -252,22 +252,25 @@ ATTN_EXT_INLINE const T* row_values(const RowSource& source, int64_t j, int64_t 
   return copy;
 }
 
-// Columns [begin, begin + count) of row j = values; past the caches, if it `streams` and they are
-// whole lines of the compute type.
+// Columns [begin, begin + count) of row j = values, unless those are what stands there; past the
+// caches, if it `streams` and they are whole lines of the compute type.
 template <class T>
 void write_columns(const RowSource& target, int64_t j, int64_t begin, int64_t count,
                    const T* values, bool streams = false) {
   constexpr int64_t line = 64;
-  T* const row = target.at<T>(j, begin);
-  if (!streams || !target.has_vectors<T>() || reinterpret_cast<uintptr_t>(row) % line != 0 ||
-      count * static_cast<int64_t>(sizeof(T)) % line != 0) {
-    write_row<T>(target.data, target.dtype, target.offset(j) + begin * target.col, target.col,
-                 count, values);
+  T* const row = target.has_vectors<T>() ? target.at<T>(j, begin) : nullptr;
+  if (row == values) {
     return;
   }
-  for (int64_t n = 0; n < count; n += kLanes<T>) {
-    stream<T>(row + n, load<T>(values + n));
+  if (streams && row != nullptr && reinterpret_cast<uintptr_t>(row) % line == 0 &&
+      count * static_cast<int64_t>(sizeof(T)) % line == 0) {
+    for (int64_t n = 0; n < count; n += kLanes<T>) {
+      stream<T>(row + n, load<T>(values + n));
+    }
+    return;
   }
+  write_row<T>(target.data, target.dtype, target.offset(j) + begin * target.col, target.col, count,
+               values);
 }
 
 // Rows [first, first + count) of one column, as of pair_row().

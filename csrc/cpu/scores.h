@@ -216,17 +216,17 @@ class RowBlock {
   bool has_numbers_ = false;
 };
 
-// Smallest and largest of `rows` rows, lane by lane, for half a step of features.
+// Smallest and largest of a block's exponentials, lane by lane, in vector n of features.
 template <class T>
 struct Extremes {
   Vec<T> smallest;
   Vec<T> largest;
 
-  static Extremes of(const Panel<T>& panel, int64_t rows, int64_t p, int64_t half) {
-    const StepRows<T> step = panel.at(p);
-    const T* data = step.data + half;
+  static Extremes of(const RowBlock<T>& rows, int64_t n) {
+    const StepRows<T> step = rows.exponentials.at(n / 2);
+    const T* data = step.data + n % 2 * kLanes<T>;
     Extremes result{load<T>(data), load<T>(data)};
-    for (int64_t i = 1; i < rows; ++i) {
+    for (int64_t i = 1; i < rows.count; ++i) {
       const Vec<T> next = load<T>(data + i * step.row);
       result.smallest = next < result.smallest ? next : result.smallest;
       result.largest = next > result.largest ? next : result.largest;
@@ -243,29 +243,29 @@ class Informative {
   Informative(const RowBlock<T>& queries, int64_t steps, const T* weights, T least,
               Scratch& scratch)
       : queries_(queries),
-        steps_(steps),
+        vectors_(2 * steps),
         weights_(weights),
         least_(least),
-        extremes_(scratch.take<Extremes<T>>(2 * steps)) {}
+        extremes_(scratch.take<Extremes<T>>(vectors_)) {}
 
-  bool operator()(const Panel<T>& keys, int64_t key_count) {
-    constexpr int64_t kStepsOfLook = 4;
+  bool operator()(const RowBlock<T>& keys) {
+    constexpr int64_t kVectorsOfLook = 8;
     Vec<T> informative{};
-    for (int64_t p = 0; p < steps_; ++p) {
-      for (int half = 0; half < 2; ++half) {
-        const Extremes<T> a = query_extremes(p, half);
-        const Extremes<T> b = Extremes<T>::of(keys, key_count, p, half * kLanes<T>);
-        const Vec<T> low = a.smallest * b.smallest;
-        const Vec<T> high = a.largest * b.largest;
-        const VecBits<T> unsaturated =
-            (low <= T(kSaturatedProduct)) & (high >= T(1 / kSaturatedProduct));
-        const VecBits<T> sizeable = (high >= T(kSmallProduct)) | (low <= T(1 / kSmallProduct));
-        const Vec<T> share =
-            weights_ == nullptr ? splat<T>(T(1))
-                                : magnitude<T>(load<T>(weights_ + p * kStep<T> + half * kLanes<T>));
-        informative += from_bits<T>(bits_of<T>(share) & unsaturated & sizeable);
+    for (int64_t n = 0; n < vectors_; ++n) {
+      for (; known_ <= n; ++known_) {
+        extremes_[known_] = Extremes<T>::of(queries_, known_);
       }
-      if ((p % kStepsOfLook == 0 || p == steps_ - 1) && sum_of_lanes<T>(informative) > least_) {
+      const Extremes<T>& a = extremes_[n];
+      const Extremes<T> b = Extremes<T>::of(keys, n);
+      const Vec<T> low = a.smallest * b.smallest;
+      const Vec<T> high = a.largest * b.largest;
+      const VecBits<T> unsaturated =
+          (low <= T(kSaturatedProduct)) & (high >= T(1 / kSaturatedProduct));
+      const VecBits<T> sizeable = (high >= T(kSmallProduct)) | (low <= T(1 / kSmallProduct));
+      const Vec<T> share =
+          weights_ == nullptr ? splat<T>(T(1)) : magnitude<T>(load<T>(weights_ + n * kLanes<T>));
+      informative += from_bits<T>(bits_of<T>(share) & unsaturated & sizeable);
+      if ((n % kVectorsOfLook == 1 || n == vectors_ - 1) && sum_of_lanes<T>(informative) > least_) {
         return true;
       }
     }
@@ -273,21 +273,11 @@ class Informative {
   }
 
  private:
-  // Computed once for all keys that the queries meet, as far as features are looked at.
-  Extremes<T> query_extremes(int64_t p, int half) {
-    const int64_t n = 2 * p + half;
-    for (; known_ <= n; ++known_) {
-      extremes_[known_] = Extremes<T>::of(queries_.exponentials, queries_.count, known_ / 2,
-                                          known_ % 2 * kLanes<T>);
-    }
-    return extremes_[n];
-  }
-
   const RowBlock<T>& queries_;
-  const int64_t steps_;
+  const int64_t vectors_;
   const T* const weights_;
   const T least_;
-  Extremes<T>* const extremes_;
+  Extremes<T>* const extremes_;  // of the queries, as far as they were looked at
   int64_t known_ = 0;
 };
 
@@ -316,7 +306,7 @@ class AdditiveScores {
       const int64_t cols = smaller(kTileCols, keys - j);
       keys_.take(first + j, cols);
       const T key_bound = keys_.bound(0, cols);
-      const bool informs = weights_.fit && (is_short_ || informative_(keys_.exponentials, cols));
+      const bool informs = weights_.fit && (is_short_ || informative_(keys_));
       for (int64_t i = 0; i < queries_.count; i += kTileRows) {
         const int64_t rows = smaller(kTileRows, queries_.count - i);
         T* out = scores + i * ld + j;

@@ -485,7 +485,7 @@ int main() try {
     }
   }
   // As pytest has it, after the instruction set.
-  std::printf("%s: ", cpu_isa());
+  std::printf("%s: ", cpu_isa().c_str());
   if (failed > 0) {
     std::printf("%d failed, ", failed);
   }
