@@ -153,7 +153,7 @@ Tensor allocate_large(const Tensor& like, ScalarType dtype, bool zeros, bool det
   return zeros ? torch::stable::zero_(result) : result;
 }
 
-void release_kept_memory() noexcept { cache().clear(); }
+void release_kept_memory() { cache().clear(); }
 
 #else
 
@@ -161,7 +161,7 @@ Tensor allocate_large(const Tensor& like, ScalarType dtype, bool zeros, bool) {
   return allocate(like, sizes_of(like), dtype, zeros);
 }
 
-void release_kept_memory() noexcept {}
+void release_kept_memory() {}
 
 #endif
 

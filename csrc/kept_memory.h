@@ -17,6 +17,6 @@ namespace attn_ext {
 Tensor allocate_large(const Tensor& like, ScalarType dtype, bool zeros, bool deterministic);
 
 // Gives all that is kept back to the operating system.
-void release_kept_memory() noexcept;
+void release_kept_memory();
 
 }  // namespace attn_ext

@@ -14,23 +14,6 @@
 
 namespace attn_ext {
 
-// The arguments that say which rows make up which sequence.
-struct SequenceArguments {
-  OptionalTensor cu_seqlens_q;
-  OptionalTensor cu_seqlens_k;
-  OptionalTensor key_lengths;
-  OptionalTensor key_padding_mask;
-  int64_t max_seqlen_q = 0;
-  int64_t max_seqlen_k = 0;
-};
-
-struct DropoutArguments {
-  double p = 0;  // of weights
-  OptionalTensor seed;
-  double tanh_p = 0;  // pooling: of the factors of its hidden rows
-  double gate_p = 0;
-};
-
 // What attention and pooling are given. Pooling has no query: the K rows of its score weights, [H,
 // K, D], are the queries of every sequence.
 struct Inputs {
@@ -38,15 +21,30 @@ struct Inputs {
   Tensor key;    // [Bk, Nk, H, D]
   Tensor value;
   Tensor score_weight;  // [H, D]
-  SequenceArguments sequences;
-  DropoutArguments dropout;
+  OptionalTensor cu_seqlens_q;
+  OptionalTensor cu_seqlens_k;
+  OptionalTensor key_lengths;
+  OptionalTensor key_padding_mask;
+  int64_t max_seqlen_q = 0;
+  int64_t max_seqlen_k = 0;
+  double dropout_p = 0;  // of weights
+  OptionalTensor dropout_seed = {};
   int64_t weights_layout = kNoWeights;
   bool deterministic = false;
   OptionalTensor exp_key = {};  // what the backend prepared of key
   OptionalTensor key_bound = {};
-  OptionalTensor gate = {};  // pooling
-  bool pools = false;
   bool steps = false;  // rows of query are steps
+  bool pools = false;
+  OptionalTensor gate = {};  // of pooling, and dropout of the factors of its hidden rows
+  double tanh_p = 0;
+  double gate_p = 0;
+
+  void pool(const OptionalTensor& its_gate, double its_tanh_p, double its_gate_p) {
+    pools = true;
+    gate = its_gate;
+    tanh_p = its_tanh_p;
+    gate_p = its_gate_p;
+  }
 
   int64_t heads() const { return key.size(2); }
   bool raw() const { return weights_layout & kRaw; }
@@ -54,25 +52,18 @@ struct Inputs {
   int64_t query_rows() const { return pools ? score_weight.size(1) : query.size(steps ? 0 : 1); }
   int64_t query_batch() const {
     if (pools) {
-      return sequences.cu_seqlens_k.has_value() ? count(sequences.cu_seqlens_k, 0) : key.size(0);
+      return cu_seqlens_k.has_value() ? count(cu_seqlens_k, 0) : key.size(0);
     }
     return query.size(steps ? 1 : 0);
   }
   int64_t batch() const {
-    return std::min(count(sequences.cu_seqlens_q, query_batch()),
-                    count(sequences.cu_seqlens_k, key.size(0)));
+    return std::min(count(cu_seqlens_q, query_batch()), count(cu_seqlens_k, key.size(0)));
   }
   // Bounds on the rows of a sequence, as the caller gave them.
-  int64_t max_queries() const {
-    return sequences.cu_seqlens_q.has_value() ? sequences.max_seqlen_q : query_rows();
-  }
-  int64_t max_keys() const {
-    return sequences.cu_seqlens_k.has_value() ? sequences.max_seqlen_k : key.size(1);
-  }
+  int64_t max_queries() const { return cu_seqlens_q.has_value() ? max_seqlen_q : query_rows(); }
+  int64_t max_keys() const { return cu_seqlens_k.has_value() ? max_seqlen_k : key.size(1); }
   // Whether kept scores lie by key, as where every sequence has one query.
-  bool scores_by_key() const {
-    return pools || (!sequences.cu_seqlens_q.has_value() && query_rows() == 1);
-  }
+  bool scores_by_key() const { return pools || (!cu_seqlens_q.has_value() && query_rows() == 1); }
 
   // Shapes of so many numbers a query and head; of one a key, head and branch; and of kept scores.
   std::vector<int64_t> by_query(int64_t numbers) const {
@@ -120,7 +111,6 @@ inline Rows wanted_rows(const Tensor& tensor) {
 // All but the geometry of the sequences.
 inline void describe_operands(const Inputs& inputs, Operands& operands) {
   const Tensor& weight = inputs.score_weight;
-  const DropoutArguments& dropout = inputs.dropout;
   operands.heads = inputs.heads();
   operands.dim = inputs.key.size(3);
   operands.value_dim = inputs.value.size(3);
@@ -134,9 +124,9 @@ inline void describe_operands(const Inputs& inputs, Operands& operands) {
     operands.query = inputs.steps ? step_rows_of(inputs.query) : rows_of(inputs.query);
     operands.score_weight = score_weight_rows(weight);
   }
-  operands.dropout = dropout_of(dropout.p, dropout.seed);
-  operands.feature_dropout[0] = dropout_of(dropout.tanh_p, dropout.seed);
-  operands.feature_dropout[1] = dropout_of(dropout.gate_p, dropout.seed);
+  operands.dropout = dropout_of(inputs.dropout_p, inputs.dropout_seed);
+  operands.feature_dropout[0] = dropout_of(inputs.tanh_p, inputs.dropout_seed);
+  operands.feature_dropout[1] = dropout_of(inputs.gate_p, inputs.dropout_seed);
   operands.raw_scores = inputs.raw();
   operands.is_short =
       is_short(inputs.query) && is_short(inputs.key) && is_short(inputs.value) && is_short(weight);
@@ -163,6 +153,7 @@ inline Tensor allocate_weights(const Inputs& inputs) {
 template <class Backend>
 struct Operations {
   using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+  static constexpr auto kNone = std::nullopt;
 
   static Forward attention_forward(
       const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& score_weight,
@@ -172,18 +163,11 @@ struct Operations {
       int64_t max_seqlen_q, int64_t max_seqlen_k, double dropout_p,
       const OptionalTensor& dropout_seed, int64_t weights_layout, bool keep_scores,
       bool deterministic, const std::string& /*backend*/) {
-    return Backend::forward(
-        {query,
-         key,
-         value,
-         score_weight,
-         {cu_seqlens_q, cu_seqlens_k, key_lengths, key_padding_mask, max_seqlen_q, max_seqlen_k},
-         {dropout_p, dropout_seed},
-         weights_layout,
-         deterministic,
-         exp_key,
-         key_bound},
-        keep_scores);
+    const Inputs inputs{query,          key,           value,       score_weight,
+                        cu_seqlens_q,   cu_seqlens_k,  key_lengths, key_padding_mask,
+                        max_seqlen_q,   max_seqlen_k,  dropout_p,   dropout_seed,
+                        weights_layout, deterministic, exp_key,     key_bound};
+    return Backend::forward(inputs, keep_scores);
   }
 
   static Forward pool_forward(const Tensor& key, const Tensor& value, const Tensor& score_weight,
@@ -194,19 +178,22 @@ struct Operations {
                               const OptionalTensor& dropout_seed, int64_t weights_layout,
                               bool keep_scores, bool deterministic,
                               const std::string& /*backend*/) {
-    return Backend::forward({key,
-                             key,
-                             value,
-                             score_weight,
-                             {{}, cu_seqlens_k, key_lengths, key_padding_mask, 0, max_seqlen_k},
-                             {dropout_p, dropout_seed, tanh_p, gate_p},
-                             weights_layout,
-                             deterministic,
-                             {},
-                             {},
-                             gate,
-                             true},
-                            keep_scores);
+    Inputs inputs{key,
+                  key,
+                  value,
+                  score_weight,
+                  kNone,
+                  cu_seqlens_k,
+                  key_lengths,
+                  key_padding_mask,
+                  0,
+                  max_seqlen_k,
+                  dropout_p,
+                  dropout_seed,
+                  weights_layout,
+                  deterministic};
+    inputs.pool(gate, tanh_p, gate_p);
+    return Backend::forward(inputs, keep_scores);
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
@@ -217,16 +204,12 @@ struct Operations {
       int64_t max_seqlen_q, int64_t max_seqlen_k, double dropout_p,
       const OptionalTensor& dropout_seed, int64_t weights_layout, int64_t grad_mask,
       bool deterministic, const std::string& /*backend*/) {
-    const Gradients gradients = Backend::backward(
-        {query,
-         key,
-         value,
-         score_weight,
-         {cu_seqlens_q, cu_seqlens_k, key_lengths, key_padding_mask, max_seqlen_q, max_seqlen_k},
-         {dropout_p, dropout_seed},
-         weights_layout,
-         deterministic},
-        {dcontext, dweights, stats, scores, grad_mask});
+    const Inputs inputs{query,          key,          value,       score_weight,
+                        cu_seqlens_q,   cu_seqlens_k, key_lengths, key_padding_mask,
+                        max_seqlen_q,   max_seqlen_k, dropout_p,   dropout_seed,
+                        weights_layout, deterministic};
+    const Gradients gradients =
+        Backend::backward(inputs, {dcontext, dweights, stats, scores, grad_mask});
     return {gradients.query, gradients.key, gradients.value, gradients.score_weight};
   }
 
@@ -238,20 +221,23 @@ struct Operations {
       int64_t max_seqlen_k, double tanh_p, double gate_p, double dropout_p,
       const OptionalTensor& dropout_seed, int64_t weights_layout, int64_t grad_mask,
       bool deterministic, const std::string& /*backend*/) {
+    Inputs inputs{key,
+                  key,
+                  value,
+                  score_weight,
+                  kNone,
+                  cu_seqlens_k,
+                  key_lengths,
+                  key_padding_mask,
+                  0,
+                  max_seqlen_k,
+                  dropout_p,
+                  dropout_seed,
+                  weights_layout,
+                  deterministic};
+    inputs.pool(gate, tanh_p, gate_p);
     const Gradients gradients =
-        Backend::backward({key,
-                           key,
-                           value,
-                           score_weight,
-                           {{}, cu_seqlens_k, key_lengths, key_padding_mask, 0, max_seqlen_k},
-                           {dropout_p, dropout_seed, tanh_p, gate_p},
-                           weights_layout,
-                           deterministic,
-                           {},
-                           {},
-                           gate,
-                           true},
-                          {dcontext, dweights, stats, scores, grad_mask & ~kGradQuery});
+        Backend::backward(inputs, {dcontext, dweights, stats, scores, grad_mask & ~kGradQuery});
     return {gradients.key, gradients.value, gradients.score_weight, gradients.gate};
   }
 
@@ -263,18 +249,11 @@ struct Operations {
       const OptionalTensor& key_padding_mask, int64_t max_seqlen_k, double dropout_p,
       const OptionalTensor& dropout_seed, int64_t weights_layout, int64_t grad_mask,
       bool deterministic, const std::string& /*backend*/) {
-    return Backend::step_backward(
-        {query,
-         key,
-         value,
-         score_weight,
-         {{}, cu_seqlens_k, key_lengths, key_padding_mask, query.size(1), max_seqlen_k},
-         {dropout_p, dropout_seed},
-         weights_layout,
-         deterministic,
-         exp_key,
-         key_bound},
-        {dcontext, dweights, stats, scores, grad_mask});
+    const Inputs inputs{query,          key,           value,       score_weight,
+                        kNone,          cu_seqlens_k,  key_lengths, key_padding_mask,
+                        query.size(1),  max_seqlen_k,  dropout_p,   dropout_seed,
+                        weights_layout, deterministic, exp_key,     key_bound};
+    return Backend::step_backward(inputs, {dcontext, dweights, stats, scores, grad_mask});
   }
 
   static std::tuple<Tensor, Tensor, Tensor> memory_backward(
@@ -284,21 +263,13 @@ struct Operations {
       const OptionalTensor& cu_seqlens_k, const OptionalTensor& key_lengths,
       const OptionalTensor& key_padding_mask, int64_t max_seqlen_k, int64_t grad_mask,
       bool deterministic, const std::string& /*backend*/) {
-    const Gradients gradients = Backend::memory_backward(
-        {query,
-         key,
-         value,
-         score_weight,
-         {{}, cu_seqlens_k, key_lengths, key_padding_mask, query.size(0), max_seqlen_k},
-         {},
-         kNoWeights,
-         deterministic,
-         exp_key,
-         key_bound,
-         {},
-         false,
-         true},
-        dscores, weights, dcontext, grad_mask & ~kGradQuery);
+    const Inputs inputs{query,         key,           value,       score_weight,
+                        kNone,         cu_seqlens_k,  key_lengths, key_padding_mask,
+                        query.size(0), max_seqlen_k,  0.0,         kNone,
+                        kNoWeights,    deterministic, exp_key,     key_bound,
+                        true};
+    const Gradients gradients =
+        Backend::memory_backward(inputs, dscores, weights, dcontext, grad_mask & ~kGradQuery);
     return {gradients.key, gradients.value, gradients.score_weight};
   }
 

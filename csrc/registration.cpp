@@ -8,31 +8,25 @@
 namespace attn_ext {
 namespace {
 
-Layout layout_of(const Inputs& inputs) {
+Problem describe(const Inputs& inputs) {
   const Tensor& key = inputs.key;
-  const SequenceArguments& arguments = inputs.sequences;
-  Layout layout;
+  Problem problem;
+  describe_operands(inputs, problem);
+  Layout& layout = problem.layout;
   layout.query_batch = inputs.query_batch();
   layout.query_rows = inputs.query_rows();
   layout.key_batch = key.size(0);
   layout.key_rows = key.size(1);
-  layout.query_offsets = integers_of(arguments.cu_seqlens_q);
-  layout.key_offsets = integers_of(arguments.cu_seqlens_k);
-  layout.key_lengths = integers_of(arguments.key_lengths);
+  layout.query_offsets = integers_of(inputs.cu_seqlens_q);
+  layout.key_offsets = integers_of(inputs.cu_seqlens_k);
+  layout.key_lengths = integers_of(inputs.key_lengths);
   STD_TORCH_CHECK(layout.key_lengths.data == nullptr || layout.key_lengths.size == key.size(0),
                   "attn_ext: key_lengths has another batch size than key");
-  if (arguments.key_padding_mask.has_value()) {
-    layout.mask = mask_of(*arguments.key_padding_mask, key.size(0), key.size(1));
+  if (inputs.key_padding_mask.has_value()) {
+    layout.mask = mask_of(*inputs.key_padding_mask, key.size(0), key.size(1));
   }
-  layout.max_queries = arguments.max_seqlen_q;
-  layout.max_keys = arguments.max_seqlen_k;
-  return layout;
-}
-
-Problem describe(const Inputs& inputs) {
-  Problem problem;
-  describe_operands(inputs, problem);
-  problem.layout = layout_of(inputs);
+  layout.max_queries = inputs.max_seqlen_q;
+  layout.max_keys = inputs.max_seqlen_k;
   if (inputs.pools) {
     problem.weight_rows = inputs.query_rows();
   }
@@ -41,15 +35,15 @@ Problem describe(const Inputs& inputs) {
     problem.exp_key = rows_of(*inputs.exp_key);
     problem.key_bound = rows_of(*inputs.key_bound);
   }
-  problem.weights_by_key = inputs.by_key();
-  problem.scores_by_key = inputs.scores_by_key();
+  problem.weights_layout = inputs.by_key() ? PairLayout::kByKey : PairLayout::kDense;
+  problem.scores_layout = inputs.scores_by_key() ? PairLayout::kByKey : PairLayout::kByQuery;
   problem.find_sequences();
   return problem;
 }
 
 // Whether forward computes a score for every number of what is kept.
 bool fills_scores(const Problem& problem) {
-  if (problem.scores_by_key) {
+  if (problem.scores_layout == PairLayout::kByKey) {
     return problem.covers_keys;
   }
   const auto& sequences = problem.sequences;
@@ -57,25 +51,6 @@ bool fills_scores(const Problem& problem) {
            return each.key_count == problem.layout.longest_key();
          });
 }
-
-// Key-side gradients that gather over several waves do so in the compute type.
-struct KeyGradient {
-  Tensor result;
-  OptionalTensor sums;
-
-  KeyGradient(bool wanted, const Tensor& like, bool gathers, bool zeros, bool deterministic)
-      : result(wanted ? allocate_large(like, like.scalar_type(), zeros, deterministic)
-                      : nothing(like, like.scalar_type())) {
-    if (wanted && gathers && like.scalar_type() != compute_type(like)) {
-      sums = allocate_large(like, compute_type(like), false, deterministic);
-    }
-  }
-
-  void set(Rows& target, Rows& gathered) const {
-    target = wanted_rows(result);
-    gathered = sums.has_value() ? rows_of(*sums) : target;
-  }
-};
 
 // Numbers of keys and values from which their gradients, 16 MiB in float32, are streamed: more than
 // a core's share of most caches.
@@ -86,51 +61,63 @@ Gradients gradients(const Inputs& inputs, const Problem& problem, BackwardArgume
                     int64_t grad_mask) {
   const auto& [query, key, value, score_weight] =
       std::tie(inputs.query, inputs.key, inputs.value, inputs.score_weight);
-  const bool wants_query = grad_mask & kGradQuery;
-  const bool wants_key = grad_mask & kGradKey;
-  const bool wants_value = grad_mask & kGradValue;
-  const bool wants_weight = grad_mask & kGradScoreWeight;
-  const bool wants_gate = inputs.gate.has_value() && (grad_mask & kGradGate);
-  const bool deterministic = inputs.deterministic;
+  if (!inputs.gate.has_value()) {
+    grad_mask &= ~kGradGate;
+  }
+  // A gradient and its view, without elements unless it is wanted.
+  const auto gradient = [&](const Tensor& like, int64_t bit, bool zeros, Rows& rows) {
+    Tensor result = grad_mask & bit
+                        ? allocate_large(like, like.scalar_type(), zeros, inputs.deterministic)
+                        : nothing(like, like.scalar_type());
+    rows = wanted_rows(result);
+    return result;
+  };
+  // What a key-side gradient that gathers over several waves does so in: the compute type.
+  const auto gathers = [&](const Tensor& like, const Rows& result, Rows& rows) {
+    OptionalTensor sums;
+    if (result.data != nullptr && like.scalar_type() != compute_type(like) && !inputs.pools) {
+      sums = allocate_large(like, compute_type(like), false, inputs.deterministic);
+    }
+    rows = sums.has_value() ? rows_of(*sums) : result;
+    return sums;
+  };
   const bool has_dcontext = arguments.dcontext.data != nullptr;
-  const bool gathers = !inputs.pools;
   const bool leaves_keys = !problem.covers_keys;
-  Tensor dquery = wants_query ? allocate_large(query, query.scalar_type(), !problem.covers_queries,
-                                               deterministic)
-                              : nothing(query, query.scalar_type());
-  Tensor dscore_weight =
-      wants_weight ? allocate(score_weight, sizes_of(score_weight), score_weight.scalar_type())
-                   : nothing(score_weight, score_weight.scalar_type());
-  const KeyGradient dkey(wants_key, key, gathers, leaves_keys, deterministic);
-  const KeyGradient dvalue(wants_value, value, gathers, leaves_keys || !has_dcontext,
-                           deterministic);
-  const KeyGradient dgate(wants_gate, inputs.gate.value_or(key), false, leaves_keys, deterministic);
-  Rows no_sums;
-  arguments.dquery = wanted_rows(dquery);
-  arguments.dscore_weight = wants_weight ? score_weight_rows(dscore_weight) : Rows{};
-  dkey.set(arguments.dkey, arguments.dkey_sum);
-  dvalue.set(arguments.dvalue, arguments.dvalue_sum);
-  dgate.set(arguments.dgate, no_sums);
+  Tensor dquery = gradient(query, kGradQuery, !problem.covers_queries, arguments.dquery);
+  Tensor dkey = gradient(key, kGradKey, leaves_keys, arguments.dkey);
+  Tensor dvalue = gradient(value, kGradValue, leaves_keys || !has_dcontext, arguments.dvalue);
+  Tensor dgate = gradient(inputs.gate.value_or(key), kGradGate, leaves_keys, arguments.dgate);
+  const OptionalTensor dkey_sum = gathers(key, arguments.dkey, arguments.dkey_sum);
+  const OptionalTensor dvalue_sum = gathers(value, arguments.dvalue, arguments.dvalue_sum);
+  Tensor dscore_weight = nothing(score_weight, score_weight.scalar_type());
+  if (grad_mask & kGradScoreWeight) {
+    dscore_weight = allocate(score_weight, sizes_of(score_weight), score_weight.scalar_type());
+    arguments.dscore_weight = score_weight_rows(dscore_weight);
+  }
   arguments.problem = &problem;
-  arguments.needs_scores =
-      arguments.needs_scores || wants_query || wants_key || wants_weight || wants_gate;
-  arguments.needs_weights = wants_value && has_dcontext;
+  arguments.needs_scores |= (grad_mask & ~kGradValue) != 0;
+  arguments.needs_weights = (grad_mask & kGradValue) && has_dcontext;
   arguments.streams = key.numel() + value.numel() >= kSmallestStreamed;
   run_backward(arguments);
-  return {dquery, dkey.result, dvalue.result, dscore_weight, dgate.result};
+  return {dquery, dkey, dvalue, dscore_weight, dgate};
+}
+
+// A view of scores that forward keeps, without data where it kept none.
+Rows score_rows(const Inputs& inputs, const Tensor& scores) {
+  return scores.dim() > 1 && inputs.scores_by_key() ? key_score_rows(scores) : wanted_rows(scores);
 }
 
 // The incoming gradients and what forward left.
-BackwardArguments arguments_of(const Incoming& incoming, bool by_key) {
+BackwardArguments arguments_of(const Inputs& inputs, const Incoming& incoming) {
   BackwardArguments arguments;
   if (incoming.dcontext.has_value()) {
     arguments.dcontext = rows_of(*incoming.dcontext);
   }
   if (incoming.dweights.has_value()) {
-    arguments.dweights = weight_rows(*incoming.dweights, by_key);
+    arguments.dweights = weight_rows(*incoming.dweights, inputs.by_key());
   }
   arguments.stats = rows_of(incoming.stats);
-  arguments.scores = wanted_rows(incoming.scores);
+  arguments.scores = score_rows(inputs, incoming.scores);
   return arguments;
 }
 
@@ -153,11 +140,11 @@ struct Cpu {
     arguments.context = rows_of(context);
     arguments.stats = rows_of(stats);
     if (has_weights) {
-      arguments.weights = weight_rows(weights, problem.weights_by_key);
+      arguments.weights = weight_rows(weights, inputs.by_key());
     }
     if (keep_scores || (has_weights && !problem.raw_scores)) {
       scores = allocate(key, inputs.of_scores(), compute, keep_scores && !fills_scores(problem));
-      arguments.scores = rows_of(scores);
+      arguments.scores = score_rows(inputs, scores);
     }
     arguments.keeps_scores = keep_scores;
     run_forward(arguments);
@@ -165,8 +152,7 @@ struct Cpu {
   }
 
   static Gradients backward(const Inputs& inputs, const Incoming& incoming) {
-    return gradients(inputs, describe(inputs), arguments_of(incoming, inputs.by_key()),
-                     incoming.grad_mask);
+    return gradients(inputs, describe(inputs), arguments_of(inputs, incoming), incoming.grad_mask);
   }
 
   static std::tuple<Tensor, Tensor, Tensor> step_backward(const Inputs& inputs,
@@ -175,9 +161,9 @@ struct Cpu {
     const ScalarType compute = compute_type(inputs.key);
     Tensor dscores = allocate(inputs.key, inputs.of_keys(), compute, !problem.covers_keys);
     Tensor weights = allocate(inputs.key, inputs.of_keys(), compute, !problem.covers_keys);
-    BackwardArguments arguments = arguments_of(incoming, inputs.by_key());
-    arguments.step_dscores = rows_of(dscores);
-    arguments.step_weights = rows_of(weights);
+    BackwardArguments arguments = arguments_of(inputs, incoming);
+    arguments.step_dscores = key_score_rows(dscores);
+    arguments.step_weights = key_score_rows(weights);
     arguments.needs_scores = incoming.grad_mask & (kGradKey | kGradScoreWeight);
     const Gradients result = gradients(inputs, problem, arguments, incoming.grad_mask & kGradQuery);
     return {result.query, dscores, weights};
@@ -188,8 +174,8 @@ struct Cpu {
                                    int64_t grad_mask) {
     BackwardArguments arguments;
     arguments.dcontext = step_rows_of(dcontext);
-    arguments.step_dscores = step_score_rows_of(dscores);
-    arguments.step_weights = step_score_rows_of(weights);
+    arguments.step_dscores = key_score_rows(dscores, 1);
+    arguments.step_weights = key_score_rows(weights, 1);
     arguments.from_steps = true;
     return gradients(inputs, describe(inputs), arguments, grad_mask);
   }
@@ -203,14 +189,6 @@ std::tuple<Tensor, Tensor> additive_attention_prepare(const Tensor& key) {
   return {exp_key, key_bound};
 }
 
-std::string cpu_isa_name() { return cpu_isa(); }
-
-std::string cpu_isa_names() { return cpu_isas(); }
-
-void cpu_use_isa(const std::string& name) { use_cpu_isa(name); }
-
-void cpu_empty_cache() { release_kept_memory(); }
-
 }  // namespace
 }  // namespace attn_ext
 
@@ -222,10 +200,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(attn_ext, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attn_ext, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", TORCH_BOX(&attn_ext::cpu_isa_name));
-  m.impl("cpu_isas", TORCH_BOX(&attn_ext::cpu_isa_names));
-  m.impl("cpu_use_isa", TORCH_BOX(&attn_ext::cpu_use_isa));
-  m.impl("cpu_empty_cache", TORCH_BOX(&attn_ext::cpu_empty_cache));
+  m.impl("cpu_isa", TORCH_BOX(&attn_ext::cpu_isa));
+  m.impl("cpu_isas", TORCH_BOX(&attn_ext::cpu_isas));
+  m.impl("cpu_use_isa", TORCH_BOX(&attn_ext::use_cpu_isa));
+  m.impl("cpu_empty_cache", TORCH_BOX(&attn_ext::release_kept_memory));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attn_ext, CPU, m) {

@@ -65,9 +65,12 @@ inline Rows step_rows_of(const Tensor& tensor) {
   return rows;
 }
 
-// [step, batch, row, head], the step being the column.
-inline Rows step_score_rows_of(const Tensor& tensor) {
-  return view(tensor, tensor.stride(1), tensor.stride(2), tensor.stride(3), tensor.stride(0));
+// Scores by key as (batch, query, head, key), [batch, key, head], [batch, key, head, query] or,
+// with first = 1, [query, batch, key, head].
+inline Rows key_score_rows(const Tensor& tensor, int64_t first = 0) {
+  const int64_t query = first > 0 ? tensor.stride(0) : tensor.dim() > 3 ? tensor.stride(3) : 0;
+  return view(tensor, tensor.stride(first), query, tensor.stride(first + 2),
+              tensor.stride(first + 1));
 }
 
 // [head, col].

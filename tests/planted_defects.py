@@ -591,26 +591,26 @@ CPU = [
     Defect(
         "pool-mask-position",
         "csrc/cpu/hidden.h",
-        "mask_.apply<T>(key_.position(j), begin, count, row);",
-        "mask_.apply<T>(j, begin, count, row);",
+        "number, key_.position(j), begin + c,",
+        "number, j, begin + c,",
         "tests/test_pool.py::test_dropout",
         "Which features are dropped depends on the padding mask.",
     ),
     Defect(
         "pool-branch-sums",
         "csrc/cpu/driver.cpp",
-        "totals + merge.head * numbers",
-        "totals + merge.head * call.problem->dim",
+        "wave.weight_heads[n] * row",
+        "wave.weight_heads[n] * problem.dim",
         "tests/test_pool.py::test_compile_vmap_and_traces",
         "Under vmap the gradients of score weights of several branches overlap.",
     ),
     Defect(
         "pool-branch-scores",
-        "csrc/cpu/scores.h",
-        "rows.base += query * view.col;",
-        ";",
+        "csrc/tensors.h",
+        "tensor.stride(0) : tensor.dim() > 3 ? tensor.stride(3) : 0",
+        "tensor.stride(0) : 0",
         "tests/test_pool.py::test_layouts",
-        "Backward takes the first branch's scores for every branch.",
+        "Backward takes one branch's scores for every branch.",
     ),
     Defect(
         "pool-last-vector",
@@ -647,8 +647,8 @@ CPU = [
     Defect(
         "cpu-merge-chunks",
         "csrc/cpu/plan.cpp",
-        "plan.merges.push_back({item, divide_up(keys, range)});",
-        "plan.merges.push_back({item, keys / range});",
+        "plan.merges.push_back({whole, divide_up(keys, range)});",
+        "plan.merges.push_back({whole, keys / range});",
         "tests/test_ops.py::test_long_sequences_with_dropout",
         "The last of a long sequence's keys do not count.",
     ),
@@ -695,18 +695,16 @@ CPU = [
     Defect(
         "cpu-dropout-forward",
         "csrc/cpu/forward.h",
-        "dropout_mask(dropout, sequence, key, item.head, query, first, count, keeps);",
-        "dropout_mask(dropout, sequence, key, item.head, query, 0, count, keeps);",
+        "drop_row<T>(call.problem->dropout, sequence, item.head, query, first, count, row);",
+        "drop_row<T>(call.problem->dropout, sequence, item.head, query, 0, count, row);",
         "tests/test_ops.py::test_long_sequences_with_dropout",
         "Past 512 keys dropout drops the same positions again, and backward others.",
     ),
     Defect(
         "cpu-dropout-backward",
         "csrc/cpu/backward.h",
-        "dropout_mask(problem.dropout, rows.sequence, key, rows.unit.head, query, "
-        "rows.range.key, count,\n                 keeps);",
-        "dropout_mask(problem.dropout, rows.sequence, key, rows.unit.head, query, "
-        "0, count,\n                 keeps);",
+        "rows.unit.head, query, rows.range.key, count,",
+        "rows.unit.head, query, 0, count,",
         "tests/test_ops.py::test_long_sequences_with_dropout",
         "Gradients of long sequences with dropout are those of another mask.",
     ),
@@ -720,7 +718,7 @@ CPU = [
     ),
     Defect(
         "cpu-rows-of-nobody",
-        "csrc/cpu/problem.cpp",
+        "csrc/cpu/plan.cpp",
         "covers_queries &= query_rows == layout.query_batch * layout.query_rows;",
         "",
         "tests/test_ops.py::test_rows_of_nobody_where_every_sequence_has_rows",
@@ -728,7 +726,7 @@ CPU = [
     ),
     Defect(
         "cpu-mask-gap",
-        "csrc/cpu/problem.cpp",
+        "csrc/cpu/plan.cpp",
         "indices.back() - indices[start] + 1 == sequence.key_count",
         "indices.back() - indices[start] == sequence.key_count",
         "tests/test_masks.py",
@@ -736,7 +734,7 @@ CPU = [
     ),
     Defect(
         "cpu-corrupt-offsets",
-        "csrc/cpu/problem.cpp",
+        "csrc/cpu/plan.cpp",
         "std::clamp<int64_t>(offsets.at(n + 1), begin, rows)",
         "offsets.at(n + 1)",
         "tests/test_ops.py::test_corrupt_offsets_stay_inside_the_tensors",
@@ -744,7 +742,7 @@ CPU = [
     ),
     Defect(
         "cpu-bfloat16-rounding",
-        "csrc/cpu/convert.h",
+        "csrc/cpu/rows.h",
         "(word + 0x7FFFu + ((word >> 16) & 1u)) >> 16",
         "word >> 16",
         "tests/test_additive_attention.py::test_dtypes "
@@ -753,7 +751,7 @@ CPU = [
     ),
     Defect(
         "cpu-half-stride",
-        "csrc/cpu/convert.h",
+        "csrc/cpu/rows.h",
         "bits[lane] = source[(begin + lane) * stride];",
         "bits[lane] = source[begin + lane];",
         "tests/test_strides.py",
@@ -761,11 +759,11 @@ CPU = [
     ),
     Defect(
         "cpu-kept-scores",
-        "csrc/cpu/scores.h",
-        "rows.offset(query)",
-        "rows.offset(0)",
+        "csrc/cpu/rows.h",
+        "base + query * view.row + head",
+        "base + head",
         "tests/test_hard_cases.py::test_scores_kept_by_forward",
-        "Backward takes the scores of every query from where the first one's were kept.",
+        "Scores of every query are kept where the first one's are.",
     ),
     Defect(
         "cpu-large-weights",
@@ -777,7 +775,7 @@ CPU = [
     ),
     Defect(
         "cpu-fork",
-        "csrc/cpu/runtime.cpp",
+        "csrc/cpu/driver.cpp",
         "own_threads = true;",
         "",
         "tests/test_concurrency.py",

@@ -32,6 +32,9 @@ struct ScoreRows {
   int64_t offset(int64_t i) const { return unit.scores + (range.query + i) * unit.ld + range.key; }
   // Number of query i in its sequence.
   int64_t query(int64_t i) const { return unit.query + range.query + i; }
+  RowSource along(const Rows& view, PairLayout layout, int64_t i) const {
+    return pair_row(view, layout, sequence, unit.head, query(i));
+  }
 };
 
 // sum |alpha| values and sum |alpha|, in blocks: rounding errors then hardly grow with the keys.
@@ -58,10 +61,10 @@ Delta<T> weigh(const T* alpha, const T* values, int64_t count) {
   return {sum_of_lanes<T>(weighted), sum_of_lanes<T>(total)};
 }
 
-// alpha of one row from its scores, with dropped weights marked; dalpha of kept weights; the row's
+// Adds the gradient of returned weights to dalpha of one row, and marks dropped weights; the row's
 // share of delta = sum alpha dalpha.
 template <class T>
-Delta<T> row_delta(const ScoreRows<T>& rows, int64_t i, T* dweights, uint8_t* keeps) {
+Delta<T> row_delta(const ScoreRows<T>& rows, int64_t i, T* dweights) {
   const BackwardCall<T>& call = rows.call;
   const Problem& problem = *call.problem;
   const int64_t count = rows.range.key_count;
@@ -69,28 +72,21 @@ Delta<T> row_delta(const ScoreRows<T>& rows, int64_t i, T* dweights, uint8_t* ke
   T* alpha = rows.alpha(i);
   T* dalpha = rows.dscores(i);
   if (call.dweights.data != nullptr) {
-    read_along_keys<T>(weight_row(call.dweights, problem, rows.sequence, rows.unit.head, query),
-                       rows.range.key, count, dweights);
+    read_along_keys<T>(rows.along(call.dweights, problem.weights_layout, i), rows.range.key, count,
+                       dweights);
     for (int64_t j = 0; j < count; ++j) {
       dalpha[j] += dweights[j];
     }
   }
   if (problem.dropout.active) {
-    const RowSource key = key_rows(problem.key, rows.sequence, rows.unit.head);
-    dropout_mask(problem.dropout, rows.sequence, key, rows.unit.head, query, rows.range.key, count,
-                 keeps);
     const T scale = static_cast<T>(problem.dropout.keep_scale);
-    for (int64_t j = 0; j < count; ++j) {
-      dalpha[j] = keeps[j] ? dalpha[j] * scale : T(0);
-    }
+    for_each_weight(problem.dropout, rows.sequence, rows.unit.head, query, rows.range.key, count,
+                    [&](int64_t j, bool keeps) {
+                      dalpha[j] = keeps ? dalpha[j] * scale : T(0);
+                      alpha[j] = keeps ? alpha[j] : -alpha[j];
+                    });
   }
-  const Delta<T> delta = weigh(alpha, dalpha, count);
-  if (problem.dropout.active) {
-    for (int64_t j = 0; j < count; ++j) {
-      alpha[j] = keeps[j] ? alpha[j] : -alpha[j];
-    }
-  }
-  return delta;
+  return weigh(alpha, dalpha, count);
 }
 
 // What a step of a memory leaves of one row: s and alpha.
@@ -98,10 +94,10 @@ template <class T>
 void write_step_row(const ScoreRows<T>& rows, int64_t i) {
   const BackwardCall<T>& call = rows.call;
   if (call.step_dscores.data != nullptr) {
-    const RowSource ds = key_rows(call.step_dscores, rows.sequence, rows.unit.head);
-    const RowSource weights = key_rows(call.step_weights, rows.sequence, rows.unit.head);
-    write_along_keys<T>(ds, rows.range.key, rows.range.key_count, rows.dscores(i));
-    write_along_keys<T>(weights, rows.range.key, rows.range.key_count, rows.alpha(i));
+    write_along_keys<T>(rows.along(call.step_dscores, PairLayout::kByKey, i), rows.range.key,
+                        rows.range.key_count, rows.dscores(i));
+    write_along_keys<T>(rows.along(call.step_weights, PairLayout::kByKey, i), rows.range.key,
+                        rows.range.key_count, rows.alpha(i));
   }
 }
 
@@ -158,33 +154,24 @@ void compute_scores(const ScoreRows<T>& rows, Scratch& scratch) {
   scores.compute(range.key, range.key_count, rows.alpha(0), rows.unit.ld);
 }
 
-// s of a unit for a range of keys where it comes in as such; no value was weighted.
+// s and alpha of a unit for a range of keys where they come in as such: of raw scores, which weigh
+// no value, or in a memory's backward, [step, Nk, H], the step being the query.
 template <class T>
 void load_score_gradients(const ScoreRows<T>& rows) {
-  const UnitBlock& range = rows.range;
-  for (int64_t i = 0; i < range.query_count; ++i) {
-    read_along_keys<T>(weight_row(rows.call.dweights, *rows.call.problem, rows.sequence,
-                                  rows.unit.head, rows.query(i)),
-                       range.key, range.key_count, rows.dscores(i));
-    pad_row<T>(rows.alpha(i), 0, range.key_count, 0);
-    write_step_row<T>(rows, i);
-  }
-}
-
-// A memory's backward has s and alpha already: [step, Nk, H], the step being the query.
-template <class T>
-void load_step_scores(const ScoreRows<T>& rows) {
   const BackwardCall<T>& call = rows.call;
   const UnitBlock& range = rows.range;
-  RowSource ds = key_rows(call.step_dscores, rows.sequence, rows.unit.head);
-  RowSource weights = key_rows(call.step_weights, rows.sequence, rows.unit.head);
-  const int64_t ds_base = ds.base;
-  const int64_t weights_base = weights.base;
   for (int64_t i = 0; i < range.query_count; ++i) {
-    ds.base = ds_base + rows.query(i) * call.step_dscores.col;
-    weights.base = weights_base + rows.query(i) * call.step_weights.col;
-    read_along_keys<T>(ds, range.key, range.key_count, rows.dscores(i));
-    read_along_keys<T>(weights, range.key, range.key_count, rows.alpha(i));
+    const RowSource dscores = call.from_steps
+                                  ? rows.along(call.step_dscores, PairLayout::kByKey, i)
+                                  : rows.along(call.dweights, call.problem->weights_layout, i);
+    read_along_keys<T>(dscores, range.key, range.key_count, rows.dscores(i));
+    if (call.from_steps) {
+      read_along_keys<T>(rows.along(call.step_weights, PairLayout::kByKey, i), range.key,
+                         range.key_count, rows.alpha(i));
+    } else {
+      pad_row<T>(rows.alpha(i), 0, range.key_count, 0);
+      write_step_row<T>(rows, i);
+    }
   }
 }
 
@@ -195,7 +182,7 @@ void score_item(const BackwardCall<T>& call, const UnitBlock& range) {
   const Problem& problem = *call.problem;
   const ScoreRows<T> rows(call, range);
   if (call.from_steps || problem.raw_scores) {
-    call.from_steps ? load_step_scores<T>(rows) : load_score_gradients<T>(rows);
+    load_score_gradients<T>(rows);
     return;
   }
   const Unit& unit = rows.unit;
@@ -209,10 +196,10 @@ void score_item(const BackwardCall<T>& call, const UnitBlock& range) {
   const int64_t padded = round_up(range.key_count, kLanes<T>);
   T* row = scratch.take<T>(padded);
   for (int64_t i = 0; i < range.query_count; ++i) {
-    const T* stat = static_cast<const T*>(stats.data) + stats.offset(rows.query(i));
+    const T* stat = stats.at<T>(rows.query(i));
     if (kept) {
-      read_along_keys<T>(score_row(call.scores, problem, rows.sequence, unit.head, rows.query(i)),
-                         range.key, range.key_count, row);
+      read_along_keys<T>(rows.along(call.scores, problem.scores_layout, i), range.key,
+                         range.key_count, row);
     } else {
       __builtin_memcpy(row, rows.alpha(i), range.key_count * sizeof(T));
     }
@@ -229,9 +216,8 @@ void score_item(const BackwardCall<T>& call, const UnitBlock& range) {
       pad_row<T>(rows.dscores(i), 0, range.key_count, 0);
     }
   }
-  uint8_t* keeps = scratch.take<uint8_t>(range.key_count);
   for (int64_t i = 0; i < range.query_count; ++i) {
-    rows.delta(i, range.chunk) = row_delta<T>(rows, i, row, keeps);
+    rows.delta(i, range.chunk) = row_delta<T>(rows, i, row);
   }
   if (unit.chunks == 1) {
     finish_scores<T>(call, range);
@@ -245,40 +231,24 @@ void value_item(const BackwardCall<T>& call, const UnitBlock& range) {
   const ScoreRows<T> rows(call, range);
   const Unit& unit = rows.unit;
   const int64_t dim = call.problem->value_dim;
-  const int64_t steps = steps_of<T>(dim);
   const RowSource gathered = key_rows(call.dvalue_sum, rows.sequence, unit.head);
   const RowSource result = key_rows(call.dvalue, rows.sequence, unit.head);
   const bool streams = call.streams && unit.first && unit.last;
   Sums<T> sums{rows_in_place<T>(gathered, range.key, dim), gathered.row, !unit.first};
   if (sums.data == nullptr || streams) {
-    sums.row = steps * kStep<T>;
+    sums.row = steps_of<T>(dim) * kStep<T>;
     sums.data = scratch.take<T>(range.key_count * sums.row);
     for (int64_t j = 0; sums.adds && j < range.key_count; ++j) {
-      __builtin_memcpy(sums.data + j * sums.row,
-                       static_cast<const T*>(gathered.data) + gathered.offset(range.key + j),
-                       dim * sizeof(T));
+      __builtin_memcpy(sums.data + j * sums.row, gathered.at<T>(range.key + j), dim * sizeof(T));
     }
   }
   const RowSource dcontext = query_rows(call.dcontext, rows.sequence, unit.head);
   const PanelRoom<T> room(smaller(kValueTile, unit.query_count), dim, scratch);
-  for (int64_t i = 0; i < unit.query_count; i += kValueTile, sums.adds = true) {
-    const int64_t count = smaller(kValueTile, unit.query_count - i);
-    const Panel<T> panel =
-        outer_panel<T>(dcontext, unit.query + i, count, dim, range.key_count, room);
-    outer_products<T>({rows.alpha(i), 1, unit.ld}, range.key_count, panel, count, steps, sums);
-  }
+  weigh_rows<T>({rows.alpha(0), 1, unit.ld}, range.key_count, dcontext, unit.query,
+                unit.query_count, dim, sums, room);
   const RowSource target = unit.last ? result : gathered;
-  if (rows_in_place<T>(target, range.key, dim) == sums.data) {
-    return;
-  }
   for (int64_t j = 0; j < range.key_count; ++j) {
-    void* data = const_cast<void*>(target.data);
-    const int64_t offset = target.offset(range.key + j);
-    if (streams) {
-      stream_row<T>(data, target.dtype, offset, dim, sums.data + j * sums.row);
-    } else {
-      write_row<T>(data, target.dtype, offset, 1, dim, sums.data + j * sums.row);
-    }
+    write_columns<T>(target, range.key + j, 0, dim, sums.data + j * sums.row, streams);
   }
   if (streams) {
     finish_streams();
@@ -303,7 +273,7 @@ void gradient_item_by(const BackwardCall<T>& call, const GradientItem& item) {
     Scratch scratch;
     const Unit& unit = call.wave->units[n];
     Block block(call, item, unit, total, scratch);
-    block.run(item.key, item.key_count < 0 ? unit.key_count : item.key_count);
+    block.run(item.key, smaller(item.key_count, unit.key_count - item.key));
   }
 }
 

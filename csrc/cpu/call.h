@@ -1,11 +1,11 @@
-// Arguments of the operations and of the per-item kernels, and the table of kernels of one
-// instruction set.
+// Arguments of the operations and of the per-item kernels, the table of kernels of one instruction
+// set, and the memory and threads that they run with.
 #pragma once
 
+#include <cstddef>
 #include <string>
 
 #include "plan.h"
-#include "problem.h"
 
 namespace attn_ext {
 
@@ -103,12 +103,19 @@ struct Kernels {
                        T* exp_key, T* key_bound);
 };
 
+// The kernels of one instruction set, by compute type.
+struct Isa {
+  const char* name;
+  Kernels<float> float_kernels;
+  Kernels<double> double_kernels;
+};
+
 // The kernels for this machine, or those that ATTN_EXT_CPU_ISA names.
 template <class T>
 const Kernels<T>& kernels();
 
 // Name of the kernels in use: "avx512", "avx2" or "portable".
-const char* cpu_isa();
+std::string cpu_isa();
 
 // Names of those that this machine can run, best first, with ", " between.
 std::string cpu_isas();
@@ -119,5 +126,27 @@ void use_cpu_isa(const std::string& name);
 // Whether this machine divides a vector of AVX-512 faster than it refines an estimate of its
 // reciprocal: AMD's does, in the time of two multiplications (Zen 4), Intel's takes that of ten.
 bool divides_quickly();
+
+// Memory that lasts as long as the object, from what its thread keeps for the next one. Those of a
+// thread end in the reverse order of their beginning. What take() returns is undefined, and aligned
+// to a cache line.
+class Scratch {
+ public:
+  Scratch();
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  template <class T>
+  T* take(int64_t count) {
+    return static_cast<T*>(take_bytes(static_cast<size_t>(count) * sizeof(T)));
+  }
+
+ private:
+  void* take_bytes(size_t bytes);
+
+  const size_t block_;  // where the thread's memory was free from
+  const size_t used_;
+};
 
 }  // namespace attn_ext

@@ -1,30 +1,140 @@
-// Runs the items of a plan phase by phase.
+// Runs the items of a plan phase by phase, on threads that keep their scratch memory.
+#include <pthread.h>
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
+#include <atomic>
+#include <exception>
+#include <functional>
+#include <new>
+#include <thread>
 
 #include "call.h"
-#include "runtime.h"
 
 namespace attn_ext {
 namespace {
 
-constexpr int64_t kPrepareRows = 64;  // rows of an item of run_prepare
+constexpr std::align_val_t kAlignment{64};  // one cache line, one AVX-512 vector
+constexpr size_t kFirstBlockBytes = size_t{1} << 20;
+constexpr size_t kLargestKeptBytes = size_t{1} << 25;  // a thread keeps at most 32 MiB
+constexpr int64_t kPrepareRows = 64;                   // rows of an item of run_prepare
 constexpr double kExpCost = 4;  // of an exponential read from and written to memory, in triples
 
-// The score weights of all heads, and the rows that they point to.
-template <class T>
-struct AllScoreWeights {
-  Buffer<T> rows;
-  Buffer<ScoreWeights<T>> heads;
+struct Block {
+  char* memory;
+  size_t bytes;
+};
 
-  // Of pooling there are none: its rows are the queries.
-  explicit AllScoreWeights(const Problem& problem)
-      : rows(problem.heads * padded_columns(problem.dim)), heads(problem.heads) {
-    for (int64_t head = 0; !problem.keys_alone && head < problem.heads; ++head) {
-      T* row = rows.get() + head * padded_columns(problem.dim);
-      heads.get()[head] = kernels<T>().read_weights(problem.score_weight, head, problem.dim, row);
+// A thread's bump allocator over blocks that never move while a Scratch lives.
+struct Arena {
+  std::vector<Block> blocks;
+  size_t block = 0;  // that memory is taken from
+  size_t used = 0;   // of it
+
+  ~Arena() { keep_last(0); }
+
+  void keep_last(size_t count) {
+    for (; blocks.size() > count; blocks.erase(blocks.begin())) {
+      ::operator delete(blocks.front().memory, kAlignment);
+    }
+  }
+
+  void* take(size_t bytes) {
+    constexpr size_t alignment = static_cast<size_t>(kAlignment);
+    bytes = (bytes + alignment - 1) / alignment * alignment;
+    for (; block < blocks.size() && blocks[block].bytes - used < bytes; ++block) {
+      used = 0;
+    }
+    if (block == blocks.size()) {
+      const size_t last = blocks.empty() ? kFirstBlockBytes / 2 : blocks.back().bytes;
+      const size_t size = std::max(2 * last, bytes);
+      blocks.reserve(blocks.size() + 1);
+      blocks.push_back({static_cast<char*>(::operator new(size, kAlignment)), size});
+    }
+    used += bytes;
+    return blocks[block].memory + used - bytes;
+  }
+
+  // Frees what was taken since. Several blocks mean that the last one alone will do next time.
+  void release(size_t to_block, size_t to_used) {
+    block = to_block;
+    used = to_used;
+    if (block == 0 && used == 0) {
+      keep_last(!blocks.empty() && blocks.back().bytes <= kLargestKeptBytes);
     }
   }
 };
+
+thread_local Arena arena;
+
+// Whether torch's threads are no use here, and from which cost on threads share the work.
+#if defined(__SANITIZE_THREAD__)  // it does not see how OpenMP's threads wait for each other
+std::atomic<bool> own_threads{true};
+constexpr double kSmallestSharedCost = 0;
+#else
+std::atomic<bool> own_threads{false};
+constexpr double kSmallestSharedCost = 1e5;  // about 15 microseconds; waking threads takes about 5
+#endif
+
+// A forked process has none of its parent's threads, yet OpenMP would wait for them for ever.
+[[maybe_unused]] const int watched = pthread_atfork(nullptr, nullptr, [] { own_threads = true; });
+
+// Calls work() at once on up to `threads` threads, this one among them.
+template <class Work>
+void run_on_own_threads(int64_t threads, const Work& work) {
+  std::vector<std::thread> others;
+  others.reserve(threads);
+  try {
+    while (static_cast<int64_t>(others.size()) < threads - 1) {
+      others.emplace_back(std::cref(work));
+    }
+  } catch (const std::exception&) {  // no more are to be had: those there are do it all
+  }
+  work();
+  for (std::thread& other : others) {
+    other.join();
+  }
+}
+
+// Calls function(item) for each item, on torch's threads unless `cost` (in query-key-feature
+// triples) is too small to share. Threads take items as they become free; what an item computes
+// must not depend on the thread. The first exception of an item is rethrown here.
+void for_each_item(int64_t items, double cost, const std::function<void(int64_t)>& function) {
+  const int64_t threads = cost < kSmallestSharedCost || items < 2
+                              ? 1
+                              : std::min<int64_t>(items, torch::stable::get_num_threads());
+  if (threads < 2) {
+    for (int64_t item = 0; item < items; ++item) {
+      function(item);
+    }
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;
+  // Relaxed: items need nothing of each other, and the threads' end makes all they wrote visible.
+  const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
+  const auto work = [&] {
+    try {
+      for (int64_t item = take(); item < items && !failed.load(std::memory_order_relaxed);
+           item = take()) {
+        function(item);
+      }
+    } catch (...) {
+      if (!failed.exchange(true, std::memory_order_relaxed)) {
+        error = std::current_exception();
+      }
+    }
+  };
+  if (own_threads) {
+    run_on_own_threads(threads, work);
+  } else {
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work(); });
+  }
+  if (error) {
+    std::rethrow_exception(error);
+  }
+}
 
 // Runs function(call, item) for each item.
 template <class Call, class Item>
@@ -34,34 +144,31 @@ void run_phase(const Call& call, const std::vector<Item>& items, double cost,
                 [&](int64_t n) { function(call, items[n]); });
 }
 
-// Buffers that one wave after the other uses.
+// The score weights of all heads. Of pooling there are none: its rows are the queries.
 template <class T>
-struct WaveBuffers {
-  Buffer<T> alpha;
-  Buffer<T> dscores;
-  Buffer<Delta<T>> deltas;
-  Buffer<T> partial_dquery;
-  Buffer<double> partial_dweight;
-
-  // Makes room for a wave.
-  void fit(const Wave& wave, BackwardCall<T>& call) {
-    const int64_t dim = call.problem->dim;
-    alpha.fit(wave.scores);
-    dscores.fit(wave.scores);
-    deltas.fit(wave.deltas);
-    call.alpha = alpha.get();
-    call.dscores = dscores.get();
-    call.deltas = deltas.get();
-    if (call.dquery.data != nullptr) {
-      partial_dquery.fit(wave.partial_rows * padded_columns(dim));
-      call.partial_dquery = partial_dquery.get();
-    }
-    if (call.dscore_weight.data != nullptr) {
-      partial_dweight.fit(wave.weight_rows * call.problem->weight_rows * dim);
-      call.partial_dweight = partial_dweight.get();
-    }
+const ScoreWeights<T>* read_score_weights(const Problem& problem, Scratch& scratch) {
+  auto* heads = scratch.take<ScoreWeights<T>>(problem.heads);
+  for (int64_t head = 0; !problem.keys_alone && head < problem.heads; ++head) {
+    T* row = scratch.take<T>(padded_columns(problem.dim));
+    heads[head] = kernels<T>().read_weights(problem.score_weight, head, problem.dim, row);
   }
-};
+  return heads;
+}
+
+template <class T>
+void forward(const ForwardArguments& arguments) {
+  const Problem& problem = *arguments.problem;
+  const Kernels<T>& kernel = kernels<T>();
+  const ForwardPlan plan = plan_forward(problem);
+  Scratch scratch;
+  const ForwardCall<T> call{arguments, read_score_weights<T>(problem, scratch),
+                            scratch.take<T>(plan.partial_rows * padded_columns(problem.value_dim)),
+                            scratch.take<T>(plan.partial_rows * 2)};
+  run_phase(call, plan.items, plan.cost, kernel.forward_item);
+  if (!problem.raw_scores) {
+    run_phase(call, plan.merges, plan.cost, kernel.forward_merge);
+  }
+}
 
 template <class T>
 void run_wave(const BackwardCall<T>& call) {
@@ -89,59 +196,40 @@ void run_wave(const BackwardCall<T>& call) {
   }
 }
 
-// totals += the wave's partial rows of dscore_weight, one head after the other, in their order.
-template <class T>
-void merge_weights(const BackwardCall<T>& call, double* totals) {
-  const int64_t numbers = call.problem->weight_rows * call.problem->dim;
-  for (const WeightMerge& merge : call.wave->weight_merges) {
-    double* total = totals + merge.head * numbers;
-    for (int64_t row = merge.begin; row < merge.end; ++row) {
-      const double* partial = call.partial_dweight + row * numbers;
-      for (int64_t c = 0; c < numbers; ++c) {
-        total[c] += partial[c];
-      }
-    }
-  }
-}
-
-template <class T>
-void forward(const ForwardArguments& arguments) {
-  const Problem& problem = *arguments.problem;
-  const Kernels<T>& kernel = kernels<T>();
-  const ForwardPlan plan = plan_forward(problem);
-  const AllScoreWeights<T> score_weights(problem);
-  Buffer<T> partial_sums(plan.partial_rows * padded_columns(problem.value_dim));
-  Buffer<T> partial_stats(plan.partial_rows * 2);
-  const ForwardCall<T> call{arguments, score_weights.heads.get(), partial_sums.get(),
-                            partial_stats.get()};
-  run_phase(call, plan.items, plan.cost, kernel.forward_item);
-  if (!problem.raw_scores) {
-    run_phase(call, plan.merges, plan.cost, kernel.forward_merge);
-  }
-}
-
 template <class T>
 void backward(const BackwardArguments& arguments) {
   const Problem& problem = *arguments.problem;
-  const AllScoreWeights<T> score_weights(problem);
-  const int64_t weights = problem.heads * problem.weight_rows * problem.dim;
-  Buffer<double> dscore_weight(weights);
-  std::fill_n(dscore_weight.get(), weights, 0.0);
+  const int64_t row = problem.weight_rows * problem.dim;  // of dscore_weight, a head
+  const bool wants_weight = arguments.dscore_weight.data != nullptr;
+  Scratch scratch;
+  std::vector<double> dscore_weight(wants_weight ? problem.heads * row : 0);
   BackwardCall<T> call{arguments};
-  call.score_weights = score_weights.heads.get();
-  WaveBuffers<T> buffers;
+  call.score_weights = read_score_weights<T>(problem, scratch);
   const std::vector<Unit> units = plan_units(problem);
   for (size_t next = 0; next < units.size();) {
     const Wave wave = plan_wave(problem, units, next);
+    const int64_t weight_rows = static_cast<int64_t>(wave.weight_heads.size());
+    Scratch buffers;
     call.wave = &wave;
-    buffers.fit(wave, call);
+    call.alpha = buffers.take<T>(wave.scores);
+    call.dscores = buffers.take<T>(wave.scores);
+    call.deltas = buffers.take<Delta<T>>(wave.deltas);
+    if (call.dquery.data != nullptr) {
+      call.partial_dquery = buffers.take<T>(wave.partial_rows * padded_columns(problem.dim));
+    }
+    if (wants_weight) {
+      call.partial_dweight = buffers.take<double>(weight_rows * row);
+    }
     run_wave(call);
-    if (call.partial_dweight != nullptr) {
-      merge_weights(call, dscore_weight.get());
+    for (int64_t n = 0; wants_weight && n < weight_rows; ++n) {
+      double* total = dscore_weight.data() + wave.weight_heads[n] * row;
+      for (int64_t c = 0; c < row; ++c) {
+        total[c] += call.partial_dweight[n * row + c];
+      }
     }
   }
-  if (call.dscore_weight.data != nullptr) {
-    kernels<T>().write_weights(dscore_weight.get(), weights, call.dscore_weight);
+  if (wants_weight) {
+    kernels<T>().write_weights(dscore_weight.data(), problem.heads * row, call.dscore_weight);
   }
 }
 
@@ -163,6 +251,12 @@ void prepare(const Rows& key, const std::vector<int64_t>& sizes, T* exp_key, T* 
 }
 
 }  // namespace
+
+Scratch::Scratch() : block_(arena.block), used_(arena.used) {}
+
+Scratch::~Scratch() { arena.release(block_, used_); }
+
+void* Scratch::take_bytes(size_t bytes) { return arena.take(bytes); }
 
 void run_forward(const ForwardArguments& arguments) {
   arguments.problem->computes_in_double() ? forward<double>(arguments) : forward<float>(arguments);

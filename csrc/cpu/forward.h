@@ -9,65 +9,80 @@ namespace ATTN_EXT_ISA {
 // Keys whose scores are held at once, [queries, kKeyChunk].
 constexpr int64_t kKeyChunk = 512;
 
-// Running softmax of a block of queries: largest score, sum of exponentials, weighted sum of
-// values.
 template <class T>
-struct RunningSoftmax {
-  T* largest;
-  T* total;
-  Sums<T> sums;  // hold nothing yet until the first keys are weighed
-  int64_t columns;
-
-  RunningSoftmax(int64_t queries, int64_t value_dim, Sums<T> sums, Scratch& scratch)
-      : largest(scratch.take<T>(queries)),
-        total(scratch.take<T>(queries)),
-        sums(sums),
-        columns(steps_of<T>(value_dim) * kStep<T>) {
-    for (int64_t i = 0; i < queries; ++i) {
-      largest[i] = static_cast<T>(-__builtin_inf());
-      total[i] = 0;
-    }
+T largest_of_row(const T* row, int64_t ld) {
+  Vec<T> largest = load<T>(row);
+  for (int64_t j = kLanes<T>; j < ld; j += kLanes<T>) {
+    const Vec<T> next = load<T>(row + j);
+    largest = next > largest ? next : largest;
   }
-
-  // Turns a row of new scores into exponentials and rescales what was summed before.
-  void include(int64_t i, T* scores, int64_t ld) {
-    const T chunk = largest_of_row(scores, ld);
-    const T next = chunk > largest[i] ? chunk : largest[i];
-    const T shift = shift_of(next);
-    if (next > largest[i]) {
-      const T scale = exp_nonpositive_scalar<T>(largest[i] - shift);
-      total[i] *= scale;
-      if (sums.adds) {
-        scale_row(sums.data + i * sums.row, columns, scale);
-      }
-      largest[i] = next;
-    }
-    total[i] += exponentiate_row(scores, ld, shift, T(1));
-  }
-};
-
-// Rows [first, first + rows) of `source` to be multiplied into `results` rows. One result reads
-// each row once, where it lies. Many read packed rows, whose steps do not compete for the same
-// cache sets.
-template <class T>
-Panel<T> outer_panel(const RowSource& source, int64_t first, int64_t rows, int64_t dim,
-                     int64_t results, const PanelRoom<T>& room) {
-  if (results == 1 && lies_in_panel<T>(source)) {
-    return panel_of<T>(source, first, rows, 0, dim, room.data, room.copy);
-  }
-  return packed_panel<T, PackValues<T>>(source, first, rows, 0, dim, room);
+  return fold_lanes<T, LargerLane<T>>(largest);
 }
 
-// sums = weights x values for keys [first, first + count).
+// row = exp(row - shift) * scale; returns the sum.
 template <class T>
-void weigh_values(const RowSource& value, int64_t first, int64_t count, int64_t value_dim,
-                  const T* weights, int64_t ld, int64_t queries, Sums<T>& sums,
-                  const PanelRoom<T>& room) {
-  const int64_t steps = steps_of<T>(value_dim);
-  for (int64_t j = 0; j < count; j += kValueTile) {
-    const int64_t keys = smaller(kValueTile, count - j);
-    const Panel<T> panel = outer_panel<T>(value, first + j, keys, value_dim, queries, room);
-    outer_products<T>({weights + j, ld, 1}, queries, panel, keys, steps, sums);
+T exponentiate_row(T* row, int64_t ld, T shift, T scale) {
+  Vec<T> sum{};
+  for (int64_t j = 0; j < ld; j += kLanes<T>) {
+    const Vec<T> value = exp_nonpositive<T>(load<T>(row + j) - shift) * scale;
+    store<T>(row + j, value);
+    sum += value;
+  }
+  return sum_of_lanes<T>(sum);
+}
+
+// -infinity stands for "nothing yet"; a row of -infinities keeps its sum of 0, hence its NaN.
+template <class T>
+ATTN_EXT_INLINE T shift_of(T largest) {
+  return largest == -__builtin_inf() ? T(0) : largest;
+}
+
+// Calls visit(j, keeps) for keys first + j, j < count: whether dropout keeps the query's weight.
+template <class Visit>
+ATTN_EXT_INLINE void for_each_weight(const Dropout& dropout, const Sequence& sequence, int64_t head,
+                                     int64_t query, int64_t first, int64_t count,
+                                     const Visit& visit) {
+  for (int64_t begin = 0; begin < count; begin += kPhiloxGroup) {
+    const int64_t group = smaller(kPhiloxGroup, count - begin);
+    uint32_t words[4][kPhiloxGroup] = {};
+    for (int64_t n = 0; n < group; ++n) {
+      const int64_t j = first + begin + n;
+      const int64_t position = sequence.key_index ? sequence.key_index[j] : sequence.first_key + j;
+      words[0][n] = static_cast<uint32_t>(position);
+      words[1][n] = static_cast<uint32_t>(query);
+      words[2][n] = static_cast<uint32_t>(head);
+      words[3][n] = static_cast<uint32_t>(sequence.number);
+    }
+    make_philox_words(words, dropout.philox_key());
+    for (int64_t n = 0; n < group; ++n) {
+      visit(begin + n, keeps_word(words[0][n], dropout));
+    }
+  }
+}
+
+// Drops weights of keys first + j, j < count.
+template <class T>
+void drop_row(const Dropout& dropout, const Sequence& sequence, int64_t head, int64_t query,
+              int64_t first, int64_t count, T* row) {
+  if (dropout.active) {
+    const T scale = static_cast<T>(dropout.keep_scale);
+    for_each_weight(dropout, sequence, head, query, first, count,
+                    [&](int64_t j, bool keeps) { row[j] = keeps ? row[j] * scale : T(0); });
+  }
+}
+
+// sums = scalars x rows first + k, k < inner, of `source`, or added to what they hold. One result
+// reads each row once, where it lies. Many read packed rows, whose steps do not compete for the
+// same cache sets.
+template <class T>
+void weigh_rows(Scalars<T> scalars, int64_t results, const RowSource& source, int64_t first,
+                int64_t inner, int64_t dim, Sums<T>& sums, const PanelRoom<T>& room) {
+  const bool in_place = results == 1 && lies_in_panel<T>(source);
+  const auto gather = in_place ? panel_of<T> : packed_panel<T, PackValues<T>>;
+  for (int64_t k = 0; k < inner; k += kValueTile) {
+    const int64_t rows = smaller(kValueTile, inner - k);
+    outer_products<T>({scalars.data + k * scalars.col, scalars.row, scalars.col}, results,
+                      gather(source, first + k, rows, 0, dim, room), rows, steps_of<T>(dim), sums);
     sums.adds = true;
   }
 }
@@ -78,59 +93,58 @@ void write_context(const ForwardCall<T>& call, const Sequence& sequence, int64_t
                    int64_t query, T largest, T total, T scale, T* sum) {
   const Problem& problem = *call.problem;
   const RowSource stats = query_rows(call.stats, sequence, head);
-  T* stat = static_cast<T*>(call.stats.data) + stats.offset(query);
+  T* stat = stats.at<T>(query);
   stat[0] = largest;
   stat[1] = total;
   if (scale != T(1)) {
     scale_row(sum, steps_of<T>(problem.value_dim) * kStep<T>, scale);
   }
   const RowSource context = query_rows(call.context, sequence, head);
-  if (rows_in_place<T>(context, query, problem.value_dim) != sum) {
-    write_row<T>(call.context.data, context.dtype, context.offset(query), 1, problem.value_dim,
-                 sum);
-  }
+  write_columns<T>(context, query, 0, problem.value_dim, sum);
 }
 
 // Turns the scores of one query, waiting in call.scores, into weights.
 template <class T>
 void finish_weights(const ForwardCall<T>& call, const Sequence& sequence, int64_t head,
-                    int64_t query, T largest, T total, T* row, uint8_t* keeps) {
+                    int64_t query, T largest, T total, T* row) {
   const Problem& problem = *call.problem;
-  const RowSource scores = score_row(call.scores, problem, sequence, head, query);
-  const RowSource weights = weight_row(call.weights, problem, sequence, head, query);
+  const RowSource scores = pair_row(call.scores, problem.scores_layout, sequence, head, query);
+  const RowSource weights = pair_row(call.weights, problem.weights_layout, sequence, head, query);
   for (int64_t j = 0; j < sequence.key_count; j += kKeyChunk) {
     const int64_t count = smaller(kKeyChunk, sequence.key_count - j);
     const int64_t ld = round_up(count, kLanes<T>);
     read_along_keys<T>(scores, j, count, row);
     pad_row<T>(row, count, ld, 0);
     exponentiate_row<T>(row, ld, shift_of(largest), 1 / total);
-    if (problem.dropout.active) {
-      dropout_mask(problem.dropout, sequence, weights, head, query, j, count, keeps);
-      drop_row<T>(row, keeps, count, static_cast<T>(problem.dropout.keep_scale));
-    }
+    drop_row<T>(problem.dropout, sequence, head, query, j, count, row);
     write_along_keys<T>(weights, j, count, row);
   }
 }
 
+// Running softmax of a block of queries: largest score, sum of exponentials, weighted sum of
+// values.
 template <class T>
 struct ForwardBlock {
   const ForwardCall<T>& call;
   const ForwardItem& item;
   const Sequence& sequence;
-  RunningSoftmax<T> softmax;
-  T* scores;
-  uint8_t* keeps;
+  T* largest;
+  T* total;
+  Sums<T> sums;  // hold nothing yet until the first keys are weighed
   int64_t ld;
+  T* scores;
 
   ForwardBlock(const ForwardCall<T>& call, const ForwardItem& item, Scratch& scratch)
       : call(call),
         item(item),
         sequence(call.problem->sequences[item.sequence]),
-        softmax(item.query_count, call.problem->value_dim, room_for_sums(call, item, scratch),
-                scratch),
-        ld(round_up(smaller(item.key_count, kKeyChunk), kLanes<T>)) {
-    scores = scratch.take<T>(item.query_count * ld);
-    keeps = scratch.take<uint8_t>(kKeyChunk);
+        largest(scratch.take<T>(item.query_count)),
+        total(scratch.take<T>(item.query_count)),
+        sums(room_for_sums(call, item, scratch)),
+        ld(round_up(smaller(item.key_count, kKeyChunk), kLanes<T>)),
+        scores(scratch.take<T>(item.query_count * ld)) {
+    pad_row<T>(largest, 0, item.query_count, static_cast<T>(-__builtin_inf()));
+    pad_row<T>(total, 0, item.query_count, 0);
   }
 
   // Among the partial sums, in the context itself, or in scratch.
@@ -154,64 +168,69 @@ struct ForwardBlock {
     return item.key_count == sequence.key_count && item.key_count <= kKeyChunk;
   }
 
+  // Turns a row of new scores into exponentials and rescales what was summed before.
+  void include(int64_t i, T* row, int64_t count) {
+    const T chunk = largest_of_row(row, count);
+    const T next = chunk > largest[i] ? chunk : largest[i];
+    const T shift = shift_of(next);
+    if (next > largest[i]) {
+      const T scale = exp_nonpositive_scalar<T>(largest[i] - shift);
+      total[i] *= scale;
+      if (sums.adds) {
+        const int64_t columns = steps_of<T>(call.problem->value_dim) * kStep<T>;
+        scale_row(sums.data + i * sums.row, columns, scale);
+      }
+      largest[i] = next;
+    }
+    total[i] += exponentiate_row(row, count, shift, T(1));
+  }
+
   // Softmax of the block's scores for `count` keys from `first`.
   void normalise(int64_t first, int64_t count) {
-    const Problem& problem = *call.problem;
-    const Dropout& dropout = problem.dropout;
     const int64_t padded = round_up(count, kLanes<T>);
     for (int64_t i = 0; i < item.query_count; ++i) {
       T* row = scores + i * ld;
       const int64_t query = item.query + i;
       if (call.keeps_scores || (call.weights.data != nullptr && !one_chunk())) {
-        write_along_keys<T>(score_row(call.scores, problem, sequence, item.head, query), first,
-                            count, row);
+        write_along_keys<T>(
+            pair_row(call.scores, call.problem->scores_layout, sequence, item.head, query), first,
+            count, row);
       }
       pad_row<T>(row, count, padded, static_cast<T>(-__builtin_inf()));
-      softmax.include(i, row, padded);
+      include(i, row, padded);
       if (one_chunk()) {
-        scale_row(row, padded, 1 / softmax.total[i]);
+        scale_row(row, padded, 1 / total[i]);
       }
-      if (dropout.active) {
-        const RowSource key = key_rows(problem.key, sequence, item.head);
-        dropout_mask(dropout, sequence, key, item.head, query, first, count, keeps);
-        drop_row<T>(row, keeps, count, static_cast<T>(dropout.keep_scale));
-      }
+      drop_row<T>(call.problem->dropout, sequence, item.head, query, first, count, row);
     }
   }
 
-  // The scores of `count` keys from `first` as they are.
-  void write_scores(int64_t first, int64_t count) {
+  // What there is of `count` keys from `first`, scores or weights, as weights.
+  void write_rows(int64_t first, int64_t count) {
     for (int64_t i = 0; i < item.query_count; ++i) {
-      const int64_t query = item.query + i;
-      write_along_keys<T>(weight_row(call.weights, *call.problem, sequence, item.head, query),
-                          first, count, scores + i * ld);
+      write_along_keys<T>(
+          pair_row(call.weights, call.problem->weights_layout, sequence, item.head, item.query + i),
+          first, count, scores + i * ld);
     }
   }
 
-  void write_weights(T* row) {
+  void write_results(Scratch& scratch) {
+    const bool finishes = item.partial < 0 && call.weights.data != nullptr;
+    T* chunk = scratch.take<T>(kKeyChunk);
+    if (finishes && one_chunk()) {
+      write_rows(0, item.key_count);
+    }
     for (int64_t i = 0; i < item.query_count; ++i) {
-      const int64_t query = item.query + i;
-      if (one_chunk()) {
-        write_along_keys<T>(weight_row(call.weights, *call.problem, sequence, item.head, query), 0,
-                            item.key_count, scores + i * ld);
-      } else {
-        finish_weights<T>(call, sequence, item.head, query, softmax.largest[i], softmax.total[i],
-                          row, keeps);
+      if (finishes && !one_chunk()) {
+        finish_weights<T>(call, sequence, item.head, item.query + i, largest[i], total[i], chunk);
       }
-    }
-  }
-
-  void write_results() {
-    for (int64_t i = 0; i < item.query_count; ++i) {
-      const T largest = softmax.largest[i];
-      const T total = softmax.total[i];
       if (item.partial >= 0) {
         T* stat = call.partial_stats + 2 * (item.partial + i);
-        stat[0] = largest;
-        stat[1] = total;
+        stat[0] = largest[i];
+        stat[1] = total[i];
       } else {
-        write_context<T>(call, sequence, item.head, item.query + i, largest, total,
-                         one_chunk() ? T(1) : 1 / total, softmax.sums.data + i * softmax.sums.row);
+        write_context<T>(call, sequence, item.head, item.query + i, largest[i], total[i],
+                         one_chunk() ? T(1) : 1 / total[i], sums.data + i * sums.row);
       }
     }
   }
@@ -233,20 +252,16 @@ void forward_item_by(const ForwardCall<T>& call, const ForwardItem& item) {
     const int64_t count = smaller(kKeyChunk, item.key_count - j);
     scores.compute(first, count, block.scores, block.ld);
     if (problem.raw_scores) {
-      block.write_scores(first, count);
+      block.write_rows(first, count);
       continue;
     }
     block.normalise(first, count);
-    weigh_values<T>(value, first, count, problem.value_dim, block.scores, block.ld,
-                    item.query_count, block.softmax.sums, value_room);
+    weigh_rows<T>({block.scores, block.ld, 1}, item.query_count, value, first, count,
+                  problem.value_dim, block.sums, value_room);
   }
-  if (problem.raw_scores) {
-    return;
+  if (!problem.raw_scores) {
+    block.write_results(scratch);
   }
-  if (item.partial < 0 && call.weights.data != nullptr) {
-    block.write_weights(scratch.take<T>(kKeyChunk));
-  }
-  block.write_results();
 }
 
 template <class T>
@@ -266,7 +281,6 @@ void forward_merge(const ForwardCall<T>& call, const ForwardMerge& merge) {
   const int64_t columns = steps_of<T>(problem.value_dim) * kStep<T>;
   T* sums = scratch.take<T>(columns);
   T* row = scratch.take<T>(kKeyChunk);
-  uint8_t* keeps = scratch.take<uint8_t>(kKeyChunk);
   for (int64_t i = 0; i < item.query_count; ++i) {
     T largest = static_cast<T>(-__builtin_inf());
     for (int64_t n = 0; n < merge.splits; ++n) {
@@ -286,7 +300,7 @@ void forward_merge(const ForwardCall<T>& call, const ForwardMerge& merge) {
     }
     const int64_t query = item.query + i;
     if (call.weights.data != nullptr) {
-      finish_weights<T>(call, sequence, item.head, query, largest, total, row, keeps);
+      finish_weights<T>(call, sequence, item.head, query, largest, total, row);
     }
     write_context<T>(call, sequence, item.head, query, largest, total, 1 / total, sums);
   }

@@ -34,15 +34,14 @@ class GradientBlock {
         steps_(steps_of<T>(item.cols)),
         sums_row_(step_stride<T>(steps_)),
         tile_keys_(unit.query_count < 4 ? kGradientKeys : kGradientTile),
-        queries_(pack_queries<T>(query_rows(call.problem->query, sequence_, unit.head), unit.query,
-                                 unit.query_count, item.col, item.cols, nullptr, scratch)),
-        keys_(*call.problem, sequence_, unit.head, tile_keys_, item.cols, scratch),
-        exact_keys_{{tile_keys_, item.cols, scratch}},
-        exact_queries_{{unit.query_count, item.cols, scratch}},
+        queries_(query_rows(call.problem->query, sequence_, unit.head), unit.query_count, item.col,
+                 item.cols, scratch),
+        keys_(*call.problem, sequence_, unit.head, tile_keys_, item.col, item.cols, scratch),
         dweight_total_(dweight),
         scratch_(scratch),
         informative_(queries_, steps_, nullptr, T(0), scratch) {
     const int64_t padded = steps_ * kStep<T>;
+    queries_.take(unit.query, unit.query_count);
     dquery_ = scratch.take<T>(dquery_size());
     dkey_ = scratch.take<T>(tile_keys_ * sums_row_);
     row_ = scratch.take<T>(padded);
@@ -104,9 +103,7 @@ class GradientBlock {
     Vec<T> sizes{};
     for (int64_t i = 0; i < unit_.query_count; ++i) {
       for (int64_t j = 0; j < count; j += kLanes<T>) {
-        const T* row = s + i * unit_.ld + j;
-        const Vec<T> next =
-            magnitude<T>(j + kLanes<T> <= count ? load<T>(row) : load_partial<T>(row, count - j));
+        const Vec<T> next = magnitude<T>(load_some<T>(s + i * unit_.ld + j, count - j));
         sizes = next > sizes ? next : sizes;
       }
     }
@@ -126,9 +123,9 @@ class GradientBlock {
   }
 
   void run_tile(int64_t first, int64_t keys) {
-    const Panel<T> exponentials = keys_.take(first, keys, item_.col, item_.cols);
-    exact_keys_.ready = false;
-    const bool informative = call_.problem->is_short || informative_(exponentials, keys);
+    keys_.take(first, keys);
+    key_bound_ = keys_.bound(0, keys);
+    const bool informative = call_.problem->is_short || informative_(keys_);
     if (wants_keys()) {
       pad_row<T>(dkey_, 0, keys * sums_row_, 0);
     }
@@ -139,7 +136,7 @@ class GradientBlock {
              route_of(end, informative) == route) {
         ++end;
       }
-      run_queries(route, i, end - i, exponentials, first, keys);
+      run_queries(route, i, end - i, first, keys);
       i = end;
     }
     if (call_.dkey.data != nullptr) {
@@ -157,23 +154,21 @@ class GradientBlock {
   enum class Route { kFactored, kExact, kSmall };
 
   Route route_of(int64_t i, bool informative) const {
-    if (queries_.bounds[i] + keys_.largest < T(kSmallestGradientSum)) {
+    const T bound = queries_.bound(i, 1);
+    if (bound + key_bound_ < T(kSmallestGradientSum)) {
       return Route::kSmall;
     }
-    return informative && in_factored_range(queries_.bounds[i], keys_.largest, kSmallestGradientSum)
+    return informative && in_factored_range(bound, key_bound_, kSmallestGradientSum)
                ? Route::kFactored
                : Route::kExact;
   }
 
   // Queries [i, i + rows), all of one route, against a tile of keys.
-  void run_queries(Route route, int64_t i, int64_t rows, const Panel<T>& key_exponentials,
-                   int64_t first, int64_t keys) {
+  void run_queries(Route route, int64_t i, int64_t rows, int64_t first, int64_t keys) {
     const bool factored = route == Route::kFactored;
     const GradientOperands<T> operands{
-        (factored ? queries_.exponentials
-                  : exact_queries_.get(queries_.source, queries_.first, unit_.query_count, item_))
-            .from_row(i),
-        factored ? key_exponentials : exact_keys_.get(keys_.key, first, keys, item_),
+        (factored ? queries_.exponentials : queries_.numbers()).from_row(i),
+        factored ? keys_.exponentials : keys_.numbers(),
         scores_.at(i, first),
         scores_.ld,
         rows,
@@ -231,21 +226,6 @@ class GradientBlock {
 
   bool wants_keys() const { return call_.dkey.data != nullptr || call_.partial_dweight != nullptr; }
 
-  // Rows as they are, packed when first asked for.
-  struct ExactRows {
-    PanelRoom<T> room;
-    Panel<T> panel{};
-    bool ready = false;
-
-    Panel<T> get(const RowSource& source, int64_t first, int64_t rows, const GradientItem& item) {
-      if (!ready) {
-        panel = packed_panel<T, PackValues<T>>(source, first, rows, item.col, item.cols, room);
-        ready = true;
-      }
-      return panel;
-    }
-  };
-
   // Long sums of s t continue in double.
   void add_weights() {
     weight_terms_ = 0;
@@ -268,27 +248,21 @@ class GradientBlock {
 
   // Where the item's part of row j of a gradient is computed: in place if it has the compute type.
   T* result_row(const RowSource& target, int64_t j) const {
-    return target.dtype == kDTypeOf<T>
-               ? static_cast<T*>(const_cast<void*>(target.data)) + target.offset(j) + item_.col
-               : row_;
+    return target.has_vectors<T>() ? target.at<T>(j, item_.col) : row_;
   }
 
-  void write_result(const RowSource& target, int64_t j, const T* row) const {
-    if (row == row_) {
-      write_row<T>(const_cast<void*>(target.data), target.dtype, target.offset(j) + item_.col, 1,
-                   item_.cols, row);
-    }
-  }
-
+  // To dquery, or to partial rows of it.
   void write_queries() {
-    const RowSource target = query_rows(call_.dquery, sequence_, unit_.head);
+    const int64_t row = padded_columns(call_.problem->dim);
+    const RowSource target =
+        item_.dquery_partial < 0
+            ? query_rows(call_.dquery, sequence_, unit_.head)
+            : RowSource{call_.partial_dquery, kDTypeOf<T>, item_.dquery_partial * row, row, 1,
+                        -unit_.query,         nullptr};
     for (int64_t i = 0; i < unit_.query_count; ++i) {
-      const bool partial = item_.dquery_partial >= 0;
-      T* row = partial ? call_.partial_dquery + item_.col +
-                             (item_.dquery_partial + i) * padded_columns(call_.problem->dim)
-                       : result_row(target, unit_.query + i);
-      final_row(dquery_ + i * sums_row_, shift_of_query(i), row);
-      write_result(target, unit_.query + i, row);
+      T* result = result_row(target, unit_.query + i);
+      final_row(dquery_ + i * sums_row_, shift_of_query(i), result);
+      write_columns<T>(target, unit_.query + i, item_.col, item_.cols, result);
     }
   }
 
@@ -299,12 +273,12 @@ class GradientBlock {
       T* row = unit_.first ? result_row(target, first + j) : row_;
       final_row(dkey_ + j * sums_row_, 0, row);
       if (!unit_.first) {
-        const T* before = static_cast<const T*>(sum.data) + sum.offset(first + j) + item_.col;
+        const T* before = sum.at<T>(first + j, item_.col);
         for (int64_t c = 0; c < item_.cols; ++c) {
           row_[c] += before[c];
         }
       }
-      write_result(target, first + j, row);
+      write_columns<T>(target, first + j, item_.col, item_.cols, row);
     }
   }
 
@@ -315,13 +289,12 @@ class GradientBlock {
   const int64_t steps_;
   const int64_t sums_row_;  // of dquery_ and dkey_, [.., steps, kStep]
   const int64_t tile_keys_;
-  const QueryBlock<T> queries_;
-  KeyExponentials<T> keys_;
-  ExactRows exact_keys_;
-  ExactRows exact_queries_;
+  RowBlock<T> queries_;
+  RowBlock<T> keys_;
   double* const dweight_total_;
   Scratch& scratch_;
   Informative<T> informative_;
+  T key_bound_ = 0;  // magnitude in the tile of keys
   Scores scores_;
   T* dweight_;
   T* dquery_;
@@ -350,7 +323,7 @@ void query_merge(const BackwardCall<T>& call, const QueryMerge& merge) {
         sum[c] += partial[c];
       }
     }
-    write_row<T>(call.dquery.data, target.dtype, target.offset(unit.query + i), 1, dim, sum);
+    write_columns<T>(target, unit.query + i, 0, dim, sum);
   }
 }
 

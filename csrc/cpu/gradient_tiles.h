@@ -2,7 +2,6 @@
 // one step of features at a time.
 #pragma once
 
-#include "panels.h"
 #include "tiles.h"
 
 namespace attn_ext {

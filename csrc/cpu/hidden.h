@@ -95,60 +95,6 @@ ATTN_EXT_INLINE HiddenParts<T> hidden_parts(Vec<T> x, Vec<T> g) {
           slope < T(kVanishingSlope) ? Vec<T>{} : slope, power * r, closed ? Vec<T>{} : y * r * r};
 }
 
-// Which entries of the hidden rows of one head of one sequence dropout keeps: feature d takes word
-// d % 4 of Philox with the counter (key position, d / 4, ~(2 head + factor), sequence).
-class FeatureMask {
- public:
-  FeatureMask(const Problem& problem, const Sequence& sequence, int64_t head)
-      : dropout_(problem.feature_dropout), sequence_(sequence.number), head_(head) {}
-
-  bool active() const { return dropout_[0].active || dropout_[1].active; }
-
-  // Multiplies the features of the key at `position` that begin with `begin`, a multiple of 4, by 0
-  // or by the scale of what is kept.
-  template <class T>
-  void apply(int64_t position, int64_t begin, int64_t count, T* row) const {
-    for (int factor = 0; factor < 2; ++factor) {
-      for (int64_t c = 0; dropout_[factor].active && c < count; c += kBlock) {
-        const uint32_t number = ~static_cast<uint32_t>(2 * head_ + factor);
-        multiply<T>(dropout_[factor], number, position, begin + c, smaller(kBlock, count - c),
-                    row + c);
-      }
-    }
-  }
-
- private:
-  static constexpr int kGroups = 16;  // of four features, whose rounds are vectors of operations
-  static constexpr int kBlock = 4 * kGroups;
-
-  template <class T>
-  void multiply(const Dropout& dropout, uint32_t number, int64_t position, int64_t begin,
-                int64_t count, T* row) const {
-    uint32_t c[4][kGroups];
-    for (int n = 0; n < kGroups; ++n) {
-      c[0][n] = static_cast<uint32_t>(position);
-      c[1][n] = static_cast<uint32_t>(begin / 4 + n);
-      c[2][n] = number;
-      c[3][n] = static_cast<uint32_t>(sequence_);
-    }
-    PhiloxKey key = dropout.philox_key();
-    for (int round = 0; round < 10; ++round, key = next_key(key)) {
-      for (int n = 0; n < kGroups; ++n) {
-        philox_round(c[0][n], c[1][n], c[2][n], c[3][n], key);
-      }
-    }
-    const auto threshold = static_cast<uint32_t>(__builtin_ceil(dropout.threshold));
-    const T scale = static_cast<T>(dropout.keep_scale);
-    for (int64_t n = 0; n < count; ++n) {
-      row[n] = (c[n % 4][n / 4] >> 8) >= threshold ? row[n] * scale : T(0);
-    }
-  }
-
-  const Dropout* dropout_;
-  int64_t sequence_;
-  int64_t head_;
-};
-
 // The keys and gates of one head of one sequence.
 template <class T>
 class HiddenSource {
@@ -157,7 +103,9 @@ class HiddenSource {
                Scratch& scratch)
       : key_(key_rows(problem.key, sequence, head)),
         gate_(key_rows(problem.gate, sequence, head)),
-        mask_(problem, sequence, head),
+        dropout_(problem.feature_dropout),
+        sequence_(sequence.number),
+        head_(head),
         key_copy_(scratch.take<T>(round_up(columns, kLanes<T>))),
         gate_copy_(scratch.take<T>(round_up(columns, kLanes<T>))) {}
 
@@ -179,14 +127,38 @@ class HiddenSource {
     }
   }
 
-  // Drops features of a hidden row of key j, or of its gradient.
-  ATTN_EXT_INLINE void drop(int64_t j, int64_t begin, int64_t count, T* row) const {
-    if (mask_.active()) {
-      mask_.apply<T>(key_.position(j), begin, count, row);
+  // Drops features of a hidden row of key j, or of its gradient, that begin with `begin`, a
+  // multiple of 4: feature d takes word d % 4 of Philox with the counter (key position, d / 4, ~(2
+  // head + factor), sequence).
+  void drop(int64_t j, int64_t begin, int64_t count, T* row) const {
+    for (int factor = 0; factor < 2; ++factor) {
+      for (int64_t c = 0; dropout_[factor].active && c < count; c += kBlock) {
+        const uint32_t number = ~static_cast<uint32_t>(2 * head_ + factor);
+        drop_block(dropout_[factor], number, key_.position(j), begin + c,
+                   smaller(kBlock, count - c), row + c);
+      }
     }
   }
 
  private:
+  static constexpr int kBlock = 4 * kPhiloxGroup;
+
+  void drop_block(const Dropout& dropout, uint32_t number, int64_t position, int64_t begin,
+                  int64_t count, T* row) const {
+    uint32_t words[4][kPhiloxGroup];
+    for (int n = 0; n < kPhiloxGroup; ++n) {
+      words[0][n] = static_cast<uint32_t>(position);
+      words[1][n] = static_cast<uint32_t>(begin / 4 + n);
+      words[2][n] = number;
+      words[3][n] = static_cast<uint32_t>(sequence_);
+    }
+    make_philox_words(words, dropout.philox_key());
+    const T scale = static_cast<T>(dropout.keep_scale);
+    for (int64_t n = 0; n < count; ++n) {
+      row[n] = keeps_word(words[n % 4][n / 4], dropout) ? row[n] * scale : T(0);
+    }
+  }
+
   static const T* whole_vectors(const RowSource& source, int64_t j, int64_t begin, int64_t count,
                                 T* copy) {
     const T* row = row_values<T>(source, j, begin, count, copy);
@@ -203,8 +175,10 @@ class HiddenSource {
   }
 
   RowSource key_;
-  RowSource gate_;  // data is null without
-  FeatureMask mask_;
+  RowSource gate_;          // data is null without
+  const Dropout* dropout_;  // of tanh and of the gate
+  int64_t sequence_;
+  int64_t head_;
   T* key_copy_;
   T* gate_copy_;
 };
@@ -220,8 +194,7 @@ class HiddenScores {
         source_(problem, sequence, head, problem.dim, scratch),
         room_(kTileCols, problem.dim, scratch),
         weights_(panel_of<T>(query_rows(problem.query, sequence, head), query, queries, 0,
-                             problem.dim, scratch.take<T>(queries * steps_of<T>(dim_) * kStep<T>),
-                             room_.copy)) {}
+                             problem.dim, PanelRoom<T>(queries, problem.dim, scratch))) {}
 
   // scores[i * ld + j] = w_i . h_j for keys first + j, j < keys.
   void compute(int64_t first, int64_t keys, T* scores, int64_t ld) {
@@ -271,9 +244,9 @@ class HiddenGradient {
         sequence_(call.problem->sequences[unit.sequence]),
         steps_(steps_of<T>(item.cols)),
         source_(*call.problem, sequence_, unit.head, item.cols, scratch),
-        room_(unit.query_count, item.cols, scratch),
         weights_(panel_of<T>(query_rows(call.problem->query, sequence_, unit.head), 0,
-                             unit.query_count, item.col, item.cols, room_.data, room_.copy)),
+                             unit.query_count, item.col, item.cols,
+                             PanelRoom<T>(unit.query_count, item.cols, scratch))),
         hidden_(scratch.take<T>(kHiddenTile * columns())),
         dhidden_(scratch.take<T>(kHiddenTile * columns())),
         dkey_(scratch.take<T>(columns())),
@@ -328,13 +301,8 @@ class HiddenGradient {
 
   void write(const Rows& gradient, int64_t j, const T* row) const {
     if (gradient.data != nullptr) {
-      const RowSource target = key_rows(gradient, sequence_, unit_.head);
-      const int64_t offset = target.offset(j) + item_.col;
-      if (call_.streams) {
-        stream_row<T>(gradient.data, target.dtype, offset, item_.cols, row);
-      } else {
-        write_row<T>(gradient.data, target.dtype, offset, 1, item_.cols, row);
-      }
+      write_columns<T>(key_rows(gradient, sequence_, unit_.head), j, item_.col, item_.cols, row,
+                       call_.streams);
     }
   }
 
@@ -356,7 +324,6 @@ class HiddenGradient {
   const Sequence& sequence_;
   const int64_t steps_;
   const HiddenSource<T> source_;
-  const PanelRoom<T> room_;
   const Panel<T> weights_;
   T* const hidden_;   // [kHiddenTile, columns]
   T* const dhidden_;  // the same

@@ -1,5 +1,4 @@
 // Choice of the instruction set.
-#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -10,63 +9,46 @@ namespace attn_ext {
 
 // Of kernels_impl.h.
 namespace avx512 {
-template <class T>
-const Kernels<T>& kernel_table();
+extern const Isa kIsa;
 }
 namespace avx2 {
-template <class T>
-const Kernels<T>& kernel_table();
+extern const Isa kIsa;
 }
 namespace portable {
-template <class T>
-const Kernels<T>& kernel_table();
+extern const Isa kIsa;
 }
 
 namespace {
 
 constexpr const char* kVariable = "ATTN_EXT_CPU_ISA";
 
-struct Isa {
-  std::string name;
-  const Kernels<float>* float_kernels;
-  const Kernels<double>* double_kernels;
-};
-
 // What this machine can run, best first.
-std::vector<Isa> find_isas() {
-  std::vector<Isa> result;
+std::vector<const Isa*> available_isas() {
+  std::vector<const Isa*> result;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("fma")) {
-    result.push_back({"avx512", &avx512::kernel_table<float>(), &avx512::kernel_table<double>()});
+    result.push_back(&avx512::kIsa);
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    result.push_back({"avx2", &avx2::kernel_table<float>(), &avx2::kernel_table<double>()});
+    result.push_back(&avx2::kIsa);
   }
 #endif
-  result.push_back(
-      {"portable", &portable::kernel_table<float>(), &portable::kernel_table<double>()});
+  result.push_back(&portable::kIsa);
   return result;
-}
-
-// Never destroyed: threads may compute until the process ends.
-const std::vector<Isa>& available_isas() {
-  static const std::vector<Isa>& isas = *new std::vector<Isa>(find_isas());
-  return isas;
 }
 
 // The instruction set of that name, which `source` asks for.
 const Isa* isa_named(const std::string& name, const std::string& source) {
-  const std::vector<Isa>& available = available_isas();
-  const auto found = std::find_if(available.begin(), available.end(),
-                                  [&](const Isa& isa) { return isa.name == name; });
-  if (found == available.end()) {
-    throw std::runtime_error(source + name +
-                             " names no instruction set of this machine; available: " + cpu_isas());
+  for (const Isa* isa : available_isas()) {
+    if (isa->name == name) {
+      return isa;
+    }
   }
-  return &*found;
+  throw std::runtime_error(source + name +
+                           " names no instruction set of this machine; available: " + cpu_isas());
 }
 
 std::atomic<const Isa*> chosen{nullptr};
@@ -75,7 +57,7 @@ const Isa& chosen_isa() {
   const Isa* isa = chosen.load(std::memory_order_acquire);
   if (isa == nullptr) {
     const char* wanted = std::getenv(kVariable);
-    isa = wanted == nullptr || *wanted == '\0' ? &available_isas().front()
+    isa = wanted == nullptr || *wanted == '\0' ? available_isas().front()
                                                : isa_named(wanted, std::string(kVariable) + "=");
     chosen.store(isa, std::memory_order_release);
   }
@@ -84,12 +66,12 @@ const Isa& chosen_isa() {
 
 }  // namespace
 
-const char* cpu_isa() { return chosen_isa().name.c_str(); }
+std::string cpu_isa() { return chosen_isa().name; }
 
 std::string cpu_isas() {
   std::string names;
-  for (const Isa& isa : available_isas()) {
-    names += (names.empty() ? "" : ", ") + isa.name;
+  for (const Isa* isa : available_isas()) {
+    names += std::string(names.empty() ? "" : ", ") + isa->name;
   }
   return names;
 }
@@ -109,12 +91,12 @@ bool divides_quickly() {
 
 template <>
 const Kernels<float>& kernels() {
-  return *chosen_isa().float_kernels;
+  return chosen_isa().float_kernels;
 }
 
 template <>
 const Kernels<double>& kernels() {
-  return *chosen_isa().double_kernels;
+  return chosen_isa().double_kernels;
 }
 
 }  // namespace attn_ext

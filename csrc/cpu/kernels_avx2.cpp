@@ -5,7 +5,6 @@
 #include <utility>
 
 #include "call.h"
-#include "runtime.h"
 
 #define ATTN_EXT_ISA avx2
 #define ATTN_EXT_ISA_AVX512 0

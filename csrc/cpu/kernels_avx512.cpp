@@ -5,7 +5,6 @@
 #include <utility>
 
 #include "call.h"
-#include "runtime.h"
 
 #define ATTN_EXT_ISA avx512
 #define ATTN_EXT_ISA_AVX512 1

@@ -39,7 +39,7 @@ void prepare_rows(const Rows& key, int64_t batch, int64_t row, int64_t heads, in
     const RowSource source{
         key.data, key.dtype, batch * key.batch + head * key.head, key.row, key.col, 0, nullptr};
     pack<T, PackExponentials<T>>(source, row, 1, 0, dim, packed, columns, kStep<T>,
-                                 key_bound + head, copy);
+                                 key_bound + head, copy, nullptr);
     if (dim > 0) {
       __builtin_memcpy(exp_key + head * dim, packed, dim * sizeof(T));
     }
@@ -52,13 +52,11 @@ constexpr Kernels<T> kKernels = {
     finish_scores<T>, value_item<T>, gradient_item<T>, query_merge<T>,   prepare_rows<T>,
 };
 
-template <class T>
-const Kernels<T>& kernel_table() {
-  return kKernels<T>;
-}
+#define ATTN_EXT_NAME_OF(isa) #isa
+#define ATTN_EXT_NAME(isa) ATTN_EXT_NAME_OF(isa)
 
-template const Kernels<float>& kernel_table();
-template const Kernels<double>& kernel_table();
+extern const Isa kIsa;
+const Isa kIsa{ATTN_EXT_NAME(ATTN_EXT_ISA), kKernels<float>, kKernels<double>};
 
 }  // namespace ATTN_EXT_ISA
 }  // namespace attn_ext

@@ -2,7 +2,6 @@
 #include <utility>
 
 #include "call.h"
-#include "runtime.h"
 
 #define ATTN_EXT_ISA portable
 #define ATTN_EXT_ISA_AVX512 0

@@ -6,6 +6,83 @@
 namespace attn_ext {
 namespace {
 
+struct Range {
+  int64_t begin;
+  int64_t count;
+};
+
+// Rows of sequence n of a side: all `rows` of it, or where there are offsets those between two.
+Range range_of(const Integers& offsets, int64_t n, int64_t rows, int64_t longest) {
+  if (offsets.data == nullptr) {
+    return {0, rows};
+  }
+  const int64_t begin = std::clamp<int64_t>(offsets.at(n), 0, rows);
+  const int64_t end = std::clamp<int64_t>(offsets.at(n + 1), begin, rows);
+  return {begin, std::min(end - begin, std::max<int64_t>(longest, 0))};
+}
+
+// Positions of the keys of one sequence that the mask leaves, listed only if they are not
+// consecutive.
+void apply_mask(const Mask& mask, int64_t rows, Sequence& sequence, std::vector<int64_t>& indices) {
+  const bool* row = mask.data + sequence.number * mask.batch;
+  const size_t start = indices.size();
+  for (int64_t j = 0; j < rows; ++j) {
+    if (!row[j * mask.row]) {
+      indices.push_back(j);
+    }
+  }
+  sequence.key_count = static_cast<int64_t>(indices.size() - start);
+  sequence.first_key = sequence.key_count > 0 ? indices[start] : 0;
+  if (sequence.key_count == 0 || indices.back() - indices[start] + 1 == sequence.key_count) {
+    indices.resize(start);
+  } else {
+    sequence.key_index = indices.data() + start;
+  }
+}
+
+}  // namespace
+
+void Problem::find_sequences() {
+  const bool jagged_queries = layout.query_offsets.data != nullptr;
+  const bool jagged_keys = layout.key_offsets.data != nullptr;
+  const int64_t count = std::max<int64_t>(
+      0, std::min(jagged_queries ? layout.query_offsets.size - 1 : layout.query_batch,
+                  jagged_keys ? layout.key_offsets.size - 1 : layout.key_batch));
+  int64_t query_rows = 0;
+  int64_t key_rows = 0;
+  sequences.reserve(count);
+  if (layout.mask.data != nullptr) {  // all that may be listed, as sequences point there
+    key_indices.reserve(layout.key_batch * layout.key_rows);
+  }
+  for (int64_t n = 0; n < count; ++n) {
+    const Range queries = range_of(layout.query_offsets, n, layout.query_rows, layout.max_queries);
+    const Range keys = range_of(layout.key_offsets, n, layout.key_rows, layout.max_keys);
+    Sequence sequence{};
+    sequence.number = n;
+    sequence.query_batch = jagged_queries ? 0 : n;
+    sequence.query_begin = queries.begin;
+    sequence.query_count = queries.count;
+    sequence.key_batch = jagged_keys ? 0 : n;
+    sequence.key_begin = keys.begin;
+    sequence.key_count = keys.count;
+    if (layout.key_lengths.data != nullptr) {
+      sequence.key_count = std::clamp<int64_t>(layout.key_lengths.at(n), 0, keys.count);
+    } else if (layout.mask.data != nullptr) {
+      apply_mask(layout.mask, keys.count, sequence, key_indices);
+    }
+    // Adjoining ranges of the right total leave no row out.
+    covers_queries &= sequence.key_count > 0 && (!jagged_queries || queries.begin == query_rows);
+    covers_keys &= sequence.query_count > 0 && (!jagged_keys || keys.begin == key_rows);
+    query_rows += sequence.query_count;
+    key_rows += sequence.key_count;
+    sequences.push_back(sequence);
+  }
+  covers_queries &= query_rows == layout.query_batch * layout.query_rows;
+  covers_keys &= key_rows == layout.key_batch * layout.key_rows;
+}
+
+namespace {
+
 // Work is counted in query-key-feature triples; AVX-512 does about ten a nanosecond.
 constexpr double kItemCost = 1 << 21;        // where an item is cut, about 0.2 ms
 constexpr double kGroupCost = 1 << 18;       // up to which small gradient items are joined
@@ -34,17 +111,14 @@ double forward_cost(const Problem& problem, int64_t queries, int64_t keys) {
           static_cast<double>(queries / 8 + kReadCost) * problem.value_dim + 64);
 }
 
-// Into how many ranges to cut the keys of an item, so that each costs about kItemCost, yet the
-// partial rows of all `queries` that have some at a time are no more than queries and keys.
-int64_t key_splits(double cost, int64_t queries, int64_t keys) {
+// Keys of the equal ranges, whole multiples of 64, that the keys of an item are cut into so that
+// each costs about kItemCost, yet the partial rows of all `queries` that have some at a time are no
+// more than queries and keys.
+int64_t key_range(double cost, int64_t queries, int64_t keys) {
   const int64_t wanted = static_cast<int64_t>(cost / kItemCost) + 1;
   const int64_t affordable = (queries + keys) / queries;
-  return std::max<int64_t>(1, std::min({wanted, affordable, keys / kSmallestUnitBlock}));
-}
-
-// Equal ranges of whole multiples of 64 keys.
-int64_t range_keys(int64_t keys, int64_t splits) {
-  return std::max<int64_t>(1, divide_up(divide_up(keys, splits), 64) * 64);
+  const int64_t splits = std::min({wanted, affordable, keys / kSmallestUnitBlock});
+  return std::max<int64_t>(1, divide_up(divide_up(keys, std::max<int64_t>(splits, 1)), 64) * 64);
 }
 
 // Costly items first, so that the last items to be taken are short.
@@ -53,46 +127,6 @@ void sort_by_cost(std::vector<Item>& items, Cost cost) {
   std::stable_sort(items.begin(), items.end(),
                    [&](const Item& a, const Item& b) { return cost(a) > cost(b); });
 }
-
-}  // namespace
-
-ForwardPlan plan_forward(const Problem& problem) {
-  ForwardPlan plan;
-  const int64_t block = query_block(problem.dim);
-  for (size_t n = 0; n < problem.sequences.size(); ++n) {
-    const Sequence& sequence = problem.sequences[n];
-    const int64_t keys = sequence.key_count;
-    for (int64_t head = 0; keys > 0 && head < problem.heads; ++head) {
-      for (int64_t query = 0; query < sequence.query_count; query += block) {
-        const int64_t queries = std::min(block, sequence.query_count - query);
-        const double cost = forward_cost(problem, queries, keys);
-        const int64_t splits = key_splits(cost, sequence.query_count, keys);
-        const int64_t range = range_keys(keys, splits);
-        plan.cost += cost;
-        ForwardItem item{static_cast<int64_t>(n), head, query, queries, 0, keys, -1};
-        if (range >= keys) {
-          plan.items.push_back(item);
-          continue;
-        }
-        item.partial = plan.partial_rows;
-        plan.merges.push_back({item, divide_up(keys, range)});
-        for (int64_t key = 0; key < keys; key += range) {
-          item.key = key;
-          item.key_count = std::min(range, keys - key);
-          item.partial = plan.partial_rows;
-          plan.items.push_back(item);
-          plan.partial_rows += queries;
-        }
-      }
-    }
-  }
-  sort_by_cost(plan.items, [](const ForwardItem& item) {
-    return (item.query_count + kReadCost) * item.key_count;
-  });
-  return plan;
-}
-
-namespace {
 
 // Row length of a unit's scores: whole vectors of any machine.
 int64_t padded_keys(int64_t keys) { return divide_up(keys, 16) * 16; }
@@ -116,7 +150,7 @@ void plan_unit(const Problem& problem, Unit unit, Wave& wave) {
   const int64_t keys = unit.key_count;
   const int64_t block = query_block(problem.dim);
   const double cost = forward_cost(problem, std::min(block, unit.query_count), keys);
-  const int64_t range = range_keys(keys, key_splits(cost, unit.query_count, keys));
+  const int64_t range = key_range(cost, unit.query_count, keys);
   unit.ld = padded_keys(keys);
   unit.scores = wave.scores;
   unit.deltas = wave.deltas;
@@ -160,58 +194,38 @@ double gradient_cost(const Problem& problem, const Unit& unit) {
 // Gradient items of units [begin, end), all of one head; several units are small and not cut.
 void plan_gradient_group(const Problem& problem, int64_t begin, int64_t end, Wave& wave) {
   const Unit& unit = wave.units[begin];
-  int64_t splits = 1;
-  int64_t range = -1;
-  int64_t partial = -1;
-  if (end - begin == 1) {
-    range = range_keys(unit.key_count,
-                       key_splits(gradient_cost(problem, unit), unit.query_count, unit.key_count));
-    splits = divide_up(unit.key_count, range);
-  }
-  if (splits > 1) {
-    partial = wave.partial_rows;
-    wave.partial_rows += splits * unit.query_count;
-    wave.query_merges.push_back({begin, partial, splits});
-  }
   const int64_t block = gradient_columns(problem, unit);
-  for (int64_t n = 0; n < splits; ++n) {
+  const int64_t range =
+      end - begin == 1 ? key_range(gradient_cost(problem, unit), unit.query_count, unit.key_count)
+                       : INT64_MAX;
+  const bool is_cut = range < unit.key_count;
+  if (is_cut) {
+    wave.query_merges.push_back({begin, wave.partial_rows, divide_up(unit.key_count, range)});
+  }
+  for (int64_t key = 0; key < unit.key_count; key += range) {
+    const int64_t row = static_cast<int64_t>(wave.weight_heads.size());
     for (int64_t col = 0; col < problem.dim; col += block) {
-      GradientItem item{};
-      item.unit_begin = begin;
-      item.unit_end = end;
-      item.col = col;
-      item.cols = std::min(block, problem.dim - col);
-      item.key = splits > 1 ? n * range : 0;
-      item.key_count = splits > 1 ? std::min(range, unit.key_count - item.key) : -1;
-      item.dquery_partial = splits > 1 ? partial + n * unit.query_count : -1;
-      item.dweight_row = wave.weight_rows;
-      wave.gradient_items.push_back(item);
+      wave.gradient_items.push_back({begin, end, col, std::min(block, problem.dim - col), key,
+                                     range, is_cut ? wave.partial_rows : -1, row});
     }
-    ++wave.weight_rows;
+    wave.weight_heads.push_back(unit.head);
+    wave.partial_rows += is_cut ? unit.query_count : 0;
   }
 }
 
 void plan_gradients(const Problem& problem, Wave& wave) {
   const int64_t units = static_cast<int64_t>(wave.units.size());
-  for (int64_t begin = 0; begin < units;) {
+  for (int64_t begin = 0, end = 0; begin < units; begin = end) {
     const Unit& first = wave.units[begin];
-    double cost = gradient_cost(problem, first);
-    wave.gradient_cost += cost * problem.dim / gradient_columns(problem, first);
-    int64_t end = begin + 1;
-    while (end < units && wave.units[end].head == first.head &&
-           gradient_columns(problem, wave.units[end]) == gradient_columns(problem, first) &&
-           cost + gradient_cost(problem, wave.units[end]) <= kGroupCost) {
-      const double next = gradient_cost(problem, wave.units[end]);
-      wave.gradient_cost += next * problem.dim / gradient_columns(problem, first);
-      cost += next;
-      ++end;
-    }
-    if (wave.weight_merges.empty() || wave.weight_merges.back().head != first.head) {
-      wave.weight_merges.push_back({first.head, wave.weight_rows, wave.weight_rows});
-    }
+    const int64_t columns = gradient_columns(problem, first);
+    double cost = 0;
+    do {
+      cost += gradient_cost(problem, wave.units[end++]);
+    } while (end < units && wave.units[end].head == first.head &&
+             gradient_columns(problem, wave.units[end]) == columns &&
+             cost + gradient_cost(problem, wave.units[end]) <= kGroupCost);
+    wave.gradient_cost += cost * problem.dim / columns;
     plan_gradient_group(problem, begin, end, wave);
-    wave.weight_merges.back().end = wave.weight_rows;
-    begin = end;
   }
 }
 
@@ -225,6 +239,40 @@ bool fits(const Problem& problem, const Unit& unit, const Wave& wave) {
 }
 
 }  // namespace
+
+ForwardPlan plan_forward(const Problem& problem) {
+  ForwardPlan plan;
+  const int64_t block = query_block(problem.dim);
+  for (size_t n = 0; n < problem.sequences.size(); ++n) {
+    const Sequence& sequence = problem.sequences[n];
+    const int64_t keys = sequence.key_count;
+    for (int64_t head = 0; keys > 0 && head < problem.heads; ++head) {
+      for (int64_t query = 0; query < sequence.query_count; query += block) {
+        const int64_t queries = std::min(block, sequence.query_count - query);
+        const double cost = forward_cost(problem, queries, keys);
+        const int64_t range = key_range(cost, sequence.query_count, keys);
+        const bool is_cut = range < keys;
+        const ForwardItem whole{static_cast<int64_t>(n), head, query, queries, 0, keys,
+                                plan.partial_rows};
+        plan.cost += cost;
+        if (is_cut) {
+          plan.merges.push_back({whole, divide_up(keys, range)});
+        }
+        for (int64_t key = 0; key < keys; key += range) {
+          plan.items.push_back(whole);
+          plan.items.back().key = key;
+          plan.items.back().key_count = std::min(range, keys - key);
+          plan.items.back().partial = is_cut ? plan.partial_rows : -1;
+          plan.partial_rows += is_cut ? queries : 0;
+        }
+      }
+    }
+  }
+  sort_by_cost(plan.items, [](const ForwardItem& item) {
+    return (item.query_count + kReadCost) * item.key_count;
+  });
+  return plan;
+}
 
 std::vector<Unit> plan_units(const Problem& problem) {
   std::vector<Unit> units;

@@ -2,10 +2,50 @@
 // sums).
 #pragma once
 
-#include "panels.h"
+#include "vec.h"
 
 namespace attn_ext {
 namespace ATTN_EXT_ISA {
+
+// One step of features of rows i = 0, 1, ...: kStep numbers at data + i * row.
+template <class T>
+struct StepRows {
+  const T* data;
+  int64_t row;
+};
+
+// Rows of the compute type whose length is padded to whole steps: step p of row i stands at
+// data + i * row + p * step. Where rows lie in a tensor, only whole steps are read there, and the
+// rest is a packed copy, the `tail`.
+template <class T>
+struct Panel {
+  const T* data;
+  int64_t row;
+  int64_t step;
+  int64_t whole_steps = INT64_MAX;
+  const T* tail = nullptr;  // rows are kStep apart
+
+  ATTN_EXT_INLINE Panel from_row(int64_t i) const {
+    return {data + i * row, row, step, whole_steps, tail + i * kStep<T>};
+  }
+
+  ATTN_EXT_INLINE StepRows<T> at(int64_t p) const {
+    return p < whole_steps ? StepRows<T>{data + p * step, row} : StepRows<T>{tail, kStep<T>};
+  }
+};
+
+template <class T>
+ATTN_EXT_INLINE int64_t steps_of(int64_t columns) {
+  return (columns + kStep<T> - 1) / kStep<T>;
+}
+
+// From one step to the next of `rows` packed rows of `width` numbers a step: an odd number of cache
+// lines, as the steps of a row, written one after the other, would else compete for few cache sets.
+template <class T>
+ATTN_EXT_INLINE int64_t step_stride(int64_t rows, int64_t width = kStep<T>) {
+  constexpr int64_t line = 64 / sizeof(T);
+  return ((rows * width + line - 1) / line | 1) * line;
+}
 
 constexpr int kTileRows = 4;
 constexpr int kTileCols = 4;

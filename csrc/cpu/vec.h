@@ -67,13 +67,22 @@ ATTN_EXT_INLINE void store(T* target, Vec<T> value) {
 }
 
 // The first `count` numbers, then zeros.
-template <class T>
-ATTN_EXT_INLINE Vec<T> load_partial(const T* source, int64_t count) {
+template <class T, class From>
+ATTN_EXT_INLINE Vec<T> load_partial(const From* source, int64_t count) {
   T lanes[kLanes<T>] = {};
   for (int64_t lane = 0; lane < count; ++lane) {
-    lanes[lane] = source[lane];
+    lanes[lane] = static_cast<T>(source[lane]);
   }
   return load<T>(lanes);
+}
+
+// The same for any count, of which as many as fit are loaded.
+template <class T, class From>
+ATTN_EXT_INLINE Vec<T> load_some(const From* source, int64_t count) {
+  if constexpr (sizeof(From) == sizeof(T)) {
+    return count >= kLanes<T> ? load<T>(source) : load_partial<T>(source, count);
+  }
+  return load_partial<T>(source, smaller(count, kLanes<T>));
 }
 
 // x - 0 is x for every x, so this is a broadcast.

@@ -140,7 +140,7 @@ class Call : public BackwardCall {
 
  private:
   void describe_sequences() {
-    const SequenceArguments& arguments = inputs.sequences;
+    const Inputs& arguments = inputs;
     const bool jagged_queries = arguments.cu_seqlens_q.has_value();
     const int64_t queries = inputs.query_rows();
     const int64_t keys = inputs.key.size(1);

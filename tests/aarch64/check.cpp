@@ -314,8 +314,8 @@ class Attention {
       run_forward(forward_arguments(problem, step));
       BackwardArguments arguments = backward_arguments(problem, step);
       arguments.dquery = query_rows(dquery, case_.dim, step);
-      arguments.step_dscores = dscores.rows(keys * heads, heads, 1, 0, step * of_step);
-      arguments.step_weights = step_weights.rows(keys * heads, heads, 1, 0, step * of_step);
+      arguments.step_dscores = dscores.rows(keys * heads, 0, 1, heads, step * of_step);
+      arguments.step_weights = step_weights.rows(keys * heads, 0, 1, heads, step * of_step);
       arguments.needs_scores = true;
       run_backward(arguments);
     }
@@ -324,8 +324,8 @@ class Attention {
     arguments.problem = &problem;
     arguments.dcontext = query_rows(dcontext_, case_.value_dim, 0);
     arguments.dscore_weight = weight_rows(dscore_weight);
-    arguments.step_dscores = dscores.rows(keys * heads, heads, 1, of_step);
-    arguments.step_weights = step_weights.rows(keys * heads, heads, 1, of_step);
+    arguments.step_dscores = dscores.rows(keys * heads, of_step, 1, heads);
+    arguments.step_weights = step_weights.rows(keys * heads, of_step, 1, heads);
     arguments.from_steps = true;
     set_key_side(arguments);
     arguments.needs_scores = true;
@@ -485,7 +485,7 @@ int main() try {
     }
   }
   // As pytest has it, after the instruction set.
-  std::printf("%s: ", cpu_isa());
+  std::printf("%s: ", cpu_isa().c_str());
   if (failed > 0) {
     std::printf("%d failed, ", failed);
   }

@@ -1,7 +1,8 @@
-// Reading rows of any dtype into the compute type and writing them back, a vector at a time.
+// Rows of tensors: where they stand, and reading them in any dtype into the compute type and
+// writing them back, a vector at a time.
 #pragma once
 
-#include "problem.h"
+#include "call.h"
 #include "vec.h"
 
 namespace attn_ext {
@@ -111,23 +112,12 @@ void decode_row(const uint16_t* source, int64_t stride, int64_t count, T* target
   }
 }
 
-// The first `count` numbers as floats, then zeros.
-ATTN_EXT_INLINE Vec<float> load_floats(const float* source, int64_t count) {
-  return count == kLanes<float> ? load<float>(source) : load_partial<float>(source, count);
-}
-
-ATTN_EXT_INLINE Vec<float> load_floats(const double* source, int64_t count) {
-  float lanes[kLanes<float>] = {};
-  copy_row(source, 1, count, lanes, 1);
-  return load<float>(lanes);
-}
-
 template <class Codec, class T>
 void encode_row(const T* source, int64_t count, uint16_t* target, int64_t stride) {
   constexpr int lanes = kLanes<float>;
   for (int64_t begin = 0; begin < count; begin += lanes) {
     const int64_t valid = smaller(lanes, count - begin);
-    const HalfBits bits = Codec::encode(load_floats(source + begin, valid));
+    const HalfBits bits = Codec::encode(load_some<float>(source + begin, valid));
     if (stride == 1 && valid == lanes) {
       __builtin_memcpy(target + begin, &bits, sizeof(bits));
     } else {
@@ -199,19 +189,135 @@ ATTN_EXT_INLINE void finish_streams() {
 template <class T>
 constexpr DType kDTypeOf = sizeof(T) == sizeof(float) ? DType::kFloat32 : DType::kFloat64;
 
-// write_row() of consecutive numbers, streamed where they are whole lines of the compute type.
+// Rows j = 0, 1, ... of one head of one sequence, in a tensor.
+struct RowSource {
+  void* data;
+  DType dtype;
+  int64_t base;
+  int64_t row;
+  int64_t col;
+  int64_t first;         // position of row 0
+  const int64_t* index;  // or the position of every row
+
+  ATTN_EXT_INLINE int64_t position(int64_t j) const { return index ? index[j] : first + j; }
+  ATTN_EXT_INLINE int64_t offset(int64_t j) const { return base + position(j) * row; }
+
+  // Column c of row j where columns adjoin and are of the compute type.
+  template <class T>
+  ATTN_EXT_INLINE T* at(int64_t j, int64_t c = 0) const {
+    return static_cast<T*>(data) + offset(j) + c;
+  }
+
+  // Whether rows can be read where they are, of the compute type.
+  template <class T>
+  ATTN_EXT_INLINE bool has_vectors() const {
+    return dtype == kDTypeOf<T> && col == 1;
+  }
+};
+
+inline RowSource query_rows(const Rows& view, const Sequence& sequence, int64_t head) {
+  const int64_t base = sequence.query_batch * view.batch + sequence.query_begin * view.row;
+  return {view.data, view.dtype, base + head * view.head, view.row, view.col, 0, nullptr};
+}
+
+inline RowSource key_rows(const Rows& view, const Sequence& sequence, int64_t head) {
+  const int64_t base = sequence.key_batch * view.batch + sequence.key_begin * view.row;
+  return {view.data, view.dtype,         base + head * view.head, view.row,
+          view.col,  sequence.first_key, sequence.key_index};
+}
+
+// One query's numbers for keys, of a view of (batch, query, head, key); key j's is row j.
+inline RowSource pair_row(const Rows& view, PairLayout layout, const Sequence& sequence,
+                          int64_t head, int64_t query) {
+  const int64_t base = layout == PairLayout::kByKey
+                           ? sequence.key_batch * view.batch + sequence.key_begin * view.col
+                       : layout == PairLayout::kByQuery
+                           ? sequence.query_batch * view.batch + sequence.query_begin * view.row
+                           : sequence.number * view.batch;
+  return {view.data,         view.dtype, base + query * view.row + head * view.head,
+          view.col,          1,          sequence.first_key,
+          sequence.key_index};
+}
+
+// Columns [begin, begin + count) of row j: in place if they lie there in the compute type, else in
+// `copy`.
 template <class T>
-void stream_row(void* data, DType dtype, int64_t offset, int64_t count, const T* source) {
-  T* target = static_cast<T*>(data) + offset;
+ATTN_EXT_INLINE const T* row_values(const RowSource& source, int64_t j, int64_t begin,
+                                    int64_t count, T* copy) {
+  if (source.has_vectors<T>()) {
+    return source.at<T>(j, begin);
+  }
+  read_row<T>(source.data, source.dtype, source.offset(j) + begin * source.col, source.col, count,
+              copy);
+  return copy;
+}
+
+// Columns [begin, begin + count) of row j = values, unless those are what stands there; past the
+// caches, if it `streams` and they are whole lines of the compute type.
+template <class T>
+void write_columns(const RowSource& target, int64_t j, int64_t begin, int64_t count,
+                   const T* values, bool streams = false) {
   constexpr int64_t line = 64;
-  if (dtype != kDTypeOf<T> || reinterpret_cast<uintptr_t>(target) % line != 0 ||
-      count * static_cast<int64_t>(sizeof(T)) % line != 0) {
-    write_row<T>(data, dtype, offset, 1, count, source);
+  T* const row = target.has_vectors<T>() ? target.at<T>(j, begin) : nullptr;
+  if (row == values) {
     return;
   }
-  for (int64_t n = 0; n < count; n += kLanes<T>) {
-    stream<T>(target + n, load<T>(source + n));
+  if (streams && row != nullptr && reinterpret_cast<uintptr_t>(row) % line == 0 &&
+      count * static_cast<int64_t>(sizeof(T)) % line == 0) {
+    for (int64_t n = 0; n < count; n += kLanes<T>) {
+      stream<T>(row + n, load<T>(values + n));
+    }
+    return;
   }
+  write_row<T>(target.data, target.dtype, target.offset(j) + begin * target.col, target.col, count,
+               values);
+}
+
+// Rows [first, first + count) of one column, as of pair_row().
+template <class T>
+void read_along_keys(const RowSource& source, int64_t first, int64_t count, T* values) {
+  const int64_t run = source.index == nullptr ? count : 1;
+  for (int64_t j = 0; j < count; j += run) {
+    read_row<T>(source.data, source.dtype, source.offset(first + j), source.row, run, values + j);
+  }
+}
+
+template <class T>
+void write_along_keys(const RowSource& target, int64_t first, int64_t count, const T* values) {
+  const int64_t run = target.index == nullptr ? count : 1;
+  for (int64_t j = 0; j < count; j += run) {
+    write_row<T>(target.data, target.dtype, target.offset(first + j), target.row, run, values + j);
+  }
+}
+
+// row[begin .. end) = value.
+template <class T>
+ATTN_EXT_INLINE void pad_row(T* row, int64_t begin, int64_t end, T value) {
+  for (int64_t n = begin; n < end; ++n) {
+    row[n] = value;
+  }
+}
+
+template <class T>
+ATTN_EXT_INLINE void scale_row(T* row, int64_t count, T scale) {
+  for (int64_t n = 0; n < count; n += kLanes<T>) {
+    store<T>(row + n, load<T>(row + n) * scale);
+  }
+}
+
+// Counters c[0 .. 3][n] of Philox, whose rounds are vectors of operations, become its words.
+constexpr int kPhiloxGroup = 16;
+inline void make_philox_words(uint32_t (&c)[4][kPhiloxGroup], PhiloxKey key) {
+  for (int round = 0; round < 10; ++round, key = next_key(key)) {
+    for (int n = 0; n < kPhiloxGroup; ++n) {
+      philox_round(c[0][n], c[1][n], c[2][n], c[3][n], key);
+    }
+  }
+}
+
+// Whether dropout keeps what it has this word for.
+ATTN_EXT_INLINE bool keeps_word(uint32_t word, const Dropout& dropout) {
+  return (word >> 8) >= static_cast<uint32_t>(__builtin_ceil(dropout.threshold));
 }
 
 }  // namespace ATTN_EXT_ISA
