@@ -72,23 +72,51 @@ def feature_block(dim, most):
 
 
 @triton.jit
-def load_features(rows_ptr, feature, D, PADDED: tl.constexpr, USE_PTX: tl.constexpr):
+def load_features(ptrs, feature, D, PADDED: tl.constexpr, USE_PTX: tl.constexpr):
     """``[rows, features]`` as float32; 0 from feature D on."""
     if PADDED:
-        values = tl.load(rows_ptr[:, None] + feature[None, :], mask=feature[None, :] < D, other=0)
+        values = tl.load(ptrs, mask=feature[None, :] < D, other=0)
     else:
-        values = tl.load(rows_ptr[:, None] + feature[None, :])
+        values = tl.load(ptrs)
     return as_float32(values, USE_PTX)
 
 
 @triton.jit
-def load_weights(score_weight_ptr, feature, D, PADDED: tl.constexpr):
+def load_weights(ptrs, feature, D, PADDED: tl.constexpr):
     """``[features]`` as float32; 0 from feature D on."""
     if PADDED:
-        weights = tl.load(score_weight_ptr + feature, mask=feature < D, other=0)
+        weights = tl.load(ptrs, mask=feature < D, other=0)
     else:
-        weights = tl.load(score_weight_ptr + feature)
+        weights = tl.load(ptrs)
     return weights.to(tl.float32)
+
+
+@triton.jit
+def first_features(pairs, key, feature, shape):
+    """Pointers to the first features of the tile's queries, of these keys and of score weights.
+
+    Loops carry them on. For a load whose pointers are computed beside it, Triton 3.9 looks through
+    all of the kernel, which made up a third of the time that this one takes to compile.
+    """
+    # Past the last row it is repeated, which there always is.
+    query = tl.minimum(pairs.first_query + tl.arange(0, shape.QUERIES), pairs.length_q - 1)
+    key = tl.minimum(key, pairs.length - 1)
+    return (
+        (pairs.query_ptr + query * pairs.stride_qt)[:, None] + feature[None, :],
+        (pairs.key_ptr + key * pairs.stride_kt)[:, None] + feature[None, :],
+        pairs.score_weight_ptr + feature,
+    )
+
+
+@triton.jit
+def beside_others(part, ARE_KEYS: tl.constexpr):
+    """A part [GROUP, PAIRS, groups] of a side as [key groups, query groups, GROUP, GROUP, PAIRS],
+    1 where of the other side."""
+    PAIRS: tl.constexpr = part.shape[1]
+    if ARE_KEYS:
+        return tl.permute(tl.reshape(part, (1, 1, GROUP, PAIRS, part.shape[2])), (4, 0, 1, 2, 3))
+    else:
+        return tl.permute(tl.reshape(part, (1, GROUP, 1, PAIRS, part.shape[2])), (0, 4, 1, 2, 3))
 
 
 @triton.jit
@@ -97,12 +125,12 @@ def exponentials(rows_ptr, count, bound, ARE_KEYS: tl.constexpr, shape):
     magnitudes with those of ``bound``, of VECTOR features.
 
     Returns:
-        of the first features of pairs, and of the second, a tuple of [key groups, query groups,
-        GROUP, GROUP, PAIRS], 1 where of the other side, for each turn and each of the parts of the
-        rows; and the bound.
+        of the first features of pairs and of the second a tuple, of :func:`beside_others` for each
+        turn and each of the parts of the rows; and the bound.
     """
     PADDED: tl.constexpr = shape.D % shape.FEATURES != 0
-    x = load_features(rows_ptr, tl.arange(0, shape.FEATURES), count, PADDED, shape.USE_PTX)
+    feature = tl.arange(0, shape.FEATURES)
+    x = load_features(rows_ptr[:, None] + feature[None, :], feature, count, PADDED, shape.USE_PTX)
     ROWS: tl.constexpr = x.shape[0]
     GROUPS: tl.constexpr = ROWS // GROUP
     TURNS: tl.constexpr = shape.FEATURES // (2 * shape.PAIRS)
@@ -111,46 +139,61 @@ def exponentials(rows_ptr, count, bound, ARE_KEYS: tl.constexpr, shape):
     x = tl.reshape(exp_twice(x, shape.REFINE), (GROUPS, GROUP, TURNS, shape.PAIRS, 2))
     x = tl.reshape(tl.permute(x, (1, 3, 2, 0, 4)), (GROUP, shape.PAIRS, TURNS * GROUPS, 2))
     # As one tensor until every thread has what it needs, for one exchange between threads.
-    x0, x1 = unstacked(x)
-    first = ()
-    second = ()
-    for turn in tl.static_range(TURNS):
-        for i in tl.static_range(len(PARTS)):
-            part0 = stacked(x0, turn * GROUPS + sum_before(PARTS, i), PARTS[i], 1)
-            part1 = stacked(x1, turn * GROUPS + sum_before(PARTS, i), PARTS[i], 1)
-            part0 = tl.permute(part0, (2, 0, 1))
-            part1 = tl.permute(part1, (2, 0, 1))
-            if ARE_KEYS:
-                first += (part0[:, None, None, :, :],)
-                second += (part1[:, None, None, :, :],)
-            else:
-                first += (part0[None, :, :, None, :],)
-                second += (part1[None, :, :, None, :],)
-    return first, second, tl.maximum(bound, largest)
+    pieces = unstacked(x)
+    parts = ()
+    for second in tl.static_range(2):
+        of_turns = ()
+        for turn in tl.static_range(TURNS):
+            for i in tl.static_range(len(PARTS)):
+                part = stacked(pieces[second], turn * GROUPS + sum_before(PARTS, i), PARTS[i], 1)
+                of_turns += (beside_others(part, ARE_KEYS),)
+        parts += (of_turns,)
+    return parts, tl.maximum(bound, largest)
 
 
 @triton.jit
 def weights_of_pairs(weights_ptr, count, shape):
-    """The same of score weights."""
+    """Score weights of the first features of pairs and of the second, [1, PAIRS] for each turn."""
     PADDED: tl.constexpr = shape.D % shape.FEATURES != 0
-    w = load_weights(weights_ptr, tl.arange(0, shape.FEATURES), count, PADDED)
+    feature = tl.arange(0, shape.FEATURES)
+    w = load_weights(weights_ptr + feature, feature, count, PADDED)
     TURNS: tl.constexpr = shape.FEATURES // (2 * shape.PAIRS)
-    w0, w1 = unstacked(tl.permute(tl.reshape(w, (1, TURNS, shape.PAIRS, 2)), (0, 2, 1, 3)))
-    first = ()
-    second = ()
-    for turn in tl.static_range(TURNS):
-        first += (w0[turn][None, None, None, :, :],)
-        second += (w1[turn][None, None, None, :, :],)
-    return first, second
+    return unstacked(tl.permute(tl.reshape(w, (1, TURNS, shape.PAIRS, 2)), (0, 2, 1, 3)))
 
 
 @triton.jit
-def added_features(sums, present_q, present_k, a0, a1, b0, b1, w0, w1, FULL: tl.constexpr, shape):
+def operands_of(sums, a, b, w):
+    """What :func:`added_features` adds to each of ``sums``, in its shape: a tuple of the operands of
+    :func:`arithmetic.add_weighted_pair` for each turn.
+
+    ``a``, ``b``, ``w``: of :func:`exponentials` of queries and of keys, and of
+    :func:`weights_of_pairs`.
+    """
+    operands = ()
+    for i in tl.static_range(len(sums)):
+        row = ()
+        for j in tl.static_range(len(sums[i])):
+            turns = ()
+            for turn in tl.static_range(len(w[0])):
+                numbers = ()
+                for second in tl.static_range(2):
+                    query = a[second][turn * len(sums[i]) + j]
+                    key = b[second][turn * len(sums) + i]
+                    numbers += (tl.broadcast(query, sums[i][j])[0],)
+                    numbers += (tl.broadcast(key, sums[i][j])[0],)
+                    numbers += (tl.broadcast(w[second][turn], sums[i][j])[0],)
+                turns += (numbers,)
+            row += (turns,)
+        operands += (row,)
+    return operands
+
+
+@triton.jit
+def added_features(sums, present_q, present_k, operands, FULL: tl.constexpr, shape):
     """``sums`` of each part of the keys and each part of the queries, tuples of tuples of [keys,
     queries, GROUP, GROUP, PAIRS], with the fractions of a block of features added.
 
-    ``a``, ``b``, ``w``: of :func:`exponentials` of queries and of keys, and of
-    :func:`weights_of_pairs`. FULL: all parts are present.
+    FULL: all parts are present.
     """
     added = ()
     for i in tl.static_range(len(sums)):
@@ -160,17 +203,9 @@ def added_features(sums, present_q, present_k, a0, a1, b0, b1, w0, w1, FULL: tl.
             for j in tl.static_range(len(row)):
                 part = row[j]
                 if FULL or present_q & bit_of(shape.QUERIES, j) != 0:
-                    for turn in tl.static_range(len(w0)):
-                        part = add_weighted_pair(
-                            part,
-                            a0[turn * len(row) + j],
-                            a1[turn * len(row) + j],
-                            b0[turn * len(sums) + i],
-                            b1[turn * len(sums) + i],
-                            w0[turn],
-                            w1[turn],
-                            shape.USE_PTX,
-                        )
+                    for turn in tl.static_range(len(operands[i][j])):
+                        a0, b0, w0, a1, b1, w1 = operands[i][j][turn]
+                        part = add_weighted_pair(part, a0, a1, b0, b1, w0, w1, shape.USE_PTX)
                 new_row += (part,)
             row = new_row
         added += (row,)
@@ -254,24 +289,22 @@ def factored_scores(pairs, scores_ptr, first_key, shape):
         for begin in range(chunk, tl.minimum(chunk + CHUNK, shape.D), shape.FEATURES):
             count = shape.D - begin
             rows = query_ptr + query_rows
-            a0, a1, query_bound = exponentials(rows, count, query_bound, False, shape)
+            a, query_bound = exponentials(rows, count, query_bound, False, shape)
             rows = key_ptr + key_rows
-            b0, b1, key_bound = exponentials(rows, count, key_bound, True, shape)
-            w0, w1 = weights_of_pairs(weights_ptr, count, shape)
+            b, key_bound = exponentials(rows, count, key_bound, True, shape)
+            w = weights_of_pairs(weights_ptr, count, shape)
             query_ptr += shape.FEATURES
             key_ptr += shape.FEATURES
             weights_ptr += shape.FEATURES
             if GUARDED:
-                for turn in tl.static_range(len(w0)):
-                    constant += w0[turn] + w1[turn]
+                for turn in tl.static_range(len(w[0])):
+                    constant += w[0][turn] + w[1][turn]
+            # Of both branches below, which alone would take twice as long to compile.
+            operands = operands_of(sums, a, b, w)
             if is_full:
-                sums = added_features(
-                    sums, present_q, present_k, a0, a1, b0, b1, w0, w1, True, shape
-                )
+                sums = added_features(sums, present_q, present_k, operands, True, shape)
             else:
-                sums = added_features(
-                    sums, present_q, present_k, a0, a1, b0, b1, w0, w1, False, shape
-                )
+                sums = added_features(sums, present_q, present_k, operands, False, shape)
         if shape.RAW:
             sums = less(sums, 0.5 * constant)
             constant = tl.zeros_like(constant)
@@ -300,16 +333,19 @@ def direct_scores(pairs, scores_ptr, first_key, shape):
     D: tl.constexpr = shape.D
     BLOCK_D: tl.constexpr = shape.FEATURES // 2
     query = pairs.first_query + tl.arange(0, shape.QUERIES)
-    query_rows = pairs.query_ptr + tl.minimum(query, pairs.length_q - 1) * pairs.stride_qt
     key = first_key + tl.arange(0, GROUP)
-    key_rows = pairs.key_ptr + tl.minimum(key, pairs.length - 1) * pairs.stride_kt
+    feature = tl.arange(0, BLOCK_D)
+    query_ptrs, key_ptrs, weight_ptrs = first_features(pairs, key, feature, shape)
     PADDED: tl.constexpr = D % BLOCK_D != 0
     sums = tl.zeros((shape.QUERIES, GROUP, BLOCK_D), tl.float32)
     for begin in range(0, D, BLOCK_D):
-        d = begin + tl.arange(0, BLOCK_D)
-        q = load_features(query_rows, d, D, PADDED, shape.USE_PTX)
-        k = load_features(key_rows, d, D, PADDED, shape.USE_PTX)
-        w = load_weights(pairs.score_weight_ptr, d, D, PADDED)
+        d = begin + feature
+        q = load_features(query_ptrs, d, D, PADDED, shape.USE_PTX)
+        k = load_features(key_ptrs, d, D, PADDED, shape.USE_PTX)
+        w = load_weights(weight_ptrs, d, D, PADDED)
+        query_ptrs += BLOCK_D
+        key_ptrs += BLOCK_D
+        weight_ptrs += BLOCK_D
         tanh, _ = tanh_and_derivative(q[:, None, :] + k[None, :, :], True, shape.USE_PTX)
         sums += w[None, None, :] * tanh
     tl.store(
@@ -328,7 +364,8 @@ def weights_are_fit(score_weight_ptr, D: tl.constexpr):
     total = tl.zeros((BLOCK,), tl.float32)
     squares = tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, D, BLOCK):
-        weight = load_weights(score_weight_ptr, begin + tl.arange(0, BLOCK), D, D % BLOCK != 0)
+        d = begin + tl.arange(0, BLOCK)
+        weight = load_weights(score_weight_ptr + d, d, D, D % BLOCK != 0)
         total += weight
         squares = add_product(squares, weight, weight)
     norm = tl.sqrt(tl.sum(squares))
@@ -349,17 +386,19 @@ def are_informative(pairs, first_key, shape):
     BLOCK: tl.constexpr = feature_block(D, SAMPLED_FEATURES)
     STRIDE: tl.constexpr = BLOCK * max(1, D // (2 * SAMPLED_BLOCKS * BLOCK))
     PADDED: tl.constexpr = D % BLOCK != 0
-    query = pairs.first_query + tl.arange(0, shape.QUERIES)
-    query_rows = pairs.query_ptr + tl.minimum(query, pairs.length_q - 1) * pairs.stride_qt
-    paired = first_key + tl.arange(0, shape.QUERIES) % shape.KEYS
-    key_rows = pairs.key_ptr + tl.minimum(paired, pairs.length - 1) * pairs.stride_kt
+    key = first_key + tl.arange(0, shape.QUERIES) % shape.KEYS
+    feature = tl.arange(0, BLOCK)
+    query_ptrs, key_ptrs, weight_ptrs = first_features(pairs, key, feature, shape)
     informative = tl.zeros((shape.QUERIES, BLOCK), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, D, STRIDE):
-        d = begin + tl.arange(0, BLOCK)
-        q = load_features(query_rows, d, D, PADDED, shape.USE_PTX)
-        k = load_features(key_rows, d, D, PADDED, shape.USE_PTX)
-        weight = tl.abs(load_weights(pairs.score_weight_ptr, d, D, PADDED))
+        d = begin + feature
+        q = load_features(query_ptrs, d, D, PADDED, shape.USE_PTX)
+        k = load_features(key_ptrs, d, D, PADDED, shape.USE_PTX)
+        weight = tl.abs(load_weights(weight_ptrs, d, D, PADDED))
+        query_ptrs += STRIDE
+        key_ptrs += STRIDE
+        weight_ptrs += STRIDE
         magnitude = tl.abs(q + k)
         informs = (magnitude > SMALL_MAGNITUDE) & (magnitude < SATURATED_MAGNITUDE)
         informative += tl.where(informs, weight[None, :], 0.0)
