@@ -209,7 +209,7 @@ def _forward(
         BLOCK_D=tiles.features,
         PAIRS=tiles.pairs,
         BLOCK_DV=tiles.value_features,
-        COLUMNS=configurations.SCORE_COLUMNS,
+        COLUMNS=configurations.score_columns(value.dtype),
         SINGLE=single,
         KEEP_SCORES=kept is not None,
         RAW=raw,
