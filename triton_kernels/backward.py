@@ -13,9 +13,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .arithmetic import WeightDropout, kept_weights, product, weighted_sum
+from .arithmetic import kept_weights, product, weighted_sum
 from .rows import (
     ORDER_BLOCK,
+    Dropout,
     Lengths,
     are_attended,
     attended_keys,
@@ -53,7 +54,14 @@ class Pairs(NamedTuple):
     stride_stats: tl.tensor
     dcontext_ptr: tl.tensor | None
     stride_ct: tl.tensor
-    dropout: WeightDropout
+    dropout: Dropout | None
+    sequence: tl.tensor
+    head: tl.tensor
+
+
+@triton.jit
+def kept_of(pairs, query, key):
+    return kept_weights(pairs.dropout, pairs.sequence, pairs.head, query[:, None], key[None, :])
 
 
 @triton.jit
@@ -109,7 +117,7 @@ def context_products(
 def value_weights(pairs, query, key, attended):
     """The weights after dropout [keys, queries], 0 for queries past the last."""
     weights = load_softmax(pairs, query, key, attended)
-    return tl.trans(weights * kept_weights(pairs.dropout, query, key))
+    return tl.trans(weights * kept_of(pairs, query, key))
 
 
 @triton.jit
@@ -203,11 +211,6 @@ def additive_attention_bwd_scores_kernel(
         stride_ct = dcontext.by_row
         dcontext_item = dcontext.ptr + place * dcontext.by_place + start * stride_ct
         dcontext_item += head * dcontext.by_head
-    if dropout is None:
-        weight_dropout = WeightDropout(None, 0, 1.0, sequence, head)
-    else:
-        threshold = tl.cast(dropout.threshold, tl.int32)
-        weight_dropout = WeightDropout(dropout.seed_ptr, threshold, dropout.scale, sequence, head)
     pairs = Pairs(
         length_q,
         length,
@@ -221,7 +224,9 @@ def additive_attention_bwd_scores_kernel(
         H * 2,
         dcontext_item,
         stride_ct,
-        weight_dropout,
+        dropout,
+        sequence,
+        head,
     )
     if dscores_ptr is not None:
         if tile < query_tiles:
@@ -250,7 +255,7 @@ def additive_attention_bwd_scores_kernel(
                         mask=mask & attended[None, :],
                         other=0.0,
                     ).to(tl.float32)
-                gradient *= kept_weights(pairs.dropout, query, key)
+                gradient *= kept_of(pairs, query, key)
                 if stats_ptr is not None:
                     weights = load_softmax(pairs, query, key, attended)
                     delta += tl.sum(weights * gradient, 1)

@@ -32,8 +32,8 @@ SCORES = Tiles(warps=4, queries=32, keys=32, features=32, pairs=8, value_feature
 # Of half as many queries where there are too few of those tiles to give each multiprocessor
 # several: one that takes twice the mean time would have all wait.
 SCORES_FEW = replace(SCORES, queries=16, features=64, pairs=16, value_features=512)
-# Keys whose weights meet their values together. Products of float32 are a multiply-add each, written
-# out: half as many compile in four fifths of the time, and 75 keys take 80 columns instead of 96.
+# Keys whose weights meet their values together. Products of float32 are written out, a multiply-add
+# each: half as many compile in nine tenths of the time, and 75 keys take 80 columns, not 96.
 SCORE_COLUMNS, SCORE_COLUMNS_FLOAT32 = 32, 16
 # Of the gradients of scores, and of values: matrix products. Those of float32 go through
 # multiply-adds and need the registers themselves.

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arithmetic import dropout_scales
+from .arithmetic import kept_weights
 from .problem import Problem, as_rows
 from .rows import (
     Dropout,
@@ -174,20 +174,10 @@ def store_tile(ptr, tile, d, numbers, DIM: tl.constexpr):
 
 
 @triton.jit
-def kept_weights(dropout, tile, branch):
+def kept_keys(dropout, tile, branch):
     """What :class:`rows.Dropout` multiplies weights by, [SEGMENT], or 1 for all."""
-    if dropout is None:
-        return 1.0
-    else:
-        return dropout_scales(
-            dropout.seed_ptr,
-            tl.cast(dropout.threshold, tl.int32),
-            dropout.scale,
-            tile.sequence,
-            tile.head,
-            tile.position * 0 + branch,
-            tile.position,
-        )
+    position = tile.position
+    return kept_weights(dropout, tile.sequence, tile.head, position * 0 + branch, position)
 
 
 def key_inputs(

@@ -21,7 +21,7 @@ from .key_tiles import (
     Plan,
     aligned,
     first_branch,
-    kept_weights,
+    kept_keys,
     key_tile,
     load_row,
     load_tile,
@@ -104,7 +104,7 @@ def weights_and_gradients(inputs, incoming, query, tile, k, products, columns, S
             entry = ((query * SHAPE.H + tile.head) * SHAPE.K + k) * columns + tile.position
         dweights = tl.load(incoming.dweights_ptr + entry, mask=tile.attended, other=0.0)
         gradients += dweights.to(tl.float32)
-    return weights, gradients * kept_weights(inputs.dropout, tile, k)
+    return weights, gradients * kept_keys(inputs.dropout, tile, k)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "columns"])
@@ -168,7 +168,7 @@ def finish_records(inputs, records, query, tile, rows_k, SHAPE: tl.constexpr):
         weights = tl.load(records.weights_ptr + entry, mask=tile.attended, other=0.0)
         gradients = tl.load(records.dscores_ptr + entry, mask=tile.attended, other=0.0)
         dscores = score_gradients(weights, gradients, tl.sum(deltas, 0), tl.sum(totals, 0))
-        weights *= kept_weights(inputs.dropout, tile, k)
+        weights *= kept_keys(inputs.dropout, tile, k)
         tl.debug_barrier()  # all has been read before it is replaced
         tl.store(records.dscores_ptr + entry, dscores, mask=tile.present)
         tl.store(records.weights_ptr + entry, weights, mask=tile.present)
@@ -276,7 +276,7 @@ def backward_of_tile(
         if incoming.stats_ptr is not None:
             delta = tl.sum(weights * dscores, 0)
             dscores = score_gradients(weights, dscores, delta, tl.sum(weights, 0))
-            weights *= kept_weights(inputs.dropout, tile, 0)
+            weights *= kept_keys(inputs.dropout, tile, 0)
         if records.dscores_ptr is not None:
             tl.store(records.dscores_ptr + tile.row, dscores, mask=tile.present)
             tl.store(records.weights_ptr + tile.row, weights, mask=tile.present)

@@ -11,7 +11,7 @@ from .key_tiles import (
     Inputs,
     Plan,
     first_branch,
-    kept_weights,
+    kept_keys,
     key_tile,
     load_tile,
     program_keys,
@@ -42,7 +42,7 @@ def attend(scores, branch, inputs, tile, context_ptr, stats_ptr, SHAPE: tl.const
             tl.store(stats_row + 1, total)
         if SHAPE.SINGLE:
             weight = weight / tl.where(total == 0.0, 1.0, total)
-        weights += (weight * kept_weights(inputs.dropout, tile, branch + i),)
+        weights += (weight * kept_keys(inputs.dropout, tile, branch + i),)
     values = rows_of(inputs.value, tile, DV)
     for begin in tl.range(0, DV, SHAPE.BLOCK_DV, num_stages=STAGES):
         d = begin + tl.arange(0, SHAPE.BLOCK_DV)

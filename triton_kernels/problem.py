@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from .configurations import MOST_ORDERED, Tiles
-from .rows import Dropout, KeySide, Rows
+from .rows import Dropout, Inputs, KeySide, Rows
 
 GRAD_QUERY, GRAD_KEY, GRAD_VALUE, GRAD_SCORE_WEIGHT, GRAD_GATE = 1, 2, 4, 8, 16
 DENSE_WEIGHTS, JAGGED_WEIGHTS = 1, 2
@@ -52,8 +52,16 @@ class Problem(NamedTuple):
     def key_side(self) -> KeySide:
         return KeySide(self.cu_k, self.lengths, self.mask)
 
-    def dropout(self) -> tuple:
-        return _threshold_and_scale(self.dropout_p)
+    def inputs(self, query: Tensor, key: Tensor, value: Tensor, score_weight: Tensor) -> Inputs:
+        return Inputs(
+            as_rows(query, self.cu_q),
+            as_rows(key, self.cu_k),
+            as_rows(value, self.cu_k),
+            score_weight.contiguous(),
+            self.cu_q,
+            self.key_side(),
+            self.weight_dropout(),
+        )
 
     def weight_dropout(self) -> Dropout | None:
         return dropout_of(self.dropout_p, self.seed)
@@ -168,13 +176,7 @@ def rows_of(tensor: Tensor) -> Tensor:
 def dropout_of(p: float, seed: Tensor | None) -> Dropout | None:
     if p == 0:
         return None
-    threshold, scale = _threshold_and_scale(p)
-    return Dropout(seed, float(threshold), scale)
-
-
-def _threshold_and_scale(p: float) -> tuple[int, float]:
-    """Below which of 2^24 random numbers entries are dropped, and what the others are scaled by."""
-    return math.ceil(p * 2**24), 1 / (1 - p) if p < 1 else 0.0
+    return Dropout(seed, float(math.ceil(p * 2**24)), 1 / (1 - p) if p < 1 else 0.0)
 
 
 def as_rows(tensor: Tensor | None, cu: Tensor | None = None) -> Rows | None:
@@ -192,14 +194,6 @@ def as_rows(tensor: Tensor | None, cu: Tensor | None = None) -> Rows | None:
         tensor = tensor.contiguous()
         by_place, by_row, by_head, _ = tensor.stride()
     return Rows(tensor, by_place if cu is None else 0, by_row, by_head)
-
-
-def strides_of(tensor: Tensor, cu: Tensor | None) -> tuple[int, int, int]:
-    """Of a place, a row and a head. Jagged rows are all at place 0: their stride, which would vary
-    with the number of tokens, and so call for other machine code, does not matter.
-    """
-    by_place, by_row, by_head, _ = tensor.stride()
-    return by_place if cu is None else 0, by_row, by_head
 
 
 def half_of(dim: int) -> int:

@@ -39,8 +39,26 @@ class Dropout(NamedTuple):
     """Of weights, or of features."""
 
     seed_ptr: Tensor  # one int64
-    threshold: float  # the least 24-bit number that is kept, ``ceil(p * 2^24)``
+    threshold: float  # the least 24-bit random number that is kept, ``ceil(p * 2^24)``
     scale: float  # ``1 / (1 - p)``
+
+
+class Inputs(NamedTuple):
+    """Of several queries a sequence."""
+
+    query: Rows  # [places, rows_q, H, D]
+    key: Rows  # [places, rows_k, H, D]
+    value: Rows  # [places, rows_k, H, DV]
+    score_weight_ptr: Tensor  # [H, D]
+    cu_q_ptr: Tensor | None  # [batch + 1], of jagged queries
+    key_side: KeySide
+    dropout: Dropout | None  # of weights
+
+
+@triton.jit
+def first_row(rows, place, row, head):
+    """A pointer to it, of :class:`Rows`."""
+    return rows.ptr + place * rows.by_place + row * rows.by_row + head * rows.by_head
 
 
 @triton.jit
@@ -51,17 +69,26 @@ def offset_of(cu_ptr, sequence, rows):
 
 @triton.jit
 def sequence_rows(cu_ptr, sequence, batch, rows):
-    """(place, start, length) of one side of a sequence; ``rows`` is the side's N."""
+    """(place, start, length) of one side of a sequence, or of several; ``rows`` is the side's N."""
+    exists = sequence < batch
     if cu_ptr is None:
-        exists = sequence < batch
         place = tl.where(exists, sequence, 0).to(tl.int64)
         return place, place * 0, tl.where(exists, rows, 0)
     else:
-        start = offset_of(cu_ptr, sequence, rows)
-        end = rows
-        if sequence < batch:
-            end = offset_of(cu_ptr, sequence + 1, rows)
-        return start * 0, start, tl.maximum(end - start, 0)
+        start = offset_of(cu_ptr, tl.minimum(sequence, batch), rows)
+        end = offset_of(cu_ptr, tl.minimum(sequence + 1, batch), rows)
+        return start * 0, start, tl.maximum(tl.where(exists, end, rows) - start, 0)
+
+
+@triton.jit
+def attended_keys(cu_ptr, lengths_ptr, sequence, batch, rows, max_seqlen):
+    """The same of the keys that it may attend to; length 0 for nobody's."""
+    place, start, length = sequence_rows(cu_ptr, sequence, batch, rows)
+    length = tl.where(sequence < batch, tl.minimum(length, max_seqlen), 0)
+    if lengths_ptr is not None:
+        attended = tl.load(lengths_ptr + tl.minimum(sequence, batch - 1)).to(tl.int64)
+        length = tl.minimum(length, tl.maximum(attended, 0))
+    return place, start, length
 
 
 @triton.jit
@@ -105,17 +132,6 @@ def dealt(number, count, processors):
     return turn * processors + place
 
 
-@triton.jit
-def lengths_of(cu_ptr, sequence, batch, rows):
-    """Of sequences, as :func:`sequence_rows` has them."""
-    if cu_ptr is None:
-        return tl.where(sequence < batch, rows, 0)
-    else:
-        start = offset_of(cu_ptr, tl.minimum(sequence, batch), rows)
-        end = offset_of(cu_ptr, tl.minimum(sequence + 1, batch), rows)
-        return tl.maximum(tl.where(sequence < batch, end, rows) - start, 0)
-
-
 class Lengths(NamedTuple):
     """What says how many queries and keys each sequence has."""
 
@@ -133,13 +149,15 @@ def work_of(sequence, lengths, TILE: tl.constexpr):
     """How many tiles of TILE queries sequences have (TILE = 0: each is one), and the pairs of the
     largest of them."""
     batch = lengths.batch
-    queries = lengths_of(lengths.cu_q_ptr, sequence, batch, lengths.rows_q)
-    keys = lengths_of(lengths.cu_k_ptr, sequence, batch, lengths.rows_k)
-    keys = tl.minimum(keys, lengths.max_seqlen_k)
-    if lengths.key_lengths_ptr is not None:
-        attended = tl.load(lengths.key_lengths_ptr + tl.minimum(sequence, batch - 1))
-        keys = tl.minimum(keys, tl.maximum(attended, 0).to(tl.int64))
-    keys = tl.where(sequence < batch, keys, 0)
+    queries = sequence_rows(lengths.cu_q_ptr, sequence, batch, lengths.rows_q)[2]
+    keys = attended_keys(
+        lengths.cu_k_ptr,
+        lengths.key_lengths_ptr,
+        sequence,
+        batch,
+        lengths.rows_k,
+        lengths.max_seqlen_k,
+    )[2]
     if TILE == 0:
         return tl.where(sequence <= batch, 1, 0), queries * keys
     else:
@@ -196,18 +214,6 @@ def order_kernel(
     rows_k = rows_k.to(tl.int64)
     lengths = Lengths(cu_q_ptr, cu_k_ptr, key_lengths_ptr, batch, rows_q, rows_k, max_seqlen_k)
     write_order(order_ptr, tl.program_id(0), sequences, room, lengths, TILE, BLOCK)
-
-
-@triton.jit
-def attended_keys(cu_ptr, lengths_ptr, sequence, batch, rows, max_seqlen):
-    """(place, start, length) of the keys that a sequence may attend to; length 0 for nobody's."""
-    place, start, length = sequence_rows(cu_ptr, sequence, batch, rows)
-    if sequence >= batch:
-        length = length * 0
-    if lengths_ptr is not None:
-        if sequence < batch:
-            length = tl.minimum(length, tl.maximum(tl.load(lengths_ptr + sequence), 0).to(tl.int64))
-    return place, start, tl.minimum(length, max_seqlen)
 
 
 @triton.jit

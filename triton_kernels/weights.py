@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configurations
-from .arithmetic import dropout_scales
+from .arithmetic import kept_weights
 from .problem import Problem
 from .rows import are_attended, attended_keys, find_tile, sequence_rows
 
@@ -64,16 +64,7 @@ def additive_attention_weights_kernel(
         largest = tl.load(stats_ptr + query_row * 2, mask=(query < length_q)[:, None], other=0.0)
         total = tl.load(stats_ptr + query_row * 2 + 1, mask=(query < length_q)[:, None], other=1.0)
         weights = tl.exp(weights - largest) / total
-    if dropout is not None:
-        weights *= dropout_scales(
-            dropout.seed_ptr,
-            tl.cast(dropout.threshold, tl.int32),
-            dropout.scale,
-            sequence,
-            head,
-            query[:, None],
-            key[None, :],
-        )
+    weights *= kept_weights(dropout, sequence, head, query[:, None], key[None, :])
     target = by_key
     if weight_columns is not None:
         row = (sequence.to(tl.int64) * H + head) * weight_rows + query
