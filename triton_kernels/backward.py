@@ -21,6 +21,7 @@ from .rows import (
     are_attended,
     attended_keys,
     find_tile,
+    first_row,
     sequence_rows,
     write_order,
 )
@@ -131,8 +132,8 @@ def value_sums(pairs, weights, query, queries, d, DV: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def additive_attention_bwd_scores_kernel(
-    value,  # :class:`rows.Rows`
-    dcontext,  # the same, or None
+    inputs,  # :class:`rows.Inputs`
+    dcontext,  # :class:`rows.Rows`, or None
     dweights_ptr,  # [batch, H, dweight_rows, dweight_columns], or None
     stats_ptr,  # [all queries, H, 2], (max, sum), or None
     scores_ptr,  # [all queries, H, score_columns], or without columns [max_q, all keys, H]
@@ -140,9 +141,6 @@ def additive_attention_bwd_scores_kernel(
     dscores_ptr,  # [all queries, H, stride_dscores], or None
     dvalue_ptr,  # [all keys, H, DV], or None
     order_ptr,
-    cu_q_ptr,
-    key_side,  # :class:`rows.KeySide`
-    dropout,  # :class:`rows.Dropout`, or None
     batch,
     rows_q,
     rows_k,
@@ -175,8 +173,9 @@ def additive_attention_bwd_scores_kernel(
     rows_k = rows_k.to(tl.int64)
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    cu_k_ptr = key_side.cu_ptr
-    key_lengths_ptr = key_side.lengths_ptr
+    value = inputs.value
+    cu_q_ptr = inputs.cu_q_ptr
+    cu_k_ptr, key_lengths_ptr, padding_mask_ptr = inputs.key_side
     if tile < query_tiles:
         sequence, first = find_tile(cu_q_ptr, tile, batch, rows_q, BLOCK_Q)
         if order_ptr is not None:
@@ -209,12 +208,11 @@ def additive_attention_bwd_scores_kernel(
     stride_ct = 0
     if dcontext is not None:
         stride_ct = dcontext.by_row
-        dcontext_item = dcontext.ptr + place * dcontext.by_place + start * stride_ct
-        dcontext_item += head * dcontext.by_head
+        dcontext_item = first_row(dcontext, place, start, head)
     pairs = Pairs(
         length_q,
         length,
-        key_side.mask_ptr,
+        padding_mask_ptr,
         key_place,
         rows_k,
         scores_item,
@@ -224,7 +222,7 @@ def additive_attention_bwd_scores_kernel(
         H * 2,
         dcontext_item,
         stride_ct,
-        dropout,
+        inputs.dropout,
         sequence,
         head,
     )
@@ -234,8 +232,7 @@ def additive_attention_bwd_scores_kernel(
             are_queries = (query < length_q)[:, None]
             column = tl.arange(0, BLOCK_K).to(tl.int64)
             query_row = (((row + query) * H + head) * stride_dscores)[:, None]
-            value_item = value.ptr + key_place * value.by_place + key_start * value.by_row
-            value_item += head * value.by_head
+            value_item = first_row(value, key_place, key_start, head)
             keys = tl.where(first < length_q, length, 0)
             delta = tl.zeros((BLOCK_Q,), tl.float32)
             sum_of_weights = tl.zeros((BLOCK_Q,), tl.float32)

@@ -10,37 +10,13 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .arithmetic import kept_weights
-from .problem import Problem, as_rows
-from .rows import (
-    Dropout,
-    KeySide,
-    Rows,
-    are_attended,
-    attended_keys,
-    find_tile,
-    sequence_rows,
-)
+from .rows import are_attended, attended_keys, find_tile, sequence_rows
 
 SIZES = ["batch", "rows_k", "max_seqlen_k"]
 # Tiles of keys and values are on their way while the one before is worked on.
 STAGES = tl.constexpr(3)
-
-
-class Inputs(NamedTuple):
-    """Of forward and backward. Without a query it is pooling, whose K are its branches."""
-
-    query: Rows | None  # [batch, 1, H, D]
-    key: Rows  # [places, rows_k, H, D]
-    gate: Rows | None  # the same, in gated pooling
-    value: Rows  # [places, rows_k, H, DV]
-    score_weight_ptr: Tensor  # [H, K, D]
-    key_side: KeySide
-    dropout: Dropout | None  # of weights
-    tanh_dropout: Dropout | None  # of the two factors of pooling's hidden rows
-    gate_dropout: Dropout | None
 
 
 class Shape(NamedTuple):
@@ -178,24 +154,3 @@ def kept_keys(dropout, tile, branch):
     """What :class:`rows.Dropout` multiplies weights by, [SEGMENT], or 1 for all."""
     position = tile.position
     return kept_weights(dropout, tile.sequence, tile.head, position * 0 + branch, position)
-
-
-def key_inputs(
-    problem: Problem,
-    tensors: tuple[Tensor, Tensor, Tensor],
-    query: Tensor | None = None,
-    gate: Tensor | None = None,
-    feature_dropout: tuple[Dropout | None, ...] = (None, None),
-) -> Inputs:
-    """``tensors``: key, value, score_weight."""
-    key, value, score_weight = tensors
-    return Inputs(
-        as_rows(query),
-        as_rows(key, problem.cu_k),
-        as_rows(gate, problem.cu_k),
-        as_rows(value, problem.cu_k),
-        score_weight.contiguous(),
-        problem.key_side(),
-        problem.weight_dropout(),
-        *feature_dropout,
-    )

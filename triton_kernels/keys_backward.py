@@ -17,7 +17,6 @@ from .key_scores import add_products, hidden_and_slopes, no_sums, row_sums
 from .key_tiles import (
     SIZES,
     STAGES,
-    Inputs,
     Plan,
     aligned,
     first_branch,
@@ -31,7 +30,7 @@ from .key_tiles import (
     store_tile,
 )
 from .problem import Problem
-from .rows import Rows
+from .rows import Inputs, Rows
 from .sums import parts_of, sum_parts
 
 PARTS = tl.constexpr(128)  # tiles whose sums are added at a time
@@ -109,7 +108,7 @@ def weights_and_gradients(inputs, incoming, query, tile, k, products, columns, S
 
 @triton.jit(do_not_specialize=[*SIZES, "columns"])
 def additive_attention_keys_bwd_weights_kernel(
-    inputs,  # :class:`key_tiles.Inputs`
+    inputs,  # :class:`rows.Inputs`
     incoming,  # :class:`Incoming`
     records,  # :class:`Records`
     batch,
@@ -309,7 +308,7 @@ def backward_of_tile(
 
 @triton.jit(do_not_specialize=[*SIZES, "columns"])
 def additive_attention_keys_bwd_kernel(
-    inputs,  # :class:`key_tiles.Inputs`
+    inputs,  # :class:`rows.Inputs`
     incoming,  # :class:`Incoming`
     records,  # :class:`Records`
     gradients,  # :class:`Gradients`

@@ -8,7 +8,6 @@ from .key_scores import scores_of_tile
 from .key_tiles import (
     SIZES,
     STAGES,
-    Inputs,
     Plan,
     first_branch,
     kept_keys,
@@ -18,6 +17,7 @@ from .key_tiles import (
     rows_of,
 )
 from .problem import Problem
+from .rows import Inputs
 from .sums import merge_parts
 
 
@@ -72,7 +72,7 @@ def forward_of_tile(inputs, keys, context_ptr, stats_ptr, scores_ptr, rows_k, SH
 
 @triton.jit(do_not_specialize=SIZES)
 def additive_attention_keys_fwd_kernel(
-    inputs,  # :class:`key_tiles.Inputs`
+    inputs,  # :class:`rows.Inputs`
     context_ptr,  # [batch, K, H, DV]; not SINGLE: float32 [tiles, K, H, DV], yet to be scaled
     stats_ptr,  # [batch or tiles, K, H, 2], (max, sum); None: only scores are wanted
     scores_ptr,  # [all rows, H, K], or None

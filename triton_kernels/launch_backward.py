@@ -21,9 +21,9 @@ from .problem import (
     is_constant,
     on_device,
     processors,
-    rows_of,
     uses_ptx,
 )
+from .rows import Inputs
 from .step import step_gradients
 from .sums import sum_parts
 
@@ -94,10 +94,10 @@ def additive_attention_backward(
     if is_constant(problem, dweights) or problem.all_rows_q == 0:
         return _or_empty([g if g is None else g.zero_() for g in gradients], inputs)
     dquery, dkey, dvalue, dscore_weight = gradients
-    rows = tuple(rows_of(tensor) for tensor in (query, key, weighted, score_weight))
     incoming = dcontext, dweights, weights_layout
     softmax = None if raw else stats.contiguous()
     with on_device(query):
+        rows = problem.inputs(query, key, weighted, score_weight)
         if problem.is_one_step:
             kept = None if raw else (stats, scores)
             step_gradients(problem, rows, incoming, kept, (None, None), gradients)
@@ -134,7 +134,7 @@ def _or_empty(gradients: list[Tensor | None], inputs: tuple[Tensor, ...]) -> tup
 
 def _score_gradients(
     problem: Problem,
-    inputs: tuple[Tensor, ...],
+    inputs: Inputs,
     incoming: tuple,
     stats: Tensor | None,
     scores: PairTensor | None,
@@ -145,7 +145,7 @@ def _score_gradients(
 
     Without ``stats`` those come in as gradients of weights, and ``scores`` are the weights.
     """
-    query, _, value, _ = inputs
+    query, value = inputs.query.ptr, inputs.value.ptr
     dcontext, dweights, _ = incoming
     if dweights is not None:
         dweights = dweights.contiguous()
@@ -169,7 +169,7 @@ def _score_gradients(
     key_tiles = problem.tiles("k", tiles.keys) if dvalue is not None else 0
     segment, single = configurations.query_segment(problem.max_q)
     additive_attention_bwd_scores_kernel[(query_tiles + key_tiles, heads)](
-        as_rows(value, problem.cu_k),
+        inputs,
         as_rows(dcontext, problem.cu_q),
         dweights,
         stats,
@@ -178,9 +178,6 @@ def _score_gradients(
         dscores,
         dvalue,
         order,
-        problem.cu_q,
-        problem.key_side(),
-        problem.weight_dropout(),
         problem.batch,
         problem.rows_q,
         problem.rows_k,
@@ -213,7 +210,7 @@ def is_whole(problem: Problem) -> bool:
 def _gradient_pass(
     problem: Problem,
     dscores: PairTensor,
-    inputs: tuple[Tensor, ...],
+    inputs: Inputs,
     rows_are_keys: bool,
     whole_sequences: bool,
     drow: Tensor | None,
@@ -221,19 +218,12 @@ def _gradient_pass(
     dscore_weight: Tensor | None,
 ) -> None:
     """One launch of the gradient kernel; ``drow`` is of keys or queries, ``dcol`` of the others."""
-    query, key, _, score_weight = inputs
+    query = inputs.query.ptr
     heads = problem.heads
     half = half_of(problem.dim)
     pairs = configurations.gradient_pairs(half)
     warps = pairs // 32
     row_tiles = configurations.GRADIENT_ROW_TILES
-    query_start, key_start, by_query, by_key, by_head = dscores.strides(problem)
-    cu_q, cu_k = problem.cu_q, problem.cu_k
-    sides = (
-        (as_rows(query, cu_q), cu_q, problem.rows_q, problem.max_q, query_start, by_query),
-        (as_rows(key, cu_k), cu_k, problem.rows_k, problem.max_k, key_start, by_key),
-    )
-    row_side, col_side = reversed(sides) if rows_are_keys else sides
     if whole_sequences:
         units = problem.sequences()
     else:
@@ -244,25 +234,25 @@ def _gradient_pass(
     if dcol is not None:
         # Each program reuses its sums, which stay in the cache: as many as run at a time.
         programs = min(items, 8 // warps * processors(query))
-        sums = query.new_empty((programs, col_side[3], 2 * pairs), dtype=torch.float32)
+        columns = problem.max_q if rows_are_keys else problem.max_k
+        sums = query.new_empty((programs, columns, 2 * pairs), dtype=torch.float32)
     partial = None
     if dscore_weight is not None:
         partial = query.new_empty((units, heads, problem.dim), dtype=torch.float32)
     additive_attention_grad_kernel[(programs,)](
-        *row_side,
-        *col_side,
-        score_weight,
-        score_weight.stride(0),
+        inputs,
         dscores.data,
-        by_head,
+        *dscores.strides(problem),
         drow,
         dcol,
         sums,
         partial,
         dscores.order if whole_sequences else None,
-        problem.lengths,
-        problem.mask,
         problem.batch,
+        problem.rows_q,
+        problem.rows_k,
+        problem.max_q,
+        problem.max_k,
         items,
         processors(query),
         0,
@@ -324,10 +314,10 @@ def additive_attention_memory_backward(
     if problem.all_rows_k == 0 or problem.batch == 0:
         return _or_empty([g if g is None else g.zero_() for g in gradients], inputs)
     dkey, dvalue, dscore_weight = gradients
-    rows = tuple(rows_of(tensor) for tensor in (by_sequence, *inputs))
     weights, dscores = (PairTensor(t.contiguous(), None) for t in (weights, dscores))
     incoming = dcontext.transpose(0, 1), None, 0
     with on_device(query):
+        rows = problem.inputs(by_sequence, *inputs)
         if dvalue is not None:
             _score_gradients(problem, rows, incoming, None, weights, dvalue, False)
         if dkey is not None or dscore_weight is not None:

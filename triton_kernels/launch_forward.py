@@ -18,10 +18,9 @@ from .problem import (
     on_device,
     processors,
     register_limit,
-    rows_of,
     uses_ptx,
 )
-from .rows import ORDER_BLOCK, order_kernel
+from .rows import ORDER_BLOCK, Inputs, order_kernel
 from .scores import Shape
 from .step import step_forward
 from .sums import merge_parts
@@ -86,9 +85,8 @@ def additive_attention_forward(
         softmax = None, None
     if is_empty:
         return context, weights, stats, kept
-    inputs = [rows_of(tensor) for tensor in (query, key, weighted, score_weight)]
-    wanted = problem, inputs, *softmax
     with on_device(query):
+        wanted = problem, problem.inputs(query, key, weighted, score_weight), *softmax
         if problem.is_one_step:
             # Its scores need not be copied where they lie as they are returned.
             by_key = weights_layout == JAGGED_WEIGHTS
@@ -117,16 +115,16 @@ def _room_for_scores(problem: Problem, query: Tensor) -> Tensor:
     return query.new_empty(shape, dtype=torch.float32)
 
 
-def score_pairs(problem: Problem, inputs: tuple[Tensor, ...]) -> Tensor:
+def score_pairs(problem: Problem, inputs: Inputs) -> Tensor:
     """The scores [rows, H, max_k] that forward computed and did not keep."""
-    scores = _room_for_scores(problem, inputs[0])
+    scores = _room_for_scores(problem, inputs.key.ptr)
     _forward(problem, inputs, None, None, scores, False)
     return scores
 
 
 def _forward(
     problem: Problem,
-    inputs: list[Tensor],
+    inputs: Inputs,
     context: Tensor | None,
     stats: Tensor | None,
     kept: Tensor | None,
@@ -136,7 +134,7 @@ def _forward(
 
     ``raw``: the scores are returned; only their differences matter to a softmax.
     """
-    query, key, value, score_weight = inputs
+    query, value = inputs.query.ptr, inputs.value.ptr
     heads, rows_q = problem.heads, problem.all_rows_q
     tiles = configurations.score_tiles(
         rows_q * heads, processors(query), problem.dim, problem.value_dim, value.dtype
@@ -175,7 +173,7 @@ def _forward(
         partial = query.new_empty((parts, rows_q, heads, problem.value_dim), dtype=torch.float32)
         part_stats = query.new_empty((parts, rows_q, heads, 2), dtype=torch.float32)
     additive_attention_fwd_kernel[(grid_tiles, heads, parts)](
-        problem.inputs(query, key, value, score_weight),
+        inputs,
         context,
         part_stats,
         partial,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import configurations
-from .key_tiles import Plan, Shape, key_inputs
+from .key_tiles import Plan, Shape
 from .keys_backward import Gradients, Incoming, Records, backward_over_keys
 from .keys_forward import forward_over_keys
 from .problem import (
@@ -111,7 +111,7 @@ def additive_pool_forward(
         probabilities = tanh_dropout_p, gate_dropout_p
         features = tuple(dropout_of(p, dropout_seed) for p in probabilities)
         with on_device(key):
-            inputs = key_inputs(problem, (key, value, score_weight), None, gate, features)
+            inputs = problem.inputs(None, key, value, score_weight, gate, features)
             softmax = (None, None) if raw else (context, stats)
             wanted = scores if scores.numel() else None
             forward_over_keys(problem, inputs, *softmax, wanted, pool_plan(problem, key))
@@ -168,7 +168,7 @@ def additive_pool_backward(
     plans = pool_plan(problem, key), pool_plan(problem, key, configurations.POOL_GRADIENT)
     features = dropout_of(tanh_dropout_p, dropout_seed), dropout_of(gate_dropout_p, dropout_seed)
     with on_device(key):
-        inputs = key_inputs(problem, (key, value, score_weight), None, gate, features)
+        inputs = problem.inputs(None, key, value, score_weight, gate, features)
         softmax = None, None
         if not raw:
             if scores.numel() == 0:

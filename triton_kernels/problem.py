@@ -52,19 +52,29 @@ class Problem(NamedTuple):
     def key_side(self) -> KeySide:
         return KeySide(self.cu_k, self.lengths, self.mask)
 
-    def inputs(self, query: Tensor, key: Tensor, value: Tensor, score_weight: Tensor) -> Inputs:
+    def dropout(self) -> Dropout | None:
+        return dropout_of(self.dropout_p, self.seed)
+
+    def inputs(
+        self,
+        query: Tensor | None,
+        key: Tensor,
+        value: Tensor,
+        score_weight: Tensor,
+        gate: Tensor | None = None,
+        feature_dropout: tuple[Dropout | None, Dropout | None] = (None, None),
+    ) -> Inputs:
         return Inputs(
             as_rows(query, self.cu_q),
             as_rows(key, self.cu_k),
+            as_rows(gate, self.cu_k),
             as_rows(value, self.cu_k),
             score_weight.contiguous(),
             self.cu_q,
             self.key_side(),
-            self.weight_dropout(),
+            self.dropout(),
+            *feature_dropout,
         )
-
-    def weight_dropout(self) -> Dropout | None:
-        return dropout_of(self.dropout_p, self.seed)
 
     def sequences(self) -> int:
         """With that of the rows that belong to nobody."""
@@ -166,11 +176,6 @@ def processors(tensor: Tensor) -> int:
     if not tensor.is_cuda:
         return 1
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count
-
-
-def rows_of(tensor: Tensor) -> Tensor:
-    """With features next to each other, as every kernel takes them."""
-    return tensor if tensor.stride(-1) == 1 or tensor.size(-1) <= 1 else tensor.contiguous()
 
 
 def dropout_of(p: float, seed: Tensor | None) -> Dropout | None:

@@ -44,15 +44,18 @@ class Dropout(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Of several queries a sequence."""
+    """Of forward and backward. Without a query it is pooling, whose K are its branches."""
 
-    query: Rows  # [places, rows_q, H, D]
+    query: Rows | None  # [places, rows_q, H, D]
     key: Rows  # [places, rows_k, H, D]
+    gate: Rows | None  # the same, in gated pooling
     value: Rows  # [places, rows_k, H, DV]
-    score_weight_ptr: Tensor  # [H, D]
+    score_weight_ptr: Tensor  # [H, D], in pooling [H, K, D]
     cu_q_ptr: Tensor | None  # [batch + 1], of jagged queries
     key_side: KeySide
     dropout: Dropout | None  # of weights
+    tanh_dropout: Dropout | None  # of the two factors of pooling's hidden rows
+    gate_dropout: Dropout | None
 
 
 @triton.jit

@@ -88,7 +88,7 @@ def fill_weights(
         weights,
         problem.cu_q,
         problem.key_side(),
-        problem.weight_dropout(),
+        problem.dropout(),
         problem.batch,
         problem.rows_q,
         problem.rows_k,
