@@ -126,9 +126,9 @@ def additive_attention_fwd_kernel(
     Keys are taken in segments: all scores of one, then its softmax, then its weighted sum. With
     ``SINGLE`` a sequence's keys are one segment, and results final. Else program (tile, head, part)
     takes each ``parts``-th segment, and leaves for ``sums.merge_parts`` its sum ``partial``
-    [parts, rows, H, DV] and its (max, sum) in ``stats`` [parts, rows, H, 2].
+    [rows, parts, H, DV] and its (max, sum) in ``stats`` [rows, parts, H, 2].
     The tiles are in ``order``, of :func:`rows.write_order`, if it is given.
-    Scores pass through ``scores`` [(parts,) rows, H, stride_scores], all of them with KEEP_SCORES;
+    Scores pass through ``scores`` [rows, (parts,) H, stride_scores], all of them with KEEP_SCORES;
     without ``stats`` nothing else is computed. RAW: of the scores more than differences matters.
     """
     rows_q = rows_q.to(tl.int64)
@@ -158,15 +158,14 @@ def additive_attention_fwd_kernel(
     )
     query = first_query + tl.arange(0, SHAPE.QUERIES)
     query_valid = query < length_q
-    all_rows = rows_q
-    if cu_q_ptr is None:
-        all_rows = rows_q * batch
-    row = (place * rows_q + start + query) * H + head
-    part_row = row + part * all_rows * H
-    scores_row = (place * rows_q + start) * H + head
-    if not SHAPE.KEEP_SCORES:
-        scores_row += part * all_rows * H
-    scores_item = scores_ptr + scores_row * stride_scores
+    row = place * rows_q + start
+    part_row = ((row + query) * parts + part) * H + head
+    if SHAPE.KEEP_SCORES:
+        scores_item = scores_ptr + (row * H + head) * stride_scores
+        stride_query = H * stride_scores
+    else:
+        scores_item = scores_ptr + ((row * parts + part) * H + head) * stride_scores
+        stride_query = parts * H * stride_scores
     value_item = first_row(inputs.value, key_place, key_start, head)
     score_weights = inputs.score_weight_ptr + head * SHAPE.D
     pairs = Pairs(
@@ -179,14 +178,12 @@ def additive_attention_fwd_kernel(
         length,
         score_weights,
         *weights_are_fit(score_weights, SHAPE.D),
-        H * stride_scores,
+        stride_query,
     )
 
     sums_rows = None
     if stats_ptr is not None:
-        sums_rows = context_ptr + row * SHAPE.DV
-        if not SHAPE.SINGLE:
-            sums_rows = partial_ptr + part_row * SHAPE.DV
+        sums_rows = (context_ptr if SHAPE.SINGLE else partial_ptr) + part_row * SHAPE.DV
     largest = tl.full((SHAPE.QUERIES,), -float("inf"), tl.float32)
     total = tl.zeros((SHAPE.QUERIES,), tl.float32)
     # Without any key there still is a result to write: 0, by one empty segment.

@@ -154,7 +154,7 @@ def finish_records(inputs, records, query, tile, rows_k, SHAPE: tl.constexpr):
     K: tl.constexpr = SHAPE.K
     cu_ptr = inputs.key_side.cu_ptr
     parts = tl.cdiv(rows_k, SHAPE.TILE)
-    first, count = parts_of(query, parts, parts, cu_ptr, rows_k, SHAPE.TILE)
+    first, count = parts_of(query, parts, cu_ptr, rows_k, SHAPE.TILE)
     for k in range(K):
         deltas = tl.full((PARTS,), 0.0, tl.float32)
         totals = tl.full((PARTS,), 0.0, tl.float32)
@@ -250,19 +250,9 @@ def store_feature_gradients(
 
 
 @triton.jit
-def backward_of_tile(
-    inputs,
-    incoming,
-    records,
-    gradients,
-    keys,
-    batch,
-    rows_k,
-    columns,
-    SHAPE: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-):
-    """What the second kernel writes for one tile."""
+def backward_of_tile(arguments, SHAPE: tl.constexpr, AT_ONCE: tl.constexpr):
+    """What the second kernel, of these arguments, writes for one tile."""
+    inputs, incoming, records, gradients, keys, batch, rows_k, columns = arguments
     tile = key_tile(keys, inputs.key_side, rows_k, SHAPE)
     query = tl.minimum(keys.sequence, batch - 1).to(tl.int64)  # rows of nobody need some query
     weights = None
@@ -325,18 +315,13 @@ def additive_attention_keys_bwd_kernel(
     if keys.first >= keys.present:
         if (keys.first > 0) | (keys.sequence >= batch):  # else a query may be there, its gradient 0
             return
+    arguments = inputs, incoming, records, gradients, keys, batch, rows_k, columns
     if HALF is None:
-        backward_of_tile(
-            inputs, incoming, records, gradients, keys, batch, rows_k, columns, SHAPE, AT_ONCE
-        )
+        backward_of_tile(arguments, SHAPE, AT_ONCE)
     elif keys.present - keys.first <= HALF.SEGMENT:
-        backward_of_tile(
-            inputs, incoming, records, gradients, keys, batch, rows_k, columns, HALF, AT_ONCE
-        )
+        backward_of_tile(arguments, HALF, AT_ONCE)
     else:
-        backward_of_tile(
-            inputs, incoming, records, gradients, keys, batch, rows_k, columns, SHAPE, AT_ONCE
-        )
+        backward_of_tile(arguments, SHAPE, AT_ONCE)
 
 
 def backward_over_keys(
@@ -371,6 +356,9 @@ def backward_over_keys(
         additive_attention_keys_bwd_weights_kernel[grid](
             inputs, incoming, kept, *sizes, first.shape, num_warps=first.warps
         )
+    if incoming.dcontext is None and gradients.value_ptr is not None:
+        gradients.value_ptr.zero_()
+        gradients = gradients._replace(value_ptr=None)
     query, score_weight = gradients.query_ptr, gradients.score_weight_ptr
     new = inputs.score_weight_ptr.new_zeros
     part_query, part_weight = query, None

@@ -126,4 +126,4 @@ def forward_over_keys(
         parts = triton.cdiv(problem.rows_k, shape.TILE)
         tiles = problem.cu_k, problem.rows_k, shape.TILE
         results = context.flatten(1, 2), stats.flatten(1, 2)
-        merge_parts(part_context, part_stats, *results, (parts, parts, 1), tiles)
+        merge_parts(part_context, part_stats, *results, parts, tiles)

@@ -19,6 +19,7 @@ from .problem import (
     describe,
     half_of,
     is_constant,
+    new_gradients,
     on_device,
     processors,
     uses_ptx,
@@ -73,35 +74,21 @@ def additive_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     raw, weights_layout = divmod(weights_layout, RAW)
     weighted = key[..., :0] if raw else value
-    problem = describe(
-        query,
-        key,
-        weighted,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        key_lengths,
-        key_padding_mask,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        dropout_seed,
-    )
-    inputs = query, key, value, score_weight
-    gradients = [
-        tensor.new_empty(tensor.shape) if grad_mask & 1 << bit else None
-        for bit, tensor in enumerate(inputs)
-    ]
+    layout = cu_seqlens_q, cu_seqlens_k, key_lengths, key_padding_mask, max_seqlen_q, max_seqlen_k
+    problem = describe(query, key, weighted, *layout, dropout_p, dropout_seed)
+    tensors = query, key, value, score_weight
+    gradients, wanted = new_gradients(tensors, grad_mask)
     if is_constant(problem, dweights) or problem.all_rows_q == 0:
-        return _or_empty([g if g is None else g.zero_() for g in gradients], inputs)
-    dquery, dkey, dvalue, dscore_weight = gradients
+        return tuple(gradient.zero_() for gradient in gradients)
+    dquery, dkey, dvalue, dscore_weight = wanted
     incoming = dcontext, dweights, weights_layout
     softmax = None if raw else stats.contiguous()
     with on_device(query):
         rows = problem.inputs(query, key, weighted, score_weight)
         if problem.is_one_step:
             kept = None if raw else (stats, scores)
-            step_gradients(problem, rows, incoming, kept, (None, None), gradients)
-            return _or_empty(gradients, inputs)
+            step_gradients(problem, rows, incoming, kept, (None, None), wanted)
+            return gradients
         wants_scores = any(gradient is not None for gradient in (dquery, dkey, dscore_weight))
         if dvalue is not None and dcontext is None:
             dvalue.zero_()
@@ -120,13 +107,7 @@ def additive_attention_backward(
                 _gradient_pass(problem, dscores, rows, True, False, dkey, None, dscore_weight)
             if dquery is not None:
                 _gradient_pass(problem, dscores, rows, False, False, dquery, None, None)
-    return _or_empty(gradients, inputs)
-
-
-def _or_empty(gradients: list[Tensor | None], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Ops return a tensor for every gradient, an empty one where none was asked for."""
-    pairs = zip(gradients, inputs)
-    return tuple(tensor.new_empty((0,)) if grad is None else grad for grad, tensor in pairs)
+    return gradients
 
 
 # ---- Several queries a sequence ----
@@ -295,31 +276,18 @@ def additive_attention_memory_backward(
     """All steps of a sequence are the queries of one pass: step i of sequence b is row (i, b)."""
     steps = query.size(0)
     by_sequence = query.transpose(0, 1)  # [B, steps, H, D]
-    problem = describe(
-        by_sequence,
-        key,
-        value,
-        None,
-        cu_seqlens_k,
-        key_lengths,
-        key_padding_mask,
-        steps,
-        max_seqlen_k,
-    )
-    inputs = key, value, score_weight
-    gradients = [
-        tensor.new_empty(tensor.shape) if grad_mask & GRAD_KEY << bit else None
-        for bit, tensor in enumerate(inputs)
-    ]
+    layout = None, cu_seqlens_k, key_lengths, key_padding_mask, steps, max_seqlen_k
+    problem = describe(by_sequence, key, value, *layout)
+    tensors = key, value, score_weight
+    gradients, (dkey, dvalue, dscore_weight) = new_gradients(tensors, grad_mask // GRAD_KEY)
     if problem.all_rows_k == 0 or problem.batch == 0:
-        return _or_empty([g if g is None else g.zero_() for g in gradients], inputs)
-    dkey, dvalue, dscore_weight = gradients
+        return tuple(gradient.zero_() for gradient in gradients)
     weights, dscores = (PairTensor(t.contiguous(), None) for t in (weights, dscores))
     incoming = dcontext.transpose(0, 1), None, 0
     with on_device(query):
-        rows = problem.inputs(by_sequence, *inputs)
+        rows = problem.inputs(by_sequence, *tensors)
         if dvalue is not None:
             _score_gradients(problem, rows, incoming, None, weights, dvalue, False)
         if dkey is not None or dscore_weight is not None:
             _gradient_pass(problem, dscores, rows, True, False, dkey, None, dscore_weight)
-    return _or_empty(gradients, inputs)
+    return gradients

@@ -51,19 +51,8 @@ def additive_attention_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     raw, weights_layout = divmod(weights_layout, RAW)
     weighted = key[..., :0] if raw else value
-    problem = describe(
-        query,
-        key,
-        weighted,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        key_lengths,
-        key_padding_mask,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        dropout_seed,
-    )
+    layout = cu_seqlens_q, cu_seqlens_k, key_lengths, key_padding_mask, max_seqlen_q, max_seqlen_k
+    problem = describe(query, key, weighted, *layout, dropout_p, dropout_seed)
     rows = query.shape[:3]
     context = value.new_empty((*rows, value.size(3)))
     stats = query.new_empty((*rows, 2), dtype=torch.float32)
@@ -166,12 +155,12 @@ def _forward(
         )
     scores = kept
     if scores is None:
-        scores = query.new_empty((parts, rows_q, heads, segment), dtype=torch.float32)
+        scores = query.new_empty((rows_q, parts, heads, segment), dtype=torch.float32)
     partial, part_stats = None, stats
     merges = not single and stats is not None
     if merges:
-        partial = query.new_empty((parts, rows_q, heads, problem.value_dim), dtype=torch.float32)
-        part_stats = query.new_empty((parts, rows_q, heads, 2), dtype=torch.float32)
+        partial = query.new_empty((rows_q, parts, heads, problem.value_dim), dtype=torch.float32)
+        part_stats = query.new_empty((rows_q, parts, heads, 2), dtype=torch.float32)
     additive_attention_fwd_kernel[(grid_tiles, heads, parts)](
         inputs,
         context,
@@ -208,4 +197,4 @@ def _forward(
         **register_limit(tiles),
     )
     if merges:
-        merge_parts(partial, part_stats, context, stats, (parts, 1, rows_q))
+        merge_parts(partial, part_stats, context, stats, parts)

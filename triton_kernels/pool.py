@@ -14,10 +14,7 @@ from .keys_backward import Gradients, Incoming, Records, backward_over_keys
 from .keys_forward import forward_over_keys
 from .problem import (
     DENSE_WEIGHTS,
-    GRAD_GATE,
     GRAD_KEY,
-    GRAD_SCORE_WEIGHT,
-    GRAD_VALUE,
     JAGGED_WEIGHTS,
     RAW,
     Problem,
@@ -25,6 +22,7 @@ from .problem import (
     describe,
     dropout_of,
     is_constant,
+    new_gradients,
     on_device,
     uses_ptx,
 )
@@ -147,23 +145,14 @@ def additive_pool_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layout = cu_seqlens_k, key_lengths, key_padding_mask, max_seqlen_k
     problem = pool_problem(key, value, score_weight, *layout, dropout_p, dropout_seed)
-    bits = GRAD_KEY, GRAD_VALUE, GRAD_SCORE_WEIGHT, GRAD_GATE
     tensors = key, value, score_weight, key if gate is None else gate
-    gradients = [
-        tensor.new_empty(tensor.shape if grad_mask & bit else (0,))
-        for tensor, bit in zip(tensors, bits)
-    ]
+    gradients, wanted = new_gradients(tensors, grad_mask // GRAD_KEY)
     if is_constant(problem, dweights) or stats.numel() == 0:
         return tuple(gradient.zero_() for gradient in gradients)
     raw, weights_layout = divmod(weights_layout, RAW)
     if dweights is not None:  # as [.., H, K]
         by_key = weights_layout == JAGGED_WEIGHTS
         dweights = (dweights if by_key else dweights.permute(0, 3, 1, 2)).contiguous()
-    if dcontext is None or raw:
-        dcontext = None
-        gradients[1].zero_()
-        grad_mask &= ~GRAD_VALUE
-    wanted = (grad if grad_mask & bit else None for grad, bit in zip(gradients, bits))
     dkey, dvalue, dscore_weight, dgate = wanted
     plans = pool_plan(problem, key), pool_plan(problem, key, configurations.POOL_GRADIENT)
     features = dropout_of(tanh_dropout_p, dropout_seed), dropout_of(gate_dropout_p, dropout_seed)
@@ -178,10 +167,10 @@ def additive_pool_backward(
         backward_over_keys(
             problem,
             inputs,
-            Incoming(as_rows(dcontext), dweights, *softmax),
+            Incoming(None if raw else as_rows(dcontext), dweights, *softmax),
             None,
             Records(None, None, None),
             Gradients(None, dkey, dgate, dvalue, dscore_weight),
             plans,
         )
-    return tuple(gradients)
+    return gradients

@@ -11,7 +11,7 @@ from torch import Tensor
 from .configurations import MOST_ORDERED, Tiles
 from .rows import Dropout, Inputs, KeySide, Rows
 
-GRAD_QUERY, GRAD_KEY, GRAD_VALUE, GRAD_SCORE_WEIGHT, GRAD_GATE = 1, 2, 4, 8, 16
+GRAD_QUERY, GRAD_KEY = 1, 2  # of a mask of gradients; those of others follow
 DENSE_WEIGHTS, JAGGED_WEIGHTS = 1, 2
 # For scores, where a bound on lengths was neither given nor read: more is an error with a remedy.
 MOST_UNREAD_BYTES = 1 << 30
@@ -199,6 +199,19 @@ def as_rows(tensor: Tensor | None, cu: Tensor | None = None) -> Rows | None:
         tensor = tensor.contiguous()
         by_place, by_row, by_head, _ = tensor.stride()
     return Rows(tensor, by_place if cu is None else 0, by_row, by_head)
+
+
+def new_gradients(
+    tensors: tuple[Tensor, ...], grad_mask: int
+) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
+    """What an op returns, empty where no gradient is asked for, and None there. The first tensor's
+    bit is 1."""
+    is_wanted = [bool(grad_mask & 1 << bit) for bit in range(len(tensors))]
+    gradients = tuple(
+        tensor.new_empty(tensor.shape if wanted else (0,))
+        for tensor, wanted in zip(tensors, is_wanted)
+    )
+    return gradients, [g if wanted else None for g, wanted in zip(gradients, is_wanted)]
 
 
 def half_of(dim: int) -> int:

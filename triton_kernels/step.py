@@ -65,9 +65,6 @@ def step_gradients(
     """
     dcontext, dweights, layout = incoming
     dquery, dkey, dvalue, dscore_weight = gradients
-    if dvalue is not None and dcontext is None:
-        dvalue.zero_()
-        dvalue = None
     columns = None
     if dweights is not None:
         dweights = dweights.contiguous()
