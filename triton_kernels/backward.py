@@ -16,6 +16,7 @@ import triton.language as tl
 from .arithmetic import kept_weights, product, weighted_sum
 from .rows import (
     ORDER_BLOCK,
+    SIZES,
     Dropout,
     Lengths,
     are_attended,
@@ -26,18 +27,7 @@ from .rows import (
     write_order,
 )
 
-SIZES = [
-    "batch",
-    "rows_q",
-    "rows_k",
-    "max_seqlen_q",
-    "max_seqlen_k",
-    "query_tiles",
-    "sequences",
-    "score_columns",
-    "dweight_rows",
-    "dweight_columns",
-]
+OWN_SIZES = ["query_tiles", "sequences", "score_columns", "dweight_rows", "dweight_columns"]
 
 
 class Pairs(NamedTuple):
@@ -130,7 +120,7 @@ def value_sums(pairs, weights, query, queries, d, DV: tl.constexpr):
     return weighted_sum(weights, tl.load(pairs.dcontext_ptr + places, mask=mask, other=0.0))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, *OWN_SIZES])
 def additive_attention_bwd_scores_kernel(
     inputs,  # :class:`rows.Inputs`
     dcontext,  # :class:`rows.Rows`, or None
@@ -175,20 +165,19 @@ def additive_attention_bwd_scores_kernel(
     head = tl.program_id(1).to(tl.int64)
     value = inputs.value
     cu_q_ptr = inputs.cu_q_ptr
-    cu_k_ptr, key_lengths_ptr, padding_mask_ptr = inputs.key_side
+    key_side = inputs.key_side
+    cu_k_ptr = key_side.cu_ptr
     if tile < query_tiles:
         sequence, first = find_tile(cu_q_ptr, tile, batch, rows_q, BLOCK_Q)
         if order_ptr is not None:
             if (first == 0) & (head == 0):
-                lengths = Lengths(
-                    cu_q_ptr, cu_k_ptr, key_lengths_ptr, batch, rows_q, rows_k, max_seqlen_k
-                )
+                lengths = Lengths(cu_q_ptr, key_side, batch, rows_q, rows_k, max_seqlen_k)
                 write_order(order_ptr, sequence, sequences, sequences, lengths, 0, ORDER_BLOCK)
     else:
         sequence, first = find_tile(cu_k_ptr, tile - query_tiles, batch, rows_k, BLOCK_K)
     place, start, length_q = sequence_rows(cu_q_ptr, sequence, batch, rows_q)
     key_place, key_start, extent = sequence_rows(cu_k_ptr, sequence, batch, rows_k)
-    _, _, length = attended_keys(cu_k_ptr, key_lengths_ptr, sequence, batch, rows_k, max_seqlen_k)
+    _, _, length = attended_keys(key_side, sequence, batch, rows_k, max_seqlen_k)
     row = place * rows_q + start
     key_row = key_place * rows_k + key_start
     scores_item = scores_ptr
@@ -212,7 +201,7 @@ def additive_attention_bwd_scores_kernel(
     pairs = Pairs(
         length_q,
         length,
-        padding_mask_ptr,
+        key_side.mask_ptr,
         key_place,
         rows_k,
         scores_item,

@@ -6,11 +6,11 @@ import triton
 import triton.language as tl
 
 from .arithmetic import exp_once, kept_weights, weighted_sum
-from .rows import Dropout, attended_keys, dealt, find_tile, first_row, sequence_rows
+from .rows import SIZES, Dropout, attended_keys, dealt, find_tile, first_row, sequence_rows
 from .scores import Pairs, weights_are_fit, write_scores
 
+OWN_SIZES = ["parts", "keys_a_segment", "room", "processors", "stride_scores"]
 PROGRAMS = tl.constexpr(2)  # of this kernel that a multiprocessor has at a time, by registers
-SIZES = ["batch", "rows_q", "rows_k", "max_seqlen_k", "parts", "keys_a_segment", "room"]
 
 
 class Segment(NamedTuple):
@@ -102,7 +102,7 @@ def add_segment(segment, largest, total, is_first, SHAPE: tl.constexpr):
     return largest, total
 
 
-@triton.jit(do_not_specialize=[*SIZES, "processors", "stride_scores"])
+@triton.jit(do_not_specialize=[*SIZES, *OWN_SIZES])
 def additive_attention_fwd_kernel(
     inputs,  # :class:`rows.Inputs`
     context_ptr,
@@ -113,6 +113,7 @@ def additive_attention_fwd_kernel(
     batch,
     rows_q,
     rows_k,
+    max_seqlen_q,
     max_seqlen_k,
     parts,
     keys_a_segment,
@@ -135,7 +136,7 @@ def additive_attention_fwd_kernel(
     rows_k = rows_k.to(tl.int64)
     H: tl.constexpr = SHAPE.H
     cu_q_ptr = inputs.cu_q_ptr
-    cu_k_ptr, key_lengths_ptr, padding_mask_ptr = inputs.key_side
+    padding_mask_ptr = inputs.key_side.mask_ptr
     head = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
     if order_ptr is None:
@@ -154,7 +155,7 @@ def additive_attention_fwd_kernel(
     if first_query >= length_q:
         return
     key_place, key_start, length = attended_keys(
-        cu_k_ptr, key_lengths_ptr, sequence, batch, rows_k, max_seqlen_k
+        inputs.key_side, sequence, batch, rows_k, max_seqlen_k
     )
     query = first_query + tl.arange(0, SHAPE.QUERIES)
     query_valid = query < length_q

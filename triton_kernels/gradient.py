@@ -25,9 +25,8 @@ from .gradient_tile import (
     tile_gradients,
 )
 from .route import INFORMATIVE_SHARE, SATURATED_MAGNITUDE, SMALL_MAGNITUDE
-from .rows import attended_keys, dealt, find_tile, first_row, sequence_rows
+from .rows import SIZES, attended_keys, dealt, find_tile, first_row, sequence_rows
 
-SIZES = ["batch", "rows_q", "rows_k", "max_seqlen_q", "max_seqlen_k"]
 LINES = tl.constexpr(8)  # rows that are looked at together where they are only looked at
 
 
@@ -82,11 +81,11 @@ def side_of(inputs, sequence, head, sizes, ARE_KEYS: tl.constexpr):
     ``sizes``: batch, the rows of queries and of keys, and the most of either in a sequence.
     """
     batch, rows_q, rows_k, max_q, max_k = sizes
-    cu_k_ptr, lengths_ptr, mask_ptr = inputs.key_side
+    mask_ptr = inputs.key_side.mask_ptr
     if ARE_KEYS:
         side = inputs.key
-        place, start, extent = sequence_rows(cu_k_ptr, sequence, batch, rows_k)
-        _, _, attended = attended_keys(cu_k_ptr, lengths_ptr, sequence, batch, rows_k, max_k)
+        place, start, extent = sequence_rows(inputs.key_side.cu_ptr, sequence, batch, rows_k)
+        _, _, attended = attended_keys(inputs.key_side, sequence, batch, rows_k, max_k)
         number = place * rows_k + start
         if mask_ptr is not None:
             mask_ptr += place * rows_k

@@ -75,9 +75,7 @@ def program_keys(key_side, batch, rows_k, max_seqlen_k, TILE: tl.constexpr):
     rows_k = rows_k.to(tl.int64)
     sequence, first = find_tile(key_side.cu_ptr, tl.program_id(0), batch, rows_k, TILE)
     place, start, present = sequence_rows(key_side.cu_ptr, sequence, batch, rows_k)
-    _, _, length = attended_keys(
-        key_side.cu_ptr, key_side.lengths_ptr, sequence, batch, rows_k, max_seqlen_k
-    )
+    _, _, length = attended_keys(key_side, sequence, batch, rows_k, max_seqlen_k)
     return Keys(sequence, tl.program_id(1).to(tl.int64), place, start, first, present, length)
 
 

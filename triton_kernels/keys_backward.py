@@ -30,7 +30,7 @@ from .key_tiles import (
     store_tile,
 )
 from .problem import Problem
-from .rows import Inputs, Rows
+from .rows import Rows
 from .sums import parts_of, sum_parts
 
 PARTS = tl.constexpr(128)  # tiles whose sums are added at a time
@@ -326,7 +326,6 @@ def additive_attention_keys_bwd_kernel(
 
 def backward_over_keys(
     problem: Problem,
-    inputs: Inputs,
     incoming: Incoming,
     columns: int | None,
     kept: Records,
@@ -341,6 +340,7 @@ def backward_over_keys(
         plans: of two launches.
     """
     first, plan = plans
+    inputs = problem.inputs
     shape = plan.shape
     tiles = problem.tiles("k", shape.TILE)
     sizes = problem.batch, problem.rows_k, problem.max_k, columns

@@ -17,7 +17,6 @@ from .key_tiles import (
     rows_of,
 )
 from .problem import Problem
-from .rows import Inputs
 from .sums import merge_parts
 
 
@@ -96,7 +95,6 @@ def additive_attention_keys_fwd_kernel(
 
 def forward_over_keys(
     problem: Problem,
-    inputs: Inputs,
     context: Tensor | None,
     stats: Tensor | None,
     scores: Tensor | None,
@@ -110,7 +108,7 @@ def forward_over_keys(
         parts = tiles, shape.K, shape.H
         part_context, part_stats = stats.new_empty((*parts, shape.DV)), stats.new_empty((*parts, 2))
     additive_attention_keys_fwd_kernel[(tiles, shape.H, -(-shape.K // shape.GROUP))](
-        inputs,
+        problem.inputs,
         part_context,
         part_stats,
         scores,

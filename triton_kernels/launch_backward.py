@@ -22,9 +22,7 @@ from .problem import (
     new_gradients,
     on_device,
     processors,
-    uses_ptx,
 )
-from .rows import Inputs
 from .step import step_gradients
 from .sums import sum_parts
 
@@ -75,7 +73,7 @@ def additive_attention_backward(
     raw, weights_layout = divmod(weights_layout, RAW)
     weighted = key[..., :0] if raw else value
     layout = cu_seqlens_q, cu_seqlens_k, key_lengths, key_padding_mask, max_seqlen_q, max_seqlen_k
-    problem = describe(query, key, weighted, *layout, dropout_p, dropout_seed)
+    problem = describe(query, key, weighted, score_weight, *layout, dropout_p, dropout_seed)
     tensors = query, key, value, score_weight
     gradients, wanted = new_gradients(tensors, grad_mask)
     if is_constant(problem, dweights) or problem.all_rows_q == 0:
@@ -84,10 +82,9 @@ def additive_attention_backward(
     incoming = dcontext, dweights, weights_layout
     softmax = None if raw else stats.contiguous()
     with on_device(query):
-        rows = problem.inputs(query, key, weighted, score_weight)
         if problem.is_one_step:
             kept = None if raw else (stats, scores)
-            step_gradients(problem, rows, incoming, kept, (None, None), wanted)
+            step_gradients(problem, incoming, kept, (None, None), wanted)
             return gradients
         wants_scores = any(gradient is not None for gradient in (dquery, dkey, dscore_weight))
         if dvalue is not None and dcontext is None:
@@ -96,17 +93,17 @@ def additive_attention_backward(
         pairs = None
         if not raw:
             if scores.numel() == 0:
-                scores = score_pairs(problem, rows)
+                scores = score_pairs(problem)
             # vmap hands over one call's scores for all, by a stride of 0.
             pairs = PairTensor(scores.contiguous(), scores.size(-1))
-        dscores = _score_gradients(problem, rows, incoming, softmax, pairs, dvalue, wants_scores)
+        dscores = _score_gradients(problem, incoming, softmax, pairs, dvalue, wants_scores)
         if wants_scores and is_whole(problem):
-            _gradient_pass(problem, dscores, rows, True, True, dkey, dquery, dscore_weight)
+            _gradient_pass(problem, dscores, True, True, dkey, dquery, dscore_weight)
         elif wants_scores:
             if dkey is not None or dscore_weight is not None:
-                _gradient_pass(problem, dscores, rows, True, False, dkey, None, dscore_weight)
+                _gradient_pass(problem, dscores, True, False, dkey, None, dscore_weight)
             if dquery is not None:
-                _gradient_pass(problem, dscores, rows, False, False, dquery, None, None)
+                _gradient_pass(problem, dscores, False, False, dquery, None, None)
     return gradients
 
 
@@ -115,7 +112,6 @@ def additive_attention_backward(
 
 def _score_gradients(
     problem: Problem,
-    inputs: Inputs,
     incoming: tuple,
     stats: Tensor | None,
     scores: PairTensor | None,
@@ -126,7 +122,7 @@ def _score_gradients(
 
     Without ``stats`` those come in as gradients of weights, and ``scores`` are the weights.
     """
-    query, value = inputs.query.ptr, inputs.value.ptr
+    query, value = problem.inputs.query.ptr, problem.inputs.value.ptr
     dcontext, dweights, _ = incoming
     if dweights is not None:
         dweights = dweights.contiguous()
@@ -150,7 +146,7 @@ def _score_gradients(
     key_tiles = problem.tiles("k", tiles.keys) if dvalue is not None else 0
     segment, single = configurations.query_segment(problem.max_q)
     additive_attention_bwd_scores_kernel[(query_tiles + key_tiles, heads)](
-        inputs,
+        problem.inputs,
         as_rows(dcontext, problem.cu_q),
         dweights,
         stats,
@@ -159,11 +155,7 @@ def _score_gradients(
         dscores,
         dvalue,
         order,
-        problem.batch,
-        problem.rows_q,
-        problem.rows_k,
-        problem.max_q,
-        problem.max_k,
+        *problem.sizes,
         query_tiles,
         problem.sequences(),
         None if scores is None else scores.columns,
@@ -191,7 +183,6 @@ def is_whole(problem: Problem) -> bool:
 def _gradient_pass(
     problem: Problem,
     dscores: PairTensor,
-    inputs: Inputs,
     rows_are_keys: bool,
     whole_sequences: bool,
     drow: Tensor | None,
@@ -199,7 +190,7 @@ def _gradient_pass(
     dscore_weight: Tensor | None,
 ) -> None:
     """One launch of the gradient kernel; ``drow`` is of keys or queries, ``dcol`` of the others."""
-    query = inputs.query.ptr
+    query = problem.inputs.query.ptr
     heads = problem.heads
     half = half_of(problem.dim)
     pairs = configurations.gradient_pairs(half)
@@ -221,7 +212,7 @@ def _gradient_pass(
     if dscore_weight is not None:
         partial = query.new_empty((units, heads, problem.dim), dtype=torch.float32)
     additive_attention_grad_kernel[(programs,)](
-        inputs,
+        problem.inputs,
         dscores.data,
         *dscores.strides(problem),
         drow,
@@ -229,11 +220,7 @@ def _gradient_pass(
         sums,
         partial,
         dscores.order if whole_sequences else None,
-        problem.batch,
-        problem.rows_q,
-        problem.rows_k,
-        problem.max_q,
-        problem.max_k,
+        *problem.sizes,
         items,
         processors(query),
         0,
@@ -246,7 +233,7 @@ def _gradient_pass(
         WHOLE_SEQUENCES=whole_sequences,
         CONTIGUOUS_SCORES=rows_are_keys and dscores.is_padded,
         MASK_SCORES=rows_are_keys and not dscores.is_padded,
-        USE_PTX=uses_ptx(query),
+        USE_PTX=problem.uses_ptx,
         num_warps=warps,
     )
     if partial is not None:
@@ -277,17 +264,16 @@ def additive_attention_memory_backward(
     steps = query.size(0)
     by_sequence = query.transpose(0, 1)  # [B, steps, H, D]
     layout = None, cu_seqlens_k, key_lengths, key_padding_mask, steps, max_seqlen_k
-    problem = describe(by_sequence, key, value, *layout)
     tensors = key, value, score_weight
+    problem = describe(by_sequence, *tensors, *layout)
     gradients, (dkey, dvalue, dscore_weight) = new_gradients(tensors, grad_mask // GRAD_KEY)
     if problem.all_rows_k == 0 or problem.batch == 0:
         return tuple(gradient.zero_() for gradient in gradients)
     weights, dscores = (PairTensor(t.contiguous(), None) for t in (weights, dscores))
     incoming = dcontext.transpose(0, 1), None, 0
     with on_device(query):
-        rows = problem.inputs(by_sequence, *tensors)
         if dvalue is not None:
-            _score_gradients(problem, rows, incoming, None, weights, dvalue, False)
+            _score_gradients(problem, incoming, None, weights, dvalue, False)
         if dkey is not None or dscore_weight is not None:
-            _gradient_pass(problem, dscores, rows, True, False, dkey, None, dscore_weight)
+            _gradient_pass(problem, dscores, True, False, dkey, None, dscore_weight)
     return gradients

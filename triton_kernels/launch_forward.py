@@ -18,9 +18,8 @@ from .problem import (
     on_device,
     processors,
     register_limit,
-    uses_ptx,
 )
-from .rows import ORDER_BLOCK, Inputs, order_kernel
+from .rows import ORDER_BLOCK, order_kernel
 from .scores import Shape
 from .step import step_forward
 from .sums import merge_parts
@@ -52,7 +51,7 @@ def additive_attention_forward(
     raw, weights_layout = divmod(weights_layout, RAW)
     weighted = key[..., :0] if raw else value
     layout = cu_seqlens_q, cu_seqlens_k, key_lengths, key_padding_mask, max_seqlen_q, max_seqlen_k
-    problem = describe(query, key, weighted, *layout, dropout_p, dropout_seed)
+    problem = describe(query, key, weighted, score_weight, *layout, dropout_p, dropout_seed)
     rows = query.shape[:3]
     context = value.new_empty((*rows, value.size(3)))
     stats = query.new_empty((*rows, 2), dtype=torch.float32)
@@ -75,7 +74,6 @@ def additive_attention_forward(
     if is_empty:
         return context, weights, stats, kept
     with on_device(query):
-        wanted = problem, problem.inputs(query, key, weighted, score_weight), *softmax
         if problem.is_one_step:
             # Its scores need not be copied where they lie as they are returned.
             by_key = weights_layout == JAGGED_WEIGHTS
@@ -86,34 +84,33 @@ def additive_attention_forward(
             elif weights_layout and scores is None:
                 shape = problem.all_rows_k, problem.heads
                 scores = query.new_empty(shape, dtype=torch.float32)
-            step_forward(*wanted, scores)
+            step_forward(problem, *softmax, scores)
         else:
             scores = kept if keep_scores else None
             if weights_layout and not keep_scores:
-                scores = _room_for_scores(problem, query)
-            _forward(*wanted, scores, raw)
+                scores = _room_for_scores(problem)
+            _forward(problem, *softmax, scores, raw)
         if weights_layout and weights.numel() and scores is not weights:
             columns = None if problem.is_one_step else scores.size(-1)
             fill_weights(problem, scores, columns, softmax[1], weights)
     return context, weights, stats, kept
 
 
-def _room_for_scores(problem: Problem, query: Tensor) -> Tensor:
+def _room_for_scores(problem: Problem) -> Tensor:
     shape = (problem.all_rows_q, problem.heads, problem.max_k)
     check_workspace(problem, math.prod(shape))
-    return query.new_empty(shape, dtype=torch.float32)
+    return problem.inputs.key.ptr.new_empty(shape, dtype=torch.float32)
 
 
-def score_pairs(problem: Problem, inputs: Inputs) -> Tensor:
+def score_pairs(problem: Problem) -> Tensor:
     """The scores [rows, H, max_k] that forward computed and did not keep."""
-    scores = _room_for_scores(problem, inputs.key.ptr)
-    _forward(problem, inputs, None, None, scores, False)
+    scores = _room_for_scores(problem)
+    _forward(problem, None, None, scores, False)
     return scores
 
 
 def _forward(
     problem: Problem,
-    inputs: Inputs,
     context: Tensor | None,
     stats: Tensor | None,
     kept: Tensor | None,
@@ -123,7 +120,7 @@ def _forward(
 
     ``raw``: the scores are returned; only their differences matter to a softmax.
     """
-    query, value = inputs.query.ptr, inputs.value.ptr
+    query, value = problem.inputs.query.ptr, problem.inputs.value.ptr
     heads, rows_q = problem.heads, problem.all_rows_q
     tiles = configurations.score_tiles(
         rows_q * heads, processors(query), problem.dim, problem.value_dim, value.dtype
@@ -141,14 +138,10 @@ def _forward(
         order_kernel[(problem.sequences(),)](
             order,
             problem.cu_q,
-            problem.cu_k,
-            problem.lengths,
+            problem.inputs.key_side,
             problem.sequences(),
             grid_tiles,
-            problem.batch,
-            problem.rows_q,
-            problem.rows_k,
-            problem.max_k,
+            *problem.sizes,
             TILE=tiles.queries,
             BLOCK=ORDER_BLOCK.value,
             num_warps=1,
@@ -162,16 +155,13 @@ def _forward(
         partial = query.new_empty((rows_q, parts, heads, problem.value_dim), dtype=torch.float32)
         part_stats = query.new_empty((rows_q, parts, heads, 2), dtype=torch.float32)
     additive_attention_fwd_kernel[(grid_tiles, heads, parts)](
-        inputs,
+        problem.inputs,
         context,
         part_stats,
         partial,
         scores,
         order,
-        problem.batch,
-        problem.rows_q,
-        problem.rows_k,
-        problem.max_k,
+        *problem.sizes,
         parts,
         segment,
         grid_tiles,
@@ -191,7 +181,7 @@ def _forward(
             kept is not None,
             raw,
             query.dtype == torch.float32,
-            uses_ptx(query),
+            problem.uses_ptx,
         ),
         num_warps=tiles.warps,
         **register_limit(tiles),

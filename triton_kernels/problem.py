@@ -19,7 +19,7 @@ RAW = 4  # added to these: scores instead of weights; values and softmax are not
 
 
 class Problem(NamedTuple):
-    """Sizes and layout of a call, and what all kernels take from it."""
+    """A call's sizes, and what its kernels take."""
 
     batch: int
     heads: int
@@ -29,13 +29,21 @@ class Problem(NamedTuple):
     rows_k: int
     max_q: int
     max_k: int
-    cu_q: Tensor | None
-    cu_k: Tensor | None
-    lengths: Tensor | None
-    mask: Tensor | None
-    seed: Tensor | None
-    dropout_p: float
+    inputs: Inputs
     is_unread: bool  # whether a longest sequence counts as all rows, because none was given or read
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """Those that vary from call to call, as kernels take them."""
+        return self.batch, self.rows_q, self.rows_k, self.max_q, self.max_k
+
+    @property
+    def cu_q(self) -> Tensor | None:
+        return self.inputs.cu_q_ptr
+
+    @property
+    def cu_k(self) -> Tensor | None:
+        return self.inputs.key_side.cu_ptr
 
     @property
     def is_one_step(self) -> bool:
@@ -49,32 +57,11 @@ class Problem(NamedTuple):
     def all_rows_k(self) -> int:
         return self.rows_k * (self.batch if self.cu_k is None else 1)
 
-    def key_side(self) -> KeySide:
-        return KeySide(self.cu_k, self.lengths, self.mask)
-
-    def dropout(self) -> Dropout | None:
-        return dropout_of(self.dropout_p, self.seed)
-
-    def inputs(
-        self,
-        query: Tensor | None,
-        key: Tensor,
-        value: Tensor,
-        score_weight: Tensor,
-        gate: Tensor | None = None,
-        feature_dropout: tuple[Dropout | None, Dropout | None] = (None, None),
-    ) -> Inputs:
-        return Inputs(
-            as_rows(query, self.cu_q),
-            as_rows(key, self.cu_k),
-            as_rows(gate, self.cu_k),
-            as_rows(value, self.cu_k),
-            score_weight.contiguous(),
-            self.cu_q,
-            self.key_side(),
-            self.dropout(),
-            *feature_dropout,
-        )
+    @property
+    def uses_ptx(self) -> bool:
+        """Inline assembly is for NVIDIA; AMD and the interpreter take plain Triton."""
+        is_gpu = self.inputs.key.ptr.is_cuda and not triton.knobs.runtime.interpret
+        return is_gpu and torch.version.hip is None
 
     def sequences(self) -> int:
         """With that of the rows that belong to nobody."""
@@ -82,7 +69,8 @@ class Problem(NamedTuple):
 
     def is_ordered(self) -> bool:
         """Whether sequences differ, and are few enough to compare each with all."""
-        differ = not (self.cu_q is None and self.cu_k is None and self.lengths is None)
+        lengths = self.inputs.key_side.lengths_ptr
+        differ = not (self.cu_q is None and self.cu_k is None and lengths is None)
         return differ and self.sequences() <= MOST_ORDERED
 
     def tiles(self, side: str, rows: int) -> int:
@@ -94,9 +82,10 @@ class Problem(NamedTuple):
 
 
 def describe(
-    query: Tensor,
+    query: Tensor | None,
     key: Tensor,
     value: Tensor,
+    score_weight: Tensor,
     cu_q: Tensor | None,
     cu_k: Tensor | None,
     lengths: Tensor | None,
@@ -105,24 +94,35 @@ def describe(
     max_k: int,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    gate: Tensor | None = None,
+    feature_dropout: tuple[float, float] = (0.0, 0.0),
 ) -> Problem:
-    batch = cu_k.size(0) - 1 if cu_k is not None else key.size(0)
+    """In pooling branches, of which there are ``max_q``, take the place of a sequence's queries."""
+    rows_q, rows_k = max_q if query is None else query.size(1), key.size(1)
+    cu_q, cu_k, lengths, mask = (
+        None if tensor is None else tensor.contiguous() for tensor in (cu_q, cu_k, lengths, mask)
+    )
+    inputs = Inputs(
+        as_rows(query, cu_q),
+        as_rows(key, cu_k),
+        as_rows(gate, cu_k),
+        as_rows(value, cu_k),
+        score_weight.contiguous(),
+        cu_q,
+        KeySide(cu_k, lengths, None if mask is None else mask.view(torch.uint8)),
+        *(dropout_of(p, seed) for p in (dropout_p, *feature_dropout)),
+    )
     return Problem(
-        batch,
+        key.size(0) if cu_k is None else cu_k.size(0) - 1,
         key.size(2),
         key.size(3),
         value.size(3),
-        query.size(1),
-        key.size(1),
-        query.size(1) if cu_q is None else _bound(max_q, cu_q, query.size(1)),
-        key.size(1) if cu_k is None else _bound(max_k, cu_k, key.size(1)),
-        None if cu_q is None else cu_q.contiguous(),
-        None if cu_k is None else cu_k.contiguous(),
-        None if lengths is None else lengths.contiguous(),
-        None if mask is None else mask.contiguous().view(torch.uint8),
-        seed if dropout_p > 0 else None,
-        dropout_p,
-        _is_unread(max_q, cu_q, query.size(1)) or _is_unread(max_k, cu_k, key.size(1)),
+        rows_q,
+        rows_k,
+        rows_q if cu_q is None else _bound(max_q, cu_q, rows_q),
+        rows_k if cu_k is None else _bound(max_k, cu_k, rows_k),
+        inputs,
+        _is_unread(max_q, cu_q, rows_q) or _is_unread(max_k, cu_k, rows_k),
     )
 
 
@@ -160,11 +160,6 @@ def _is_capturing(tensor: Tensor) -> bool:
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, whatever its arguments are on."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def uses_ptx(tensor: Tensor) -> bool:
-    """Inline assembly is for NVIDIA; AMD and the interpreter take plain Triton."""
-    return tensor.is_cuda and torch.version.hip is None and not triton.knobs.runtime.interpret
 
 
 def register_limit(tiles: Tiles) -> dict[str, int]:

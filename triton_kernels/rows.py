@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Arguments of most kernels, in this order.
+SIZES = ["batch", "rows_q", "rows_k", "max_seqlen_q", "max_seqlen_k"]
 ORDER_BLOCK = tl.constexpr(128)  # sequences that are compared at a time where tiles are ordered
 
 # What launchers pass and kernels take apart. Triton specialises the integers in them (1, multiples
@@ -84,12 +86,12 @@ def sequence_rows(cu_ptr, sequence, batch, rows):
 
 
 @triton.jit
-def attended_keys(cu_ptr, lengths_ptr, sequence, batch, rows, max_seqlen):
+def attended_keys(key_side, sequence, batch, rows, max_seqlen):
     """The same of the keys that it may attend to; length 0 for nobody's."""
-    place, start, length = sequence_rows(cu_ptr, sequence, batch, rows)
+    place, start, length = sequence_rows(key_side.cu_ptr, sequence, batch, rows)
     length = tl.where(sequence < batch, tl.minimum(length, max_seqlen), 0)
-    if lengths_ptr is not None:
-        attended = tl.load(lengths_ptr + tl.minimum(sequence, batch - 1)).to(tl.int64)
+    if key_side.lengths_ptr is not None:
+        attended = tl.load(key_side.lengths_ptr + tl.minimum(sequence, batch - 1)).to(tl.int64)
         length = tl.minimum(length, tl.maximum(attended, 0))
     return place, start, length
 
@@ -139,8 +141,7 @@ class Lengths(NamedTuple):
     """What says how many queries and keys each sequence has."""
 
     cu_q_ptr: tl.tensor | None
-    cu_k_ptr: tl.tensor | None
-    key_lengths_ptr: tl.tensor | None
+    key_side: KeySide
     batch: tl.tensor
     rows_q: tl.tensor  # int64, as is the next
     rows_k: tl.tensor
@@ -153,14 +154,7 @@ def work_of(sequence, lengths, TILE: tl.constexpr):
     largest of them."""
     batch = lengths.batch
     queries = sequence_rows(lengths.cu_q_ptr, sequence, batch, lengths.rows_q)[2]
-    keys = attended_keys(
-        lengths.cu_k_ptr,
-        lengths.key_lengths_ptr,
-        sequence,
-        batch,
-        lengths.rows_k,
-        lengths.max_seqlen_k,
-    )[2]
+    keys = attended_keys(lengths.key_side, sequence, batch, lengths.rows_k, lengths.max_seqlen_k)[2]
     if TILE == 0:
         return tl.where(sequence <= batch, 1, 0), queries * keys
     else:
@@ -197,17 +191,17 @@ def write_order(
         tl.store(order_ptr + 2 * room, tl.minimum(total, room))
 
 
-@triton.jit(do_not_specialize=["sequences", "room", "batch", "rows_q", "rows_k", "max_seqlen_k"])
+@triton.jit(do_not_specialize=["sequences", "room", *SIZES])
 def order_kernel(
     order_ptr,
     cu_q_ptr,
-    cu_k_ptr,
-    key_lengths_ptr,
+    key_side,  # :class:`KeySide`
     sequences,
     room,
     batch,
     rows_q,
     rows_k,
+    max_seqlen_q,
     max_seqlen_k,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -215,7 +209,7 @@ def order_kernel(
     """:func:`write_order` for a sequence a program."""
     rows_q = rows_q.to(tl.int64)
     rows_k = rows_k.to(tl.int64)
-    lengths = Lengths(cu_q_ptr, cu_k_ptr, key_lengths_ptr, batch, rows_q, rows_k, max_seqlen_k)
+    lengths = Lengths(cu_q_ptr, key_side, batch, rows_q, rows_k, max_seqlen_k)
     write_order(order_ptr, tl.program_id(0), sequences, room, lengths, TILE, BLOCK)
 
 

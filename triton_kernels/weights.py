@@ -7,9 +7,8 @@ from torch import Tensor
 from . import configurations
 from .arithmetic import kept_weights
 from .problem import Problem
-from .rows import are_attended, attended_keys, find_tile, sequence_rows
+from .rows import SIZES, are_attended, attended_keys, find_tile, sequence_rows
 
-SIZES = ["batch", "rows_q", "rows_k", "max_seqlen_q", "max_seqlen_k"]
 COLUMNS = ["score_columns", "weight_rows", "weight_columns"]
 
 
@@ -44,9 +43,7 @@ def additive_attention_weights_kernel(
     sequence, first_key = find_tile(key_side.cu_ptr, tile, batch, rows_k, BLOCK_K)
     if sequence >= batch:
         return
-    key_place, key_start, length = attended_keys(
-        key_side.cu_ptr, key_side.lengths_ptr, sequence, batch, rows_k, max_seqlen_k
-    )
+    key_place, key_start, length = attended_keys(key_side, sequence, batch, rows_k, max_seqlen_k)
     place, start, length_q = sequence_rows(cu_q_ptr, sequence, batch, rows_q)
     length_q = tl.minimum(length_q, max_seqlen_q)
     query = first_query + tl.arange(0, BLOCK_Q)
@@ -87,13 +84,9 @@ def fill_weights(
         stats,
         weights,
         problem.cu_q,
-        problem.key_side(),
-        problem.dropout(),
-        problem.batch,
-        problem.rows_q,
-        problem.rows_k,
-        problem.max_q,
-        problem.max_k,
+        problem.inputs.key_side,
+        problem.inputs.dropout,
+        *problem.sizes,
         score_columns,
         *(weights.shape[2:] if weights.dim() == 4 else (None, None)),
         H=problem.heads,
