@@ -18,7 +18,6 @@ from .rows import (
     ORDER_BLOCK,
     SIZES,
     Dropout,
-    Lengths,
     are_attended,
     attended_keys,
     find_tile,
@@ -171,8 +170,9 @@ def additive_attention_bwd_scores_kernel(
         sequence, first = find_tile(cu_q_ptr, tile, batch, rows_q, BLOCK_Q)
         if order_ptr is not None:
             if (first == 0) & (head == 0):
-                lengths = Lengths(cu_q_ptr, key_side, batch, rows_q, rows_k, max_seqlen_k)
-                write_order(order_ptr, sequence, sequences, sequences, lengths, 0, ORDER_BLOCK)
+                sizes = batch, rows_q, rows_k, max_seqlen_k
+                places = order_ptr, sequence, sequences, sequences
+                write_order(*places, cu_q_ptr, key_side, sizes, 0, ORDER_BLOCK)
     else:
         sequence, first = find_tile(cu_k_ptr, tile - query_tiles, batch, rows_k, BLOCK_K)
     place, start, length_q = sequence_rows(cu_q_ptr, sequence, batch, rows_q)

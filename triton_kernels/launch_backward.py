@@ -31,14 +31,13 @@ from .sums import sum_parts
 class PairTensor:
     """Numbers of (query, key) pairs: scores and weights of float32, or score gradients.
 
-    They are [all queries, H, columns], or without columns [longest sequence, all keys, H].
-    ``is_padded``: what is past a sequence's last key is there, and 0. ``order`` is of
+    They are [all queries, H, columns], in score gradients up to whole tiles of keys, 0 past a
+    sequence's last; or without columns [longest sequence, all keys, H]. ``order`` is of
     :func:`rows.write_order`.
     """
 
     data: Tensor
     columns: int | None
-    is_padded: bool = False
     order: Tensor | None = None
 
     def strides(self, problem: Problem) -> tuple[int, int, int, int, int]:
@@ -172,7 +171,7 @@ def _score_gradients(
     )
     if dscores is None:
         return None
-    return PairTensor(dscores, dscores.size(-1), True, order)
+    return PairTensor(dscores, dscores.size(-1), order)
 
 
 def is_whole(problem: Problem) -> bool:
@@ -231,8 +230,8 @@ def _gradient_pass(
         ROW_TILES=row_tiles,
         ROWS_ARE_KEYS=rows_are_keys,
         WHOLE_SEQUENCES=whole_sequences,
-        CONTIGUOUS_SCORES=rows_are_keys and dscores.is_padded,
-        MASK_SCORES=rows_are_keys and not dscores.is_padded,
+        CONTIGUOUS_SCORES=rows_are_keys and dscores.columns is not None,
+        MASK_SCORES=rows_are_keys and dscores.columns is None,
         USE_PTX=problem.uses_ptx,
         num_warps=warps,
     )
@@ -267,7 +266,7 @@ def additive_attention_memory_backward(
     tensors = key, value, score_weight
     problem = describe(by_sequence, *tensors, *layout)
     gradients, (dkey, dvalue, dscore_weight) = new_gradients(tensors, grad_mask // GRAD_KEY)
-    if problem.all_rows_k == 0 or problem.batch == 0:
+    if problem.has_no_keys:
         return tuple(gradient.zero_() for gradient in gradients)
     weights, dscores = (PairTensor(t.contiguous(), None) for t in (weights, dscores))
     incoming = dcontext.transpose(0, 1), None, 0

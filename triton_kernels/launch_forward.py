@@ -64,8 +64,7 @@ def additive_attention_forward(
     }[weights_layout]
     absent, dtype = (-math.inf, torch.float32) if raw else (0.0, value.dtype)
     weights = value.new_full(weights_shape, absent, dtype=dtype)
-    is_empty = problem.all_rows_k == 0 or problem.batch == 0
-    is_empty = is_empty or (context.numel() == 0 and weights.numel() == 0)
+    is_empty = problem.has_no_keys or (context.numel() == 0 and weights.numel() == 0)
     softmax: tuple[Tensor | None, Tensor | None] = (context, stats)
     if raw or is_empty:
         context.zero_()

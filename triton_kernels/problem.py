@@ -58,6 +58,10 @@ class Problem(NamedTuple):
         return self.rows_k * (self.batch if self.cu_k is None else 1)
 
     @property
+    def has_no_keys(self) -> bool:
+        return self.all_rows_k == 0 or self.batch == 0
+
+    @property
     def uses_ptx(self) -> bool:
         """Inline assembly is for NVIDIA; AMD and the interpreter take plain Triton."""
         is_gpu = self.inputs.key.ptr.is_cuda and not triton.knobs.runtime.interpret
@@ -216,5 +220,4 @@ def half_of(dim: int) -> int:
 
 def is_constant(problem: Problem, dweights: Tensor | None) -> bool:
     """Whether no result whose gradient came in depends on any input."""
-    no_context = problem.value_dim == 0 and dweights is None
-    return problem.all_rows_k == 0 or problem.batch == 0 or no_context
+    return problem.has_no_keys or (problem.value_dim == 0 and dweights is None)

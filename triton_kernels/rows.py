@@ -137,24 +137,13 @@ def dealt(number, count, processors):
     return turn * processors + place
 
 
-class Lengths(NamedTuple):
-    """What says how many queries and keys each sequence has."""
-
-    cu_q_ptr: tl.tensor | None
-    key_side: KeySide
-    batch: tl.tensor
-    rows_q: tl.tensor  # int64, as is the next
-    rows_k: tl.tensor
-    max_seqlen_k: tl.tensor
-
-
 @triton.jit
-def work_of(sequence, lengths, TILE: tl.constexpr):
+def work_of(sequence, cu_q_ptr, key_side, sizes, TILE: tl.constexpr):
     """How many tiles of TILE queries sequences have (TILE = 0: each is one), and the pairs of the
     largest of them."""
-    batch = lengths.batch
-    queries = sequence_rows(lengths.cu_q_ptr, sequence, batch, lengths.rows_q)[2]
-    keys = attended_keys(lengths.key_side, sequence, batch, lengths.rows_k, lengths.max_seqlen_k)[2]
+    batch, rows_q, rows_k, max_seqlen_k = sizes
+    queries = sequence_rows(cu_q_ptr, sequence, batch, rows_q)[2]
+    keys = attended_keys(key_side, sequence, batch, rows_k, max_seqlen_k)[2]
     if TILE == 0:
         return tl.where(sequence <= batch, 1, 0), queries * keys
     else:
@@ -163,19 +152,29 @@ def work_of(sequence, lengths, TILE: tl.constexpr):
 
 @triton.jit
 def write_order(
-    order_ptr, sequence, sequences, room, lengths, TILE: tl.constexpr, BLOCK: tl.constexpr
+    order_ptr,
+    sequence,
+    sequences,
+    room,
+    cu_q_ptr,
+    key_side,
+    sizes,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Write the tiles of a sequence where they stand among those of all, the largest first.
+
+    ``sizes``: batch, the rows of queries and of keys (int64), the most keys of a sequence.
 
     ``order`` is [room, 2] and a number: of each tile its sequence, and which of its tiles it is;
     and how many tiles there are.
     """
-    own_tiles, own_work = work_of(sequence, lengths, TILE)
+    own_tiles, own_work = work_of(sequence, cu_q_ptr, key_side, sizes, TILE)
     before = 0
     total = 0
     for begin in range(0, sequences, BLOCK):
         other = begin + tl.arange(0, BLOCK)
-        tiles, work = work_of(other, lengths, TILE)
+        tiles, work = work_of(other, cu_q_ptr, key_side, sizes, TILE)
         tiles = tl.where(other < sequences, tiles, 0)
         precedes = (work > own_work) | ((work == own_work) & (other < sequence))
         before += tl.sum(tl.where(precedes, tiles, 0), 0)
@@ -207,10 +206,9 @@ def order_kernel(
     BLOCK: tl.constexpr,
 ):
     """:func:`write_order` for a sequence a program."""
-    rows_q = rows_q.to(tl.int64)
-    rows_k = rows_k.to(tl.int64)
-    lengths = Lengths(cu_q_ptr, key_side, batch, rows_q, rows_k, max_seqlen_k)
-    write_order(order_ptr, tl.program_id(0), sequences, room, lengths, TILE, BLOCK)
+    sizes = batch, rows_q.to(tl.int64), rows_k.to(tl.int64), max_seqlen_k
+    sequence = tl.program_id(0)
+    write_order(order_ptr, sequence, sequences, room, cu_q_ptr, key_side, sizes, TILE, BLOCK)
 
 
 @triton.jit

@@ -5,16 +5,19 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .arithmetic import add_product, add_weighted_pair, as_float32, exp_twice, tanh_and_derivative
+from .arithmetic import add_product, as_float32, exp_twice, tanh_and_derivative
 from .parts import (
     GROUP,
-    bit_of,
-    joined,
+    added_features,
+    beside_others,
+    less,
+    operands_of,
     parts_of,
     present_parts,
     rows_of_parts,
     stacked,
     sum_before,
+    tile_scores,
     unstacked,
 )
 from .route import (
@@ -115,17 +118,6 @@ def first_features(pairs, key, feature, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def beside_others(part, ARE_KEYS: tl.constexpr):
-    """A part [GROUP, PAIRS, groups] of a side as [key groups, query groups, GROUP, GROUP, PAIRS],
-    1 where of the other side."""
-    PAIRS: tl.constexpr = part.shape[1]
-    if ARE_KEYS:
-        return tl.permute(tl.reshape(part, (1, 1, GROUP, PAIRS, part.shape[2])), (4, 0, 1, 2, 3))
-    else:
-        return tl.permute(tl.reshape(part, (1, GROUP, 1, PAIRS, part.shape[2])), (0, 4, 1, 2, 3))
-
-
-@triton.jit
 def exponentials(rows_ptr, count, bound, ARE_KEYS: tl.constexpr, SHAPE: tl.constexpr):
     """``exp(2x)`` of a block of features of rows, of which there are ``count``, and their largest
     magnitudes with those of ``bound``, of VECTOR features.
@@ -165,93 +157,6 @@ def weights_of_pairs(weights_ptr, count, SHAPE: tl.constexpr):
     w = load_weights(weights_ptr + feature, feature, count, PADDED)
     TURNS: tl.constexpr = SHAPE.FEATURES // (2 * SHAPE.PAIRS)
     return unstacked(tl.permute(tl.reshape(w, (1, TURNS, SHAPE.PAIRS, 2)), (0, 2, 1, 3)))
-
-
-@triton.jit
-def operands_of(sums, a, b, w):
-    """What :func:`added_features` adds to each of ``sums``, in its shape: for each turn a tuple of
-    the operands of :func:`arithmetic.add_weighted_pair`.
-
-    ``a``, ``b``, ``w``: of :func:`exponentials` of queries and of keys, and of
-    :func:`weights_of_pairs`.
-    """
-    operands = ()
-    for i in tl.static_range(len(sums)):
-        row = ()
-        for j in tl.static_range(len(sums[i])):
-            turns = ()
-            for turn in tl.static_range(len(w[0])):
-                numbers = ()
-                for second in tl.static_range(2):
-                    query = a[second][turn * len(sums[i]) + j]
-                    key = b[second][turn * len(sums) + i]
-                    numbers += (tl.broadcast(query, sums[i][j])[0],)
-                    numbers += (tl.broadcast(key, sums[i][j])[0],)
-                    numbers += (tl.broadcast(w[second][turn], sums[i][j])[0],)
-                turns += (numbers,)
-            row += (turns,)
-        operands += (row,)
-    return operands
-
-
-@triton.jit
-def added_features(sums, present_q, present_k, operands, FULL: tl.constexpr, SHAPE: tl.constexpr):
-    """``sums`` of each part of the keys and each part of the queries, tuples of tuples of [keys,
-    queries, GROUP, GROUP, PAIRS], with the fractions of a block of features added.
-
-    FULL: all parts are present.
-    """
-    added = ()
-    for i in tl.static_range(len(sums)):
-        row = sums[i]
-        if FULL or present_k & bit_of(SHAPE.KEYS, i) != 0:
-            new_row = ()
-            for j in tl.static_range(len(row)):
-                part = row[j]
-                if FULL or present_q & bit_of(SHAPE.QUERIES, j) != 0:
-                    for turn in tl.static_range(len(operands[i][j])):
-                        a0, b0, w0, a1, b1, w1 = operands[i][j][turn]
-                        part = add_weighted_pair(part, a0, a1, b0, b1, w0, w1, SHAPE.USE_PTX)
-                new_row += (part,)
-            row = new_row
-        added += (row,)
-    return added
-
-
-@triton.jit
-def less(sums, what):
-    """``sums - what`` of all parts."""
-    out = ()
-    for i in tl.static_range(len(sums)):
-        row = ()
-        for j in tl.static_range(len(sums[i])):
-            row += (sums[i][j] - what,)
-        out += (row,)
-    return out
-
-
-@triton.jit
-def tile_scores(sums, present_q, present_k, constant, weight_sum, SHAPE: tl.constexpr):
-    """``constant - 2 sums`` summed over pairs, [QUERIES, KEYS]; without one, ``weight_sum`` less
-    that of twice the sums."""
-    QUERIES: tl.constexpr = parts_of(SHAPE.QUERIES)
-    KEYS: tl.constexpr = parts_of(SHAPE.KEYS)
-    scores = ()
-    for i in tl.static_range(len(KEYS)):
-        row = ()
-        for j in tl.static_range(len(QUERIES)):
-            part = tl.zeros((KEYS[i], QUERIES[j], GROUP, GROUP), tl.float32)
-            is_present = present_k & bit_of(SHAPE.KEYS, i) != 0
-            if is_present & (present_q & bit_of(SHAPE.QUERIES, j) != 0):
-                if constant is None:
-                    part = weight_sum - 2.0 * tl.sum(sums[i][j], 4)
-                else:
-                    part = tl.sum(constant - 2.0 * sums[i][j], 4)
-            row += (tl.reshape(part, (KEYS[i], QUERIES[j], GROUP * GROUP)),)
-        scores += (tl.reshape(joined(row, 0), (1, KEYS[i], SHAPE.QUERIES * GROUP)),)
-    groups: tl.constexpr = SHAPE.KEYS // GROUP, SHAPE.QUERIES // GROUP, GROUP, GROUP
-    scores = tl.permute(tl.reshape(joined(scores, 0), groups), (1, 2, 0, 3))
-    return tl.reshape(scores, (SHAPE.QUERIES, SHAPE.KEYS))
 
 
 @triton.jit
