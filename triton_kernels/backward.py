@@ -22,6 +22,7 @@ from .rows import (
     attended_keys,
     find_tile,
     first_row,
+    mask_from,
     sequence_rows,
     write_order,
 )
@@ -34,9 +35,9 @@ class Pairs(NamedTuple):
 
     queries: tl.tensor  # how many
     keys: tl.tensor  # how many are attended, those of the mask aside
-    padding_mask_ptr: tl.tensor | None  # of row 0 of ``rows_k`` in ``key_place``
-    key_place: tl.tensor
-    rows_k: tl.tensor
+    mask_ptr: tl.tensor | None
+    value_ptr: tl.tensor
+    stride_vt: tl.tensor
     scores_ptr: tl.tensor
     stride_query: tl.tensor
     stride_key: tl.tensor
@@ -56,7 +57,7 @@ def kept_of(pairs, query, key):
 
 @triton.jit
 def attended_of(pairs, key):
-    return are_attended(pairs.padding_mask_ptr, pairs.key_place, pairs.rows_k, key, pairs.keys)
+    return are_attended(pairs.mask_ptr, key, pairs.keys)
 
 
 @triton.jit
@@ -78,16 +79,7 @@ def load_softmax(pairs, query, key, attended):
 
 
 @triton.jit
-def context_products(
-    pairs,
-    value_ptr,
-    stride_vt,
-    query,
-    key,
-    attended,
-    DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
+def context_products(pairs, query, key, attended, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
     """``dcontext_i . value_j``, [queries, keys]."""
     dcontext_rows = pairs.dcontext_ptr + tl.minimum(query, pairs.queries - 1) * pairs.stride_ct
     products = tl.zeros((query.shape[0], key.shape[0]), tl.float32)
@@ -95,7 +87,7 @@ def context_products(
         d = begin + tl.arange(0, BLOCK_DV)
         dcontext = tl.load(dcontext_rows[:, None] + d[None, :], mask=d[None, :] < DV, other=0.0)
         value = tl.load(
-            value_ptr + key[None, :] * stride_vt + d[:, None],
+            pairs.value_ptr + key[None, :] * pairs.stride_vt + d[:, None],
             mask=attended[None, :] & (d[:, None] < DV),
             other=0.0,
         )
@@ -162,7 +154,6 @@ def additive_attention_bwd_scores_kernel(
     rows_k = rows_k.to(tl.int64)
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    value = inputs.value
     cu_q_ptr = inputs.cu_q_ptr
     key_side = inputs.key_side
     cu_k_ptr = key_side.cu_ptr
@@ -201,9 +192,9 @@ def additive_attention_bwd_scores_kernel(
     pairs = Pairs(
         length_q,
         length,
-        key_side.mask_ptr,
-        key_place,
-        rows_k,
+        mask_from(key_side, key_place * rows_k),
+        first_row(inputs.value, key_place, key_start, head),
+        inputs.value.by_row,
         scores_item,
         stride_query,
         stride_key,
@@ -221,7 +212,6 @@ def additive_attention_bwd_scores_kernel(
             are_queries = (query < length_q)[:, None]
             column = tl.arange(0, BLOCK_K).to(tl.int64)
             query_row = (((row + query) * H + head) * stride_dscores)[:, None]
-            value_item = first_row(value, key_place, key_start, head)
             keys = tl.where(first < length_q, length, 0)
             delta = tl.zeros((BLOCK_Q,), tl.float32)
             sum_of_weights = tl.zeros((BLOCK_Q,), tl.float32)
@@ -230,9 +220,7 @@ def additive_attention_bwd_scores_kernel(
                 attended = attended_of(pairs, key)
                 gradient = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
                 if dcontext is not None:
-                    gradient += context_products(
-                        pairs, value_item, value.by_row, query, key, attended, DV, BLOCK_DV
-                    )
+                    gradient += context_products(pairs, query, key, attended, DV, BLOCK_DV)
                 if dweights_ptr is not None:
                     mask = (query < tl.minimum(length_q, max_seqlen_q))[:, None]
                     dweight_row = (sequence.to(tl.int64) * H + head) * dweight_rows + query

@@ -6,7 +6,17 @@ import triton
 import triton.language as tl
 
 from .arithmetic import exp_once, kept_weights, weighted_sum
-from .rows import SIZES, Dropout, attended_keys, dealt, find_tile, first_row, sequence_rows
+from .rows import (
+    SIZES,
+    Dropout,
+    are_attended,
+    attended_keys,
+    dealt,
+    find_tile,
+    first_row,
+    mask_from,
+    sequence_rows,
+)
 from .scores import Pairs, weights_are_fit, write_scores
 
 OWN_SIZES = ["parts", "keys_a_segment", "room", "processors", "stride_scores"]
@@ -22,7 +32,7 @@ class Segment(NamedTuple):
     query_valid: tl.tensor  # [QUERIES]
     first: tl.tensor  # which key of the sequence is key 0
     keys: tl.tensor  # how many
-    mask_ptr: tl.tensor | None  # of padding: row 0 of the sequence
+    mask_ptr: tl.tensor | None  # of key 0
     value_ptr: tl.tensor  # the row of key 0
     stride_vt: tl.tensor
     dropout: Dropout | None
@@ -34,9 +44,7 @@ class Segment(NamedTuple):
 def load_scores(segment, begin, COLUMNS: tl.constexpr):
     """Scores [QUERIES, COLUMNS] of keys from ``begin`` on, the keys and which of them count."""
     key = begin + tl.arange(0, COLUMNS)
-    attended = key < segment.keys
-    if segment.mask_ptr is not None:
-        attended &= tl.load(segment.mask_ptr + segment.first + key, mask=attended, other=1) == 0
+    attended = are_attended(segment.mask_ptr, key, segment.keys)
     scores = tl.load(
         segment.scores[:, None] + key[None, :],
         mask=segment.query_valid[:, None] & attended[None, :],
@@ -136,7 +144,6 @@ def additive_attention_fwd_kernel(
     rows_k = rows_k.to(tl.int64)
     H: tl.constexpr = SHAPE.H
     cu_q_ptr = inputs.cu_q_ptr
-    padding_mask_ptr = inputs.key_side.mask_ptr
     head = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
     if order_ptr is None:
@@ -209,7 +216,7 @@ def additive_attention_fwd_kernel(
                     query_valid,
                     first,
                     (end - first).to(tl.int32),
-                    None if padding_mask_ptr is None else padding_mask_ptr + key_place * rows_k,
+                    mask_from(inputs.key_side, key_place * rows_k + first),
                     value_item + first * inputs.value.by_row,
                     inputs.value.by_row,
                     inputs.dropout,

@@ -17,7 +17,6 @@ from .gradient_tile import (
     Item,
     Options,
     Side,
-    are_attended,
     existing,
     load_lines,
     load_weights_times_4,
@@ -25,7 +24,16 @@ from .gradient_tile import (
     tile_gradients,
 )
 from .route import INFORMATIVE_SHARE, SATURATED_MAGNITUDE, SMALL_MAGNITUDE
-from .rows import SIZES, attended_keys, dealt, find_tile, first_row, sequence_rows
+from .rows import (
+    SIZES,
+    are_attended,
+    attended_keys,
+    dealt,
+    find_tile,
+    first_row,
+    mask_from,
+    sequence_rows,
+)
 
 LINES = tl.constexpr(8)  # rows that are looked at together where they are only looked at
 
@@ -51,7 +59,8 @@ def are_informative(item, first_row, end_row, pair, options):
     for first in range(first_row, end_row, LINES):
         row = first + tl.arange(0, LINES)
         col = row % tl.maximum(item.cols.attended, 1)
-        both = are_attended(item.rows, row) & are_attended(item.cols, col)
+        both = are_attended(item.rows.mask_ptr, row, item.rows.attended)
+        both &= are_attended(item.cols.mask_ptr, col, item.cols.attended)
         x = load_lines(item.rows, row, pair, options)
         y = load_lines(item.cols, col, pair, options)
         for half in tl.static_range(2):
@@ -81,20 +90,18 @@ def side_of(inputs, sequence, head, sizes, ARE_KEYS: tl.constexpr):
     ``sizes``: batch, the rows of queries and of keys, and the most of either in a sequence.
     """
     batch, rows_q, rows_k, max_q, max_k = sizes
-    mask_ptr = inputs.key_side.mask_ptr
+    mask_ptr = None
     if ARE_KEYS:
         side = inputs.key
         place, start, extent = sequence_rows(inputs.key_side.cu_ptr, sequence, batch, rows_k)
         _, _, attended = attended_keys(inputs.key_side, sequence, batch, rows_k, max_k)
         number = place * rows_k + start
-        if mask_ptr is not None:
-            mask_ptr += place * rows_k
+        mask_ptr = mask_from(inputs.key_side, place * rows_k)
     else:
         side = inputs.query
         place, start, extent = sequence_rows(inputs.cu_q_ptr, sequence, batch, rows_q)
         attended = tl.minimum(extent, max_q)
         number = place * rows_q + start
-        mask_ptr = None
     ptr = first_row(side, place, start, head)
     return Side(ptr, side.by_row, mask_ptr, attended.to(tl.int32)), number, extent
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import kept_weights
-from .rows import are_attended, attended_keys, find_tile, sequence_rows
+from .rows import are_attended, attended_keys, find_tile, mask_from, sequence_rows
 
 SIZES = ["batch", "rows_k", "max_seqlen_k"]
 # Tiles of keys and values are on their way while the one before is worked on.
@@ -87,7 +87,7 @@ def key_tile(keys, key_side, rows_k, SHAPE: tl.constexpr):
     key = keys.start + position
     row = (keys.place * rows_k + key) * SHAPE.H + keys.head
     present = position < keys.present
-    attended = are_attended(key_side.mask_ptr, keys.place, rows_k, position, keys.length)
+    attended = are_attended(mask_from(key_side, keys.place * rows_k), position, keys.length)
     return KeyTile(keys.sequence, keys.head, keys.place, position, key, row, present, attended)
 
 

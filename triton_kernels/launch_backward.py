@@ -17,7 +17,6 @@ from .problem import (
     as_rows,
     check_workspace,
     describe,
-    half_of,
     is_constant,
     new_gradients,
     on_device,
@@ -191,7 +190,7 @@ def _gradient_pass(
     """One launch of the gradient kernel; ``drow`` is of keys or queries, ``dcol`` of the others."""
     query = problem.inputs.query.ptr
     heads = problem.heads
-    half = half_of(problem.dim)
+    half = triton.cdiv(problem.dim, 2)  # pairs of features, d with d + half
     pairs = configurations.gradient_pairs(half)
     warps = pairs // 32
     row_tiles = configurations.GRADIENT_ROW_TILES

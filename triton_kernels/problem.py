@@ -213,11 +213,6 @@ def new_gradients(
     return gradients, [g if wanted else None for g, wanted in zip(gradients, is_wanted)]
 
 
-def half_of(dim: int) -> int:
-    """How many pairs of features there are, d with d + half."""
-    return triton.cdiv(dim, 2)
-
-
 def is_constant(problem: Problem, dweights: Tensor | None) -> bool:
     """Whether no result whose gradient came in depends on any input."""
     return problem.has_no_keys or (problem.value_dim == 0 and dweights is None)

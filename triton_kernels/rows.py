@@ -212,10 +212,18 @@ def order_kernel(
 
 
 @triton.jit
-def are_attended(mask_ptr, place, rows, position, length):
+def mask_from(key_side, key):
+    """The mask, if any, from this key of all on."""
+    if key_side.mask_ptr is None:
+        return None
+    else:
+        return key_side.mask_ptr + key
+
+
+@triton.jit
+def are_attended(mask_ptr, position, length):
     """Which key positions count: within the length and not masked."""
     attended = position < length
     if mask_ptr is not None:
-        ignored = tl.load(mask_ptr + place * rows + position, mask=attended, other=1)
-        attended = attended & (ignored == 0)
+        attended &= tl.load(mask_ptr + position, mask=attended, other=1) == 0
     return attended

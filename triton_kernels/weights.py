@@ -7,7 +7,7 @@ from torch import Tensor
 from . import configurations
 from .arithmetic import kept_weights
 from .problem import Problem
-from .rows import SIZES, are_attended, attended_keys, find_tile, sequence_rows
+from .rows import SIZES, are_attended, attended_keys, find_tile, mask_from, sequence_rows
 
 COLUMNS = ["score_columns", "weight_rows", "weight_columns"]
 
@@ -48,7 +48,7 @@ def additive_attention_weights_kernel(
     length_q = tl.minimum(length_q, max_seqlen_q)
     query = first_query + tl.arange(0, BLOCK_Q)
     key = first_key + tl.arange(0, BLOCK_K)
-    attended = are_attended(key_side.mask_ptr, key_place, rows_k, key, length)
+    attended = are_attended(mask_from(key_side, key_place * rows_k), key, length)
     mask = (query < length_q)[:, None] & attended[None, :]
     query_row = ((place * rows_q + start + query) * H + head)[:, None]
     key_row = ((key_place * rows_k + key_start + key) * H + head)[None, :]
