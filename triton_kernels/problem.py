@@ -29,6 +29,8 @@ class Problem(NamedTuple):
     rows_k: int
     max_q: int
     max_k: int
+    cu_q: Tensor | None
+    cu_k: Tensor | None
     inputs: Inputs
     is_unread: bool  # whether a longest sequence counts as all rows, because none was given or read
 
@@ -36,14 +38,6 @@ class Problem(NamedTuple):
     def sizes(self) -> tuple[int, int, int, int, int]:
         """Those that vary from call to call, as kernels take them."""
         return self.batch, self.rows_q, self.rows_k, self.max_q, self.max_k
-
-    @property
-    def cu_q(self) -> Tensor | None:
-        return self.inputs.cu_q_ptr
-
-    @property
-    def cu_k(self) -> Tensor | None:
-        return self.inputs.key_side.cu_ptr
 
     @property
     def is_one_step(self) -> bool:
@@ -103,9 +97,10 @@ def describe(
 ) -> Problem:
     """In pooling branches, of which there are ``max_q``, take the place of a sequence's queries."""
     rows_q, rows_k = max_q if query is None else query.size(1), key.size(1)
-    cu_q, cu_k, lengths, mask = (
-        None if tensor is None else tensor.contiguous() for tensor in (cu_q, cu_k, lengths, mask)
-    )
+    cu_q = None if cu_q is None else cu_q.contiguous()
+    cu_k = None if cu_k is None else cu_k.contiguous()
+    lengths = None if lengths is None else lengths.contiguous()
+    mask = None if mask is None else mask.contiguous().view(torch.uint8)
     inputs = Inputs(
         as_rows(query, cu_q),
         as_rows(key, cu_k),
@@ -113,8 +108,10 @@ def describe(
         as_rows(value, cu_k),
         score_weight.contiguous(),
         cu_q,
-        KeySide(cu_k, lengths, None if mask is None else mask.view(torch.uint8)),
-        *(dropout_of(p, seed) for p in (dropout_p, *feature_dropout)),
+        KeySide(cu_k, lengths, mask),
+        dropout_of(dropout_p, seed),
+        dropout_of(feature_dropout[0], seed),
+        dropout_of(feature_dropout[1], seed),
     )
     return Problem(
         key.size(0) if cu_k is None else cu_k.size(0) - 1,
@@ -125,6 +122,8 @@ def describe(
         rows_k,
         rows_q if cu_q is None else _bound(max_q, cu_q, rows_q),
         rows_k if cu_k is None else _bound(max_k, cu_k, rows_k),
+        cu_q,
+        cu_k,
         inputs,
         _is_unread(max_q, cu_q, rows_q) or _is_unread(max_k, cu_k, rows_k),
     )
@@ -205,12 +204,12 @@ def new_gradients(
 ) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
     """What an op returns, empty where no gradient is asked for, and None there. The first tensor's
     bit is 1."""
-    is_wanted = [bool(grad_mask & 1 << bit) for bit in range(len(tensors))]
-    gradients = tuple(
-        tensor.new_empty(tensor.shape if wanted else (0,))
-        for tensor, wanted in zip(tensors, is_wanted)
-    )
-    return gradients, [g if wanted else None for g, wanted in zip(gradients, is_wanted)]
+    gradients, wanted = [], []
+    for bit, tensor in enumerate(tensors):
+        is_wanted = grad_mask & 1 << bit
+        gradients.append(tensor.new_empty(tensor.shape if is_wanted else (0,)))
+        wanted.append(gradients[-1] if is_wanted else None)
+    return tuple(gradients), wanted
 
 
 def is_constant(problem: Problem, dweights: Tensor | None) -> bool:
