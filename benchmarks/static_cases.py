@@ -148,8 +148,8 @@ def elements_of(name: str, constants: dict) -> tuple[int, int]:
     if "fwd" in name or "bwd" in name:
         if "keys" in name:
             return c["SEGMENT"] * c["BLOCK_D"], triton.cdiv(c["D"], c["BLOCK_D"])
-        elements = c["BLOCK_Q"] * c["BLOCK_K"] * c["BLOCK_D"]
-        return elements, 0 if raw else triton.cdiv(c["D"], c["BLOCK_D"])
+        elements = c["QUERIES"] * c["KEYS"] * c["FEATURES"]
+        return elements, 0 if raw else triton.cdiv(c["D"], c["FEATURES"])
     return 0, 0
 
 

@@ -795,8 +795,8 @@ TRITON = [
     Defect(
         "triton-keys-of-nobody",
         "triton_kernels/rows.py",
-        "    if sequence >= batch:\n        length = length * 0\n",
-        "",
+        "length = tl.where(sequence < batch, tl.minimum(length, max_seqlen), 0)",
+        "length = tl.minimum(length, max_seqlen)",
         "tests/test_hard_cases.py::test_rows_past_the_last_offset tests/test_strides.py",
         "Rows past the last offset attend to each other, and get gradients.",
     ),

@@ -286,9 +286,10 @@ def test_the_largest_tiles_come_first(tile: int):
     ]
     all_rows, room, batch = sum(lengths_q) + 2, 12, len(lengths_q)  # two rows belong to nobody
     order = torch.full((2 * room + 1,), -1, dtype=torch.int32)
-    scalars = (batch + 1, room, batch, all_rows, sum(lengths_k), 30)
+    scalars = (batch + 1, room, batch, all_rows, sum(lengths_k), 40, 30)
+    key_side = rows.KeySide(offsets[1], None, None)
     kernel = rows.order_kernel[(batch + 1,)]
-    kernel(order, *offsets, None, *scalars, TILE=tile, BLOCK=4, num_warps=1)
+    kernel(order, offsets[0], key_side, *scalars, TILE=tile, BLOCK=4, num_warps=1)
     work = {
         (b, n): (min(q, tile) if tile else q) * k
         for b, (q, k) in enumerate(zip((*lengths_q, 2), (*lengths_k, 0)))

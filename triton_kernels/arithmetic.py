@@ -5,8 +5,6 @@ and its derivative is ``4 (r - r^2)``. Two features are a pair: their fractions 
 one reciprocal, ``w0 r0 + w1 r1 = (w0 x1 + w1 x0) / (x0 x1)``.
 """
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
@@ -177,45 +175,17 @@ def weighted_sum(weights, value, sums=None):
 
 
 @triton.jit
-def dropout_scales(seed_ptr, threshold, scale, sequence, head, query, key):
-    """``scale`` where dropout keeps the weight of (sequence, head, query, key), else 0.
+def kept_weights(dropout, sequence, head, query, key):
+    """What :class:`rows.Dropout` multiplies weights of a sequence and head by, or 1 for all.
 
-    Args:
-        seed_ptr: one int64.
-        threshold: the least 24-bit number that is kept, ``ceil(dropout_p * 2^24)``.
-        scale: ``1 / (1 - dropout_p)``.
-        sequence, head: their numbers.
-        query, key: positions in the sequence, broadcast against each other.
+    ``query``, ``key``: positions in the sequence, broadcast against each other.
     """
-    query, key = tl.broadcast(query.to(tl.int32), key.to(tl.int32))
-    head = query * 0 + head.to(tl.int32)
-    sequence = query * 0 + sequence
-    word, _, _, _ = tl.philox(tl.load(seed_ptr), key, query, head, sequence)
-    return tl.where((word >> 8).to(tl.int32) >= threshold, scale, 0.0)
-
-
-class WeightDropout(NamedTuple):
-    """Of the weights of a sequence and head; none without a seed."""
-
-    seed_ptr: tl.tensor | None
-    threshold: tl.tensor
-    scale: tl.tensor
-    sequence: tl.tensor
-    head: tl.tensor
-
-
-@triton.jit
-def kept_weights(dropout, query, key):
-    """The scales of queries and keys [queries, keys], or 1 where none is dropped out."""
-    if dropout.seed_ptr is None:
+    if dropout is None:
         return 1.0
     else:
-        return dropout_scales(
-            dropout.seed_ptr,
-            dropout.threshold,
-            dropout.scale,
-            dropout.sequence,
-            dropout.head,
-            query[:, None],
-            key[None, :],
-        )
+        query, key = tl.broadcast(query.to(tl.int32), key.to(tl.int32))
+        head = query * 0 + head.to(tl.int32)
+        sequence = query * 0 + sequence
+        word, _, _, _ = tl.philox(tl.load(dropout.seed_ptr), key, query, head, sequence)
+        threshold = tl.cast(dropout.threshold, tl.int32)
+        return tl.where((word >> 8).to(tl.int32) >= threshold, dropout.scale, 0.0)

@@ -13,29 +13,21 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .arithmetic import WeightDropout, kept_weights, product, weighted_sum
+from .arithmetic import kept_weights, product, weighted_sum
 from .rows import (
     ORDER_BLOCK,
-    Lengths,
+    SIZES,
+    Dropout,
     are_attended,
     attended_keys,
     find_tile,
+    first_row,
+    mask_from,
     sequence_rows,
     write_order,
 )
 
-SIZES = [
-    "batch",
-    "rows_q",
-    "rows_k",
-    "max_seqlen_q",
-    "max_seqlen_k",
-    "query_tiles",
-    "sequences",
-    "score_columns",
-    "dweight_rows",
-    "dweight_columns",
-]
+OWN_SIZES = ["query_tiles", "sequences", "score_columns", "dweight_rows", "dweight_columns"]
 
 
 class Pairs(NamedTuple):
@@ -43,9 +35,9 @@ class Pairs(NamedTuple):
 
     queries: tl.tensor  # how many
     keys: tl.tensor  # how many are attended, those of the mask aside
-    padding_mask_ptr: tl.tensor | None  # of row 0 of ``rows_k`` in ``key_place``
-    key_place: tl.tensor
-    rows_k: tl.tensor
+    mask_ptr: tl.tensor | None
+    value_ptr: tl.tensor
+    stride_vt: tl.tensor
     scores_ptr: tl.tensor
     stride_query: tl.tensor
     stride_key: tl.tensor
@@ -53,12 +45,19 @@ class Pairs(NamedTuple):
     stride_stats: tl.tensor
     dcontext_ptr: tl.tensor | None
     stride_ct: tl.tensor
-    dropout: WeightDropout
+    dropout: Dropout | None
+    sequence: tl.tensor
+    head: tl.tensor
+
+
+@triton.jit
+def kept_of(pairs, query, key):
+    return kept_weights(pairs.dropout, pairs.sequence, pairs.head, query[:, None], key[None, :])
 
 
 @triton.jit
 def attended_of(pairs, key):
-    return are_attended(pairs.padding_mask_ptr, pairs.key_place, pairs.rows_k, key, pairs.keys)
+    return are_attended(pairs.mask_ptr, key, pairs.keys)
 
 
 @triton.jit
@@ -80,16 +79,7 @@ def load_softmax(pairs, query, key, attended):
 
 
 @triton.jit
-def context_products(
-    pairs,
-    value_ptr,
-    stride_vt,
-    query,
-    key,
-    attended,
-    DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
+def context_products(pairs, query, key, attended, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
     """``dcontext_i . value_j``, [queries, keys]."""
     dcontext_rows = pairs.dcontext_ptr + tl.minimum(query, pairs.queries - 1) * pairs.stride_ct
     products = tl.zeros((query.shape[0], key.shape[0]), tl.float32)
@@ -97,7 +87,7 @@ def context_products(
         d = begin + tl.arange(0, BLOCK_DV)
         dcontext = tl.load(dcontext_rows[:, None] + d[None, :], mask=d[None, :] < DV, other=0.0)
         value = tl.load(
-            value_ptr + key[None, :] * stride_vt + d[:, None],
+            pairs.value_ptr + key[None, :] * pairs.stride_vt + d[:, None],
             mask=attended[None, :] & (d[:, None] < DV),
             other=0.0,
         )
@@ -109,7 +99,7 @@ def context_products(
 def value_weights(pairs, query, key, attended):
     """The weights after dropout [keys, queries], 0 for queries past the last."""
     weights = load_softmax(pairs, query, key, attended)
-    return tl.trans(weights * kept_weights(pairs.dropout, query, key))
+    return tl.trans(weights * kept_of(pairs, query, key))
 
 
 @triton.jit
@@ -121,10 +111,10 @@ def value_sums(pairs, weights, query, queries, d, DV: tl.constexpr):
     return weighted_sum(weights, tl.load(pairs.dcontext_ptr + places, mask=mask, other=0.0))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, *OWN_SIZES])
 def additive_attention_bwd_scores_kernel(
-    value,  # :class:`rows.Rows`
-    dcontext,  # the same, or None
+    inputs,  # :class:`rows.Inputs`
+    dcontext,  # :class:`rows.Rows`, or None
     dweights_ptr,  # [batch, H, dweight_rows, dweight_columns], or None
     stats_ptr,  # [all queries, H, 2], (max, sum), or None
     scores_ptr,  # [all queries, H, score_columns], or without columns [max_q, all keys, H]
@@ -132,9 +122,6 @@ def additive_attention_bwd_scores_kernel(
     dscores_ptr,  # [all queries, H, stride_dscores], or None
     dvalue_ptr,  # [all keys, H, DV], or None
     order_ptr,
-    cu_q_ptr,
-    key_side,  # :class:`rows.KeySide`
-    dropout,  # :class:`rows.Dropout`, or None
     batch,
     rows_q,
     rows_k,
@@ -167,21 +154,21 @@ def additive_attention_bwd_scores_kernel(
     rows_k = rows_k.to(tl.int64)
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
+    cu_q_ptr = inputs.cu_q_ptr
+    key_side = inputs.key_side
     cu_k_ptr = key_side.cu_ptr
-    key_lengths_ptr = key_side.lengths_ptr
     if tile < query_tiles:
         sequence, first = find_tile(cu_q_ptr, tile, batch, rows_q, BLOCK_Q)
         if order_ptr is not None:
             if (first == 0) & (head == 0):
-                lengths = Lengths(
-                    cu_q_ptr, cu_k_ptr, key_lengths_ptr, batch, rows_q, rows_k, max_seqlen_k
-                )
-                write_order(order_ptr, sequence, sequences, sequences, lengths, 0, ORDER_BLOCK)
+                sizes = batch, rows_q, rows_k, max_seqlen_k
+                places = order_ptr, sequence, sequences, sequences
+                write_order(*places, cu_q_ptr, key_side, sizes, 0, ORDER_BLOCK)
     else:
         sequence, first = find_tile(cu_k_ptr, tile - query_tiles, batch, rows_k, BLOCK_K)
     place, start, length_q = sequence_rows(cu_q_ptr, sequence, batch, rows_q)
     key_place, key_start, extent = sequence_rows(cu_k_ptr, sequence, batch, rows_k)
-    _, _, length = attended_keys(cu_k_ptr, key_lengths_ptr, sequence, batch, rows_k, max_seqlen_k)
+    _, _, length = attended_keys(key_side, sequence, batch, rows_k, max_seqlen_k)
     row = place * rows_q + start
     key_row = key_place * rows_k + key_start
     scores_item = scores_ptr
@@ -201,19 +188,13 @@ def additive_attention_bwd_scores_kernel(
     stride_ct = 0
     if dcontext is not None:
         stride_ct = dcontext.by_row
-        dcontext_item = dcontext.ptr + place * dcontext.by_place + start * stride_ct
-        dcontext_item += head * dcontext.by_head
-    if dropout is None:
-        weight_dropout = WeightDropout(None, 0, 1.0, sequence, head)
-    else:
-        threshold = tl.cast(dropout.threshold, tl.int32)
-        weight_dropout = WeightDropout(dropout.seed_ptr, threshold, dropout.scale, sequence, head)
+        dcontext_item = first_row(dcontext, place, start, head)
     pairs = Pairs(
         length_q,
         length,
-        key_side.mask_ptr,
-        key_place,
-        rows_k,
+        mask_from(key_side, key_place * rows_k),
+        first_row(inputs.value, key_place, key_start, head),
+        inputs.value.by_row,
         scores_item,
         stride_query,
         stride_key,
@@ -221,7 +202,9 @@ def additive_attention_bwd_scores_kernel(
         H * 2,
         dcontext_item,
         stride_ct,
-        weight_dropout,
+        inputs.dropout,
+        sequence,
+        head,
     )
     if dscores_ptr is not None:
         if tile < query_tiles:
@@ -229,8 +212,6 @@ def additive_attention_bwd_scores_kernel(
             are_queries = (query < length_q)[:, None]
             column = tl.arange(0, BLOCK_K).to(tl.int64)
             query_row = (((row + query) * H + head) * stride_dscores)[:, None]
-            value_item = value.ptr + key_place * value.by_place + key_start * value.by_row
-            value_item += head * value.by_head
             keys = tl.where(first < length_q, length, 0)
             delta = tl.zeros((BLOCK_Q,), tl.float32)
             sum_of_weights = tl.zeros((BLOCK_Q,), tl.float32)
@@ -239,9 +220,7 @@ def additive_attention_bwd_scores_kernel(
                 attended = attended_of(pairs, key)
                 gradient = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
                 if dcontext is not None:
-                    gradient += context_products(
-                        pairs, value_item, value.by_row, query, key, attended, DV, BLOCK_DV
-                    )
+                    gradient += context_products(pairs, query, key, attended, DV, BLOCK_DV)
                 if dweights_ptr is not None:
                     mask = (query < tl.minimum(length_q, max_seqlen_q))[:, None]
                     dweight_row = (sequence.to(tl.int64) * H + head) * dweight_rows + query
@@ -250,7 +229,7 @@ def additive_attention_bwd_scores_kernel(
                         mask=mask & attended[None, :],
                         other=0.0,
                     ).to(tl.float32)
-                gradient *= kept_weights(pairs.dropout, query, key)
+                gradient *= kept_of(pairs, query, key)
                 if stats_ptr is not None:
                     weights = load_softmax(pairs, query, key, attended)
                     delta += tl.sum(weights * gradient, 1)

@@ -5,32 +5,46 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .arithmetic import WeightDropout, exp_once, kept_weights, weighted_sum
-from .rows import attended_keys, dealt, find_tile, sequence_rows
-from .scores import Pairs, Shape, weights_are_fit, write_scores
+from .arithmetic import exp_once, kept_weights, weighted_sum
+from .rows import (
+    SIZES,
+    Dropout,
+    are_attended,
+    attended_keys,
+    dealt,
+    find_tile,
+    first_row,
+    mask_from,
+    sequence_rows,
+)
+from .scores import Pairs, weights_are_fit, write_scores
 
+OWN_SIZES = ["parts", "keys_a_segment", "room", "processors", "stride_scores"]
 PROGRAMS = tl.constexpr(2)  # of this kernel that a multiprocessor has at a time, by registers
-SIZES = ["batch", "rows_q", "rows_k", "max_seqlen_q", "max_seqlen_k", "parts", "threshold"]
 
 
 class Segment(NamedTuple):
     """Keys of a program whose scores are in memory; key 0 is the first of them."""
 
-    scores: tl.tensor  # where each query's score of key 0 is, [BLOCK_Q]
-    query: tl.tensor  # [BLOCK_Q]
-    query_valid: tl.tensor  # [BLOCK_Q]
+    scores: tl.tensor  # where each query's score of key 0 is, [QUERIES]
+    sums: tl.tensor  # where its sum of values is, [QUERIES]
+    query: tl.tensor  # [QUERIES]
+    query_valid: tl.tensor  # [QUERIES]
     first: tl.tensor  # which key of the sequence is key 0
     keys: tl.tensor  # how many
-    mask_ptr: tl.tensor | None  # of padding: row 0 of the sequence
+    mask_ptr: tl.tensor | None  # of key 0
+    value_ptr: tl.tensor  # the row of key 0
+    stride_vt: tl.tensor
+    dropout: Dropout | None
+    sequence: tl.tensor
+    head: tl.tensor
 
 
 @triton.jit
 def load_scores(segment, begin, COLUMNS: tl.constexpr):
-    """Scores [BLOCK_Q, COLUMNS] of keys from ``begin`` on, the keys and which of them count."""
+    """Scores [QUERIES, COLUMNS] of keys from ``begin`` on, the keys and which of them count."""
     key = begin + tl.arange(0, COLUMNS)
-    attended = key < segment.keys
-    if segment.mask_ptr is not None:
-        attended &= tl.load(segment.mask_ptr + segment.first + key, mask=attended, other=1) == 0
+    attended = are_attended(segment.mask_ptr, key, segment.keys)
     scores = tl.load(
         segment.scores[:, None] + key[None, :],
         mask=segment.query_valid[:, None] & attended[None, :],
@@ -40,139 +54,100 @@ def load_scores(segment, begin, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def add_segment(
-    segment,
-    value_ptr,
-    stride_vt,
-    sums_rows,
-    largest,
-    total,
-    dropout,
-    is_first,
-    DV: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    SINGLE: tl.constexpr,
-    USE_PTX: tl.constexpr,
-):
+def add_segment(segment, largest, total, is_first, SHAPE: tl.constexpr):
     """Add a segment of keys to the softmax and the weighted sum of queries.
 
     Args:
         segment: :class:`Segment`.
-        value_ptr: the row of key 0.
-        sums_rows: where each query's sum is, [BLOCK_Q].
-        largest, total: of the scores before, and of their exponentials, [BLOCK_Q].
+        largest, total: of the scores before, and of their exponentials, [QUERIES].
         is_first: whether nothing has been summed before.
-        SINGLE: there is no other segment, and the sum is the context.
 
     Returns:
         ``largest`` and ``total``.
     """
+    COLUMNS: tl.constexpr = SHAPE.COLUMNS
+    DV: tl.constexpr = SHAPE.DV
     before = largest
     for begin in range(0, segment.keys, COLUMNS):
         scores, _, _ = load_scores(segment, begin, COLUMNS)
         largest_here = tl.maximum(largest, tl.max(scores, 1))
         shift = tl.where(largest_here == -float("inf"), 0.0, largest_here)
         total *= tl.exp(largest - shift)
-        total += tl.sum(exp_once(scores - shift[:, None], USE_PTX), 1)
+        total += tl.sum(exp_once(scores - shift[:, None], SHAPE.USE_PTX), 1)
         largest = largest_here
     shift = tl.where(largest == -float("inf"), 0.0, largest)
     shrink = tl.exp(before - shift)
-    scale = 1.0 / tl.where(total == 0.0, 1.0, total) if SINGLE else 1.0
-    places = tl.arange(0, COLUMNS).to(tl.int64) * stride_vt
-    for begin_d in range(0, DV, BLOCK_DV):
-        d = begin_d + tl.arange(0, BLOCK_DV)
-        target = sums_rows[:, None] + d[None, :]
+    scale = 1.0 / tl.where(total == 0.0, 1.0, total) if SHAPE.SINGLE else 1.0
+    places = tl.arange(0, COLUMNS).to(tl.int64) * segment.stride_vt
+    for begin_d in range(0, DV, SHAPE.VALUES):
+        d = begin_d + tl.arange(0, SHAPE.VALUES)
+        target = segment.sums[:, None] + d[None, :]
         mask = segment.query_valid[:, None] & (d[None, :] < DV)
-        sums = tl.zeros((sums_rows.shape[0], BLOCK_DV), tl.float32)
-        if not SINGLE:
+        sums = tl.zeros((SHAPE.QUERIES, SHAPE.VALUES), tl.float32)
+        if not SHAPE.SINGLE:
             if not is_first:
                 sums = tl.load(target, mask=mask, other=0.0) * shrink[:, None]
         for begin in tl.range(0, segment.keys, COLUMNS, num_stages=1):
             scores, key, attended = load_scores(segment, begin, COLUMNS)
-            weights = exp_once(scores - shift[:, None], USE_PTX)
-            if SINGLE:
+            weights = exp_once(scores - shift[:, None], SHAPE.USE_PTX)
+            if SHAPE.SINGLE:
                 weights *= scale[:, None]
-            weights *= kept_weights(dropout, segment.query, segment.first + key)
+            weights *= kept_weights(
+                segment.dropout,
+                segment.sequence,
+                segment.head,
+                segment.query[:, None],
+                (segment.first + key)[None, :],
+            )
+            rows = segment.value_ptr + tl.cast(begin, tl.int64) * segment.stride_vt
             value = tl.load(
-                (value_ptr + tl.cast(begin, tl.int64) * stride_vt) + places[:, None] + d[None, :],
+                rows + places[:, None] + d[None, :],
                 mask=attended[:, None] & (d[None, :] < DV),
                 other=0.0,
             )
             sums = weighted_sum(weights, value, sums)
-        tl.store(target, sums.to(sums_rows.dtype.element_ty), mask=mask)
+        tl.store(target, sums.to(segment.sums.dtype.element_ty), mask=mask)
     return largest, total
 
 
-@triton.jit(do_not_specialize=[*SIZES, "keys_a_segment", "room", "processors", "stride_scores"])
+@triton.jit(do_not_specialize=[*SIZES, *OWN_SIZES])
 def additive_attention_fwd_kernel(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    score_weight_ptr,
+    inputs,  # :class:`rows.Inputs`
     context_ptr,
     stats_ptr,
     partial_ptr,
     scores_ptr,
     order_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    key_lengths_ptr,
-    padding_mask_ptr,
-    seed_ptr,
     batch,
     rows_q,
     rows_k,
+    max_seqlen_q,
     max_seqlen_k,
     parts,
     keys_a_segment,
     room,
     processors,
-    threshold,
-    dropout_scale,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_wh,
     stride_scores,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PAIRS: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SINGLE: tl.constexpr,
-    KEEP_SCORES: tl.constexpr,
-    RAW: tl.constexpr,
-    REFINE: tl.constexpr,
-    USE_PTX: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
-    """``context_i = sum_j softmax_j(e_ij) value_j`` for BLOCK_Q queries of a sequence and a head.
+    """``context_i = sum_j softmax_j(e_ij) value_j`` for QUERIES of a sequence and a head.
 
     Keys are taken in segments: all scores of one, then its softmax, then its weighted sum. With
     ``SINGLE`` a sequence's keys are one segment, and results final. Else program (tile, head, part)
     takes each ``parts``-th segment, and leaves for ``sums.merge_parts`` its sum ``partial``
-    [parts, rows, H, DV] and its (max, sum) in ``stats`` [parts, rows, H, 2].
+    [rows, parts, H, DV] and its (max, sum) in ``stats`` [rows, parts, H, 2].
     The tiles are in ``order``, of :func:`rows.write_order`, if it is given.
-    Scores pass through ``scores`` [(parts,) rows, H, stride_scores], all of them with KEEP_SCORES;
+    Scores pass through ``scores`` [rows, (parts,) H, stride_scores], all of them with KEEP_SCORES;
     without ``stats`` nothing else is computed. RAW: of the scores more than differences matters.
     """
-    shape: tl.constexpr = Shape(D, BLOCK_Q, BLOCK_K, BLOCK_D, PAIRS, RAW, REFINE, USE_PTX)
     rows_q = rows_q.to(tl.int64)
     rows_k = rows_k.to(tl.int64)
+    H: tl.constexpr = SHAPE.H
+    cu_q_ptr = inputs.cu_q_ptr
     head = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
     if order_ptr is None:
-        sequence, first_query = find_tile(cu_q_ptr, tl.program_id(0), batch, rows_q, BLOCK_Q)
+        sequence, first_query = find_tile(cu_q_ptr, tl.program_id(0), batch, rows_q, SHAPE.QUERIES)
     else:
         tiles = tl.load(order_ptr + 2 * room)
         if tl.program_id(0) >= tiles:
@@ -182,50 +157,46 @@ def additive_attention_fwd_kernel(
         if tiles * H * parts <= PROGRAMS * processors:
             tile = dealt(tile, tiles, processors)
         sequence = tl.load(order_ptr + 2 * tile)
-        first_query = tl.load(order_ptr + 2 * tile + 1).to(tl.int64) * BLOCK_Q
+        first_query = tl.load(order_ptr + 2 * tile + 1).to(tl.int64) * SHAPE.QUERIES
     place, start, length_q = sequence_rows(cu_q_ptr, sequence, batch, rows_q)
     if first_query >= length_q:
         return
     key_place, key_start, length = attended_keys(
-        cu_k_ptr, key_lengths_ptr, sequence, batch, rows_k, max_seqlen_k
+        inputs.key_side, sequence, batch, rows_k, max_seqlen_k
     )
-    query = first_query + tl.arange(0, BLOCK_Q)
+    query = first_query + tl.arange(0, SHAPE.QUERIES)
     query_valid = query < length_q
-    query_item = query_ptr + place * stride_qb + start * stride_qt + head * stride_qh
-    all_rows = rows_q
-    if cu_q_ptr is None:
-        all_rows = rows_q * batch
-    row = (place * rows_q + start + query) * H + head
-    part_row = row + part * all_rows * H
-    first_row = (place * rows_q + start) * H + head
-    if not KEEP_SCORES:
-        first_row += part * all_rows * H
-    scores_item = scores_ptr + first_row * stride_scores
-    key_item = key_ptr + key_place * stride_kb + key_start * stride_kt + head * stride_kh
-    value_item = value_ptr + key_place * stride_vb + key_start * stride_vt + head * stride_vh
-
-    score_weights = score_weight_ptr + head * stride_wh
+    row = place * rows_q + start
+    part_row = ((row + query) * parts + part) * H + head
+    if SHAPE.KEEP_SCORES:
+        scores_item = scores_ptr + (row * H + head) * stride_scores
+        stride_query = H * stride_scores
+    else:
+        scores_item = scores_ptr + ((row * parts + part) * H + head) * stride_scores
+        stride_query = parts * H * stride_scores
+    value_item = first_row(inputs.value, key_place, key_start, head)
+    score_weights = inputs.score_weight_ptr + head * SHAPE.D
     pairs = Pairs(
-        query_item,
-        stride_qt,
+        first_row(inputs.query, place, start, head),
+        inputs.query.by_row,
         first_query,
         length_q,
-        key_item,
-        stride_kt,
+        first_row(inputs.key, key_place, key_start, head),
+        inputs.key.by_row,
         length,
         score_weights,
-        *weights_are_fit(score_weights, D),
-        H * stride_scores,
+        *weights_are_fit(score_weights, SHAPE.D),
+        stride_query,
     )
 
     sums_rows = None
     if stats_ptr is not None:
-        sums_rows = context_ptr + row * DV if SINGLE else partial_ptr + part_row * DV
-    largest = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK_Q,), tl.float32)
+        sums_rows = (context_ptr if SHAPE.SINGLE else partial_ptr) + part_row * SHAPE.DV
+    largest = tl.full((SHAPE.QUERIES,), -float("inf"), tl.float32)
+    total = tl.zeros((SHAPE.QUERIES,), tl.float32)
     # Without any key there still is a result to write: 0, by one empty segment.
     segments = tl.maximum(tl.cdiv(length, keys_a_segment), 1)
-    if SINGLE:  # known, so that there is no loop
+    if SHAPE.SINGLE:  # known, so that there is no loop
         segments = 1
         part = 0
         parts = 1
@@ -233,33 +204,31 @@ def additive_attention_fwd_kernel(
     for segment in tl.range(part, segments, parts, disable_licm=True):
         first = segment * keys_a_segment
         end = tl.minimum(first + keys_a_segment, length)
-        scores = scores_item if KEEP_SCORES else scores_item - first  # of query 0 and key 0
-        write_scores(pairs, scores, first, end, shape)
+        scores = scores_item if SHAPE.KEEP_SCORES else scores_item - first  # of query 0 and key 0
+        write_scores(pairs, scores, first, end, SHAPE)
         if stats_ptr is not None:
             tl.debug_barrier()  # other threads of the program read what these have written
             largest, total = add_segment(
                 Segment(
                     scores + first + query * pairs.stride_scores,
+                    sums_rows,
                     query,
                     query_valid,
                     first,
                     (end - first).to(tl.int32),
-                    None if padding_mask_ptr is None else padding_mask_ptr + key_place * rows_k,
+                    mask_from(inputs.key_side, key_place * rows_k + first),
+                    value_item + first * inputs.value.by_row,
+                    inputs.value.by_row,
+                    inputs.dropout,
+                    sequence,
+                    head,
                 ),
-                value_item + first * stride_vt,
-                stride_vt,
-                sums_rows,
                 largest,
                 total,
-                WeightDropout(seed_ptr, threshold, dropout_scale, sequence, head),
                 segment == part,
-                DV,
-                COLUMNS,
-                BLOCK_DV,
-                SINGLE,
-                USE_PTX,
+                SHAPE,
             )
-            if not SINGLE:
+            if not SHAPE.SINGLE:
                 # The next one overwrites the scores and reads the sums. Triton would place a
                 # barrier for its shared memory about here, but knows of no other memory.
                 tl.debug_barrier()

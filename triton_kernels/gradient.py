@@ -17,7 +17,6 @@ from .gradient_tile import (
     Item,
     Options,
     Side,
-    are_attended,
     existing,
     load_lines,
     load_weights_times_4,
@@ -25,9 +24,17 @@ from .gradient_tile import (
     tile_gradients,
 )
 from .route import INFORMATIVE_SHARE, SATURATED_MAGNITUDE, SMALL_MAGNITUDE
-from .rows import attended_keys, dealt, find_tile, sequence_rows
+from .rows import (
+    SIZES,
+    are_attended,
+    attended_keys,
+    dealt,
+    find_tile,
+    first_row,
+    mask_from,
+    sequence_rows,
+)
 
-SIZES = ["batch", "rows_r", "rows_c", "max_rows", "max_columns", "items", "processors", "zero"]
 LINES = tl.constexpr(8)  # rows that are looked at together where they are only looked at
 
 
@@ -52,7 +59,8 @@ def are_informative(item, first_row, end_row, pair, options):
     for first in range(first_row, end_row, LINES):
         row = first + tl.arange(0, LINES)
         col = row % tl.maximum(item.cols.attended, 1)
-        both = are_attended(item.rows, row) & are_attended(item.cols, col)
+        both = are_attended(item.rows.mask_ptr, row, item.rows.attended)
+        both &= are_attended(item.cols.mask_ptr, col, item.cols.attended)
         x = load_lines(item.rows, row, pair, options)
         y = load_lines(item.cols, col, pair, options)
         for half in tl.static_range(2):
@@ -76,50 +84,47 @@ def store_zeros(ptr, begin, end, pair, options):
 
 
 @triton.jit
-def side_of(given, lengths_ptr, mask_ptr, sequence, head, batch, ARE_KEYS: tl.constexpr):
+def side_of(inputs, sequence, head, sizes, ARE_KEYS: tl.constexpr):
     """A sequence's :class:`Side`, its first row among all, and how many rows it has.
 
-    ``given``: the side's :class:`rows.Rows`, offsets, rows, and the most of a sequence.
+    ``sizes``: batch, the rows of queries and of keys, and the most of either in a sequence.
     """
-    tensor, cu_ptr, rows, most = given
-    place, start, extent = sequence_rows(cu_ptr, sequence, batch, rows)
-    attended = tl.minimum(extent, most)
+    batch, rows_q, rows_k, max_q, max_k = sizes
+    mask_ptr = None
     if ARE_KEYS:
-        attended = attended_keys(cu_ptr, lengths_ptr, sequence, batch, rows, most)[2]
-    if ARE_KEYS and mask_ptr is not None:
-        mask_ptr += place * rows
+        side = inputs.key
+        place, start, extent = sequence_rows(inputs.key_side.cu_ptr, sequence, batch, rows_k)
+        _, _, attended = attended_keys(inputs.key_side, sequence, batch, rows_k, max_k)
+        number = place * rows_k + start
+        mask_ptr = mask_from(inputs.key_side, place * rows_k)
     else:
-        mask_ptr = None
-    ptr = tensor.ptr + place * tensor.by_place + start * tensor.by_row + head * tensor.by_head
-    return Side(ptr, tensor.by_row, mask_ptr, attended.to(tl.int32)), place * rows + start, extent
+        side = inputs.query
+        place, start, extent = sequence_rows(inputs.cu_q_ptr, sequence, batch, rows_q)
+        attended = tl.minimum(extent, max_q)
+        number = place * rows_q + start
+    ptr = first_row(side, place, start, head)
+    return Side(ptr, side.by_row, mask_ptr, attended.to(tl.int32)), number, extent
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, "items", "processors", "zero"])
 def additive_attention_grad_kernel(
-    row_side,  # :class:`rows.Rows`
-    cu_row_ptr,
-    rows_r,
-    max_rows,
-    stride_score_row_start,
-    stride_score_row,
-    col_side,  # the same of the other side
-    cu_col_ptr,
-    rows_c,
-    max_columns,
-    stride_score_col_start,
-    stride_score_col,
-    score_weight_ptr,
-    stride_wh,
+    inputs,  # :class:`rows.Inputs`
     dscores_ptr,
-    stride_score_head,
+    stride_query_start,
+    stride_key_start,
+    stride_query,
+    stride_key,
+    stride_head,
     drow_ptr,
     dcol_ptr,
     column_sums_ptr,
     dweight_ptr,
     order_ptr,
-    key_lengths_ptr,
-    padding_mask_ptr,
     batch,
+    rows_q,
+    rows_k,
+    max_seqlen_q,
+    max_seqlen_k,
     items,
     processors,
     zero,
@@ -138,18 +143,31 @@ def additive_attention_grad_kernel(
 
     An item of work is a head, BLOCK_D pairs of features, and a tile of rows or all of a sequence,
     of the sequences in ``order``, of :func:`rows.write_order`, if it is given.
-    ``column_sums`` is [programs, max_columns, 2 BLOCK_D] float32; ``dweight`` [tiles or sequences,
-    H, D] float32 are partial sums. The gradient of a score is at (first row and column of the
-    sequence, row, column, head), each with its stride. With CONTIGUOUS_SCORES those of keys lie
+    ``column_sums`` is [programs, longest columns, 2 BLOCK_D] float32; ``dweight`` [tiles or
+    sequences, H, D] float32 are partial sums. The gradient of a score is at (first query and key of
+    the sequence, query, key, head), each with its stride. With CONTIGUOUS_SCORES those of keys lie
     next to each other, and are 0 past the last one up to whole tiles of keys; those of bfloat16
     are multiplied as such. Past the last row they are not read with MASK_SCORES, and else may be
     any number for up to three rows.
     """
-    rows_r = rows_r.to(tl.int64)
-    rows_c = rows_c.to(tl.int64)
+    rows_q = rows_q.to(tl.int64)
+    rows_k = rows_k.to(tl.int64)
+    sizes = batch, rows_q, rows_k, max_seqlen_q, max_seqlen_k
+    if ROWS_ARE_KEYS:
+        row_ptr, tile_rows = inputs.key.ptr, rows_k
+        cu_row_ptr = inputs.key_side.cu_ptr
+        max_columns = max_seqlen_q
+        row_start, col_start = stride_key_start, stride_query_start
+        stride_row, stride_col = stride_key, stride_query
+    else:
+        row_ptr, tile_rows = inputs.query.ptr, rows_q
+        cu_row_ptr = inputs.cu_q_ptr
+        max_columns = max_seqlen_k
+        row_start, col_start = stride_query_start, stride_key_start
+        stride_row, stride_col = stride_query, stride_key
     BLOCK_ROWS: tl.constexpr = ROW_TILES * TILE_ROWS
     CHUNKS: tl.constexpr = (HALF + BLOCK_D - 1) // BLOCK_D
-    REFINE: tl.constexpr = row_side.ptr.dtype.element_ty == tl.float32
+    REFINE: tl.constexpr = row_ptr.dtype.element_ty == tl.float32
     PACKED: tl.constexpr = (
         USE_PTX and CONTIGUOUS_SCORES and dscores_ptr.dtype.element_ty == tl.bfloat16
     )
@@ -180,17 +198,11 @@ def additive_attention_grad_kernel(
                     # With corrupt offsets some places are not written.
                     sequence = tl.load(order_ptr + 2 * unit)
                     sequence = tl.minimum(tl.maximum(sequence, 0), batch)
-            begin_row = rows_r * 0
+            begin_row = rows_q * 0
         else:
-            sequence, begin_row = find_tile(cu_row_ptr, unit, batch, rows_r, BLOCK_ROWS)
-        given = row_side, cu_row_ptr, rows_r, max_rows
-        rows, row_number, extent = side_of(
-            given, key_lengths_ptr, padding_mask_ptr, sequence, head, batch, ROWS_ARE_KEYS
-        )
-        given = col_side, cu_col_ptr, rows_c, max_columns
-        cols, col_number, all_columns = side_of(
-            given, key_lengths_ptr, padding_mask_ptr, sequence, head, batch, not ROWS_ARE_KEYS
-        )
+            sequence, begin_row = find_tile(cu_row_ptr, unit, batch, tile_rows, BLOCK_ROWS)
+        rows, row_number, extent = side_of(inputs, sequence, head, sizes, ROWS_ARE_KEYS)
+        cols, col_number, all_columns = side_of(inputs, sequence, head, sizes, not ROWS_ARE_KEYS)
         begin_row = begin_row.to(tl.int32)
         end_row = tl.where(cols.attended > 0, rows.attended, 0)
         if not WHOLE_SEQUENCES:
@@ -200,13 +212,10 @@ def additive_attention_grad_kernel(
             rows,
             cols,
             pair,
-            score_weight_ptr + head * stride_wh,
-            dscores_ptr
-            + row_number * stride_score_row_start
-            + col_number * stride_score_col_start
-            + head * stride_score_head,
-            stride_score_row,
-            stride_score_col,
+            inputs.score_weight_ptr + head * D,
+            dscores_ptr + row_number * row_start + col_number * col_start + head * stride_head,
+            stride_row,
+            stride_col,
             None if drow_ptr is None else drow_ptr + (row_number * H + head) * D,
             None if dcol_ptr is None else dcol_ptr + (col_number * H + head) * D,
             None

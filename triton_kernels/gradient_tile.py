@@ -17,6 +17,7 @@ import triton.language as tl
 from .arithmetic import as_float32, exp_twice, factored_pair, tanh_and_derivative
 from .bf16_sums import add_packed, diagonal_share, packed, packed_slopes
 from .route import SMALLEST_GRADIENT_SUM, SMALLEST_ROUGH_SUM, in_factored_range
+from .rows import are_attended
 
 TILE_ROWS = tl.constexpr(4)  # what one load of score gradients serves
 
@@ -122,14 +123,6 @@ def load_weights_times_4(score_weight_ptr, pair, options):
 
 
 @triton.jit
-def are_attended(side, row):
-    attended = row < side.attended
-    if side.mask_ptr is not None:
-        attended &= tl.load(side.mask_ptr + row, mask=attended, other=1) == 0
-    return attended
-
-
-@triton.jit
 def load_pairs(features, kept, pair, options):
     """Both features of pairs, [rows, pairs] float32, from pointers to the first ones; 0 of rows
     that are not ``kept``, [rows, 1], which may hold anything, NaN included. None: all are."""
@@ -153,7 +146,9 @@ def load_lines(side, row, pair, options):
     it is repeated; of what a mask leaves out they are 0."""
     safe_row = tl.minimum(row, side.attended - 1).to(tl.int64)
     features = side.ptr + safe_row[:, None] * side.stride + pair[None, :]
-    kept = None if side.mask_ptr is None else are_attended(side, row)[:, None]
+    kept = None
+    if side.mask_ptr is not None:
+        kept = are_attended(side.mask_ptr, row, side.attended)[:, None]
     return load_pairs(features, kept, pair, options)
 
 
@@ -374,7 +369,8 @@ def tile_gradients(item, first_row, row_tiles, is_right, col_bound, TILES: tl.co
     for col in range(columns):
         kept = None
         if item.cols.mask_ptr is not None:
-            kept = are_attended(item.cols, col + tl.arange(0, 1))[:, None]
+            lone = col + tl.arange(0, 1)
+            kept = are_attended(item.cols.mask_ptr, lone, item.cols.attended)[:, None]
         y = exponentials(load_pairs(features, kept, item.pair, options), item, options)
         drow, dcol, dweight = add_column(
             item, rows, groups, y, dscores_ptr, drow, dweight, share, TILES, options

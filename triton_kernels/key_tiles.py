@@ -10,37 +10,13 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .arithmetic import dropout_scales
-from .problem import Problem, as_rows
-from .rows import (
-    Dropout,
-    KeySide,
-    Rows,
-    are_attended,
-    attended_keys,
-    find_tile,
-    sequence_rows,
-)
+from .arithmetic import kept_weights
+from .rows import are_attended, attended_keys, find_tile, mask_from, sequence_rows
 
 SIZES = ["batch", "rows_k", "max_seqlen_k"]
 # Tiles of keys and values are on their way while the one before is worked on.
 STAGES = tl.constexpr(3)
-
-
-class Inputs(NamedTuple):
-    """Of forward and backward. Without a query it is pooling, whose K are its branches."""
-
-    query: Rows | None  # [batch, 1, H, D]
-    key: Rows  # [places, rows_k, H, D]
-    gate: Rows | None  # the same, in gated pooling
-    value: Rows  # [places, rows_k, H, DV]
-    score_weight_ptr: Tensor  # [H, K, D]
-    key_side: KeySide
-    dropout: Dropout | None  # of weights
-    tanh_dropout: Dropout | None  # of the two factors of pooling's hidden rows
-    gate_dropout: Dropout | None
 
 
 class Shape(NamedTuple):
@@ -99,9 +75,7 @@ def program_keys(key_side, batch, rows_k, max_seqlen_k, TILE: tl.constexpr):
     rows_k = rows_k.to(tl.int64)
     sequence, first = find_tile(key_side.cu_ptr, tl.program_id(0), batch, rows_k, TILE)
     place, start, present = sequence_rows(key_side.cu_ptr, sequence, batch, rows_k)
-    _, _, length = attended_keys(
-        key_side.cu_ptr, key_side.lengths_ptr, sequence, batch, rows_k, max_seqlen_k
-    )
+    _, _, length = attended_keys(key_side, sequence, batch, rows_k, max_seqlen_k)
     return Keys(sequence, tl.program_id(1).to(tl.int64), place, start, first, present, length)
 
 
@@ -113,7 +87,7 @@ def key_tile(keys, key_side, rows_k, SHAPE: tl.constexpr):
     key = keys.start + position
     row = (keys.place * rows_k + key) * SHAPE.H + keys.head
     present = position < keys.present
-    attended = are_attended(key_side.mask_ptr, keys.place, rows_k, position, keys.length)
+    attended = are_attended(mask_from(key_side, keys.place * rows_k), position, keys.length)
     return KeyTile(keys.sequence, keys.head, keys.place, position, key, row, present, attended)
 
 
@@ -174,38 +148,7 @@ def store_tile(ptr, tile, d, numbers, DIM: tl.constexpr):
 
 
 @triton.jit
-def kept_weights(dropout, tile, branch):
+def kept_keys(dropout, tile, branch):
     """What :class:`rows.Dropout` multiplies weights by, [SEGMENT], or 1 for all."""
-    if dropout is None:
-        return 1.0
-    else:
-        return dropout_scales(
-            dropout.seed_ptr,
-            tl.cast(dropout.threshold, tl.int32),
-            dropout.scale,
-            tile.sequence,
-            tile.head,
-            tile.position * 0 + branch,
-            tile.position,
-        )
-
-
-def key_inputs(
-    problem: Problem,
-    tensors: tuple[Tensor, Tensor, Tensor],
-    query: Tensor | None = None,
-    gate: Tensor | None = None,
-    feature_dropout: tuple[Dropout | None, ...] = (None, None),
-) -> Inputs:
-    """``tensors``: key, value, score_weight."""
-    key, value, score_weight = tensors
-    return Inputs(
-        as_rows(query),
-        as_rows(key, problem.cu_k),
-        as_rows(gate, problem.cu_k),
-        as_rows(value, problem.cu_k),
-        score_weight.contiguous(),
-        problem.key_side(),
-        problem.weight_dropout(),
-        *feature_dropout,
-    )
+    position = tile.position
+    return kept_weights(dropout, tile.sequence, tile.head, position * 0 + branch, position)

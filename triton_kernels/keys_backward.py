@@ -17,11 +17,10 @@ from .key_scores import add_products, hidden_and_slopes, no_sums, row_sums
 from .key_tiles import (
     SIZES,
     STAGES,
-    Inputs,
     Plan,
     aligned,
     first_branch,
-    kept_weights,
+    kept_keys,
     key_tile,
     load_row,
     load_tile,
@@ -104,12 +103,12 @@ def weights_and_gradients(inputs, incoming, query, tile, k, products, columns, S
             entry = ((query * SHAPE.H + tile.head) * SHAPE.K + k) * columns + tile.position
         dweights = tl.load(incoming.dweights_ptr + entry, mask=tile.attended, other=0.0)
         gradients += dweights.to(tl.float32)
-    return weights, gradients * kept_weights(inputs.dropout, tile, k)
+    return weights, gradients * kept_keys(inputs.dropout, tile, k)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "columns"])
 def additive_attention_keys_bwd_weights_kernel(
-    inputs,  # :class:`key_tiles.Inputs`
+    inputs,  # :class:`rows.Inputs`
     incoming,  # :class:`Incoming`
     records,  # :class:`Records`
     batch,
@@ -155,7 +154,7 @@ def finish_records(inputs, records, query, tile, rows_k, SHAPE: tl.constexpr):
     K: tl.constexpr = SHAPE.K
     cu_ptr = inputs.key_side.cu_ptr
     parts = tl.cdiv(rows_k, SHAPE.TILE)
-    first, count = parts_of(query, parts, parts, cu_ptr, rows_k, SHAPE.TILE)
+    first, count = parts_of(query, parts, cu_ptr, rows_k, SHAPE.TILE)
     for k in range(K):
         deltas = tl.full((PARTS,), 0.0, tl.float32)
         totals = tl.full((PARTS,), 0.0, tl.float32)
@@ -168,7 +167,7 @@ def finish_records(inputs, records, query, tile, rows_k, SHAPE: tl.constexpr):
         weights = tl.load(records.weights_ptr + entry, mask=tile.attended, other=0.0)
         gradients = tl.load(records.dscores_ptr + entry, mask=tile.attended, other=0.0)
         dscores = score_gradients(weights, gradients, tl.sum(deltas, 0), tl.sum(totals, 0))
-        weights *= kept_weights(inputs.dropout, tile, k)
+        weights *= kept_keys(inputs.dropout, tile, k)
         tl.debug_barrier()  # all has been read before it is replaced
         tl.store(records.dscores_ptr + entry, dscores, mask=tile.present)
         tl.store(records.weights_ptr + entry, weights, mask=tile.present)
@@ -251,19 +250,9 @@ def store_feature_gradients(
 
 
 @triton.jit
-def backward_of_tile(
-    inputs,
-    incoming,
-    records,
-    gradients,
-    keys,
-    batch,
-    rows_k,
-    columns,
-    SHAPE: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-):
-    """What the second kernel writes for one tile."""
+def backward_of_tile(arguments, SHAPE: tl.constexpr, AT_ONCE: tl.constexpr):
+    """What the second kernel, of these arguments, writes for one tile."""
+    inputs, incoming, records, gradients, keys, batch, rows_k, columns = arguments
     tile = key_tile(keys, inputs.key_side, rows_k, SHAPE)
     query = tl.minimum(keys.sequence, batch - 1).to(tl.int64)  # rows of nobody need some query
     weights = None
@@ -276,7 +265,7 @@ def backward_of_tile(
         if incoming.stats_ptr is not None:
             delta = tl.sum(weights * dscores, 0)
             dscores = score_gradients(weights, dscores, delta, tl.sum(weights, 0))
-            weights *= kept_weights(inputs.dropout, tile, 0)
+            weights *= kept_keys(inputs.dropout, tile, 0)
         if records.dscores_ptr is not None:
             tl.store(records.dscores_ptr + tile.row, dscores, mask=tile.present)
             tl.store(records.weights_ptr + tile.row, weights, mask=tile.present)
@@ -309,7 +298,7 @@ def backward_of_tile(
 
 @triton.jit(do_not_specialize=[*SIZES, "columns"])
 def additive_attention_keys_bwd_kernel(
-    inputs,  # :class:`key_tiles.Inputs`
+    inputs,  # :class:`rows.Inputs`
     incoming,  # :class:`Incoming`
     records,  # :class:`Records`
     gradients,  # :class:`Gradients`
@@ -326,23 +315,17 @@ def additive_attention_keys_bwd_kernel(
     if keys.first >= keys.present:
         if (keys.first > 0) | (keys.sequence >= batch):  # else a query may be there, its gradient 0
             return
+    arguments = inputs, incoming, records, gradients, keys, batch, rows_k, columns
     if HALF is None:
-        backward_of_tile(
-            inputs, incoming, records, gradients, keys, batch, rows_k, columns, SHAPE, AT_ONCE
-        )
+        backward_of_tile(arguments, SHAPE, AT_ONCE)
     elif keys.present - keys.first <= HALF.SEGMENT:
-        backward_of_tile(
-            inputs, incoming, records, gradients, keys, batch, rows_k, columns, HALF, AT_ONCE
-        )
+        backward_of_tile(arguments, HALF, AT_ONCE)
     else:
-        backward_of_tile(
-            inputs, incoming, records, gradients, keys, batch, rows_k, columns, SHAPE, AT_ONCE
-        )
+        backward_of_tile(arguments, SHAPE, AT_ONCE)
 
 
 def backward_over_keys(
     problem: Problem,
-    inputs: Inputs,
     incoming: Incoming,
     columns: int | None,
     kept: Records,
@@ -357,6 +340,7 @@ def backward_over_keys(
         plans: of two launches.
     """
     first, plan = plans
+    inputs = problem.inputs
     shape = plan.shape
     tiles = problem.tiles("k", shape.TILE)
     sizes = problem.batch, problem.rows_k, problem.max_k, columns
@@ -372,6 +356,9 @@ def backward_over_keys(
         additive_attention_keys_bwd_weights_kernel[grid](
             inputs, incoming, kept, *sizes, first.shape, num_warps=first.warps
         )
+    if incoming.dcontext is None and gradients.value_ptr is not None:
+        gradients.value_ptr.zero_()
+        gradients = gradients._replace(value_ptr=None)
     query, score_weight = gradients.query_ptr, gradients.score_weight_ptr
     new = inputs.score_weight_ptr.new_zeros
     part_query, part_weight = query, None

@@ -8,10 +8,9 @@ from .key_scores import scores_of_tile
 from .key_tiles import (
     SIZES,
     STAGES,
-    Inputs,
     Plan,
     first_branch,
-    kept_weights,
+    kept_keys,
     key_tile,
     load_tile,
     program_keys,
@@ -42,7 +41,7 @@ def attend(scores, branch, inputs, tile, context_ptr, stats_ptr, SHAPE: tl.const
             tl.store(stats_row + 1, total)
         if SHAPE.SINGLE:
             weight = weight / tl.where(total == 0.0, 1.0, total)
-        weights += (weight * kept_weights(inputs.dropout, tile, branch + i),)
+        weights += (weight * kept_keys(inputs.dropout, tile, branch + i),)
     values = rows_of(inputs.value, tile, DV)
     for begin in tl.range(0, DV, SHAPE.BLOCK_DV, num_stages=STAGES):
         d = begin + tl.arange(0, SHAPE.BLOCK_DV)
@@ -72,7 +71,7 @@ def forward_of_tile(inputs, keys, context_ptr, stats_ptr, scores_ptr, rows_k, SH
 
 @triton.jit(do_not_specialize=SIZES)
 def additive_attention_keys_fwd_kernel(
-    inputs,  # :class:`key_tiles.Inputs`
+    inputs,  # :class:`rows.Inputs`
     context_ptr,  # [batch, K, H, DV]; not SINGLE: float32 [tiles, K, H, DV], yet to be scaled
     stats_ptr,  # [batch or tiles, K, H, 2], (max, sum); None: only scores are wanted
     scores_ptr,  # [all rows, H, K], or None
@@ -96,7 +95,6 @@ def additive_attention_keys_fwd_kernel(
 
 def forward_over_keys(
     problem: Problem,
-    inputs: Inputs,
     context: Tensor | None,
     stats: Tensor | None,
     scores: Tensor | None,
@@ -110,7 +108,7 @@ def forward_over_keys(
         parts = tiles, shape.K, shape.H
         part_context, part_stats = stats.new_empty((*parts, shape.DV)), stats.new_empty((*parts, 2))
     additive_attention_keys_fwd_kernel[(tiles, shape.H, -(-shape.K // shape.GROUP))](
-        inputs,
+        problem.inputs,
         part_context,
         part_stats,
         scores,
@@ -126,4 +124,4 @@ def forward_over_keys(
         parts = triton.cdiv(problem.rows_k, shape.TILE)
         tiles = problem.cu_k, problem.rows_k, shape.TILE
         results = context.flatten(1, 2), stats.flatten(1, 2)
-        merge_parts(part_context, part_stats, *results, (parts, parts, 1), tiles)
+        merge_parts(part_context, part_stats, *results, parts, tiles)

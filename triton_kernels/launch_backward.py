@@ -17,12 +17,10 @@ from .problem import (
     as_rows,
     check_workspace,
     describe,
-    half_of,
     is_constant,
+    new_gradients,
     on_device,
     processors,
-    rows_of,
-    uses_ptx,
 )
 from .step import step_gradients
 from .sums import sum_parts
@@ -32,14 +30,13 @@ from .sums import sum_parts
 class PairTensor:
     """Numbers of (query, key) pairs: scores and weights of float32, or score gradients.
 
-    They are [all queries, H, columns], or without columns [longest sequence, all keys, H].
-    ``is_padded``: what is past a sequence's last key is there, and 0. ``order`` is of
+    They are [all queries, H, columns], in score gradients up to whole tiles of keys, 0 past a
+    sequence's last; or without columns [longest sequence, all keys, H]. ``order`` is of
     :func:`rows.write_order`.
     """
 
     data: Tensor
     columns: int | None
-    is_padded: bool = False
     order: Tensor | None = None
 
     def strides(self, problem: Problem) -> tuple[int, int, int, int, int]:
@@ -73,35 +70,20 @@ def additive_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     raw, weights_layout = divmod(weights_layout, RAW)
     weighted = key[..., :0] if raw else value
-    problem = describe(
-        query,
-        key,
-        weighted,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        key_lengths,
-        key_padding_mask,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        dropout_seed,
-    )
-    inputs = query, key, value, score_weight
-    gradients = [
-        tensor.new_empty(tensor.shape) if grad_mask & 1 << bit else None
-        for bit, tensor in enumerate(inputs)
-    ]
+    layout = cu_seqlens_q, cu_seqlens_k, key_lengths, key_padding_mask, max_seqlen_q, max_seqlen_k
+    problem = describe(query, key, weighted, score_weight, *layout, dropout_p, dropout_seed)
+    tensors = query, key, value, score_weight
+    gradients, wanted = new_gradients(tensors, grad_mask)
     if is_constant(problem, dweights) or problem.all_rows_q == 0:
-        return _or_empty([g if g is None else g.zero_() for g in gradients], inputs)
-    dquery, dkey, dvalue, dscore_weight = gradients
-    rows = tuple(rows_of(tensor) for tensor in (query, key, weighted, score_weight))
+        return tuple(gradient.zero_() for gradient in gradients)
+    dquery, dkey, dvalue, dscore_weight = wanted
     incoming = dcontext, dweights, weights_layout
     softmax = None if raw else stats.contiguous()
     with on_device(query):
         if problem.is_one_step:
             kept = None if raw else (stats, scores)
-            step_gradients(problem, rows, incoming, kept, (None, None), gradients)
-            return _or_empty(gradients, inputs)
+            step_gradients(problem, incoming, kept, (None, None), wanted)
+            return gradients
         wants_scores = any(gradient is not None for gradient in (dquery, dkey, dscore_weight))
         if dvalue is not None and dcontext is None:
             dvalue.zero_()
@@ -109,24 +91,18 @@ def additive_attention_backward(
         pairs = None
         if not raw:
             if scores.numel() == 0:
-                scores = score_pairs(problem, rows)
+                scores = score_pairs(problem)
             # vmap hands over one call's scores for all, by a stride of 0.
             pairs = PairTensor(scores.contiguous(), scores.size(-1))
-        dscores = _score_gradients(problem, rows, incoming, softmax, pairs, dvalue, wants_scores)
+        dscores = _score_gradients(problem, incoming, softmax, pairs, dvalue, wants_scores)
         if wants_scores and is_whole(problem):
-            _gradient_pass(problem, dscores, rows, True, True, dkey, dquery, dscore_weight)
+            _gradient_pass(problem, dscores, True, True, dkey, dquery, dscore_weight)
         elif wants_scores:
             if dkey is not None or dscore_weight is not None:
-                _gradient_pass(problem, dscores, rows, True, False, dkey, None, dscore_weight)
+                _gradient_pass(problem, dscores, True, False, dkey, None, dscore_weight)
             if dquery is not None:
-                _gradient_pass(problem, dscores, rows, False, False, dquery, None, None)
-    return _or_empty(gradients, inputs)
-
-
-def _or_empty(gradients: list[Tensor | None], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Ops return a tensor for every gradient, an empty one where none was asked for."""
-    pairs = zip(gradients, inputs)
-    return tuple(tensor.new_empty((0,)) if grad is None else grad for grad, tensor in pairs)
+                _gradient_pass(problem, dscores, False, False, dquery, None, None)
+    return gradients
 
 
 # ---- Several queries a sequence ----
@@ -134,7 +110,6 @@ def _or_empty(gradients: list[Tensor | None], inputs: tuple[Tensor, ...]) -> tup
 
 def _score_gradients(
     problem: Problem,
-    inputs: tuple[Tensor, ...],
     incoming: tuple,
     stats: Tensor | None,
     scores: PairTensor | None,
@@ -145,7 +120,7 @@ def _score_gradients(
 
     Without ``stats`` those come in as gradients of weights, and ``scores`` are the weights.
     """
-    query, _, value, _ = inputs
+    query, value = problem.inputs.query.ptr, problem.inputs.value.ptr
     dcontext, dweights, _ = incoming
     if dweights is not None:
         dweights = dweights.contiguous()
@@ -169,7 +144,7 @@ def _score_gradients(
     key_tiles = problem.tiles("k", tiles.keys) if dvalue is not None else 0
     segment, single = configurations.query_segment(problem.max_q)
     additive_attention_bwd_scores_kernel[(query_tiles + key_tiles, heads)](
-        as_rows(value, problem.cu_k),
+        problem.inputs,
         as_rows(dcontext, problem.cu_q),
         dweights,
         stats,
@@ -178,14 +153,7 @@ def _score_gradients(
         dscores,
         dvalue,
         order,
-        problem.cu_q,
-        problem.key_side(),
-        problem.weight_dropout(),
-        problem.batch,
-        problem.rows_q,
-        problem.rows_k,
-        problem.max_q,
-        problem.max_k,
+        *problem.sizes,
         query_tiles,
         problem.sequences(),
         None if scores is None else scores.columns,
@@ -202,7 +170,7 @@ def _score_gradients(
     )
     if dscores is None:
         return None
-    return PairTensor(dscores, dscores.size(-1), True, order)
+    return PairTensor(dscores, dscores.size(-1), order)
 
 
 def is_whole(problem: Problem) -> bool:
@@ -213,7 +181,6 @@ def is_whole(problem: Problem) -> bool:
 def _gradient_pass(
     problem: Problem,
     dscores: PairTensor,
-    inputs: tuple[Tensor, ...],
     rows_are_keys: bool,
     whole_sequences: bool,
     drow: Tensor | None,
@@ -221,19 +188,12 @@ def _gradient_pass(
     dscore_weight: Tensor | None,
 ) -> None:
     """One launch of the gradient kernel; ``drow`` is of keys or queries, ``dcol`` of the others."""
-    query, key, _, score_weight = inputs
+    query = problem.inputs.query.ptr
     heads = problem.heads
-    half = half_of(problem.dim)
+    half = triton.cdiv(problem.dim, 2)  # pairs of features, d with d + half
     pairs = configurations.gradient_pairs(half)
     warps = pairs // 32
     row_tiles = configurations.GRADIENT_ROW_TILES
-    query_start, key_start, by_query, by_key, by_head = dscores.strides(problem)
-    cu_q, cu_k = problem.cu_q, problem.cu_k
-    sides = (
-        (as_rows(query, cu_q), cu_q, problem.rows_q, problem.max_q, query_start, by_query),
-        (as_rows(key, cu_k), cu_k, problem.rows_k, problem.max_k, key_start, by_key),
-    )
-    row_side, col_side = reversed(sides) if rows_are_keys else sides
     if whole_sequences:
         units = problem.sequences()
     else:
@@ -244,25 +204,21 @@ def _gradient_pass(
     if dcol is not None:
         # Each program reuses its sums, which stay in the cache: as many as run at a time.
         programs = min(items, 8 // warps * processors(query))
-        sums = query.new_empty((programs, col_side[3], 2 * pairs), dtype=torch.float32)
+        columns = problem.max_q if rows_are_keys else problem.max_k
+        sums = query.new_empty((programs, columns, 2 * pairs), dtype=torch.float32)
     partial = None
     if dscore_weight is not None:
         partial = query.new_empty((units, heads, problem.dim), dtype=torch.float32)
     additive_attention_grad_kernel[(programs,)](
-        *row_side,
-        *col_side,
-        score_weight,
-        score_weight.stride(0),
+        problem.inputs,
         dscores.data,
-        by_head,
+        *dscores.strides(problem),
         drow,
         dcol,
         sums,
         partial,
         dscores.order if whole_sequences else None,
-        problem.lengths,
-        problem.mask,
-        problem.batch,
+        *problem.sizes,
         items,
         processors(query),
         0,
@@ -273,9 +229,9 @@ def _gradient_pass(
         ROW_TILES=row_tiles,
         ROWS_ARE_KEYS=rows_are_keys,
         WHOLE_SEQUENCES=whole_sequences,
-        CONTIGUOUS_SCORES=rows_are_keys and dscores.is_padded,
-        MASK_SCORES=rows_are_keys and not dscores.is_padded,
-        USE_PTX=uses_ptx(query),
+        CONTIGUOUS_SCORES=rows_are_keys and dscores.columns is not None,
+        MASK_SCORES=rows_are_keys and dscores.columns is None,
+        USE_PTX=problem.uses_ptx,
         num_warps=warps,
     )
     if partial is not None:
@@ -305,31 +261,17 @@ def additive_attention_memory_backward(
     """All steps of a sequence are the queries of one pass: step i of sequence b is row (i, b)."""
     steps = query.size(0)
     by_sequence = query.transpose(0, 1)  # [B, steps, H, D]
-    problem = describe(
-        by_sequence,
-        key,
-        value,
-        None,
-        cu_seqlens_k,
-        key_lengths,
-        key_padding_mask,
-        steps,
-        max_seqlen_k,
-    )
-    inputs = key, value, score_weight
-    gradients = [
-        tensor.new_empty(tensor.shape) if grad_mask & GRAD_KEY << bit else None
-        for bit, tensor in enumerate(inputs)
-    ]
-    if problem.all_rows_k == 0 or problem.batch == 0:
-        return _or_empty([g if g is None else g.zero_() for g in gradients], inputs)
-    dkey, dvalue, dscore_weight = gradients
-    rows = tuple(rows_of(tensor) for tensor in (by_sequence, *inputs))
+    layout = None, cu_seqlens_k, key_lengths, key_padding_mask, steps, max_seqlen_k
+    tensors = key, value, score_weight
+    problem = describe(by_sequence, *tensors, *layout)
+    gradients, (dkey, dvalue, dscore_weight) = new_gradients(tensors, grad_mask // GRAD_KEY)
+    if problem.has_no_keys:
+        return tuple(gradient.zero_() for gradient in gradients)
     weights, dscores = (PairTensor(t.contiguous(), None) for t in (weights, dscores))
     incoming = dcontext.transpose(0, 1), None, 0
     with on_device(query):
         if dvalue is not None:
-            _score_gradients(problem, rows, incoming, None, weights, dvalue, False)
+            _score_gradients(problem, incoming, None, weights, dvalue, False)
         if dkey is not None or dscore_weight is not None:
-            _gradient_pass(problem, dscores, rows, True, False, dkey, None, dscore_weight)
-    return _or_empty(gradients, inputs)
+            _gradient_pass(problem, dscores, True, False, dkey, None, dscore_weight)
+    return gradients

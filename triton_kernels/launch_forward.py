@@ -18,11 +18,9 @@ from .problem import (
     on_device,
     processors,
     register_limit,
-    rows_of,
-    strides_of,
-    uses_ptx,
 )
 from .rows import ORDER_BLOCK, order_kernel
+from .scores import Shape
 from .step import step_forward
 from .sums import merge_parts
 from .weights import fill_weights
@@ -52,19 +50,8 @@ def additive_attention_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     raw, weights_layout = divmod(weights_layout, RAW)
     weighted = key[..., :0] if raw else value
-    problem = describe(
-        query,
-        key,
-        weighted,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        key_lengths,
-        key_padding_mask,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        dropout_seed,
-    )
+    layout = cu_seqlens_q, cu_seqlens_k, key_lengths, key_padding_mask, max_seqlen_q, max_seqlen_k
+    problem = describe(query, key, weighted, score_weight, *layout, dropout_p, dropout_seed)
     rows = query.shape[:3]
     context = value.new_empty((*rows, value.size(3)))
     stats = query.new_empty((*rows, 2), dtype=torch.float32)
@@ -77,8 +64,7 @@ def additive_attention_forward(
     }[weights_layout]
     absent, dtype = (-math.inf, torch.float32) if raw else (0.0, value.dtype)
     weights = value.new_full(weights_shape, absent, dtype=dtype)
-    is_empty = problem.all_rows_k == 0 or problem.batch == 0
-    is_empty = is_empty or (context.numel() == 0 and weights.numel() == 0)
+    is_empty = problem.has_no_keys or (context.numel() == 0 and weights.numel() == 0)
     softmax: tuple[Tensor | None, Tensor | None] = (context, stats)
     if raw or is_empty:
         context.zero_()
@@ -86,8 +72,6 @@ def additive_attention_forward(
         softmax = None, None
     if is_empty:
         return context, weights, stats, kept
-    inputs = [rows_of(tensor) for tensor in (query, key, weighted, score_weight)]
-    wanted = problem, inputs, *softmax
     with on_device(query):
         if problem.is_one_step:
             # Its scores need not be copied where they lie as they are returned.
@@ -99,34 +83,33 @@ def additive_attention_forward(
             elif weights_layout and scores is None:
                 shape = problem.all_rows_k, problem.heads
                 scores = query.new_empty(shape, dtype=torch.float32)
-            step_forward(*wanted, scores)
+            step_forward(problem, *softmax, scores)
         else:
             scores = kept if keep_scores else None
             if weights_layout and not keep_scores:
-                scores = _room_for_scores(problem, query)
-            _forward(*wanted, scores, raw)
+                scores = _room_for_scores(problem)
+            _forward(problem, *softmax, scores, raw)
         if weights_layout and weights.numel() and scores is not weights:
             columns = None if problem.is_one_step else scores.size(-1)
             fill_weights(problem, scores, columns, softmax[1], weights)
     return context, weights, stats, kept
 
 
-def _room_for_scores(problem: Problem, query: Tensor) -> Tensor:
+def _room_for_scores(problem: Problem) -> Tensor:
     shape = (problem.all_rows_q, problem.heads, problem.max_k)
     check_workspace(problem, math.prod(shape))
-    return query.new_empty(shape, dtype=torch.float32)
+    return problem.inputs.key.ptr.new_empty(shape, dtype=torch.float32)
 
 
-def score_pairs(problem: Problem, inputs: tuple[Tensor, ...]) -> Tensor:
+def score_pairs(problem: Problem) -> Tensor:
     """The scores [rows, H, max_k] that forward computed and did not keep."""
-    scores = _room_for_scores(problem, inputs[0])
-    _forward(problem, inputs, None, None, scores, False)
+    scores = _room_for_scores(problem)
+    _forward(problem, None, None, scores, False)
     return scores
 
 
 def _forward(
     problem: Problem,
-    inputs: list[Tensor],
     context: Tensor | None,
     stats: Tensor | None,
     kept: Tensor | None,
@@ -136,7 +119,7 @@ def _forward(
 
     ``raw``: the scores are returned; only their differences matter to a softmax.
     """
-    query, key, value, score_weight = inputs
+    query, value = problem.inputs.query.ptr, problem.inputs.value.ptr
     heads, rows_q = problem.heads, problem.all_rows_q
     tiles = configurations.score_tiles(
         rows_q * heads, processors(query), problem.dim, problem.value_dim, value.dtype
@@ -154,69 +137,53 @@ def _forward(
         order_kernel[(problem.sequences(),)](
             order,
             problem.cu_q,
-            problem.cu_k,
-            problem.lengths,
+            problem.inputs.key_side,
             problem.sequences(),
             grid_tiles,
-            problem.batch,
-            problem.rows_q,
-            problem.rows_k,
-            problem.max_k,
+            *problem.sizes,
             TILE=tiles.queries,
             BLOCK=ORDER_BLOCK.value,
             num_warps=1,
         )
     scores = kept
     if scores is None:
-        scores = query.new_empty((parts, rows_q, heads, segment), dtype=torch.float32)
+        scores = query.new_empty((rows_q, parts, heads, segment), dtype=torch.float32)
     partial, part_stats = None, stats
     merges = not single and stats is not None
     if merges:
-        partial = query.new_empty((parts, rows_q, heads, problem.value_dim), dtype=torch.float32)
-        part_stats = query.new_empty((parts, rows_q, heads, 2), dtype=torch.float32)
+        partial = query.new_empty((rows_q, parts, heads, problem.value_dim), dtype=torch.float32)
+        part_stats = query.new_empty((rows_q, parts, heads, 2), dtype=torch.float32)
     additive_attention_fwd_kernel[(grid_tiles, heads, parts)](
-        query,
-        key,
-        value,
-        score_weight,
+        problem.inputs,
         context,
         part_stats,
         partial,
         scores,
         order,
-        problem.cu_q,
-        *problem.key_side(),
-        problem.seed,
-        problem.batch,
-        problem.rows_q,
-        problem.rows_k,
-        problem.max_k,
+        *problem.sizes,
         parts,
         segment,
         grid_tiles,
         processors(query),
-        *problem.dropout(),
-        *strides_of(query, problem.cu_q),
-        *strides_of(key, problem.cu_k),
-        *strides_of(value, problem.cu_k),
-        score_weight.stride(0),
         scores.size(-1),
-        H=heads,
-        D=problem.dim,
-        DV=problem.value_dim,
-        BLOCK_Q=tiles.queries,
-        BLOCK_K=tiles.keys,
-        BLOCK_D=tiles.features,
-        PAIRS=tiles.pairs,
-        BLOCK_DV=tiles.value_features,
-        COLUMNS=configurations.SCORE_COLUMNS,
-        SINGLE=single,
-        KEEP_SCORES=kept is not None,
-        RAW=raw,
-        REFINE=query.dtype == torch.float32,
-        USE_PTX=uses_ptx(query),
+        Shape(
+            heads,
+            problem.dim,
+            problem.value_dim,
+            tiles.queries,
+            tiles.keys,
+            tiles.features,
+            tiles.pairs,
+            tiles.value_features,
+            configurations.score_columns(value.dtype),
+            single,
+            kept is not None,
+            raw,
+            query.dtype == torch.float32,
+            problem.uses_ptx,
+        ),
         num_warps=tiles.warps,
         **register_limit(tiles),
     )
     if merges:
-        merge_parts(partial, part_stats, context, stats, (parts, 1, rows_q))
+        merge_parts(partial, part_stats, context, stats, parts)

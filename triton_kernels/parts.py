@@ -9,6 +9,8 @@ there are.
 import triton
 import triton.language as tl
 
+from .arithmetic import add_weighted_pair
+
 GROUP = tl.constexpr(4)
 
 
@@ -98,3 +100,101 @@ def stacked(x, FIRST: tl.constexpr, COUNT: tl.constexpr, STEP: tl.constexpr):
         even = stacked(x, FIRST, COUNT // 2, 2 * STEP)
         odd = stacked(x, FIRST + STEP, COUNT // 2, 2 * STEP)
         return tl.reshape(tl.join(even, odd), (A, B, COUNT))
+
+
+@triton.jit
+def beside_others(part, ARE_KEYS: tl.constexpr):
+    """A part [GROUP, PAIRS, groups] of a side as [key groups, query groups, GROUP, GROUP, PAIRS],
+    1 where of the other side."""
+    PAIRS: tl.constexpr = part.shape[1]
+    if ARE_KEYS:
+        return tl.permute(tl.reshape(part, (1, 1, GROUP, PAIRS, part.shape[2])), (4, 0, 1, 2, 3))
+    else:
+        return tl.permute(tl.reshape(part, (1, GROUP, 1, PAIRS, part.shape[2])), (0, 4, 1, 2, 3))
+
+
+@triton.jit
+def operands_of(sums, a, b, w):
+    """What :func:`added_features` adds to each of ``sums``, in its shape: for each turn a tuple of
+    the operands of :func:`arithmetic.add_weighted_pair`.
+
+    ``a``, ``b``, ``w``: of :func:`scores.exponentials` of queries and of keys, and of
+    :func:`scores.weights_of_pairs`.
+    """
+    operands = ()
+    for i in tl.static_range(len(sums)):
+        row = ()
+        for j in tl.static_range(len(sums[i])):
+            turns = ()
+            for turn in tl.static_range(len(w[0])):
+                numbers = ()
+                for second in tl.static_range(2):
+                    query = a[second][turn * len(sums[i]) + j]
+                    key = b[second][turn * len(sums) + i]
+                    numbers += (tl.broadcast(query, sums[i][j])[0],)
+                    numbers += (tl.broadcast(key, sums[i][j])[0],)
+                    numbers += (tl.broadcast(w[second][turn], sums[i][j])[0],)
+                turns += (numbers,)
+            row += (turns,)
+        operands += (row,)
+    return operands
+
+
+@triton.jit
+def added_features(sums, present_q, present_k, operands, FULL: tl.constexpr, SHAPE: tl.constexpr):
+    """``sums`` of each part of the keys and each part of the queries, tuples of tuples of [keys,
+    queries, GROUP, GROUP, PAIRS], with the fractions of a block of features added.
+
+    FULL: all parts are present.
+    """
+    added = ()
+    for i in tl.static_range(len(sums)):
+        row = sums[i]
+        if FULL or present_k & bit_of(SHAPE.KEYS, i) != 0:
+            new_row = ()
+            for j in tl.static_range(len(row)):
+                part = row[j]
+                if FULL or present_q & bit_of(SHAPE.QUERIES, j) != 0:
+                    for turn in tl.static_range(len(operands[i][j])):
+                        a0, b0, w0, a1, b1, w1 = operands[i][j][turn]
+                        part = add_weighted_pair(part, a0, a1, b0, b1, w0, w1, SHAPE.USE_PTX)
+                new_row += (part,)
+            row = new_row
+        added += (row,)
+    return added
+
+
+@triton.jit
+def less(sums, what):
+    """``sums - what`` of all parts."""
+    out = ()
+    for i in tl.static_range(len(sums)):
+        row = ()
+        for j in tl.static_range(len(sums[i])):
+            row += (sums[i][j] - what,)
+        out += (row,)
+    return out
+
+
+@triton.jit
+def tile_scores(sums, present_q, present_k, constant, weight_sum, SHAPE: tl.constexpr):
+    """``constant - 2 sums`` summed over pairs, [QUERIES, KEYS]; without one, ``weight_sum`` less
+    that of twice the sums."""
+    QUERIES: tl.constexpr = parts_of(SHAPE.QUERIES)
+    KEYS: tl.constexpr = parts_of(SHAPE.KEYS)
+    scores = ()
+    for i in tl.static_range(len(KEYS)):
+        row = ()
+        for j in tl.static_range(len(QUERIES)):
+            part = tl.zeros((KEYS[i], QUERIES[j], GROUP, GROUP), tl.float32)
+            is_present = present_k & bit_of(SHAPE.KEYS, i) != 0
+            if is_present & (present_q & bit_of(SHAPE.QUERIES, j) != 0):
+                if constant is None:
+                    part = weight_sum - 2.0 * tl.sum(sums[i][j], 4)
+                else:
+                    part = tl.sum(constant - 2.0 * sums[i][j], 4)
+            row += (tl.reshape(part, (KEYS[i], QUERIES[j], GROUP * GROUP)),)
+        scores += (tl.reshape(joined(row, 0), (1, KEYS[i], SHAPE.QUERIES * GROUP)),)
+    groups: tl.constexpr = SHAPE.KEYS // GROUP, SHAPE.QUERIES // GROUP, GROUP, GROUP
+    scores = tl.permute(tl.reshape(joined(scores, 0), groups), (1, 2, 0, 3))
+    return tl.reshape(scores, (SHAPE.QUERIES, SHAPE.KEYS))

@@ -9,48 +9,25 @@ import torch
 from torch import Tensor
 
 from . import configurations
-from .key_tiles import Plan, Shape, key_inputs
+from .key_tiles import Plan, Shape
 from .keys_backward import Gradients, Incoming, Records, backward_over_keys
 from .keys_forward import forward_over_keys
 from .problem import (
     DENSE_WEIGHTS,
-    GRAD_GATE,
     GRAD_KEY,
-    GRAD_SCORE_WEIGHT,
-    GRAD_VALUE,
     JAGGED_WEIGHTS,
     RAW,
     Problem,
     as_rows,
     describe,
-    dropout_of,
     is_constant,
+    new_gradients,
     on_device,
-    uses_ptx,
 )
 from .weights import fill_weights
 
 
-def pool_problem(
-    key: Tensor,
-    value: Tensor,
-    score_weight: Tensor,
-    cu: Tensor | None,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    max_seqlen: int,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> Problem:
-    """The branches take the place of the queries of a sequence."""
-    # An unknown bound needs no reading: nothing but SINGLE depends on it.
-    bounds = score_weight.size(1), min(max_seqlen, key.size(1))
-    return describe(score_weight, key, value, None, cu, lengths, mask, *bounds, dropout_p, seed)
-
-
-def pool_plan(
-    problem: Problem, key: Tensor, tiles: configurations.Tiles = configurations.POOL
-) -> Plan:
+def pool_plan(problem: Problem, tiles: configurations.Tiles = configurations.POOL) -> Plan:
     segment, branches = configurations.pool_segment(problem.max_k), problem.rows_q
     shape = Shape(
         problem.heads,
@@ -63,7 +40,7 @@ def pool_plan(
         tiles.features,
         tiles.value_features,
         problem.max_k <= segment,
-        uses_ptx(key),
+        problem.uses_ptx,
     )
     return Plan(shape, None, tiles.warps, {})
 
@@ -85,8 +62,11 @@ def additive_pool_forward(
     keep_scores: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layout = cu_seqlens_k, key_lengths, key_padding_mask, max_seqlen_k
-    problem = pool_problem(key, value, score_weight, *layout, dropout_p, dropout_seed)
+    # An unknown bound needs no reading: nothing but SINGLE depends on it.
+    bounds = score_weight.size(1), min(max_seqlen_k, key.size(1))
+    layout = None, cu_seqlens_k, key_lengths, key_padding_mask, *bounds, dropout_p, dropout_seed
+    features = tanh_dropout_p, gate_dropout_p
+    problem = describe(None, key, value, score_weight, *layout, gate, features)
     raw, weights_layout = divmod(weights_layout, RAW)
     batch, branches, heads = problem.batch, problem.rows_q, problem.heads
     context = value.new_empty((batch, branches, heads, problem.value_dim))
@@ -108,13 +88,10 @@ def additive_pool_forward(
     if raw:
         scores.fill_(-math.inf)
     if not is_empty:
-        probabilities = tanh_dropout_p, gate_dropout_p
-        features = tuple(dropout_of(p, dropout_seed) for p in probabilities)
         with on_device(key):
-            inputs = key_inputs(problem, (key, value, score_weight), None, gate, features)
             softmax = (None, None) if raw else (context, stats)
             wanted = scores if scores.numel() else None
-            forward_over_keys(problem, inputs, *softmax, wanted, pool_plan(problem, key))
+            forward_over_keys(problem, *softmax, wanted, pool_plan(problem))
             if weights.numel():
                 fill_weights(problem, scores, None, stats, weights)
     if raw:
@@ -145,43 +122,34 @@ def additive_pool_backward(
     grad_mask: int,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layout = cu_seqlens_k, key_lengths, key_padding_mask, max_seqlen_k
-    problem = pool_problem(key, value, score_weight, *layout, dropout_p, dropout_seed)
-    bits = GRAD_KEY, GRAD_VALUE, GRAD_SCORE_WEIGHT, GRAD_GATE
+    # An unknown bound needs no reading: nothing but SINGLE depends on it.
+    bounds = score_weight.size(1), min(max_seqlen_k, key.size(1))
+    layout = None, cu_seqlens_k, key_lengths, key_padding_mask, *bounds, dropout_p, dropout_seed
+    features = tanh_dropout_p, gate_dropout_p
+    problem = describe(None, key, value, score_weight, *layout, gate, features)
     tensors = key, value, score_weight, key if gate is None else gate
-    gradients = [
-        tensor.new_empty(tensor.shape if grad_mask & bit else (0,))
-        for tensor, bit in zip(tensors, bits)
-    ]
+    gradients, wanted = new_gradients(tensors, grad_mask // GRAD_KEY)
     if is_constant(problem, dweights) or stats.numel() == 0:
         return tuple(gradient.zero_() for gradient in gradients)
     raw, weights_layout = divmod(weights_layout, RAW)
     if dweights is not None:  # as [.., H, K]
         by_key = weights_layout == JAGGED_WEIGHTS
         dweights = (dweights if by_key else dweights.permute(0, 3, 1, 2)).contiguous()
-    if dcontext is None or raw:
-        dcontext = None
-        gradients[1].zero_()
-        grad_mask &= ~GRAD_VALUE
-    wanted = (grad if grad_mask & bit else None for grad, bit in zip(gradients, bits))
     dkey, dvalue, dscore_weight, dgate = wanted
-    plans = pool_plan(problem, key), pool_plan(problem, key, configurations.POOL_GRADIENT)
-    features = dropout_of(tanh_dropout_p, dropout_seed), dropout_of(gate_dropout_p, dropout_seed)
+    plans = pool_plan(problem), pool_plan(problem, configurations.POOL_GRADIENT)
     with on_device(key):
-        inputs = key_inputs(problem, (key, value, score_weight), None, gate, features)
         softmax = None, None
         if not raw:
             if scores.numel() == 0:
                 scores = stats.new_empty((*key.shape[:3], problem.rows_q))
-                forward_over_keys(problem, inputs, None, None, scores, plans[0])
+                forward_over_keys(problem, None, None, scores, plans[0])
             softmax = stats.contiguous(), scores.contiguous()
         backward_over_keys(
             problem,
-            inputs,
-            Incoming(as_rows(dcontext), dweights, *softmax),
+            Incoming(None if raw else as_rows(dcontext), dweights, *softmax),
             None,
             Records(None, None, None),
             Gradients(None, dkey, dgate, dvalue, dscore_weight),
             plans,
         )
-    return tuple(gradients)
+    return gradients

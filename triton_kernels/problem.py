@@ -9,9 +9,9 @@ import triton
 from torch import Tensor
 
 from .configurations import MOST_ORDERED, Tiles
-from .rows import Dropout, KeySide, Rows
+from .rows import Dropout, Inputs, KeySide, Rows
 
-GRAD_QUERY, GRAD_KEY, GRAD_VALUE, GRAD_SCORE_WEIGHT, GRAD_GATE = 1, 2, 4, 8, 16
+GRAD_QUERY, GRAD_KEY = 1, 2  # of a mask of gradients; those of others follow
 DENSE_WEIGHTS, JAGGED_WEIGHTS = 1, 2
 # For scores, where a bound on lengths was neither given nor read: more is an error with a remedy.
 MOST_UNREAD_BYTES = 1 << 30
@@ -19,7 +19,7 @@ RAW = 4  # added to these: scores instead of weights; values and softmax are not
 
 
 class Problem(NamedTuple):
-    """Sizes and layout of a call, and what all kernels take from it."""
+    """A call's sizes, and what its kernels take."""
 
     batch: int
     heads: int
@@ -31,11 +31,13 @@ class Problem(NamedTuple):
     max_k: int
     cu_q: Tensor | None
     cu_k: Tensor | None
-    lengths: Tensor | None
-    mask: Tensor | None
-    seed: Tensor | None
-    dropout_p: float
+    inputs: Inputs
     is_unread: bool  # whether a longest sequence counts as all rows, because none was given or read
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """Those that vary from call to call, as kernels take them."""
+        return self.batch, self.rows_q, self.rows_k, self.max_q, self.max_k
 
     @property
     def is_one_step(self) -> bool:
@@ -49,14 +51,15 @@ class Problem(NamedTuple):
     def all_rows_k(self) -> int:
         return self.rows_k * (self.batch if self.cu_k is None else 1)
 
-    def key_side(self) -> KeySide:
-        return KeySide(self.cu_k, self.lengths, self.mask)
+    @property
+    def has_no_keys(self) -> bool:
+        return self.all_rows_k == 0 or self.batch == 0
 
-    def dropout(self) -> tuple:
-        return _threshold_and_scale(self.dropout_p)
-
-    def weight_dropout(self) -> Dropout | None:
-        return dropout_of(self.dropout_p, self.seed)
+    @property
+    def uses_ptx(self) -> bool:
+        """Inline assembly is for NVIDIA; AMD and the interpreter take plain Triton."""
+        is_gpu = self.inputs.key.ptr.is_cuda and not triton.knobs.runtime.interpret
+        return is_gpu and torch.version.hip is None
 
     def sequences(self) -> int:
         """With that of the rows that belong to nobody."""
@@ -64,7 +67,8 @@ class Problem(NamedTuple):
 
     def is_ordered(self) -> bool:
         """Whether sequences differ, and are few enough to compare each with all."""
-        differ = not (self.cu_q is None and self.cu_k is None and self.lengths is None)
+        lengths = self.inputs.key_side.lengths_ptr
+        differ = not (self.cu_q is None and self.cu_k is None and lengths is None)
         return differ and self.sequences() <= MOST_ORDERED
 
     def tiles(self, side: str, rows: int) -> int:
@@ -76,9 +80,10 @@ class Problem(NamedTuple):
 
 
 def describe(
-    query: Tensor,
+    query: Tensor | None,
     key: Tensor,
     value: Tensor,
+    score_weight: Tensor,
     cu_q: Tensor | None,
     cu_k: Tensor | None,
     lengths: Tensor | None,
@@ -87,24 +92,40 @@ def describe(
     max_k: int,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    gate: Tensor | None = None,
+    feature_dropout: tuple[float, float] = (0.0, 0.0),
 ) -> Problem:
-    batch = cu_k.size(0) - 1 if cu_k is not None else key.size(0)
+    """In pooling branches, of which there are ``max_q``, take the place of a sequence's queries."""
+    rows_q, rows_k = max_q if query is None else query.size(1), key.size(1)
+    cu_q = None if cu_q is None else cu_q.contiguous()
+    cu_k = None if cu_k is None else cu_k.contiguous()
+    lengths = None if lengths is None else lengths.contiguous()
+    mask = None if mask is None else mask.contiguous().view(torch.uint8)
+    inputs = Inputs(
+        as_rows(query, cu_q),
+        as_rows(key, cu_k),
+        as_rows(gate, cu_k),
+        as_rows(value, cu_k),
+        score_weight.contiguous(),
+        cu_q,
+        KeySide(cu_k, lengths, mask),
+        dropout_of(dropout_p, seed),
+        dropout_of(feature_dropout[0], seed),
+        dropout_of(feature_dropout[1], seed),
+    )
     return Problem(
-        batch,
+        key.size(0) if cu_k is None else cu_k.size(0) - 1,
         key.size(2),
         key.size(3),
         value.size(3),
-        query.size(1),
-        key.size(1),
-        query.size(1) if cu_q is None else _bound(max_q, cu_q, query.size(1)),
-        key.size(1) if cu_k is None else _bound(max_k, cu_k, key.size(1)),
-        None if cu_q is None else cu_q.contiguous(),
-        None if cu_k is None else cu_k.contiguous(),
-        None if lengths is None else lengths.contiguous(),
-        None if mask is None else mask.contiguous().view(torch.uint8),
-        seed if dropout_p > 0 else None,
-        dropout_p,
-        _is_unread(max_q, cu_q, query.size(1)) or _is_unread(max_k, cu_k, key.size(1)),
+        rows_q,
+        rows_k,
+        rows_q if cu_q is None else _bound(max_q, cu_q, rows_q),
+        rows_k if cu_k is None else _bound(max_k, cu_k, rows_k),
+        cu_q,
+        cu_k,
+        inputs,
+        _is_unread(max_q, cu_q, rows_q) or _is_unread(max_k, cu_k, rows_k),
     )
 
 
@@ -144,11 +165,6 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def uses_ptx(tensor: Tensor) -> bool:
-    """Inline assembly is for NVIDIA; AMD and the interpreter take plain Triton."""
-    return tensor.is_cuda and torch.version.hip is None and not triton.knobs.runtime.interpret
-
-
 def register_limit(tiles: Tiles) -> dict[str, int]:
     """The option of a launch; only NVIDIA's compiler has it."""
     return {} if torch.version.hip or not tiles.registers else {"maxnreg": tiles.registers}
@@ -160,21 +176,10 @@ def processors(tensor: Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
-def rows_of(tensor: Tensor) -> Tensor:
-    """With features next to each other, as every kernel takes them."""
-    return tensor if tensor.stride(-1) == 1 or tensor.size(-1) <= 1 else tensor.contiguous()
-
-
 def dropout_of(p: float, seed: Tensor | None) -> Dropout | None:
     if p == 0:
         return None
-    threshold, scale = _threshold_and_scale(p)
-    return Dropout(seed, float(threshold), scale)
-
-
-def _threshold_and_scale(p: float) -> tuple[int, float]:
-    """Below which of 2^24 random numbers entries are dropped, and what the others are scaled by."""
-    return math.ceil(p * 2**24), 1 / (1 - p) if p < 1 else 0.0
+    return Dropout(seed, float(math.ceil(p * 2**24)), 1 / (1 - p) if p < 1 else 0.0)
 
 
 def as_rows(tensor: Tensor | None, cu: Tensor | None = None) -> Rows | None:
@@ -194,20 +199,19 @@ def as_rows(tensor: Tensor | None, cu: Tensor | None = None) -> Rows | None:
     return Rows(tensor, by_place if cu is None else 0, by_row, by_head)
 
 
-def strides_of(tensor: Tensor, cu: Tensor | None) -> tuple[int, int, int]:
-    """Of a place, a row and a head. Jagged rows are all at place 0: their stride, which would vary
-    with the number of tokens, and so call for other machine code, does not matter.
-    """
-    by_place, by_row, by_head, _ = tensor.stride()
-    return by_place if cu is None else 0, by_row, by_head
-
-
-def half_of(dim: int) -> int:
-    """How many pairs of features there are, d with d + half."""
-    return triton.cdiv(dim, 2)
+def new_gradients(
+    tensors: tuple[Tensor, ...], grad_mask: int
+) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
+    """What an op returns, empty where no gradient is asked for, and None there. The first tensor's
+    bit is 1."""
+    gradients, wanted = [], []
+    for bit, tensor in enumerate(tensors):
+        is_wanted = grad_mask & 1 << bit
+        gradients.append(tensor.new_empty(tensor.shape if is_wanted else (0,)))
+        wanted.append(gradients[-1] if is_wanted else None)
+    return tuple(gradients), wanted
 
 
 def is_constant(problem: Problem, dweights: Tensor | None) -> bool:
     """Whether no result whose gradient came in depends on any input."""
-    no_context = problem.value_dim == 0 and dweights is None
-    return problem.all_rows_k == 0 or problem.batch == 0 or no_context
+    return problem.has_no_keys or (problem.value_dim == 0 and dweights is None)

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Arguments of most kernels, in this order.
+SIZES = ["batch", "rows_q", "rows_k", "max_seqlen_q", "max_seqlen_k"]
 ORDER_BLOCK = tl.constexpr(128)  # sequences that are compared at a time where tiles are ordered
 
 # What launchers pass and kernels take apart. Triton specialises the integers in them (1, multiples
@@ -39,8 +41,29 @@ class Dropout(NamedTuple):
     """Of weights, or of features."""
 
     seed_ptr: Tensor  # one int64
-    threshold: float  # the least 24-bit number that is kept, ``ceil(p * 2^24)``
+    threshold: float  # the least 24-bit random number that is kept, ``ceil(p * 2^24)``
     scale: float  # ``1 / (1 - p)``
+
+
+class Inputs(NamedTuple):
+    """Of forward and backward. Without a query it is pooling, whose K are its branches."""
+
+    query: Rows | None  # [places, rows_q, H, D]
+    key: Rows  # [places, rows_k, H, D]
+    gate: Rows | None  # the same, in gated pooling
+    value: Rows  # [places, rows_k, H, DV]
+    score_weight_ptr: Tensor  # [H, D], in pooling [H, K, D]
+    cu_q_ptr: Tensor | None  # [batch + 1], of jagged queries
+    key_side: KeySide
+    dropout: Dropout | None  # of weights
+    tanh_dropout: Dropout | None  # of the two factors of pooling's hidden rows
+    gate_dropout: Dropout | None
+
+
+@triton.jit
+def first_row(rows, place, row, head):
+    """A pointer to it, of :class:`Rows`."""
+    return rows.ptr + place * rows.by_place + row * rows.by_row + head * rows.by_head
 
 
 @triton.jit
@@ -51,17 +74,26 @@ def offset_of(cu_ptr, sequence, rows):
 
 @triton.jit
 def sequence_rows(cu_ptr, sequence, batch, rows):
-    """(place, start, length) of one side of a sequence; ``rows`` is the side's N."""
+    """(place, start, length) of one side of a sequence, or of several; ``rows`` is the side's N."""
+    exists = sequence < batch
     if cu_ptr is None:
-        exists = sequence < batch
         place = tl.where(exists, sequence, 0).to(tl.int64)
         return place, place * 0, tl.where(exists, rows, 0)
     else:
-        start = offset_of(cu_ptr, sequence, rows)
-        end = rows
-        if sequence < batch:
-            end = offset_of(cu_ptr, sequence + 1, rows)
-        return start * 0, start, tl.maximum(end - start, 0)
+        start = offset_of(cu_ptr, tl.minimum(sequence, batch), rows)
+        end = offset_of(cu_ptr, tl.minimum(sequence + 1, batch), rows)
+        return start * 0, start, tl.maximum(tl.where(exists, end, rows) - start, 0)
+
+
+@triton.jit
+def attended_keys(key_side, sequence, batch, rows, max_seqlen):
+    """The same of the keys that it may attend to; length 0 for nobody's."""
+    place, start, length = sequence_rows(key_side.cu_ptr, sequence, batch, rows)
+    length = tl.where(sequence < batch, tl.minimum(length, max_seqlen), 0)
+    if key_side.lengths_ptr is not None:
+        attended = tl.load(key_side.lengths_ptr + tl.minimum(sequence, batch - 1)).to(tl.int64)
+        length = tl.minimum(length, tl.maximum(attended, 0))
+    return place, start, length
 
 
 @triton.jit
@@ -106,40 +138,12 @@ def dealt(number, count, processors):
 
 
 @triton.jit
-def lengths_of(cu_ptr, sequence, batch, rows):
-    """Of sequences, as :func:`sequence_rows` has them."""
-    if cu_ptr is None:
-        return tl.where(sequence < batch, rows, 0)
-    else:
-        start = offset_of(cu_ptr, tl.minimum(sequence, batch), rows)
-        end = offset_of(cu_ptr, tl.minimum(sequence + 1, batch), rows)
-        return tl.maximum(tl.where(sequence < batch, end, rows) - start, 0)
-
-
-class Lengths(NamedTuple):
-    """What says how many queries and keys each sequence has."""
-
-    cu_q_ptr: tl.tensor | None
-    cu_k_ptr: tl.tensor | None
-    key_lengths_ptr: tl.tensor | None
-    batch: tl.tensor
-    rows_q: tl.tensor  # int64, as is the next
-    rows_k: tl.tensor
-    max_seqlen_k: tl.tensor
-
-
-@triton.jit
-def work_of(sequence, lengths, TILE: tl.constexpr):
+def work_of(sequence, cu_q_ptr, key_side, sizes, TILE: tl.constexpr):
     """How many tiles of TILE queries sequences have (TILE = 0: each is one), and the pairs of the
     largest of them."""
-    batch = lengths.batch
-    queries = lengths_of(lengths.cu_q_ptr, sequence, batch, lengths.rows_q)
-    keys = lengths_of(lengths.cu_k_ptr, sequence, batch, lengths.rows_k)
-    keys = tl.minimum(keys, lengths.max_seqlen_k)
-    if lengths.key_lengths_ptr is not None:
-        attended = tl.load(lengths.key_lengths_ptr + tl.minimum(sequence, batch - 1))
-        keys = tl.minimum(keys, tl.maximum(attended, 0).to(tl.int64))
-    keys = tl.where(sequence < batch, keys, 0)
+    batch, rows_q, rows_k, max_seqlen_k = sizes
+    queries = sequence_rows(cu_q_ptr, sequence, batch, rows_q)[2]
+    keys = attended_keys(key_side, sequence, batch, rows_k, max_seqlen_k)[2]
     if TILE == 0:
         return tl.where(sequence <= batch, 1, 0), queries * keys
     else:
@@ -148,19 +152,29 @@ def work_of(sequence, lengths, TILE: tl.constexpr):
 
 @triton.jit
 def write_order(
-    order_ptr, sequence, sequences, room, lengths, TILE: tl.constexpr, BLOCK: tl.constexpr
+    order_ptr,
+    sequence,
+    sequences,
+    room,
+    cu_q_ptr,
+    key_side,
+    sizes,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Write the tiles of a sequence where they stand among those of all, the largest first.
+
+    ``sizes``: batch, the rows of queries and of keys (int64), the most keys of a sequence.
 
     ``order`` is [room, 2] and a number: of each tile its sequence, and which of its tiles it is;
     and how many tiles there are.
     """
-    own_tiles, own_work = work_of(sequence, lengths, TILE)
+    own_tiles, own_work = work_of(sequence, cu_q_ptr, key_side, sizes, TILE)
     before = 0
     total = 0
     for begin in range(0, sequences, BLOCK):
         other = begin + tl.arange(0, BLOCK)
-        tiles, work = work_of(other, lengths, TILE)
+        tiles, work = work_of(other, cu_q_ptr, key_side, sizes, TILE)
         tiles = tl.where(other < sequences, tiles, 0)
         precedes = (work > own_work) | ((work == own_work) & (other < sequence))
         before += tl.sum(tl.where(precedes, tiles, 0), 0)
@@ -176,45 +190,40 @@ def write_order(
         tl.store(order_ptr + 2 * room, tl.minimum(total, room))
 
 
-@triton.jit(do_not_specialize=["sequences", "room", "batch", "rows_q", "rows_k", "max_seqlen_k"])
+@triton.jit(do_not_specialize=["sequences", "room", *SIZES])
 def order_kernel(
     order_ptr,
     cu_q_ptr,
-    cu_k_ptr,
-    key_lengths_ptr,
+    key_side,  # :class:`KeySide`
     sequences,
     room,
     batch,
     rows_q,
     rows_k,
+    max_seqlen_q,
     max_seqlen_k,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """:func:`write_order` for a sequence a program."""
-    rows_q = rows_q.to(tl.int64)
-    rows_k = rows_k.to(tl.int64)
-    lengths = Lengths(cu_q_ptr, cu_k_ptr, key_lengths_ptr, batch, rows_q, rows_k, max_seqlen_k)
-    write_order(order_ptr, tl.program_id(0), sequences, room, lengths, TILE, BLOCK)
+    sizes = batch, rows_q.to(tl.int64), rows_k.to(tl.int64), max_seqlen_k
+    sequence = tl.program_id(0)
+    write_order(order_ptr, sequence, sequences, room, cu_q_ptr, key_side, sizes, TILE, BLOCK)
 
 
 @triton.jit
-def attended_keys(cu_ptr, lengths_ptr, sequence, batch, rows, max_seqlen):
-    """(place, start, length) of the keys that a sequence may attend to; length 0 for nobody's."""
-    place, start, length = sequence_rows(cu_ptr, sequence, batch, rows)
-    if sequence >= batch:
-        length = length * 0
-    if lengths_ptr is not None:
-        if sequence < batch:
-            length = tl.minimum(length, tl.maximum(tl.load(lengths_ptr + sequence), 0).to(tl.int64))
-    return place, start, tl.minimum(length, max_seqlen)
+def mask_from(key_side, key):
+    """The mask, if any, from this key of all on."""
+    if key_side.mask_ptr is None:
+        return None
+    else:
+        return key_side.mask_ptr + key
 
 
 @triton.jit
-def are_attended(mask_ptr, place, rows, position, length):
+def are_attended(mask_ptr, position, length):
     """Which key positions count: within the length and not masked."""
     attended = position < length
     if mask_ptr is not None:
-        ignored = tl.load(mask_ptr + place * rows + position, mask=attended, other=1)
-        attended = attended & (ignored == 0)
+        attended &= tl.load(mask_ptr + position, mask=attended, other=1) == 0
     return attended

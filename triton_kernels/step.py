@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import configurations
-from .key_tiles import Plan, Shape, key_inputs
+from .key_tiles import Plan, Shape
 from .keys_backward import Gradients, Incoming, Records, backward_over_keys
 from .keys_forward import forward_over_keys
 from .problem import (
@@ -17,16 +17,15 @@ from .problem import (
     is_constant,
     on_device,
     register_limit,
-    uses_ptx,
 )
 
 
-def step_plan(problem: Problem, query: Tensor, raw: bool) -> Plan:
+def step_plan(problem: Problem, raw: bool) -> Plan:
     """``raw``: for scores alone. A HALF has as many numbers a thread."""
     segment, single = configurations.step_segment(problem.max_k)
     tiles = configurations.step_tiles(segment, raw)
     sizes = problem.heads, 1, problem.dim, problem.value_dim, segment
-    rest = single, uses_ptx(query)
+    rest = single, problem.uses_ptx
     whole, half = (
         Shape(*sizes, segment // n, 1, n * tiles.features, n * tiles.value_features, *rest)
         for n in (1, 2)
@@ -36,21 +35,17 @@ def step_plan(problem: Problem, query: Tensor, raw: bool) -> Plan:
 
 def step_forward(
     problem: Problem,
-    tensors: list[Tensor],
     context: Tensor | None,
     stats: Tensor | None,
     scores: Tensor | None,
 ) -> None:
     """Fill context and stats, if any, and scores [all rows, H], if any."""
-    query, *others = tensors
-    plan = step_plan(problem, query, stats is None)
-    inputs = key_inputs(problem, others, query)
-    forward_over_keys(problem, inputs, context, stats, scores, plan)
+    plan = step_plan(problem, stats is None)
+    forward_over_keys(problem, context, stats, scores, plan)
 
 
 def step_gradients(
     problem: Problem,
-    tensors: tuple[Tensor, ...],
     incoming: tuple,
     softmax: tuple[Tensor, Tensor] | None,
     kept: tuple[Tensor | None, Tensor | None],
@@ -59,18 +54,13 @@ def step_gradients(
     """Fill the gradients that are not None, and ``kept``.
 
     Args:
-        tensors: query, key, value, score_weight.
         incoming: the gradients of context and weights, if any, and the weights' layout.
         softmax: stats and scores; None: the gradients of weights are those of scores.
         kept: where score gradients and weights (0 without softmax) go, or None.
-        gradients: of the tensors.
+        gradients: of query, key, value and score_weight.
     """
-    query, *others = tensors
     dcontext, dweights, layout = incoming
     dquery, dkey, dvalue, dscore_weight = gradients
-    if dvalue is not None and dcontext is None:
-        dvalue.zero_()
-        dvalue = None
     columns = None
     if dweights is not None:
         dweights = dweights.contiguous()
@@ -80,14 +70,13 @@ def step_gradients(
         stats, scores = softmax
         if scores.numel() == 0:
             scores = stats.new_empty((problem.all_rows_k, problem.heads))
-            step_forward(problem, tensors, None, None, scores)
+            step_forward(problem, None, None, scores)
         # vmap hands over one call's numbers for all, by a stride of 0.
         stats, scores = stats.contiguous(), scores.contiguous()
     dscores, weights = kept
-    plan = step_plan(problem, query, raw=False)
+    plan = step_plan(problem, raw=False)
     backward_over_keys(
         problem,
-        key_inputs(problem, others, query),
         Incoming(as_rows(dcontext), dweights, stats, scores),
         columns,
         Records(weights, dscores, None),
@@ -120,15 +109,14 @@ def additive_attention_step_backward(
     raw, weights_layout = divmod(weights_layout, RAW)
     weighted = key[..., :0] if raw else value
     layout = None, cu_seqlens_k, key_lengths, key_padding_mask, 1, max_seqlen_k
-    problem = describe(query, key, weighted, *layout, dropout_p, dropout_seed)
+    problem = describe(query, key, weighted, score_weight, *layout, dropout_p, dropout_seed)
     dquery = query.new_empty(query.shape if grad_mask & GRAD_QUERY else (0,))
     kept = tuple(key.new_empty(key.shape[:3], dtype=torch.float32) for _ in range(2))
     if is_constant(problem, dweights):
         return dquery.zero_(), *(tensor.zero_() for tensor in kept)
-    tensors = query, key, weighted, score_weight
     incoming = dcontext, dweights, weights_layout
     softmax = None if raw else (stats, scores)
     wanted = dquery if grad_mask & GRAD_QUERY else None, None, None, None
     with on_device(query):
-        step_gradients(problem, tensors, incoming, softmax, kept, wanted)
+        step_gradients(problem, incoming, softmax, kept, wanted)
     return dquery, *kept

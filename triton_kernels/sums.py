@@ -9,27 +9,25 @@ from .rows import offset_of
 
 
 @triton.jit
-def parts_of(row, parts, rows_apart, cu_ptr, rows_k, TILE: tl.constexpr):
-    """(first, count) of the parts of a row: ``parts`` from ``row rows_apart`` on, or with offsets,
-    of a row that is a sequence, its tiles of keys.
+def parts_of(row, parts, cu_ptr, rows_k, TILE: tl.constexpr):
+    """(first, count) of the parts of a row: ``parts`` of each, or with offsets, of a row that is a
+    sequence, its tiles of keys.
     """
     if cu_ptr is None:
-        return row * rows_apart, parts
+        return row * parts, parts
     else:
         rows_k = rows_k.to(tl.int64)
         first = offset_of(cu_ptr, row, rows_k) // TILE + row
         return first, offset_of(cu_ptr, row + 1, rows_k) // TILE + row + 1 - first
 
 
-@triton.jit(do_not_specialize=["parts", "rows_apart", "parts_apart", "rows_k"])
+@triton.jit(do_not_specialize=["parts", "rows_k"])
 def merge_parts_kernel(
     partial_ptr,  # float32 [.., H, DV]
     part_stats_ptr,  # [.., H, 2]
     context_ptr,  # [rows, H, DV]
     stats_ptr,  # [rows, H, 2]
     parts,
-    rows_apart,
-    parts_apart,
     cu_ptr,
     rows_k,
     H: tl.constexpr,
@@ -40,11 +38,11 @@ def merge_parts_kernel(
     """``context = sum_p exp(max_p - max) partial_p / sum`` over the parts of a row and head."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
-    first, count = parts_of(row, parts, rows_apart, cu_ptr, rows_k, TILE)
+    first, count = parts_of(row, parts, cu_ptr, rows_k, TILE)
     largest = -float("inf")
     total = 0.0
     for part in range(count):
-        part_row = (first + part * parts_apart) * H + head
+        part_row = (first + part) * H + head
         part_largest = tl.load(part_stats_ptr + part_row * 2)
         part_total = tl.load(part_stats_ptr + part_row * 2 + 1)
         if part_total != 0.0:
@@ -59,7 +57,7 @@ def merge_parts_kernel(
         d = begin + tl.arange(0, BLOCK_DV)
         context = tl.zeros((BLOCK_DV,), tl.float32)
         for part in range(count):
-            part_row = (first + part * parts_apart) * H + head
+            part_row = (first + part) * H + head
             part_total = tl.load(part_stats_ptr + part_row * 2 + 1)
             share = tl.exp(tl.load(part_stats_ptr + part_row * 2) - largest) / safe_total
             # A part without keys has written nothing.
@@ -86,7 +84,7 @@ def sum_parts_kernel(
     BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     row = tl.program_id(0).to(tl.int64) // BLOCKS
     place = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
-    first, count = parts_of(row, parts, parts, cu_ptr, rows_k, TILE)
+    first, count = parts_of(row, parts, cu_ptr, rows_k, TILE)
     sums = tl.zeros((PARTS, BLOCK), tl.float32)
     for begin in range(0, count, PARTS):
         part = begin + tl.arange(0, PARTS)
@@ -102,13 +100,13 @@ def merge_parts(
     part_stats: Tensor,
     context: Tensor,
     stats: Tensor,
-    parts: tuple[int, int, int],
+    parts: int,
     tiles: tuple[Tensor | None, int, int] = (None, 0, 1),
 ) -> None:
     """Fill context [.., H, DV] and stats [.., H, 2].
 
     Args:
-        parts: how many a row has, how far apart rows are and how far parts are.
+        parts: how many a row has, next to each other.
         tiles: where the parts of a sequence are its tiles of keys: offsets, all keys, keys a tile.
     """
     heads = context.size(-2)
@@ -118,7 +116,7 @@ def merge_parts(
         part_stats,
         context,
         stats,
-        *parts,
+        parts,
         cu,
         rows_k,
         H=heads,

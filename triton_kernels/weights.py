@@ -5,11 +5,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configurations
-from .arithmetic import dropout_scales
+from .arithmetic import kept_weights
 from .problem import Problem
-from .rows import are_attended, attended_keys, find_tile, sequence_rows
+from .rows import SIZES, are_attended, attended_keys, find_tile, mask_from, sequence_rows
 
-SIZES = ["batch", "rows_q", "rows_k", "max_seqlen_q", "max_seqlen_k"]
 COLUMNS = ["score_columns", "weight_rows", "weight_columns"]
 
 
@@ -44,14 +43,12 @@ def additive_attention_weights_kernel(
     sequence, first_key = find_tile(key_side.cu_ptr, tile, batch, rows_k, BLOCK_K)
     if sequence >= batch:
         return
-    key_place, key_start, length = attended_keys(
-        key_side.cu_ptr, key_side.lengths_ptr, sequence, batch, rows_k, max_seqlen_k
-    )
+    key_place, key_start, length = attended_keys(key_side, sequence, batch, rows_k, max_seqlen_k)
     place, start, length_q = sequence_rows(cu_q_ptr, sequence, batch, rows_q)
     length_q = tl.minimum(length_q, max_seqlen_q)
     query = first_query + tl.arange(0, BLOCK_Q)
     key = first_key + tl.arange(0, BLOCK_K)
-    attended = are_attended(key_side.mask_ptr, key_place, rows_k, key, length)
+    attended = are_attended(mask_from(key_side, key_place * rows_k), key, length)
     mask = (query < length_q)[:, None] & attended[None, :]
     query_row = ((place * rows_q + start + query) * H + head)[:, None]
     key_row = ((key_place * rows_k + key_start + key) * H + head)[None, :]
@@ -64,16 +61,7 @@ def additive_attention_weights_kernel(
         largest = tl.load(stats_ptr + query_row * 2, mask=(query < length_q)[:, None], other=0.0)
         total = tl.load(stats_ptr + query_row * 2 + 1, mask=(query < length_q)[:, None], other=1.0)
         weights = tl.exp(weights - largest) / total
-    if dropout is not None:
-        weights *= dropout_scales(
-            dropout.seed_ptr,
-            tl.cast(dropout.threshold, tl.int32),
-            dropout.scale,
-            sequence,
-            head,
-            query[:, None],
-            key[None, :],
-        )
+    weights *= kept_weights(dropout, sequence, head, query[:, None], key[None, :])
     target = by_key
     if weight_columns is not None:
         row = (sequence.to(tl.int64) * H + head) * weight_rows + query
@@ -96,13 +84,9 @@ def fill_weights(
         stats,
         weights,
         problem.cu_q,
-        problem.key_side(),
-        problem.weight_dropout(),
-        problem.batch,
-        problem.rows_q,
-        problem.rows_k,
-        problem.max_q,
-        problem.max_k,
+        problem.inputs.key_side,
+        problem.inputs.dropout,
+        *problem.sizes,
         score_columns,
         *(weights.shape[2:] if weights.dim() == 4 else (None, None)),
         H=problem.heads,
