@@ -6,7 +6,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <exception>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -125,7 +127,16 @@ inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
 
 inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype,
                        bool zeros = false) {
-  Tensor result = torch::stable::new_empty(like, sizes, dtype);
+  Tensor result;
+  try {
+    result = torch::stable::new_empty(like, sizes, dtype);
+  } catch (const std::exception&) {  // whose text tells nothing: the reason went to the log
+    std::string shape;
+    for (const int64_t size : sizes) {
+      shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+    }
+    STD_TORCH_CHECK(false, "attn_ext: out of memory for a tensor of shape (", shape, ")");
+  }
   return zeros ? torch::stable::zero_(result) : result;
 }
 

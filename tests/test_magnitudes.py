@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from helpers import check
+from helpers import BACKEND_DEVICES, check
 from layouts import make_inputs
 from parameters import MAIN_LAYOUTS, dtype_id, named
+
+import attn_ext
 
 pytestmark = pytest.mark.every_isa
 
@@ -75,6 +77,27 @@ def test_large_score_weights_in_low_precision(
     )
     weight = inputs.leaves["score_weight"]
     check(inputs.with_leaves(score_weight=(weight.float().abs() * size).to(dtype)), backend)
+
+
+@pytest.mark.parametrize("scale", [0.06, 0.3], ids=named("scale"))
+def test_scores_of_large_weights(backend: str, scale: float):
+    """They err about as those of the plain formula do, whose errors shrink with tanh."""
+    ratios = []
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        query, key = (scale * torch.randn(1, n, 64, generator=generator) for n in (16, 24))
+        weight = 8 * torch.randn(64, generator=generator)
+        exact, eager = (
+            torch.tanh(query.to(dtype).unsqueeze(2) + key.to(dtype).unsqueeze(1))
+            .mul(weight.to(dtype))
+            .sum(-1)
+            for dtype in (torch.float64, torch.float32)
+        )
+        on_device = (tensor.to(BACKEND_DEVICES[backend]) for tensor in (query, key, weight))
+        ours = attn_ext.additive_scores(*on_device, backend=backend).cpu()
+        errors = [(scores.double() - exact).abs().max() for scores in (ours, eager)]
+        ratios.append(errors[0] / errors[1])
+    assert sum(ratios) / len(ratios) < 1.5
 
 
 @pytest.mark.parametrize("layout", MAIN_LAYOUTS)

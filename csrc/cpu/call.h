@@ -16,8 +16,8 @@ constexpr int64_t padded_columns(int64_t columns) { return (columns + 63) / 64 *
 template <class T>
 struct ScoreWeights {
   const T* data = nullptr;  // [padded_columns(dim)], padded by 0
-  T least_informative = 0;  // of sum |w|
-  bool fit = false;
+  double sum = 0;           // of |w|
+  double norm = 0;          // root of sum w^2
 };
 
 struct ForwardArguments {

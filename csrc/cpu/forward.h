@@ -42,6 +42,7 @@ template <class Visit>
 ATTN_EXT_INLINE void for_each_weight(const Dropout& dropout, const Sequence& sequence, int64_t head,
                                      int64_t query, int64_t first, int64_t count,
                                      const Visit& visit) {
+  const uint32_t least = least_bits(dropout);
   for (int64_t begin = 0; begin < count; begin += kPhiloxGroup) {
     const int64_t group = smaller(kPhiloxGroup, count - begin);
     uint32_t words[4][kPhiloxGroup] = {};
@@ -55,7 +56,7 @@ ATTN_EXT_INLINE void for_each_weight(const Dropout& dropout, const Sequence& seq
     }
     make_philox_words(words, dropout.philox_key());
     for (int64_t n = 0; n < group; ++n) {
-      visit(begin + n, keeps_word(words[0][n], dropout));
+      visit(begin + n, keeps_word(words[0][n], least));
     }
   }
 }

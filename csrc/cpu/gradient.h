@@ -95,8 +95,9 @@ class GradientBlock {
     int64_t keys;
   };
 
-  // Multiplies s by the power of two that makes the largest about 1: s (1 - t^2), which w
-  // multiplies in the end, then neither underflows nor overflows where w s (1 - t^2) does not.
+  // Multiplies s by the power of two that makes the largest about 1, or as large as weights of more
+  // than 1 are: s (1 - t^2), which w multiplies in the end, then neither underflows nor overflows
+  // where w s (1 - t^2) does not.
   void read_scores(int64_t first, int64_t count) {
     constexpr int kHighest = sizeof(T) == 4 ? 120 : 1000;  // of it and its inverse
     const T* s = call_.dscores + unit_.scores + first;
@@ -111,6 +112,13 @@ class GradientBlock {
     int exponent = 0;
     if (largest > 0 && largest - largest == T(0)) {
       __builtin_frexp(static_cast<double>(largest), &exponent);
+    }
+    constexpr double kLargestLifted = 0x1p24;  // weights beyond could overflow as well
+    const double norm = call_.score_weights[unit_.head].norm;
+    if (norm > 1 && norm <= kLargestLifted) {
+      int of_weights = 0;
+      __builtin_frexp(norm, &of_weights);
+      exponent -= of_weights;
     }
     exponent = smaller(exponent, kHighest);
     const T lift = static_cast<T>(__builtin_ldexp(1.0, smaller(-exponent, kHighest)));

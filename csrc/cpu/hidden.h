@@ -154,8 +154,20 @@ class HiddenSource {
     }
     make_philox_words(words, dropout.philox_key());
     const T scale = static_cast<T>(dropout.keep_scale);
-    for (int64_t n = 0; n < count; ++n) {
-      row[n] = keeps_word(words[n % 4][n / 4], dropout) ? row[n] * scale : T(0);
+    const uint32_t least = least_bits(dropout);
+    T factors[kBlock];
+    for (int n = 0; n < kPhiloxGroup; ++n) {
+      for (int word = 0; word < 4; ++word) {
+        factors[4 * n + word] = keeps_word(words[word][n], least) ? scale : T(0);
+      }
+    }
+    int64_t n = 0;
+    for (; n + kLanes<T> <= count; n += kLanes<T>) {
+      const Vec<T> factor = load<T>(factors + n);
+      store<T>(row + n, factor == 0 ? Vec<T>{} : load<T>(row + n) * factor);
+    }
+    for (; n < count; ++n) {
+      row[n] = factors[n] == T(0) ? T(0) : row[n] * factors[n];
     }
   }
 

@@ -20,8 +20,7 @@ ScoreWeights<T> read_weights(const Rows& score_weight, int64_t head, int64_t dim
     magnitudes += weight < 0 ? -weight : weight;
     squares += weight * weight;
   }
-  return {row, static_cast<T>(magnitudes * kInformativePart),
-          squares <= kLargestWeightNorm * kLargestWeightNorm};
+  return {row, magnitudes, __builtin_sqrt(squares)};
 }
 
 inline void write_weights(const double* source, int64_t count, const Rows& target) {

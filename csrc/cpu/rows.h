@@ -315,9 +315,12 @@ inline void make_philox_words(uint32_t (&c)[4][kPhiloxGroup], PhiloxKey key) {
   }
 }
 
-// Whether dropout keeps what it has this word for.
-ATTN_EXT_INLINE bool keeps_word(uint32_t word, const Dropout& dropout) {
-  return (word >> 8) >= static_cast<uint32_t>(__builtin_ceil(dropout.threshold));
+// Dropout keeps what it has a word for whose first 24 bits are at least `least_bits`.
+ATTN_EXT_INLINE uint32_t least_bits(const Dropout& dropout) {
+  return static_cast<uint32_t>(__builtin_ceil(dropout.threshold));
+}
+ATTN_EXT_INLINE bool keeps_word(uint32_t word, uint32_t least_bits) {
+  return (word >> 8) >= least_bits;
 }
 
 }  // namespace ATTN_EXT_ISA

@@ -293,25 +293,31 @@ class AdditiveScores {
         queries_(query_rows(problem.query, sequence, head), count, 0, problem.dim, scratch,
                  weights_.data),
         keys_(problem, sequence, head, kTileCols, 0, problem.dim, scratch),
-        informative_(queries_, steps_, weights_.data, weights_.least_informative, scratch) {
+        large_(!is_short_ && weights_.norm > kLargestWeightNorm),
+        informative_(queries_, steps_, weights_.data,
+                     static_cast<T>(weights_.sum *
+                                    (large_ ? kInformativePartOfLargeWeights : kInformativePart)),
+                     scratch) {
     queries_.take(query, count);
   }
 
   // scores[i * ld + j] = sum_d w_d tanh(q_id + k_jd) for every query of the block and keys first +
   // j, j < keys.
   void compute(int64_t first, int64_t keys, T* scores, int64_t ld) {
+    const bool fit = weights_.norm <= kLargestFactoredNorm;
+    const double smallest_sum = large_ ? kSmallestSumOfLargeWeights : kSmallestMagnitudeSum;
     const auto factored =
         divides_quickly() ? inner_products<T, DividedScore> : inner_products<T, FactoredScore>;
     for (int64_t j = 0; j < keys; j += kTileCols) {
       const int64_t cols = smaller(kTileCols, keys - j);
       keys_.take(first + j, cols);
       const T key_bound = keys_.bound(0, cols);
-      const bool informs = weights_.fit && (is_short_ || informative_(keys_));
+      const bool informs = fit && (is_short_ || informative_(keys_));
       for (int64_t i = 0; i < queries_.count; i += kTileRows) {
         const int64_t rows = smaller(kTileRows, queries_.count - i);
         T* out = scores + i * ld + j;
         const T query_bound = queries_.bound(i, rows);
-        if (informs && in_factored_range(query_bound, key_bound, kSmallestMagnitudeSum)) {
+        if (informs && in_factored_range(query_bound, key_bound, smallest_sum)) {
           factored(queries_.exponentials.from_row(i), rows, keys_.exponentials, cols, steps_,
                    weights_.data, out, ld);
         } else {
@@ -331,6 +337,7 @@ class AdditiveScores {
   const ScoreWeights<T>& weights_;
   RowBlock<T> queries_;
   RowBlock<T> keys_;
+  const bool large_;  // weights, whose errors would show
   Informative<T> informative_;
 };
 
