@@ -1,5 +1,6 @@
 """Checks of single arguments. Every message names the argument, what was expected and what came."""
 
+import contextlib
 import numbers
 import operator
 import os
@@ -131,7 +132,7 @@ def can_read_values(tensor: Tensor) -> bool:
 def runs_eagerly() -> bool:
     """Whether Python may keep account of calls, for their backward pass.
 
-    A compiled graph cannot follow a list or a hook of Python's, nor can a trace or torch.func.
+    A compiled graph cannot follow a list or a callback of Python's, nor can a trace or torch.func.
     """
     return not (
         torch.compiler.is_compiling()
@@ -151,6 +152,13 @@ def operations_are_recorded() -> bool:
         torch._C._len_torch_dispatch_stack() > 0
         or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
     )
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """Operations in the dtypes of their tensors."""
+    if device_type == "meta":  # which autocast does not know
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def exports_to_onnx() -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import autograd
-from .checks import check_beside_key, mismatch, runs_eagerly, shape_of
+from .checks import check_beside_key, mismatch, runs_eagerly, shape_of, without_autocast
 from .layout import RAW, KeySide, QuerySide, row_text
 from .nested import without_nesting
 from .ops import GRADS
@@ -54,8 +54,9 @@ def shifted_keys(
     weight = feature_weight.to(key.dtype).flatten(1)  # [F, H * D]
     if out is not None:
         out = out.view(-1, weight.size(1))
-    rows = torch.addmm(key.reshape(-1, weight.size(1)), features.flatten(0, 1), weight, out=out)
-    return rows.view(key.shape)
+    rows = key.reshape(-1, weight.size(1))
+    with without_autocast(key.device.type):
+        return torch.addmm(rows, features.flatten(0, 1), weight, out=out).view(key.shape)
 
 
 def with_features(
@@ -74,10 +75,10 @@ def with_features(
             missing, given = given, missing
         raise mismatch(missing, f"a tensor beside {given}", "None")
     weight = check_feature_weight(feature_weight, keys)
-    return added_to_keys(keys, check_features(features, weight, keys, queries), weight, backend)
+    return with_term(keys, check_features(features, weight, keys, queries), weight, backend)
 
 
-def added_to_keys(keys: KeySide, features: Tensor, feature_weight: Tensor, backend: str) -> KeySide:
+def with_term(keys: KeySide, features: Tensor, feature_weight: Tensor, backend: str) -> KeySide:
     """Keys with the term in them, or beside them where :func:`attend_with_term` is to add it."""
     # The reference may be differentiated twice.
     if backend == "reference" or not torch.is_grad_enabled() or not runs_eagerly():
@@ -87,19 +88,20 @@ def added_to_keys(keys: KeySide, features: Tensor, feature_weight: Tensor, backe
 
 def attend_with_term(**arguments: Any) -> tuple[Tensor, Tensor]:
     """Context and weights of the forward op, of keys that have their term beside them."""
-    return _Attend.apply(*(arguments.pop(name) for name in _INPUTS), arguments)
+    return _AttendWithTerm.apply(*(arguments.pop(name) for name in _INPUTS), arguments)
 
 
 _INPUTS = ("query", "key", "value", "score_weight", "features", "feature_weight")
 _OTHER_TENSORS = ("cu_seqlens_k", "key_lengths", "key_padding_mask", "dropout_seed")
 
 
-class _Attend(torch.autograd.Function):
-    """Keeps for backward what the keys are made of, which is less than they are."""
+class _AttendWithTerm(torch.autograd.Function):
+    """Keeps for backward key, features and feature_weight, not their sum, of the size of key."""
 
     @staticmethod
     def forward(ctx, query, key, value, score_weight, features, feature_weight, options):
-        options = options | {"keep_scores": not options["weights_layout"] & RAW}
+        keep_scores = any(ctx.needs_input_grad) and not options["weights_layout"] & RAW
+        options = options | {"keep_scores": keep_scores}
         context, weights, *kept = autograd.forward(
             **options,
             query=query,
@@ -151,12 +153,14 @@ class _Attend(torch.autograd.Function):
 def features_gradient(dkey: Tensor, features: Tensor, feature_weight: Tensor) -> Tensor:
     """Of the features of a term, given that of the keys that it is in."""
     weight = feature_weight.to(dkey.dtype).flatten(1)  # [F, H * D]
-    return (_rows(dkey, weight.size(1)) @ weight.t()).view(features.shape)
+    with without_autocast(dkey.device.type):
+        return (_rows(dkey, weight.size(1)) @ weight.t()).view(features.shape)
 
 
 def feature_weight_gradient(dkey: Tensor, features: Tensor) -> Tensor:
     """Of the feature weight as ``[F, H * D]``."""
-    return _rows(features, features.size(2)).t() @ _rows(dkey, dkey.size(2) * dkey.size(3))
+    with without_autocast(dkey.device.type):
+        return _rows(features, features.size(2)).t() @ _rows(dkey, dkey.size(2) * dkey.size(3))
 
 
 def _rows(tensor: Tensor, width: int) -> Tensor:

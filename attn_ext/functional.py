@@ -172,7 +172,7 @@ def additive_attention(
         max_seqlen_k,
         key_padding_mask,
         key_lengths,
-        need_weights and layout.has_longest_axis(query, cu_seqlens_q, key),
+        need_weights,
     )
     queries = layout.check_query_side(query, keys, cu_seqlens_q, max_seqlen_q, need_weights)
     dropout_p = check_probability("dropout_p", dropout_p)
@@ -267,7 +267,7 @@ def additive_scores(
         max_seqlen_k,
         key_padding_mask,
         key_lengths,
-        need_max=layout.has_longest_axis(query, cu_seqlens_q, key),
+        need_max=True,
         scores_only=True,
     )
     queries = layout.check_query_side(query, keys, cu_seqlens_q, max_seqlen_q, need_max=True)

@@ -63,7 +63,9 @@ class KeySide(NamedTuple):
 
     def with_key(self, key: Tensor) -> "KeySide":
         """With other keys, of which nothing is prepared."""
-        return self._replace(key=key, exp_key=None, key_bound=None)
+        return self._replace(
+            key=key, exp_key=None, key_bound=None, features=None, feature_weight=None
+        )
 
     def ignored(self) -> Tensor | None:
         """Which rows ``[Bk, Nk]`` of keys nobody attends to; None where there are none for sure."""
@@ -133,16 +135,6 @@ def weights_layout(queries: QuerySide, keys: KeySide) -> int:
     """The internal layout of returned weights: jagged only for one step over jagged keys."""
     jagged = queries.is_one_step and keys.cu_seqlens_k is not None
     return JAGGED_WEIGHTS if jagged else DENSE_WEIGHTS
-
-
-def has_longest_axis(query: Tensor, cu_seqlens_q: Tensor | None, key: Tensor) -> bool:
-    """Whether weights have an axis for the longest sequence of keys, by what is not checked yet.
-
-    Those of one query a jagged sequence have a row for each key instead, and need no bound.
-    """
-    if cu_seqlens_q is not None or not (isinstance(query, Tensor) and isinstance(key, Tensor)):
-        return True
-    return query.is_nested or query.dim() != key.dim() - key.is_nested
 
 
 def check_key_side(

@@ -13,7 +13,7 @@ from .checks import (
     resolve_deterministic,
     runs_eagerly,
 )
-from .features import added_to_keys, check_feature_weight, check_features
+from .features import check_feature_weight, check_features, with_term
 from .functional import attend, score
 from .layout import RAW, KeySide, QuerySide
 from .selection import select_sequences
@@ -141,7 +141,7 @@ class AttentionMemory:
             weights_layout = layout.weights_layout(queries, self._keys) if need_weights else 0
             context, weights = self._step(queries, features, self._dropout_p, weights_layout)
             return queries.restore(context, weights, weights_layout)
-        keys = self._keys_of_call(queries, features, need_weights)
+        keys = self._keys_of_call(features, need_weights)
         return attend(queries, keys, self._dropout_p, need_weights, **self._choice)
 
     def scores(self, query: Tensor, *, features: Tensor | None = None) -> Tensor:
@@ -163,7 +163,7 @@ class AttentionMemory:
             weights_layout = layout.weights_layout(queries, self._keys)
             _, scores = self._step(queries, features, 0.0, weights_layout | RAW)
             return queries.restore_weights(scores, weights_layout)
-        return score(queries, self._keys_of_call(queries, features, True), **self._choice)
+        return score(queries, self._keys_of_call(features, True), **self._choice)
 
     def select(self, index: Tensor) -> "AttentionMemory":
         """A memory of some of the sequences, in any order, left out or repeated.
@@ -213,16 +213,13 @@ class AttentionMemory:
         self._steps.check_unchanged()
         return self._keys
 
-    def _keys_of_call(
-        self, queries: QuerySide, features: Tensor | None, need_weights: bool
-    ) -> KeySide:
+    def _keys_of_call(self, features: Tensor | None, need_weights: bool) -> KeySide:
         """The key side of a step that computes all its gradients itself."""
         keys = self._checked_keys()
-        if need_weights and layout.weights_layout(queries, keys) == layout.DENSE_WEIGHTS:
-            keys = keys.with_exact_bound()
+        keys = keys.with_exact_bound() if need_weights else keys
         if features is None or self._feature_weight is None:
             return keys
-        return added_to_keys(keys, features, self._feature_weight, self._choice["backend"])
+        return with_term(keys, features, self._feature_weight, self._choice["backend"])
 
     def _step(
         self, queries: QuerySide, features: Tensor | None, dropout_p: float, weights_layout: int

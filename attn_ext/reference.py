@@ -1,6 +1,5 @@
 """Additive attention in plain PyTorch: the definition of correct, and the last-resort backend."""
 
-import contextlib
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import layout
-from .checks import check_flag, check_probability, records_lengths
+from .checks import check_flag, check_probability, records_lengths, without_autocast
 from .features import with_features
 from .layout import KeySide, QuerySide
 
@@ -53,7 +52,7 @@ def additive_attention(
         max_seqlen_k,
         key_padding_mask,
         key_lengths,
-        need_weights and layout.has_longest_axis(query, cu_seqlens_q, key),
+        need_weights,
     )
     queries = layout.check_query_side(query, keys, cu_seqlens_q, max_seqlen_q, need_weights)
     dropout_p = check_probability("dropout_p", dropout_p)
@@ -132,7 +131,7 @@ def attend(
     query = of_queries.take(queries.query)  # [B, Tq, H, D]
     key = of_keys.take(keys.key)  # [B, Tk, H, D]
     value = of_keys.take(keys.value)  # [B, Tk, H, Dv]
-    with _without_autocast(query.device.type):
+    with without_autocast(query.device.type):
         padded_scores = _scores_padded(query, key, keys.score_weight)
         context, weights = _weigh(padded_scores, value, of_keys.valid, dropout_p, seed)
     context = queries.restore_context(of_queries.give_back(context.to(keys.value.dtype)))
@@ -146,7 +145,7 @@ def scores(queries: QuerySide, keys: KeySide) -> Tensor:
     """The scores of :func:`attn_ext.additive_scores`, padded for the while as in attention."""
     of_queries, of_keys = _query_places(queries, keys), _key_places(keys)
     query, key = of_queries.take(queries.query), of_keys.take(keys.key)
-    with _without_autocast(query.device.type):
+    with without_autocast(query.device.type):
         padded = _scores_padded(query, key, keys.score_weight)
     padded = padded.masked_fill(_ignored(of_keys.valid), -torch.inf)
     return _restore_weights(padded, queries, keys, of_queries, of_keys, -torch.inf)
@@ -158,7 +157,7 @@ def pool(
     """Context and weights of :func:`attn_ext.additive_pool`, in the internal form."""
     keys, of_keys = side.keys, _key_places(side.keys)
     value = of_keys.take(keys.value)
-    with _without_autocast(value.device.type):
+    with without_autocast(value.device.type):
         padded_scores = _branch_scores(side, of_keys, feature_dropout, seed)
         context, weights = _weigh(padded_scores, value, of_keys.valid, dropout_p, seed)
     weights = _restore_branches(weights, keys, of_keys, 0)
@@ -170,7 +169,7 @@ def pool_scores(
 ) -> Tensor:
     """The scores of keys alone of :func:`attn_ext.additive_scores`, in the internal form."""
     of_keys = _key_places(side.keys)
-    with _without_autocast(side.keys.key.device.type):
+    with without_autocast(side.keys.key.device.type):
         padded = _branch_scores(side, of_keys, feature_dropout, seed)
     padded = padded.masked_fill(_ignored(of_keys.valid), -torch.inf)
     return _restore_branches(padded, side.keys, of_keys, -torch.inf)
@@ -240,12 +239,6 @@ def _pad_to(
     queries = weights.size(2) if max_queries is None else max_queries
     more = (queries - weights.size(2), keys.max_seqlen_k - weights.size(3))
     return torch.nn.functional.pad(weights, (0, more[1], 0, more[0]), value=absent)
-
-
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    if device_type == "meta":  # which autocast does not know
-        return contextlib.nullcontext()
-    return torch.autocast(device_type, enabled=False)
 
 
 def _weigh(

@@ -190,11 +190,16 @@ def _batched(steps: Steps, records: list[tuple[Tensor, ...]], mask: int):
     return [grad if mask & GRADS[name] else None for name, grad in pairs]
 
 
+def _sum(total: Tensor, more: Tensor) -> Tensor:
+    """In place, unless one of them stands for a batch (is_grads_batched) and the other may not."""
+    return total + more if torch._C._are_functorch_transforms_active() else total.add_(more)
+
+
 def _add(ours: Tensor | None, more: Tensor | None, like: Tensor) -> Tensor | None:
     """The sum of gradients that are there, in the dtype of ``like``."""
     if more is None:
         return ours
-    return (more if ours is None else more.add_(ours)).to(like.dtype)
+    return (more if ours is None else _sum(more, ours)).to(like.dtype)
 
 
 class _Attend(torch.autograd.Function):
@@ -314,7 +319,7 @@ def _featured_step_gradients(
         dfeature_weight = feature_weight_gradient(dkey.to(wide), features.to(wide))
         terms = dkey, dscore_weight, dfeature_weight
         if records.sums:
-            records.sums = [total.add_(term) for total, term in zip(records.sums, terms)]
+            records.sums = [_sum(total, term) for total, term in zip(records.sums, terms)]
         else:
             records.sums = [term.to(wide, copy=True) for term in terms]
     dfeatures = features_gradient(dkey, features, feature_weight) if needs_features else None

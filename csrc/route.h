@@ -43,13 +43,12 @@ ATTN_EXT_HOST_DEVICE bool in_factored_range(T query_bound, T key_bound, double s
 // epsilon: of larger weights the softmax would show them, where tanh is small and the plain
 // formula's errors are smaller.
 constexpr double kLargestWeightNorm = 16;
-// The CPU factors scores of larger weights where magnitudes |q| + |k| add up to so much and so much
-// of sum |w| may meet a tanh of some size (see kSmallestMagnitudeSum and kInformativePart): errors
-// there were up to 1.3 times the plain formula's, and 2.4 times at a sum of 0.25.
+// The CPU factors scores of weights up to this where that is not so: inputs are of 16 bits, or all
+// rows of a tile have magnitudes |q| + |k| that add up to so much, and so much of sum |w| may meet
+// a tanh of some size (see kInformativePart).
+constexpr double kLargestFactoredNorm = 64;
 constexpr double kSmallestSumOfLargeWeights = 0.8;
 constexpr double kInformativePartOfLargeWeights = 0.5;
-// The root of sum w^2 up to which nothing overflows: see FactoredRange.
-constexpr double kLargestFactoredNorm = 0x1p17;
 
 // The largest |sum w|, in roots of sum w^2 (weights of random signs hardly exceed it, those of one
 // sign do), for which CUDA's scores are factored, sum w - 2 sum w / x: the second sum grows to half

@@ -130,12 +130,13 @@ inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, Sc
   Tensor result;
   try {
     result = torch::stable::new_empty(like, sizes, dtype);
-  } catch (const std::exception&) {  // whose text tells nothing: the reason went to the log
+  } catch (const std::exception& error) {
     std::string shape;
     for (const int64_t size : sizes) {
       shape += (shape.empty() ? "" : ", ") + std::to_string(size);
     }
-    STD_TORCH_CHECK(false, "attn_ext: out of memory for a tensor of shape (", shape, ")");
+    STD_TORCH_CHECK(false, "attn_ext: no tensor of shape (", shape,
+                    ") could be made, perhaps for want of memory: ", error.what());
   }
   return zeros ? torch::stable::zero_(result) : result;
 }

@@ -766,12 +766,20 @@ CPU = [
         "Scores of every query are kept where the first one's are.",
     ),
     Defect(
+        "cpu-gradient-beside-an-outlier",
+        "csrc/cpu/gradient.h",
+        "const bool sizeable = bound",
+        "const bool sizeable = true || bound",
+        "tests/test_magnitudes.py::test_large_score_weights_beside_an_outlier",
+        "One large key takes the digits of small tanh from the gradient of the score weight.",
+    ),
+    Defect(
         "cpu-large-weights-of-small-tanh",
         "csrc/cpu/scores.h",
-        "large_ ? kSmallestSumOfLargeWeights : kSmallestMagnitudeSum",
-        "kSmallestMagnitudeSum",
-        "tests/test_magnitudes.py::test_scores_of_large_weights",
-        "Scores of large weights err twice as much as the plain formula where tanh is small.",
+        "!large_ || queries_",
+        "true || queries_",
+        "tests/test_magnitudes.py::test_large_score_weights_beside_an_outlier",
+        "One large key has scores of large weights factored for keys of next to no tanh.",
     ),
     Defect(
         "cpu-large-weights",
@@ -779,7 +787,7 @@ CPU = [
         "weights_.norm <= kLargestFactoredNorm",
         "true",
         "tests/test_magnitudes.py tests/test_arithmetic.py",
-        "Large score weights lose digits that the plain formula keeps.",
+        "Products of large score weights overflow.",
     ),
     Defect(
         "cpu-fork",

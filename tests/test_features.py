@@ -158,6 +158,26 @@ def test_autocast_inside_of_which_a_memory_was_not_made():
         assert torch.equal(memory.attend(key[:, 0], features=terms), expected)
 
 
+@pytest.mark.parametrize("in_memory", [False, True], ids=["call", "memory"])
+def test_backward_inside_autocast(in_memory: bool):
+    """Products with the feature weight stay in the dtype of their tensors, as the kernels do."""
+
+    def gradients(enabled: bool) -> tuple[torch.Tensor, ...]:
+        generator = torch.Generator().manual_seed(1)
+        shapes = (2, 4), (2, 5, 4), (2, 5, 3), (3, 4)
+        leaves = [torch.randn(s, generator=generator, requires_grad=True) for s in shapes]
+        query, key, features, feature_weight = leaves
+        inputs, given = (key, key, torch.ones(4)), {"feature_weight": feature_weight}
+        if in_memory:
+            context = AttentionMemory(*inputs, **given).attend(query, features=features)
+        else:
+            context = additive_attention(query, *inputs, features=features, **given)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            return torch.autograd.grad(context.square().sum(), leaves)
+
+    torch.testing.assert_close(gradients(True), gradients(False))
+
+
 @pytest.mark.parametrize(
     "name",
     ["query", "key", "value", "score_weight", "features", "feature_weight", "key_lengths"],

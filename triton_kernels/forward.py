@@ -153,7 +153,7 @@ def additive_attention_fwd_kernel(
         if tl.program_id(0) >= tiles:
             return
         tile = tl.program_id(0)
-        # Else the next tile is for whoever is done first.
+        # Where more tiles follow, the next one is for whoever is done first.
         if tiles * H * parts <= PROGRAMS * processors:
             tile = dealt(tile, tiles, processors)
         sequence = tl.load(order_ptr + 2 * tile)

@@ -55,7 +55,7 @@ class Item(NamedTuple):
 
 
 class Options(NamedTuple):
-    """Known to the compiler as long as no variable holds them: to be made where they are passed."""
+    """Constants. Made in the call that takes them: a variable of a kernel would hold tensors."""
 
     H: tl.constexpr
     D: tl.constexpr

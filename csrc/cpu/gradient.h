@@ -95,9 +95,9 @@ class GradientBlock {
     int64_t keys;
   };
 
-  // Multiplies s by the power of two that makes the largest about 1, or as large as weights of more
-  // than 1 are: s (1 - t^2), which w multiplies in the end, then neither underflows nor overflows
-  // where w s (1 - t^2) does not.
+  // Multiplies s by a power of two that makes the largest about 1 or, where that is more, the root
+  // of sum w^2: s (1 - t^2), which w multiplies in the end only, then neither underflows nor
+  // overflows where w s (1 - t^2) does not.
   void read_scores(int64_t first, int64_t count) {
     constexpr int kHighest = sizeof(T) == 4 ? 120 : 1000;  // of it and its inverse
     const T* s = call_.dscores + unit_.scores + first;
@@ -113,7 +113,7 @@ class GradientBlock {
     if (largest > 0 && largest - largest == T(0)) {
       __builtin_frexp(static_cast<double>(largest), &exponent);
     }
-    constexpr double kLargestLifted = 0x1p24;  // weights beyond could overflow as well
+    constexpr double kLargestLifted = 0x1p24;  // w s of larger ones might overflow
     const double norm = call_.score_weights[unit_.head].norm;
     if (norm > 1 && norm <= kLargestLifted) {
       int of_weights = 0;
@@ -133,6 +133,7 @@ class GradientBlock {
   void run_tile(int64_t first, int64_t keys) {
     keys_.take(first, keys);
     key_bound_ = keys_.bound(0, keys);
+    least_key_bound_ = call_.problem->is_short ? key_bound_ : keys_.smallest_bound(0, keys);
     const bool informative = call_.problem->is_short || informative_(keys_);
     if (wants_keys()) {
       pad_row<T>(dkey_, 0, keys * sums_row_, 0);
@@ -166,7 +167,9 @@ class GradientBlock {
     if (bound + key_bound_ < T(kSmallestGradientSum)) {
       return Route::kSmall;
     }
-    return informative && in_factored_range(bound, key_bound_, kSmallestGradientSum)
+    // Some keys may be small where others of the tile are not.
+    const bool sizeable = bound + least_key_bound_ >= T(kSmallestGradientSum);
+    return informative && sizeable && in_factored_range(bound, key_bound_, kSmallestGradientSum)
                ? Route::kFactored
                : Route::kExact;
   }
@@ -302,7 +305,8 @@ class GradientBlock {
   double* const dweight_total_;
   Scratch& scratch_;
   Informative<T> informative_;
-  T key_bound_ = 0;  // magnitude in the tile of keys
+  T key_bound_ = 0;        // the largest magnitude in the tile of keys
+  T least_key_bound_ = 0;  // that of the key whose own is the smallest
   Scores scores_;
   T* dweight_;
   T* dquery_;

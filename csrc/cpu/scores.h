@@ -190,6 +190,15 @@ class RowBlock {
   // The largest magnitude in rows [i, i + rows) of those taken.
   T bound(int64_t i, int64_t rows) const { return largest_bound(room_.bounds + i, rows); }
 
+  // The magnitude of that of those rows that has the smallest.
+  T smallest_bound(int64_t i, int64_t rows) const {
+    T smallest = room_.bounds[i];
+    for (int64_t n = i + 1; n < i + rows; ++n) {
+      smallest = smaller(smallest, room_.bounds[n]);
+    }
+    return smallest;
+  }
+
   // The rows as they are, few of them where they lie, gathered when first asked for.
   Panel<T> numbers() {
     if (!has_numbers_) {
@@ -305,7 +314,6 @@ class AdditiveScores {
   // j, j < keys.
   void compute(int64_t first, int64_t keys, T* scores, int64_t ld) {
     const bool fit = weights_.norm <= kLargestFactoredNorm;
-    const double smallest_sum = large_ ? kSmallestSumOfLargeWeights : kSmallestMagnitudeSum;
     const auto factored =
         divides_quickly() ? inner_products<T, DividedScore> : inner_products<T, FactoredScore>;
     for (int64_t j = 0; j < keys; j += kTileCols) {
@@ -317,7 +325,11 @@ class AdditiveScores {
         const int64_t rows = smaller(kTileRows, queries_.count - i);
         T* out = scores + i * ld + j;
         const T query_bound = queries_.bound(i, rows);
-        if (informs && in_factored_range(query_bound, key_bound, smallest_sum)) {
+        const bool sizeable =
+            !large_ || queries_.smallest_bound(i, rows) + keys_.smallest_bound(0, cols) >=
+                           T(kSmallestSumOfLargeWeights);
+        if (informs && sizeable &&
+            in_factored_range(query_bound, key_bound, kSmallestMagnitudeSum)) {
           factored(queries_.exponentials.from_row(i), rows, keys_.exponentials, cols, steps_,
                    weights_.data, out, ld);
         } else {
