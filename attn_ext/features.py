@@ -83,7 +83,9 @@ def with_term(keys: KeySide, features: Tensor, feature_weight: Tensor, backend: 
     # The reference may be differentiated twice.
     if backend == "reference" or not torch.is_grad_enabled() or not runs_eagerly():
         return keys.with_key(shifted_keys(keys.key, features, feature_weight))
-    return keys.with_key(keys.key)._replace(features=features, feature_weight=feature_weight)
+    return keys._replace(
+        features=features, feature_weight=feature_weight, exp_key=None, key_bound=None
+    )
 
 
 def attend_with_term(**arguments: Any) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ GROUP = tl.constexpr(4)
 
 
 @triton.constexpr_function
-def parts_of(block):
+def part_sizes(block):
     """The parts of a side in groups of rows: a half, a quarter, an eighth and an eighth."""
     groups = block // GROUP.value
     sizes = [groups >> bit for bit in (1, 2, 3) if groups >> bit]
@@ -24,8 +24,8 @@ def parts_of(block):
 
 @triton.constexpr_function
 def bit_of(block, part):
-    """Of what :func:`present_parts` returns."""
-    sizes = parts_of(block)
+    """The bit of a part in the set that :func:`present_parts` returns."""
+    sizes = part_sizes(block)
     return sizes[part] if part + 1 < len(sizes) else sum(sizes)
 
 
@@ -42,7 +42,7 @@ def present_parts(rows, BLOCK: tl.constexpr):
 def rows_of_parts(present, BLOCK: tl.constexpr):
     """The row of each place of a tile, [BLOCK]: the parts that are present follow each other; rows
     of others are past the tile's."""
-    PARTS: tl.constexpr = parts_of(BLOCK)
+    PARTS: tl.constexpr = part_sizes(BLOCK)
     place = tl.arange(0, BLOCK)
     row = place
     for i in tl.static_range(len(PARTS)):
@@ -165,7 +165,7 @@ def added_features(sums, present_q, present_k, operands, FULL: tl.constexpr, SHA
 
 
 @triton.jit
-def less(sums, what):
+def subtracted(sums, what):
     """``sums - what`` of all parts."""
     out = ()
     for i in tl.static_range(len(sums)):
@@ -180,8 +180,8 @@ def less(sums, what):
 def tile_scores(sums, present_q, present_k, constant, weight_sum, SHAPE: tl.constexpr):
     """``constant - 2 sums`` summed over pairs, [QUERIES, KEYS]; without one, ``weight_sum`` less
     that of twice the sums."""
-    QUERIES: tl.constexpr = parts_of(SHAPE.QUERIES)
-    KEYS: tl.constexpr = parts_of(SHAPE.KEYS)
+    QUERIES: tl.constexpr = part_sizes(SHAPE.QUERIES)
+    KEYS: tl.constexpr = part_sizes(SHAPE.KEYS)
     scores = ()
     for i in tl.static_range(len(KEYS)):
         row = ()

@@ -10,12 +10,12 @@ from .parts import (
     GROUP,
     added_features,
     beside_others,
-    less,
     operands_of,
-    parts_of,
+    part_sizes,
     present_parts,
     rows_of_parts,
     stacked,
+    subtracted,
     sum_before,
     tile_scores,
     unstacked,
@@ -132,7 +132,7 @@ def exponentials(rows_ptr, count, bound, ARE_KEYS: tl.constexpr, SHAPE: tl.const
     ROWS: tl.constexpr = x.shape[0]
     GROUPS: tl.constexpr = ROWS // GROUP
     TURNS: tl.constexpr = SHAPE.FEATURES // (2 * SHAPE.PAIRS)
-    PARTS: tl.constexpr = parts_of(ROWS)
+    PARTS: tl.constexpr = part_sizes(ROWS)
     largest = tl.max(tl.reshape(tl.abs(x), (ROWS, SHAPE.FEATURES // VECTOR, VECTOR)), 2)
     x = tl.reshape(exp_twice(x, SHAPE.REFINE), (GROUPS, GROUP, TURNS, SHAPE.PAIRS, 2))
     x = tl.reshape(tl.permute(x, (1, 3, 2, 0, 4)), (GROUP, SHAPE.PAIRS, TURNS * GROUPS, 2))
@@ -168,8 +168,8 @@ def factored_scores(pairs, scores_ptr, first_key, SHAPE: tl.constexpr):
     """
     tl.static_assert(SHAPE.FEATURES % (2 * SHAPE.PAIRS) == 0)
     tl.static_assert(not SHAPE.RAW or CENTRED_FEATURES % SHAPE.FEATURES == 0)
-    QUERIES: tl.constexpr = parts_of(SHAPE.QUERIES)
-    KEYS: tl.constexpr = parts_of(SHAPE.KEYS)
+    QUERIES: tl.constexpr = part_sizes(SHAPE.QUERIES)
+    KEYS: tl.constexpr = part_sizes(SHAPE.KEYS)
     present_q = present_parts(pairs.length_q - pairs.first_query, SHAPE.QUERIES)
     present_k = present_parts(pairs.length - first_key, SHAPE.KEYS)
     # Past the last row it is repeated, which there always is.
@@ -217,7 +217,7 @@ def factored_scores(pairs, scores_ptr, first_key, SHAPE: tl.constexpr):
             else:
                 sums = added_features(sums, present_q, present_k, operands, False, SHAPE)
         if SHAPE.RAW:
-            sums = less(sums, 0.5 * constant)
+            sums = subtracted(sums, 0.5 * constant)
             constant = tl.zeros_like(constant)
     scores = tile_scores(sums, present_q, present_k, constant, pairs.weight_sum, SHAPE)
     tl.store(
